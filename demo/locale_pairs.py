@@ -1,0 +1,400 @@
+"""A parallel corpus without a download: the Unicode CLDR locale data, as Babel writes it out.
+
+    python -m demo.locale_pairs --out data/locale
+
+Every sentence is a list of one to four entries (dates, times, date-times, intervals, relative
+times, quantities, sums of money, country and language names), the same content and CLDR width in
+English and in German. The connecting words come from CLDR too ("A, B, and C" is "A, B und C").
+What CLDR writes as no-break, narrow or thin space is a plain space here, on both sides, since a
+tokeniser splits there anyway.
+
+Held out are combinations, not sentences: (month, day), (hour, minute), (relative unit, number,
+direction), (unit, number), (currency, amount) and (country, language) in neighbouring entries. Each
+belongs to train, valid or test by a hash of its own, whatever the seed, so test text is made
+only of combinations that training text never shows, in formats that it does show.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import functools
+import hashlib
+import logging
+import random
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from babel import Locale
+from babel.dates import (
+    UTC,
+    format_date,
+    format_datetime,
+    format_interval,
+    format_time,
+    format_timedelta,
+)
+from babel.lists import format_list
+from babel.numbers import format_currency, get_currency_precision
+from babel.units import format_unit
+
+logger = logging.getLogger(__name__)
+
+LOCALES = {"en": Locale("en"), "de": Locale("de")}
+SPLITS = ("train", "valid", "test")
+HELD_OUT_PERCENT = 5  # of all combinations, for valid and for test each
+MAX_ENTRIES = 4
+MAX_TRIES = 20_000  # in a row without a new sentence: the corpus asked for is too large
+YEARS = range(1990, 2036)
+
+WIDTHS = ("short", "medium", "long", "full")
+LENGTHS = ("short", "long")  # German has no narrow patterns of its own for most units
+DATE_SKELETONS = ("yMMMd", "yMMMEd", "MMMd", "yMd")
+TIME_SKELETONS = ("Hm", "hm")
+# Numbers stay below the next larger unit, which Babel would round to.
+RELATIVE = {
+    "second": (1, 59),
+    "minute": (60, 59),
+    "hour": (3600, 23),
+    "day": (86400, 6),
+    "week": (7 * 86400, 4),
+    "month": (30 * 86400, 11),
+    "year": (365 * 86400, 99),
+}
+UNITS = (
+    "acceleration-g-force", "angle-degree", "area-acre", "area-hectare", "area-square-centimeter",
+    "area-square-foot", "area-square-kilometer", "area-square-meter", "area-square-mile",
+    "consumption-liter-per-100-kilometer", "consumption-mile-per-gallon", "digital-bit",
+    "digital-byte", "digital-gigabyte", "digital-kilobyte", "digital-megabyte", "digital-terabyte",
+    "duration-century", "duration-day", "duration-decade", "duration-hour", "duration-millisecond",
+    "duration-minute", "duration-month", "duration-second", "duration-week", "duration-year",
+    "electric-ampere", "electric-ohm", "electric-volt", "energy-calorie", "energy-joule",
+    "energy-kilocalorie", "energy-kilojoule", "energy-kilowatt-hour", "force-newton",
+    "frequency-gigahertz", "frequency-hertz", "frequency-kilohertz", "frequency-megahertz",
+    "graphics-megapixel", "graphics-pixel", "length-centimeter", "length-fathom", "length-foot",
+    "length-furlong", "length-inch", "length-kilometer", "length-light-year", "length-meter",
+    "length-micrometer", "length-mile", "length-millimeter", "length-nanometer",
+    "length-nautical-mile", "length-yard", "light-lumen", "light-lux", "mass-carat", "mass-gram",
+    "mass-kilogram", "mass-milligram", "mass-ounce", "mass-pound", "mass-stone", "mass-tonne",
+    "power-horsepower", "power-kilowatt", "power-megawatt", "power-watt", "pressure-bar",
+    "pressure-hectopascal", "pressure-pascal", "speed-kilometer-per-hour", "speed-knot",
+    "speed-meter-per-second", "speed-mile-per-hour", "temperature-celsius",
+    "temperature-fahrenheit", "temperature-kelvin", "volume-barrel", "volume-centiliter",
+    "volume-cubic-centimeter", "volume-cubic-foot", "volume-cubic-kilometer",
+    "volume-cubic-meter", "volume-cup", "volume-drop", "volume-fluid-ounce", "volume-gallon",
+    "volume-hectoliter", "volume-liter", "volume-milliliter", "volume-pint", "volume-quart",
+    "volume-tablespoon", "volume-teaspoon",
+)
+CURRENCIES = (
+    "AED", "ARS", "AUD", "BGN", "BRL", "CAD", "CHF", "CLP", "CNY", "COP", "CZK", "DKK", "EGP",
+    "EUR", "GBP", "HKD", "HUF", "IDR", "ILS", "INR", "ISK", "JPY", "KES", "KRW", "MAD", "MXN",
+    "MYR", "NGN", "NOK", "NZD", "PEN", "PHP", "PLN", "RON", "RSD", "RUB", "SAR", "SEK", "SGD",
+    "THB", "TRY", "TWD", "UAH", "USD", "VND", "ZAR",
+)
+# Codes of CLDR that stand for no country and no language of their own.
+NOT_COUNTRIES = frozenset({"EU", "EZ", "QO", "UN", "XA", "XB", "ZZ"})
+NOT_LANGUAGES = frozenset({"mis", "mul", "root", "und", "zxx"})
+
+Combination = tuple[str | int, ...]
+Write = Callable[[Locale], Sequence[str]]
+
+
+class Pair(NamedTuple):
+    """One sentence in both languages, and the combinations that it shows."""
+
+    en: str
+    de: str
+    combinations: tuple[Combination, ...]
+
+
+class Item(NamedTuple):
+    """Content of one or two list entries: what it combines, and how to write it in a locale."""
+
+    combinations: tuple[Combination, ...]
+    write: Write
+
+
+@functools.lru_cache(maxsize=None)
+def split_of(combination: Combination) -> str:
+    """The part of the corpus in which a combination may occur: train, valid or test.
+
+    Args:
+        combination: its kind and values, such as `("date", 7, 29)`.
+
+    Returns:
+        The same answer for every seed, process and Python version.
+    """
+    digest = hashlib.sha256("|".join(map(str, combination)).encode()).digest()
+    bucket = int.from_bytes(digest[:8], "big") % 100
+    return SPLITS[1 + bucket // HELD_OUT_PERCENT] if bucket < 2 * HELD_OUT_PERCENT else "train"
+
+
+def shared_names(table: str, unwanted: frozenset[str]) -> list[str]:
+    """The codes that have a name in every locale, sorted.
+
+    Args:
+        table: `territories` or `languages`.
+        unwanted: codes to leave out; so are the number codes of world regions.
+    """
+    tables = [getattr(locale, table) for locale in LOCALES.values()]
+    codes = set(tables[0]).intersection(*tables[1:]) - unwanted
+    return sorted(code for code in codes if not code.isdigit())
+
+
+COUNTRIES = shared_names("territories", NOT_COUNTRIES)
+LANGUAGES = shared_names("languages", NOT_LANGUAGES)
+
+
+# ---- content: each function draws one item ------------------------------------------------------
+
+
+def draw_day(rng: random.Random) -> tuple[datetime.datetime, Combination]:
+    """A day of some year with its (month, day) combination."""
+    first = datetime.datetime(YEARS.start, 1, 1, tzinfo=UTC)
+    days = (datetime.datetime(YEARS.stop, 1, 1, tzinfo=UTC) - first).days
+    day = first + datetime.timedelta(days=rng.randrange(days))
+    return day, ("date", day.month, day.day)
+
+
+def draw_moment(rng: random.Random) -> tuple[datetime.datetime, tuple[Combination, Combination]]:
+    """A second of some year with its (month, day) and (hour, minute) combinations."""
+    day, date = draw_day(rng)
+    moment = day.replace(hour=rng.randrange(24), minute=rng.randrange(60), second=rng.randrange(60))
+    return moment, (date, ("time", moment.hour, moment.minute))
+
+
+def draw_date(rng: random.Random) -> Item:
+    """A date in one of the four CLDR widths."""
+    day, combination = draw_day(rng)
+    width = rng.choice(WIDTHS)
+    return Item((combination,), lambda locale: [format_date(day, width, locale)])
+
+
+def draw_time(rng: random.Random) -> Item:
+    """A time of day; the long widths name the time zone, always UTC."""
+    moment, (_, combination) = draw_moment(rng)
+    width = rng.choice(WIDTHS)
+    return Item((combination,), lambda locale: [format_time(moment, width, UTC, locale)])
+
+
+def draw_datetime(rng: random.Random) -> Item:
+    """A date with a time of day."""
+    moment, combinations = draw_moment(rng)
+    width = rng.choice(WIDTHS)
+    return Item(combinations, lambda locale: [format_datetime(moment, width, UTC, locale)])
+
+
+def draw_date_interval(rng: random.Random) -> Item:
+    """From one day to a later one of the same year."""
+    (start, first), (end, last) = draw_day(rng), draw_day(rng)
+    end = end.replace(year=start.year, day=min(end.day, 28))
+    last = ("date", end.month, end.day)
+    if start == end:
+        return draw_date_interval(rng)
+    start, end = sorted((start, end))
+    skeleton = rng.choice(DATE_SKELETONS)
+    return Item((first, last),
+                lambda locale: [format_interval(start, end, skeleton, UTC, locale=locale)])
+
+
+def draw_time_interval(rng: random.Random) -> Item:
+    """From one time to a later one of the same day."""
+    day = datetime.datetime(YEARS.start, 1, 1, tzinfo=UTC)
+    minutes = sorted(rng.sample(range(24 * 60), 2))
+    start, end = (day + datetime.timedelta(minutes=minute) for minute in minutes)
+    skeleton = rng.choice(TIME_SKELETONS)
+    return Item(tuple(("time", *divmod(minute, 60)) for minute in minutes),
+                lambda locale: [format_interval(start, end, skeleton, UTC, locale=locale)])
+
+
+def draw_relative(rng: random.Random) -> Item:
+    """A time from now or ago."""
+    unit = rng.choice(tuple(RELATIVE))
+    seconds, most = RELATIVE[unit]
+    number = rng.randint(1, most) * rng.choice((1, -1))
+    length = rng.choice(LENGTHS)
+    return Item(
+        (("relative", unit, number),),
+        lambda locale: [format_timedelta(number * seconds, unit, threshold=1, add_direction=True,
+                                         format=length, locale=locale)],
+    )
+
+
+def draw_number(rng: random.Random, decimals: int) -> float:
+    """A number, mostly small and whole; at most so many decimals."""
+    whole = rng.randint(1, rng.choice((20, 100, 1000, 10_000, 1_000_000)))
+    if decimals and rng.random() < 0.3:
+        return round(whole + rng.randrange(1, 10**decimals) / 10**decimals, decimals)
+    return whole
+
+
+def draw_quantity(rng: random.Random) -> Item:
+    """A number of units."""
+    unit, length = rng.choice(UNITS), rng.choice(LENGTHS)
+    number = draw_number(rng, decimals=1)
+    return Item((("quantity", unit, str(number)),),
+                lambda locale: [format_unit(number, unit, length, locale=locale)])
+
+
+def draw_money(rng: random.Random) -> Item:
+    """An amount of a currency, with its symbol or its name."""
+    currency = rng.choice(CURRENCIES)
+    style = rng.choice(("standard", "name"))
+    # Decimals that the currency does not have would be rounded away, and combinations with them.
+    amount = draw_number(rng, decimals=get_currency_precision(currency))
+    return Item(
+        (("money", currency, str(amount)),),
+        lambda locale: [format_currency(amount, currency, locale=locale, format_type=style)],
+    )
+
+
+def draw_names(rng: random.Random) -> Item:
+    """A country and a language, as two neighbouring entries."""
+    country, language = rng.choice(COUNTRIES), rng.choice(LANGUAGES)
+    return Item((("names", country, language),),
+                lambda locale: [locale.territories[country], locale.languages[language]])
+
+
+DRAWS = {
+    draw_date: 3,
+    draw_time: 1,
+    draw_datetime: 2,
+    draw_date_interval: 2,
+    draw_time_interval: 1,
+    draw_relative: 2,
+    draw_quantity: 4,
+    draw_money: 3,
+    draw_names: 4,
+}
+
+
+# ---- sentences ----------------------------------------------------------------------------------
+
+
+def draw_item(rng: random.Random, split: str, room: int) -> Item:
+    """An item all of whose combinations belong to one part of the corpus.
+
+    Args:
+        rng: the source of randomness.
+        split: train, valid or test.
+        room: list entries that are left; names need two.
+    """
+    draws = [draw for draw in DRAWS if room > 1 or draw is not draw_names]
+    draw = rng.choices(draws, [DRAWS[draw] for draw in draws])[0]
+    while True:
+        item = draw(rng)
+        if all(split_of(combination) == split for combination in item.combinations):
+            return item
+
+
+def plain_spaces(text: str) -> str:
+    """The text with every run of white space, of whatever width, as one plain space."""
+    return " ".join(text.split())
+
+
+def draw_pair(rng: random.Random, split: str) -> Pair:
+    """A sentence of one to four list entries in both languages."""
+    room = rng.randint(1, MAX_ENTRIES)
+    items: list[Item] = []
+    while room > 0:
+        items.append(draw_item(rng, split, room))
+        room -= 2 if items[-1].combinations[0][0] == "names" else 1
+    style = rng.choice(("standard", "standard", "or"))
+    texts = {
+        language: plain_spaces(format_list(
+            [entry for item in items for entry in item.write(locale)], style, locale))
+        for language, locale in LOCALES.items()
+    }
+    return Pair(**texts, combinations=sum((item.combinations for item in items), ()))
+
+
+def draw_pairs(split: str, number: int, seed: int = 1) -> Iterator[Pair]:
+    """Distinct sentences of one part of the corpus.
+
+    Args:
+        split: train, valid or test.
+        number: how many.
+        seed: any integer; the held-out combinations do not depend on it.
+
+    Yields:
+        Pairs of which no two agree in English or in German.
+
+    Raises:
+        ValueError: the split is unknown, the number negative, or more than there is to say.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
+    if number < 0:
+        raise ValueError(f"the number of pairs must not be negative, got {number}")
+    rng = random.Random(f"{split} {seed}")
+    seen: dict[str, set[str]] = {language: set() for language in LOCALES}
+    for count in range(number):
+        for _ in range(MAX_TRIES):
+            pair = draw_pair(rng, split)
+            if pair.en not in seen["en"] and pair.de not in seen["de"]:
+                break
+        else:
+            raise ValueError(f"cannot find {number} distinct {split} pairs, only {count}")
+        seen["en"].add(pair.en)
+        seen["de"].add(pair.de)
+        yield pair
+
+
+def write_pairs(
+    out_dir: str | Path,
+    *,
+    num_train: int = 30_000,
+    num_valid: int = 1000,
+    num_test: int = 1000,
+    seed: int = 1,
+) -> dict[str, int]:
+    """Write `{train,valid,test}.{en,de}`: UTF-8, one sentence a line, line n translates line n.
+
+    Args:
+        out_dir: folder to write into; made if it is missing, files of these names are replaced.
+        num_train, num_valid, num_test: sentence pairs.
+        seed: of the drawing; the same seed and Babel version give the same bytes.
+
+    Returns:
+        Pairs written, by part.
+
+    Raises:
+        ValueError: a number is negative or larger than the number of distinct sentences.
+        OSError: the folder cannot be written.
+    """
+    out = Path(out_dir)
+    out.mkdir(parents=True, exist_ok=True)
+    sizes = dict(zip(SPLITS, (num_train, num_valid, num_test), strict=True))
+    for split, size in sizes.items():
+        pairs = list(draw_pairs(split, size, seed))
+        for language in LOCALES:
+            with (out / f"{split}.{language}").open("w", encoding="utf-8", newline="\n") as text:
+                text.writelines(getattr(pair, language) + "\n" for pair in pairs)
+        logger.info("wrote %d pairs to %s", size, out / f"{split}.{{en,de}}")
+    return sizes
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m demo.locale_pairs",
+        description="Write an English-German parallel corpus of CLDR locale data.")
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder to fill")
+    for split, size in zip(SPLITS, (30_000, 1000, 1000), strict=True):
+        parser.add_argument(f"--num-{split}", type=int, default=size, metavar="N",
+                            help=f"{split} pairs (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=1, metavar="N", help="default: %(default)s")
+    args = vars(parser.parse_args(argv))
+    logging.basicConfig(stream=sys.stderr, level=logging.INFO,
+                        format="%(asctime)s | %(levelname)s | %(name)s | %(message)s")
+    try:
+        write_pairs(args.pop("out"), **args)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

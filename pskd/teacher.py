@@ -1,0 +1,100 @@
+"""The snapshot teacher: the model as the previous epoch left it."""
+
+from __future__ import annotations
+
+import copy
+
+from torch import Tensor, nn
+
+__all__ = ["SnapshotTeacher"]
+
+
+class SnapshotTeacher:
+    """Holds a frozen copy of the student that scores this epoch's batches.
+
+    Deliberately not an `nn.Module`: kept as an attribute of a model or a loss it adds nothing to
+    the owner's parameters, state dict, optimizer or DDP buckets, and the owner's ``train()`` does
+    not switch its dropout back on.
+
+    Source: Kim et al. 2021, section 3.1, the form that keeps last epoch's weights in place of all
+    of last epoch's predictions.
+    """
+
+    def __init__(self) -> None:
+        self._model: nn.Module | None = None
+
+    @property
+    def available(self) -> bool:
+        """Whether a past model exists; in the first epoch there is none."""
+        return self._model is not None
+
+    @property
+    def model(self) -> nn.Module:
+        """The frozen copy, in eval mode, on the student's device and in its dtype.
+
+        Raises:
+            RuntimeError: if there is none yet.
+        """
+        if self._model is None:
+            raise RuntimeError("the teacher has no model: expected refresh() at an epoch's end")
+        return self._model
+
+    def refresh(self, student: nn.Module) -> None:
+        """Take the student's present weights and buffers as the teacher's.
+
+        The first call copies the module, later ones its state only, so the teacher's memory is
+        allocated once and an ever longer chain of copies cannot arise.
+
+        Args:
+            student: the bare module; unwrap DDP first (``model.module``).
+        """
+        if self._model is None:
+            self._model = _frozen_copy(student)
+        else:
+            self._model.load_state_dict(student.state_dict())
+
+    def state_dict(self) -> dict[str, dict[str, Tensor] | None]:
+        """Return the weights on the CPU, in the dtype they are used in; ``{"model": None}`` if none."""
+        if self._model is None:
+            return {"model": None}
+        state = self._model.state_dict()
+        return {
+            "model": {
+                name: value.detach().cpu().clone() if isinstance(value, Tensor) else value
+                for name, value in state.items()
+            }
+        }
+
+    def load_state_dict(
+        self, state_dict: dict[str, dict[str, Tensor] | None], student: nn.Module | None = None
+    ) -> None:
+        """Restore the teacher that `state_dict` saved, bit for bit.
+
+        Args:
+            state_dict: what `state_dict` returned.
+            student: gives the architecture to a teacher that holds no copy yet: a state holds
+                weights only. Its own weights are not used.
+
+        Raises:
+            ValueError: if the state is no teacher's, or there is no architecture to load it into.
+            RuntimeError: if names or shapes of the weights do not match (from torch).
+        """
+        if not isinstance(state_dict, dict) or "model" not in state_dict:
+            raise ValueError(f"expected a teacher's state with the key 'model', got {state_dict!r}")
+        weights = state_dict["model"]
+        if weights is None:
+            self._model = None
+            return
+        if self._model is None and student is None:
+            raise ValueError("expected a student to take the architecture from, got none")
+        model = self._model if student is None else _frozen_copy(student)
+        # A mismatch raises here, and leaves the teacher that was.
+        model.load_state_dict(weights)
+        self._model = model
+
+
+def _frozen_copy(student: nn.Module) -> nn.Module:
+    model = copy.deepcopy(student).eval().requires_grad_(False)
+    for parameter in model.parameters():
+        parameter.grad = None  # deepcopy takes the gradients along
+    return model

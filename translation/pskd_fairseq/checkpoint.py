@@ -1,0 +1,230 @@
+"""fairseq checkpoints: which types may be read from them, and what PS-KD keeps in them."""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import errno
+import hashlib
+import logging
+import os
+import pickle
+import shutil
+import typing
+from dataclasses import dataclass
+
+import numpy as np
+import omegaconf
+import torch
+from fairseq.distributed.utils import _TensorPlaceholder
+from fairseq.tasks import FairseqTask
+
+logger = logging.getLogger(__name__)
+
+#: Key of PS-KD's entry below the task's name in a checkpoint's ``extra_state``.
+ENTRY = "pskd"
+_FORMAT = 1
+
+
+def allow_fairseq_types() -> None:
+    """Let torch >= 2.6 read fairseq checkpoints with its protection on.
+
+    fairseq pickles its command line (`argparse.Namespace`), numpy counters of validation BLEU and,
+    between processes, its omegaconf configuration. These types and no others join torch's
+    allow-list, so a checkpoint that holds any other object is still refused.
+    """
+    torch.serialization.add_safe_globals(_plain_types() + _numpy_types() + _omegaconf_types())
+
+
+def _plain_types() -> list:
+    return [
+        argparse.Namespace,
+        collections.defaultdict,
+        dict,
+        int,
+        list,
+        typing.Any,
+        _TensorPlaceholder,
+    ]
+
+
+def _numpy_types() -> list:
+    multiarray = getattr(np, "_core", None) or np.core  # numpy < 2 has the latter only
+    dtypes = {type(np.dtype(name)) for name in ("int32", "int64", "float32", "float64", "bool")}
+    return [
+        multiarray.multiarray._reconstruct,
+        multiarray.multiarray.scalar,
+        np.ndarray,
+        np.dtype,
+        *dtypes,
+    ]
+
+
+def _omegaconf_types() -> list:
+    return [
+        omegaconf.DictConfig,
+        omegaconf.ListConfig,
+        omegaconf.base.ContainerMetadata,
+        omegaconf.base.Metadata,
+        omegaconf.nodes.AnyNode,
+    ]
+
+
+def make_entry(*, epoch: int, schedule: dict, vocabulary: dict, teacher: dict) -> dict:
+    """Return what a checkpoint keeps of PS-KD: plain values and tensors only.
+
+    Args:
+        epoch: the epoch that is running or has just ended, from 1.
+        schedule: the fields of the alpha schedule.
+        vocabulary: number of types of each dictionary, by language.
+        teacher: a `pskd.SnapshotTeacher` state; without a model at an epoch's end.
+    """
+    return {
+        "format": _FORMAT,
+        "epoch": epoch,
+        "schedule": schedule,
+        "vocabulary": vocabulary,
+        "teacher": teacher,
+        "teacher_sha256": _digest(teacher),
+    }
+
+
+def with_entry(state: dict, task: FairseqTask, entry: dict) -> dict:
+    """Return a task's checkpoint dict with PS-KD's entry beside what it already holds."""
+    name = type(task).__name__
+    return {**state, name: {**state.get(name, {}), ENTRY: entry}}
+
+
+def vocabulary_sizes(task: FairseqTask) -> dict[str, int]:
+    """Return the number of types in the task's source and target dictionaries."""
+    found = {"source": task.source_dictionary, "target": task.target_dictionary}
+    return {side: len(words) for side, words in found.items() if words is not None}
+
+
+def _digest(teacher: dict) -> str:
+    """Return the SHA-256 of a teacher's weights; torch reads flipped bits without a word."""
+    digest = hashlib.sha256()
+    for name, value in sorted((teacher["model"] or {}).items()):
+        digest.update(name.encode())
+        if isinstance(value, torch.Tensor):
+            digest.update(value.contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def check_free_space(save_dir: str) -> None:
+    """Stop before a checkpoint is written where it does not fit.
+
+    fairseq writes one file aside and renames it, but *copies* it to checkpoint_best.pt and
+    checkpoint_last.pt, which a full disk would leave cut off. The size of the last checkpoint tells
+    what the next one needs.
+
+    Raises:
+        OSError: ENOSPC, naming the folder, the bytes needed and the bytes free.
+    """
+    last = os.path.join(save_dir, "checkpoint_last.pt")
+    if not os.path.isfile(last):
+        return
+    copies = 1 + (not os.path.isfile(os.path.join(save_dir, "checkpoint_best.pt")))
+    needed, free = copies * os.path.getsize(last), shutil.disk_usage(save_dir).free
+    if free < needed:
+        raise OSError(
+            errno.ENOSPC,
+            f"no room for the next checkpoint: expected {needed:,} free bytes, got {free:,}; the "
+            "checkpoints that are there stay as they are",
+            save_dir,
+        )
+
+
+@dataclass(frozen=True)
+class ResumePlan:
+    """What the command line says about resuming, as fairseq reads it."""
+
+    save_dir: str
+    restore_file: str
+    reset_dataloader: bool
+
+    def path(self) -> str | None:
+        """Return the checkpoint whose *training state* will be continued, or None.
+
+        Raises:
+            FileNotFoundError: if a file was named that is not there; fairseq would start afresh.
+        """
+        if self.restore_file != "checkpoint_last.pt":
+            if not os.path.isfile(self.restore_file):
+                raise FileNotFoundError(
+                    errno.ENOENT,
+                    "--restore-file: expected a checkpoint (a path from the working directory), "
+                    "got none",
+                    self.restore_file,
+                )
+            path = self.restore_file
+        else:
+            path = os.path.join(self.save_dir, self.restore_file)
+        return path if os.path.isfile(path) and not self.reset_dataloader else None
+
+
+def check_resume(plan: ResumePlan, task: FairseqTask, schedule: dict, allow_change: bool) -> None:
+    """Refuse, before anything is loaded or trained, a checkpoint that cannot be continued.
+
+    Raises:
+        ValueError: if the file is damaged or holds objects that fairseq does not write, if it was
+            made with dictionaries of another size, with another alpha schedule (unless
+            ``allow_change``), or stops in the middle of an epoch without its teacher.
+    """
+    path = plan.path()
+    if path is None:
+        return
+    extra_state = _read(path).get("extra_state", {})
+    position = extra_state.get("train_iterator", {})
+    entry = extra_state.get(type(task).__name__, {}).get(ENTRY)
+    if entry is None:
+        in_the_middle = position.get("iterations_in_epoch", 0) > 0
+        if in_the_middle and position["epoch"] > 1 and schedule["alpha_final"] > 0:
+            raise ValueError(
+                f"{path}: expected the teacher of epoch {position['epoch']}, in the middle of which "
+                "this checkpoint was saved, got none; resume from one of an epoch's end, or start "
+                "over with --reset-dataloader"
+            )
+        return
+    _check_entry(path, entry, vocabulary_sizes(task), schedule, allow_change)
+
+
+def _read(path: str) -> dict:
+    try:
+        # mmap: only the pages that are looked at are read, fairseq loads the rest a moment later.
+        return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except pickle.UnpicklingError as error:
+        reason = str(error).split("\n")[0]
+        raise ValueError(
+            f"{path}: expected the types of a fairseq checkpoint, got others: {reason}"
+        ) from error
+    except (RuntimeError, EOFError, OSError, KeyError) as error:
+        raise ValueError(
+            f"{path}: expected a complete fairseq checkpoint, got a damaged file ({error}); name an "
+            "older one with --restore-file"
+        ) from error
+
+
+def _check_entry(
+    path: str, entry: dict, vocabulary: dict, schedule: dict, allow_change: bool
+) -> None:
+    if entry.get("format") != _FORMAT:
+        raise ValueError(f"{path}: expected PS-KD state {_FORMAT}, got {entry.get('format')!r}")
+    if entry["vocabulary"] != vocabulary:
+        raise ValueError(
+            f"{path}: expected the dictionaries it was trained with, of {entry['vocabulary']} "
+            f"types, got {vocabulary}"
+        )
+    if _digest(entry["teacher"]) != entry["teacher_sha256"]:
+        raise ValueError(
+            f"{path}: the teacher's weights are damaged: expected SHA-256 "
+            f"{entry['teacher_sha256']}, got {_digest(entry['teacher'])}"
+        )
+    if entry["schedule"] == schedule:
+        return
+    if not allow_change:
+        raise ValueError(
+            f"{path}: expected the alpha schedule it was trained with, {entry['schedule']}, got "
+            f"{schedule}; --pskd-allow-schedule-change continues with the new one"
+        )
+    logger.warning("PS-KD: the schedule changes from %s to %s", entry["schedule"], schedule)

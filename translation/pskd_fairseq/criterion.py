@@ -1,0 +1,201 @@
+"""The fairseq criterion ``pskd``: label-smoothed cross-entropy with a teacher of one epoch ago.
+
+Shapes: B sentences, T target positions, V types in the target dictionary, N = B * T rows.
+"""
+
+import math
+from dataclasses import asdict, dataclass, field
+from typing import Optional
+
+import torch
+from fairseq import utils
+from fairseq.criterions import register_criterion
+from fairseq.criterions.label_smoothed_cross_entropy import (
+    LabelSmoothedCrossEntropyCriterion,
+    LabelSmoothedCrossEntropyCriterionConfig,
+)
+from fairseq.dataclass import ChoiceEnum
+from fairseq.logging import metrics
+from omegaconf import II
+from torch import Tensor
+
+from pskd import pskd_cross_entropy
+from pskd.schedule import SCHEDULES
+from pskd_fairseq.checkpoint import ResumePlan, check_resume
+from pskd_fairseq.epoch import AlphaSchedule, EpochState
+
+
+@dataclass
+class PSKDCriterionConfig(LabelSmoothedCrossEntropyCriterionConfig):
+    pskd_alpha_final: float = field(
+        default=0.7,
+        metadata={"help": "weight of the teacher at the end of training (alpha_T), in [0, 1]"},
+    )
+    pskd_alpha_schedule: ChoiceEnum(list(SCHEDULES)) = field(
+        default="linear",
+        metadata={"help": "how alpha grows with the epochs of --max-epoch (or, with --max-update "
+                          "alone, with the updates)"},
+    )
+    pskd_teacher: ChoiceEnum(["snapshot"]) = field(
+        default="snapshot",
+        metadata={"help": "where last epoch's predictions come from; snapshot: a frozen copy of "
+                          "the model as the last epoch ended scores the same batch"},
+    )
+    pskd_allow_schedule_change: bool = field(
+        default=False,
+        metadata={"help": "resume with another alpha, schedule or length than the checkpoint's"},
+    )
+    max_epoch: int = II("optimization.max_epoch")
+    max_update: int = II("optimization.max_update")
+    save_dir: str = II("checkpoint.save_dir")
+    restore_file: str = II("checkpoint.restore_file")
+    reset_dataloader: bool = II("checkpoint.reset_dataloader")
+    train_subset: str = II("dataset.train_subset")
+    ddp_backend: str = II("distributed_training.ddp_backend")
+    # The model to evaluate: fairseq-validate, which builds the criterion too, writes it here.
+    path: Optional[str] = II("common_eval.path")
+
+
+@register_criterion("pskd", dataclass=PSKDCriterionConfig)
+class PSKDCriterion(LabelSmoothedCrossEntropyCriterion):
+    """Cross-entropy whose target is softened by the model's own prediction of one epoch ago.
+
+    In training the loss of a token is ``(1 - alpha) * label_smoothed + alpha * CE(teacher)``, with
+    fairseq's label smoothing on the hard part. With alpha 0, in the first epoch, and in validation
+    it is `LabelSmoothedCrossEntropyCriterion` to the bit.
+    """
+
+    def __init__(
+        self,
+        cfg: PSKDCriterionConfig,
+        task,
+        sentence_avg,
+        label_smoothing,
+        ignore_prefix_size=0,
+        report_accuracy=False,
+    ):
+        super().__init__(task, sentence_avg, label_smoothing, ignore_prefix_size, report_accuracy)
+        schedule = AlphaSchedule.build(
+            str(cfg.pskd_alpha_schedule), cfg.pskd_alpha_final, cfg.max_epoch, cfg.max_update
+        )
+        if not 0.0 <= label_smoothing <= 1.0:
+            raise ValueError(f"--label-smoothing: expected a number in [0, 1], got {label_smoothing}")
+        if cfg.ddp_backend == "fully_sharded":
+            raise ValueError(
+                "--pskd-teacher snapshot copies the whole model: expected --ddp-backend "
+                "legacy_ddp or pytorch_ddp, got fully_sharded"
+            )
+        self.epoch_state = EpochState(schedule, cfg.save_dir, cfg.train_subset)
+        self._step_statistics: dict[str, Tensor] = {}
+        if cfg.path is None:
+            plan = ResumePlan(cfg.save_dir, cfg.restore_file, cfg.reset_dataloader)
+            check_resume(plan, task, asdict(schedule), cfg.pskd_allow_schedule_change)
+            self.epoch_state.attach(task)
+
+    def forward(self, model, sample, reduce=True):
+        """As `LabelSmoothedCrossEntropyCriterion.forward`, with PS-KD's sums in the log output."""
+        loss, sample_size, logging_output = super().forward(model, sample, reduce=reduce)
+        if self.training:
+            # Every rank logs the same keys in every step: fairseq concatenates them by position.
+            logging_output.update(self._step_statistics)
+        return loss, sample_size, logging_output
+
+    def compute_loss(self, model, net_output, sample, reduce=True):
+        """Return the loss that is trained and the hard NLL, sums over tokens (or (N, 1) each)."""
+        if not self.training or not self.epoch_state.active:
+            self._step_statistics = _no_statistics() if self.training else {}
+            return super().compute_loss(model, net_output, sample, reduce=reduce)
+
+        lprobs, target = self.get_lprobs_and_target(model, net_output, sample)
+        teacher_probs = self._teacher_probs(sample)
+        alpha = self.epoch_state.alpha
+        loss = pskd_cross_entropy(
+            lprobs,
+            target,
+            teacher_probs,
+            alpha,
+            ignore_index=self.padding_idx,
+            # fairseq spreads epsilon over the other V - 1 types, torch over all V.
+            label_smoothing=self.eps * lprobs.size(-1) / (lprobs.size(-1) - 1),
+            reduction="sum" if reduce else "none",
+        )
+        pad_mask = target.eq(self.padding_idx)
+        nll_loss = -lprobs.gather(1, target[:, None]).masked_fill(pad_mask[:, None], 0.0)
+        self._step_statistics = _statistics(lprobs.detach(), teacher_probs, target, pad_mask, alpha)
+        return (loss, nll_loss.sum()) if reduce else (loss[:, None], nll_loss)
+
+    @torch.no_grad()
+    def _teacher_probs(self, sample) -> Tensor:
+        """Return the teacher's distribution on the batch, (N, V) float32.
+
+        The teacher is in eval mode, so it draws no random number and the student's dropout is the
+        same with and without it.
+        """
+        teacher = self.epoch_state.teacher.model
+        net_output = teacher(**sample["net_input"])
+        lprobs, _ = self.get_lprobs_and_target(teacher, net_output, sample)
+        return lprobs.exp_()
+
+    @classmethod
+    def reduce_metrics(cls, logging_outputs) -> None:
+        """Aggregate the log outputs; the teacher's NLL is in bits, as fairseq's ``nll_loss``."""
+        super().reduce_metrics(logging_outputs)
+        if not logging_outputs or "pskd_tokens" not in logging_outputs[0]:
+            return
+        total = {key: utils.item(sum(log[key] for log in logging_outputs)) for key in _STATISTICS}
+        tokens, error = total["pskd_tokens"], total["pskd_student_error"]
+        if tokens == 0:  # no teacher yet
+            metrics.log_scalar("alpha", 0.0, 1, round=4)
+            return
+        metrics.log_scalar("alpha", total["pskd_alpha"] / tokens, tokens, round=4)
+        metrics.log_scalar(
+            "teacher_nll", total["pskd_teacher_nll"] / tokens / math.log(2), tokens, round=3
+        )
+        metrics.log_scalar("teacher_agreement", total["pskd_agree"] / tokens, tokens, round=4)
+        metrics.log_scalar(
+            "gradient_rescaling", 1.0 - total["pskd_teacher_error"] / error, error, round=4
+        )
+
+
+_STATISTICS = (
+    "pskd_tokens",
+    "pskd_alpha",
+    "pskd_teacher_nll",
+    "pskd_agree",
+    "pskd_student_error",
+    "pskd_teacher_error",
+)
+
+
+def _no_statistics() -> dict[str, float]:
+    return dict.fromkeys(_STATISTICS, 0.0)
+
+
+def _statistics(
+    lprobs: Tensor, teacher_probs: Tensor, target: Tensor, pad_mask: Tensor, alpha: float
+) -> dict[str, Tensor]:
+    """Return what one step adds to the log, as sums over tokens, so that ranks can be summed.
+
+    The mean gradient rescaling weights each token by its plain gradient on the label's logit,
+    1 - p[y]: the factor itself divides by it and has no finite mean over well-learned tokens.
+
+    Args:
+        lprobs: (N, V) the student's log-probabilities.
+        teacher_probs: (N, V) the teacher's distribution.
+        target: (N,) labels; rows of ``pad_mask`` (N,) are not counted.
+        alpha: weight of the teacher.
+    """
+    keep = ~pad_mask
+    student_at_label = lprobs.gather(1, target[:, None]).squeeze(1)[keep].exp()
+    teacher_at_label = teacher_probs.gather(1, target[:, None]).squeeze(1)[keep]
+    agree = lprobs.argmax(1).eq(teacher_probs.argmax(1))[keep]
+    tokens = keep.sum()
+    sums = (
+        tokens,
+        alpha * tokens,
+        -teacher_at_label.log().sum(),
+        agree.sum(),
+        (1.0 - student_at_label).sum(),
+        alpha * (1.0 - teacher_at_label).sum(),
+    )
+    return dict(zip(_STATISTICS, (value.float() for value in sums), strict=True))

@@ -1,0 +1,154 @@
+"""Where alpha is set and the teacher refreshed: the one file that learns that an epoch began.
+
+fairseq tells a criterion nothing of epochs or updates, but its trainer calls the task:
+``begin_epoch`` at the start of every epoch and once more after a resume in the middle of one,
+``train_step`` for every micro-batch, ``get_checkpoint_dict`` and ``set_checkpoint_dict`` around a
+checkpoint. These four are extended on the task's instance; any task keeps its class and its own
+versions, which are called first.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import asdict, dataclass
+
+from fairseq.models import BaseFairseqModel
+from fairseq.tasks import FairseqTask
+
+from pskd import SnapshotTeacher
+from pskd.schedule import SCHEDULES, check_alpha
+from pskd_fairseq import checkpoint
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class AlphaSchedule:
+    """Alpha as a function of the epoch, or of the update where only their number is known.
+
+    Attributes:
+        name: ``linear``, ``constant`` or ``cosine``.
+        alpha_final: alpha at the end of training, in [0, 1].
+        unit: what progress is counted in, ``epoch`` or ``update``.
+        total: the number of those in the whole training.
+    """
+
+    name: str
+    alpha_final: float
+    unit: str
+    total: int
+
+    @classmethod
+    def build(cls, name: str, alpha_final: float, max_epoch: int, max_update: int):
+        """Choose the unit of progress from fairseq's two limits, of which 0 means none.
+
+        Raises:
+            ValueError: if alpha is no weight or training has no end to make progress towards.
+        """
+        check_alpha(alpha_final, "--pskd-alpha-final")
+        if max_epoch > 0:
+            return cls(name, alpha_final, "epoch", max_epoch)
+        if max_update > 0:
+            return cls(name, alpha_final, "update", max_update)
+        raise ValueError(
+            "PS-KD grows alpha towards the end of training: expected --max-epoch or --max-update, "
+            f"got --max-epoch {max_epoch} --max-update {max_update} (no end)"
+        )
+
+    def alpha(self, progress: int) -> float:
+        """Return alpha for an epoch or update, counted from 1; past the end it stays final."""
+        # A finished run that is started again makes one more step before fairseq stops it.
+        return SCHEDULES[self.name](min(progress, self.total), self.total, self.alpha_final)
+
+
+class EpochState:
+    """The alpha and the teacher of the running epoch, kept true by the task's own calls."""
+
+    def __init__(self, schedule: AlphaSchedule, save_dir: str, train_subset: str) -> None:
+        self.schedule = schedule
+        self.teacher = SnapshotTeacher()
+        self.alpha = 0.0
+        self._epoch = 0
+        self._save_dir = save_dir
+        self._train_subset = train_subset
+        self._restored: dict | None = None
+
+    def attach(self, task: FairseqTask) -> None:
+        """Let the task's calls from fairseq's trainer reach this object."""
+        extend = _Extension(task)
+        extend.after("begin_epoch", self._begin_epoch)
+        extend.after("set_checkpoint_dict", self._set_checkpoint_dict)
+        extend.before("train_step", self._before_train_step)
+        original = getattr(task, "get_checkpoint_dict", dict)
+        task.get_checkpoint_dict = lambda: self._get_checkpoint_dict(task, original())
+
+    @property
+    def active(self) -> bool:
+        """Whether this step has a teacher to learn from."""
+        return self.teacher.available and self.alpha > 0.0
+
+    def _begin_epoch(self, epoch: int, model: BaseFairseqModel) -> None:
+        restored, self._restored = self._restored, None
+        self._epoch = epoch
+        if self.schedule.unit == "epoch":
+            self.alpha = self.schedule.alpha(epoch)
+        if self.schedule.alpha_final == 0.0:
+            return
+        if restored is not None and restored["epoch"] == epoch:
+            # In the middle of an epoch the model is no longer the one that ended the last.
+            self.teacher.load_state_dict(restored["teacher"], student=model)
+            logger.info("PS-KD: restored the teacher of epoch %d", epoch)
+        elif epoch > 1:
+            self.teacher.refresh(model)
+
+    def _before_train_step(
+        self, sample, model, criterion, optimizer, update_num, ignore_grad=False, **_
+    ) -> None:
+        if self.schedule.unit == "update":
+            self.alpha = self.schedule.alpha(update_num + 1)
+
+    def _get_checkpoint_dict(self, task: FairseqTask, state: dict) -> dict:
+        checkpoint.check_free_space(self._save_dir)
+        at_end = self._at_end_of_epoch(task)
+        entry = checkpoint.make_entry(
+            epoch=self._epoch,
+            schedule=asdict(self.schedule),
+            vocabulary=checkpoint.vocabulary_sizes(task),
+            # At an epoch's end the model in the checkpoint is the next teacher.
+            teacher={"model": None} if at_end else self.teacher.state_dict(),
+        )
+        return checkpoint.with_entry(state, task, entry)
+
+    def _set_checkpoint_dict(self, state: dict) -> None:
+        self._restored = state.get(checkpoint.ENTRY)
+
+    def _at_end_of_epoch(self, task: FairseqTask) -> bool:
+        # Sharded data has no cached iterator; the teacher is then always saved.
+        iterator = task.dataset_to_epoch_iter.get(task.dataset(self._train_subset))
+        return iterator is not None and iterator.end_of_epoch()
+
+
+class _Extension:
+    """Calls a function before or after a method of one object, and keeps the method's result."""
+
+    def __init__(self, owner: object) -> None:
+        self._owner = owner
+
+    def before(self, name: str, function) -> None:
+        original = getattr(self._owner, name)
+
+        def extended(*args, **kwargs):
+            function(*args, **kwargs)
+            return original(*args, **kwargs)
+
+        setattr(self._owner, name, extended)
+
+    def after(self, name: str, function) -> None:
+        original = getattr(self._owner, name, lambda *args, **kwargs: None)
+
+        def extended(*args, **kwargs):
+            result = original(*args, **kwargs)
+            function(*args, **kwargs)
+            return result
+
+        setattr(self._owner, name, extended)
