@@ -4,7 +4,7 @@ The core needs torch and numpy only. The adapters are packages of their own: ``p
 (machine translation).
 """
 
-from pskd.loss import gradient_rescaling, pskd_cross_entropy
+from pskd.loss import PSKDStats, gradient_rescaling, pskd_cross_entropy
 from pskd.schedule import constant_alpha, cosine_alpha, linear_alpha
 from pskd.targets import TopK, mix_targets
 from pskd.teacher import SnapshotTeacher
@@ -12,6 +12,7 @@ from pskd.teacher import SnapshotTeacher
 __version__ = "0.1.0"
 
 __all__ = [
+    "PSKDStats",
     "SnapshotTeacher",
     "TopK",
     "constant_alpha",

@@ -10,7 +10,6 @@ its label. Half precision is computed in float32, everything that is summed in f
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,35 +28,40 @@ __all__ = [
     "risk_coverage_curve",
 ]
 
+Array = Tensor | np.ndarray
+
 # A float16 or bfloat16 softmax sums to 1 within half a unit in the last place (up to 0.002), plus,
 # over a large vocabulary, what its smallest entries lost. Logits and log-probabilities lie far off.
 _ROW_SUM_TOLERANCE = 0.01
 
 
-def _as_tensor(name: str, values) -> Tensor:
+def _as_tensor(name: str, values: Array) -> Tensor:
     """Return ``values`` as a detached tensor of real numbers, on the device where they are."""
     if not isinstance(values, Tensor):
         array = np.asarray(values)
         if array.dtype.kind not in "fiub":
             raise ValueError(f"{name}: expected real numbers, got dtype {array.dtype}")
-        values = torch.tensor(array.tolist() if array.dtype.itemsize > 8 else array.copy())
+        native = np.float64 if array.dtype.itemsize > 8 else array.dtype.newbyteorder("=")
+        values = torch.from_numpy(np.require(array, native, ["C", "W"]))
     if values.is_complex():
         raise ValueError(f"{name}: expected real numbers, got dtype {values.dtype}")
     return values.detach()
-
-
-def _as_float(name: str, values) -> Tensor:
-    """Return ``values`` in the precision that is computed in: float64 kept, halves to float32."""
-    values = _as_tensor(name, values)
-    if not values.is_floating_point():
-        return values.double()
-    return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 def _check_vector(name: str, values: Tensor, rows: int | None = None) -> None:
     if values.dim() != 1 or rows not in (None, values.size(0)):
         expected = "(N,)" if rows is None else f"({rows},)"
         raise ValueError(f"{name}: expected shape {expected}, got {tuple(values.shape)}")
+
+
+def _float_rows(name: str, values: Array, rows: int | None = None) -> np.ndarray:
+    """Return a vector in the precision that is computed in: float64 kept, halves to float32."""
+    values = _as_tensor(name, values)
+    _check_vector(name, values, rows)
+    # First to the CPU: not every device has float64.
+    values = values.cpu()
+    exact = torch.promote_types(values.dtype, torch.float32)
+    return values.to(exact if values.is_floating_point() else torch.float64).numpy()
 
 
 def _check_not_empty(count: int) -> None:
@@ -88,7 +92,7 @@ def _check_probs(probs: Tensor) -> None:
     totals = probs.sum(dim=1, dtype=torch.promote_types(probs.dtype, torch.float32))
     worst = totals[(totals - 1.0).abs().argmax()]
     low, high = probs.aminmax()
-    low, high, worst = torch.stack([low.double(), high.double(), worst.double()]).tolist()
+    low, high, worst = torch.stack([low.to(worst.dtype), high.to(worst.dtype), worst]).tolist()
     if not (low >= 0.0 and high <= 1.0):  # also true of NaN
         raise ValueError(f"probs: expected values in [0, 1], got values in [{low:g}, {high:g}]")
     if abs(worst - 1.0) > _ROW_SUM_TOLERANCE:
@@ -110,7 +114,7 @@ def _check_target(target: Tensor, rows: int, classes: int) -> Tensor:
     return target
 
 
-def _check_pair(probs, target) -> tuple[Tensor, Tensor]:
+def _check_pair(probs: Array, target: Array) -> tuple[Tensor, Tensor]:
     """Return probabilities (N, C) and int64 labels (N,) on the device of the probabilities."""
     probs = _as_tensor("probs", probs)
     _check_probs(probs)
@@ -119,32 +123,33 @@ def _check_pair(probs, target) -> tuple[Tensor, Tensor]:
 
 
 def _label_nll(probs: Tensor, target: Tensor) -> Tensor:
-    """Return -ln of the label's probability, (N,) float64."""
-    return -probs.gather(1, target[:, None]).squeeze(1).double().log()
+    """Return -ln of the label's probability, (N,) float64 on the CPU."""
+    return -probs.gather(1, target[:, None]).squeeze(1).cpu().double().log()
 
 
-def _top1(probs: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+def _top1(probs: Tensor, target: Tensor) -> tuple[np.ndarray, np.ndarray]:
     """Return the confidence (N,) and whether the prediction is the label (N,)."""
     confidence, predicted = probs.max(dim=1)
-    return _as_float("probs", confidence), predicted == target
+    return _float_rows("probs", confidence), (predicted == target).cpu().numpy()
 
 
-def _confidence_rows(confidence, correct, *, unit_range: bool) -> tuple[np.ndarray, np.ndarray]:
+def _confidence_rows(
+    confidence: Array, correct: Array, *, unit_range: bool
+) -> tuple[np.ndarray, np.ndarray]:
     """Return a confidence (N,) float and a correct (N,) bool array, checked."""
-    confidence, correct = _as_float("confidence", confidence), _as_tensor("correct", correct)
-    _check_vector("confidence", confidence)
-    confidence = confidence.cpu().numpy()
+    confidence = _float_rows("confidence", confidence)
+    correct = _correct_rows(correct, len(confidence))
+    if np.isnan(confidence).any():
+        raise ValueError("confidence: expected numbers, got NaN")
     if unit_range and not np.all((confidence >= 0.0) & (confidence <= 1.0)):
         raise ValueError(
             "confidence: expected values in [0, 1], got values in "
             f"[{confidence.min():g}, {confidence.max():g}]"
         )
-    if np.isnan(confidence).any():
-        raise ValueError("confidence: expected numbers, got NaN")
-    return confidence, _correct_rows(correct, len(confidence))
+    return confidence, correct
 
 
-def _correct_rows(correct, rows: int | None = None) -> np.ndarray:
+def _correct_rows(correct: Array, rows: int | None = None) -> np.ndarray:
     correct = _as_tensor("correct", correct)
     _check_vector("correct", correct, rows)
     if correct.dtype != torch.bool:
@@ -231,7 +236,7 @@ def _fill_bins(confidence: np.ndarray, correct: np.ndarray, bins: int) -> Reliab
     )
 
 
-def reliability_bins(confidence, correct, *, bins: int = 15) -> ReliabilityBins:
+def reliability_bins(confidence: Array, correct: Array, *, bins: int = 15) -> ReliabilityBins:
     """Sort rows into equal-width confidence bins (lo, hi].
 
     Row i enters bin ``max(ceil(confidence[i] * bins) - 1, 0)``: 1.0 the last, 0.0 the first.
@@ -254,7 +259,7 @@ def reliability_bins(confidence, correct, *, bins: int = 15) -> ReliabilityBins:
     return _fill_bins(*_confidence_rows(confidence, correct, unit_range=True), bins)
 
 
-def negative_log_likelihood(probs, target) -> float:
+def negative_log_likelihood(probs: Array, target: Array) -> float:
     """How surprised the model is, on average, by the labels.
 
     Equals ``-probs[arange(N), target].log().mean()``. A label of probability 0 gives ``inf``, and
@@ -278,7 +283,7 @@ def negative_log_likelihood(probs, target) -> float:
     return float(_label_nll(probs, target).mean())
 
 
-def expected_calibration_error(probs, target, *, bins: int = 15) -> float:
+def expected_calibration_error(probs: Array, target: Array, *, bins: int = 15) -> float:
     """By how much the confidence misses the accuracy, on average over the rows' bins.
 
     Equals ``sum(n_b / N * |accuracy_b - confidence_b|)`` over equal-width bins (lo, hi] of the
@@ -296,15 +301,13 @@ def expected_calibration_error(probs, target, *, bins: int = 15) -> float:
     Raises:
         ValueError: as `negative_log_likelihood`, and ``bins`` below 1.
 
-    Source: Guo et al. 2017, equation 3 (top-1, L1).
+    Source: Guo et al. 2017, section 2 (top-1, L1); Kim et al. 2021 report it.
     """
     bins = _check_bins(bins)
-    confidence, correct = _top1(*_check_pair(probs, target))
-    filled = _fill_bins(confidence.cpu().numpy(), correct.cpu().numpy(), bins)
-    return filled.expected_calibration_error
+    return _fill_bins(*_top1(*_check_pair(probs, target)), bins).expected_calibration_error
 
 
-def risk_coverage_curve(confidence, correct) -> tuple[np.ndarray, np.ndarray]:
+def risk_coverage_curve(confidence: Array, correct: Array) -> tuple[np.ndarray, np.ndarray]:
     """The error rate among the most confident rows, at every number of rows kept.
 
     Without ties equals ``coverage = arange(1, N + 1) / N`` and ``risk = cumsum(~correct[order]) /
@@ -324,7 +327,7 @@ def risk_coverage_curve(confidence, correct) -> tuple[np.ndarray, np.ndarray]:
         ValueError: shapes that do not match, NaN, ``correct`` other than 0 and 1, no row at all.
 
     Source: Geifman & El-Yaniv 2019, "Bias-Reduced Uncertainty Estimation for Deep Neural
-    Classifiers", section 3.
+    Classifiers".
     """
     confidence, correct = _confidence_rows(confidence, correct, unit_range=False)
     _check_not_empty(len(confidence))
@@ -337,7 +340,7 @@ def risk_coverage_curve(confidence, correct) -> tuple[np.ndarray, np.ndarray]:
     return kept / len(kept), even / kept
 
 
-def optimal_risk_coverage_curve(correct) -> tuple[np.ndarray, np.ndarray]:
+def optimal_risk_coverage_curve(correct: Array) -> tuple[np.ndarray, np.ndarray]:
     """The curve of a confidence that ranks every correct row above every wrong one.
 
     Equals ``risk_coverage_curve(correct, correct)``.
@@ -351,7 +354,7 @@ def optimal_risk_coverage_curve(correct) -> tuple[np.ndarray, np.ndarray]:
     Raises:
         ValueError: ``correct`` is no vector or other than 0 and 1, no row at all.
 
-    Source: Geifman & El-Yaniv 2019, section 3.
+    Source: Geifman & El-Yaniv 2019.
     """
     correct = _correct_rows(correct)
     _check_not_empty(len(correct))
@@ -359,7 +362,7 @@ def optimal_risk_coverage_curve(correct) -> tuple[np.ndarray, np.ndarray]:
     return kept / len(kept), np.maximum(kept - np.count_nonzero(correct), 0) / kept
 
 
-def aurc(confidence, correct) -> float:
+def aurc(confidence: Array, correct: Array) -> float:
     """Area under the risk-coverage curve: how badly confidence ranks, and how many rows are wrong.
 
     Equals ``risk_coverage_curve(confidence, correct)[1].mean()``, the mean over all N coverages.
@@ -377,12 +380,12 @@ def aurc(confidence, correct) -> float:
     Raises:
         ValueError: as `risk_coverage_curve`.
 
-    Source: Geifman & El-Yaniv 2019, section 3; Kim et al. 2021, section 4.
+    Source: Geifman & El-Yaniv 2019; Kim et al. 2021 report it.
     """
     return float(risk_coverage_curve(confidence, correct)[1].mean())
 
 
-def excess_aurc(confidence, correct) -> float:
+def excess_aurc(confidence: Array, correct: Array) -> float:
     """E-AURC: the part of the AURC that a better ranking of the same predictions would remove.
 
     Equals ``aurc(confidence, correct) - aurc(correct, correct)``. The optimum is that of these N
@@ -398,10 +401,13 @@ def excess_aurc(confidence, correct) -> float:
     Raises:
         ValueError: as `risk_coverage_curve`.
 
-    Source: Geifman & El-Yaniv 2019, section 3; Kim et al. 2021, section 4.
+    Source: Geifman & El-Yaniv 2019; Kim et al. 2021 report it.
     """
-    area = aurc(confidence, correct)
-    return area - float(optimal_risk_coverage_curve(correct)[1].mean())
+    return aurc(confidence, correct) - _optimal_aurc(correct)
+
+
+def _optimal_aurc(correct: Array) -> float:
+    return float(optimal_risk_coverage_curve(correct)[1].mean())
 
 
 def _joined(parts: list[np.ndarray]) -> np.ndarray:
@@ -426,7 +432,7 @@ class ConfidenceAccumulator:
     """
 
     def __init__(self, *, bins: int = 15) -> None:
-        self.bins = ReliabilityBins.empty(bins)
+        self._bins = ReliabilityBins.empty(bins)
         self._nll_sum = 0.0
         # An empty float32 part in front, so that there is always something to join.
         self._confidence = [np.empty(0, np.float32)]
@@ -435,7 +441,7 @@ class ConfidenceAccumulator:
     @property
     def count(self) -> int:
         """The number of rows so far."""
-        return int(self.bins.count.sum())
+        return int(self._bins.count.sum())
 
     @property
     def confidence(self) -> np.ndarray:
@@ -447,7 +453,12 @@ class ConfidenceAccumulator:
         """Whether each row so far is correct, (N,) bool."""
         return _joined(self._correct)
 
-    def update(self, probs, target) -> None:
+    @property
+    def bins(self) -> ReliabilityBins:
+        """The confidence bins of all rows so far."""
+        return self._bins
+
+    def update(self, probs: Array, target: Array) -> None:
         """Add a batch of predictions; a batch without rows adds nothing.
 
         Only vectors of N values leave the device of ``probs``.
@@ -460,11 +471,9 @@ class ConfidenceAccumulator:
             ValueError: as `negative_log_likelihood`, save that N may be 0.
         """
         probs, target = _check_pair(probs, target)
-        confidence, correct = _top1(probs, target)
-        nll_sum = float(_label_nll(probs, target).sum())
-        self._add(confidence.cpu().numpy(), correct.cpu().numpy(), nll_sum)
+        self._add(*_top1(probs, target), float(_label_nll(probs, target).sum()))
 
-    def update_from(self, confidence, correct, nll) -> None:
+    def update_from(self, confidence: Array, correct: Array, nll: Array) -> None:
         """Add a batch whose probabilities are gone; a batch without rows adds nothing.
 
         Equals ``update(probs, target)`` for ``confidence = probs.max(1).values``,
@@ -480,17 +489,16 @@ class ConfidenceAccumulator:
                 other than 0 and 1, ``nll`` negative or NaN.
         """
         confidence, correct = _confidence_rows(confidence, correct, unit_range=True)
-        nll = _as_float("nll", nll)
-        _check_vector("nll", nll, len(confidence))
-        nll = nll.cpu().double().numpy()
+        nll = _float_rows("nll", nll, len(confidence))
         if not np.all(nll >= 0.0):
             raise ValueError(f"nll: expected values of at least 0, got {nll.min():g}")
-        self._add(confidence, correct, float(nll.sum()))
+        # Copies, because the caller may fill the same buffers with the next batch.
+        self._add(confidence.copy(), correct.copy(), float(nll.sum(dtype=np.float64)))
 
     def _add(self, confidence: np.ndarray, correct: np.ndarray, nll_sum: float) -> None:
         if len(confidence) == 0:
             return
-        self.bins = self.bins + _fill_bins(confidence, correct, len(self.bins.count))
+        self._bins = self._bins + _fill_bins(confidence, correct, len(self._bins.count))
         self._nll_sum += nll_sum
         self._confidence.append(confidence)
         self._correct.append(correct)
@@ -506,12 +514,13 @@ class ConfidenceAccumulator:
             ValueError: there was no row yet.
         """
         _check_not_empty(self.count)
-        confidence, correct = self.confidence, self.correct
+        correct = self.correct
+        area = aurc(self.confidence, correct)
         return {
             "nll": self._nll_sum / self.count,
-            "ece": self.bins.expected_calibration_error,
-            "aurc": aurc(confidence, correct),
-            "e_aurc": excess_aurc(confidence, correct),
+            "ece": self._bins.expected_calibration_error,
+            "aurc": area,
+            "e_aurc": area - _optimal_aurc(correct),
             "accuracy": float(correct.mean()),
             "count": self.count,
         }

@@ -20,7 +20,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from types import MappingProxyType
 from typing import IO
@@ -66,20 +66,41 @@ PACKAGES: Mapping[str, str] = MappingProxyType(
 
 _BUILD_TOOLS = "pip install torch numpy cython 'setuptools<82' wheel"
 _FAIRSEQ = f"{_BUILD_TOOLS} && pip install --no-build-isolation fairseq-fixed==0.12.3.1"
-_REBUILD_FAIRSEQ = (
-    f"{_BUILD_TOOLS} && pip install --no-build-isolation --no-cache-dir --no-deps "
-    "--force-reinstall fairseq-fixed==0.12.3.1"
+# Uninstalled first and not forced: a forced installation would replace torch and numpy, too.
+# No cache where a build is at fault, since pip keeps the wheel that it once built.
+_REBUILD_FAIRSEQ = "pip uninstall -y fairseq-fixed && " + _FAIRSEQ.replace(
+    "--no-build-isolation", "--no-build-isolation --no-cache-dir"
 )
-_REPLACE_FAIRSEQ = f"pip uninstall -y fairseq && {_REBUILD_FAIRSEQ}"
+_REPLACE_FAIRSEQ = f"pip uninstall -y fairseq fairseq-fixed && {_FAIRSEQ}"
 _DETECTRON2 = (
     "pip install --no-build-isolation 'git+https://github.com/facebookresearch/detectron2.git'"
 )
-_REBUILD_DETECTRON2 = _DETECTRON2.replace(
-    "install", "install --no-cache-dir --no-deps --force-reinstall", 1
+_REBUILD_DETECTRON2 = "pip uninstall -y detectron2 && " + _DETECTRON2.replace(
+    "--no-build-isolation", "--no-build-isolation --no-cache-dir"
 )
-_TORCH_PAIR = "pip install --force-reinstall torch torchvision"
+_TORCH_PAIR = "pip uninstall -y torch torchvision && pip install torch torchvision"
 _CONFIG_PAIR = "pip install 'hydra-core==1.3.2' 'omegaconf==2.3.0'"
+_SETUPTOOLS = "pip install 'setuptools<82'"
 _PSKD = "pip install --no-deps --force-reinstall .  # in a checkout of pskd"
+
+# Modules that frameworks import -> what brings them. A list, since advice to install whatever name
+# an error mentions could name a stranger's package.
+_SAME_NAME = (
+    "bitarray cffi cloudpickle fvcore iopath matplotlib pycocotools regex tabulate termcolor "
+    "torchaudio torchvision tqdm yacs"
+)
+_DEPENDENCIES: Mapping[str, str] = MappingProxyType(
+    {name: f"pip install {name}" for name in _SAME_NAME.split()}
+    | {
+        "PIL": "pip install pillow",
+        "cv2": "pip install opencv-python",
+        "hydra": _CONFIG_PAIR,
+        "omegaconf": _CONFIG_PAIR,
+        "pkg_resources": _SETUPTOOLS,
+        "sklearn": "pip install scikit-learn",
+        "yaml": "pip install PyYAML",
+    }
+)
 
 
 # -- What is known about an environment ------------------------------------------------------------
@@ -204,12 +225,12 @@ def release(version: str) -> tuple[int, ...]:
     compares rightly with any tuple that does not end in 0.
 
     Raises:
-        ValueError: if ``version`` does not begin with a release.
+        ValueError: if ``version`` does not begin with a release, or has an epoch (``1!2.0``).
     """
-    match = re.match(r"v?(?:\d+!)?(\d+(?:\.\d+)*)(?![\d.]*!)", version)
-    if match is None:
-        raise ValueError(f"version: expected one that begins with a number, got {version!r}")
-    return tuple(int(number) for number in match.group(1).split("."))
+    match = re.match(r"\d+(?:\.\d+)*", version)
+    if match is None or "!" in version:
+        raise ValueError(f"version: expected one that begins with a release, got {version!r}")
+    return tuple(int(number) for number in match.group().split("."))
 
 
 def _release_or_none(version: str | None) -> tuple[int, ...] | None:
@@ -280,7 +301,7 @@ if "pskd" not in CRITERION_REGISTRY:
 """
 
 _TRY_TORCHVISION = """
-import torch, torchvision
+import torchvision, torch
 boxes, scores = torch.tensor([[0.0, 0.0, 2.0, 2.0], [0.0, 0.0, 2.0, 1.9]]), torch.tensor([0.9, 0.8])
 if torchvision.ops.nms(boxes, scores, 0.5).tolist() != [0]:
     raise RuntimeError("nms kept a box that it should have dropped")
@@ -289,7 +310,7 @@ import torchvision.models.detection
 """
 
 _TRY_PYCOCOTOOLS = """
-import numpy, pycocotools.mask
+import pycocotools.mask, numpy
 mask = numpy.asfortranarray(numpy.eye(3, dtype=numpy.uint8))
 if int(pycocotools.mask.area(pycocotools.mask.encode(mask))) != 3:
     raise RuntimeError("a mask of 3 pixels was measured wrongly")
@@ -373,6 +394,13 @@ STEPS: Mapping[str, Mapping[str, _Step]] = MappingProxyType(
                 "pip install --no-cache-dir --no-deps --force-reinstall 'pycocotools>=2.0.8'",
                 framework="pycocotools",
             ),
+            "detectron2": _Step(
+                "import detectron2, detectron2.engine",
+                "Detectron2 does not load: {error}",
+                _REBUILD_DETECTRON2,
+                framework="detectron2",
+                needs="torchvision",
+            ),
             "detectron2._C": _Step(
                 "import torch, detectron2._C",
                 "Detectron2's compiled operators do not load, as in its source folder or after "
@@ -380,13 +408,6 @@ STEPS: Mapping[str, Mapping[str, _Step]] = MappingProxyType(
                 _REBUILD_DETECTRON2,
                 framework="detectron2",
                 needs="detectron2",
-            ),
-            "detectron2": _Step(
-                "import detectron2, detectron2.engine",
-                "Detectron2 does not load: {error}",
-                _REBUILD_DETECTRON2,
-                framework="detectron2",
-                needs="torchvision",
             ),
             "pskd_torchvision": _Step(
                 "import pskd_torchvision",
@@ -468,7 +489,7 @@ def _present(env: Environment, part: str) -> bool:
     return not ways or any(_installed(env, w.framework) and not env.lacks(w.adapter) for w in ways)
 
 
-# -- Rules: each a pure function from an environment to findings ------------------------------------
+# -- Rules: each a pure function from an environment to findings -----------------------------------
 
 
 def _torch_is_too_old(env: Environment) -> list[Finding]:
@@ -557,7 +578,7 @@ def _pkg_resources_is_gone(env: Environment) -> list[Finding]:
         f"setuptools ({env.versions.get('setuptools', 'not installed')}) brings no pkg_resources, "
         "which detectron2.model_zoo imports; the rest of Detectron2 does without."
     )
-    return [Finding("warning", "detection", message, "pip install 'setuptools<82'")]
+    return [Finding("warning", "detection", message, _SETUPTOOLS)]
 
 
 def _fairseq_checkpoints(env: Environment) -> list[Finding]:
@@ -575,7 +596,9 @@ def _fairseq_checkpoints(env: Environment) -> list[Finding]:
 
 def _probes_did_not_finish(env: Environment) -> list[Finding]:
     return [
-        Finding("error", part, f"Trying this part {probe.failure}.", f"pskd doctor {part}")
+        Finding(
+            "error", part, f"Trying this part {probe.failure}.", f"pskd doctor {part} --timeout 600"
+        )
         for part, probe in env.probes.items()
         if probe.failure
     ]
@@ -586,16 +609,26 @@ def _steps_failed(env: Environment) -> list[Finding]:
     for part, probe in env.probes.items():
         for name, attempt in probe.attempts.items():
             step = STEPS[part][name]
-            moot = bool(step.framework) and not _installed(env, step.framework)
-            explained = bool(step.needs) and _is_failure(env.attempt(step.needs))
-            if not attempt.ok and not moot and not explained and not _is_absent(env, name):
+            explained = bool(step.needs) and _counts_as_failure(env, part, step.needs)
+            if _counts_as_failure(env, part, name) and not explained:
                 message = step.problem.format(error=attempt.detail, **_versions_by_name(env))
-                found.append(Finding("error", part, message, step.mend))
+                found.append(Finding("error", part, message, _mend(step, attempt.detail)))
     return found
 
 
-def _is_failure(attempt: Attempt | None) -> bool:
-    return attempt is not None and not attempt.ok
+def _counts_as_failure(env: Environment, part: str, name: str) -> bool:
+    """Whether a step failed, and not for want of a framework or adapter that may be absent."""
+    attempt, framework = env.attempt(name), STEPS[part][name].framework
+    if attempt is None or attempt.ok or _is_absent(env, name):
+        return False
+    return not framework or _installed(env, framework)
+
+
+def _mend(step: _Step, error: str) -> str:
+    missing = re.search(r"No module named '(\w+)", error)
+    if missing is None or missing.group(1) == step.framework:
+        return step.mend
+    return _DEPENDENCIES.get(missing.group(1), step.mend)
 
 
 def _is_absent(env: Environment, name: str) -> bool:
@@ -620,16 +653,21 @@ def _parts_are_absent(env: Environment) -> list[Finding]:
                     Finding(severity, part, f"{way.packages[0]} is not installed.", way.install)
                 )
             elif env.lacks(way.adapter):
-                message = f"{way.framework} is installed, but not pskd's own {way.adapter}."
+                message = (
+                    f"{way.framework} is there, but this installation of pskd has no {way.adapter}."
+                )
                 worse = "warning" if severity == "note" else severity
                 found.append(Finding(worse, part, message, _PSKD))
     return found
 
 
 def _detectron2_is_absent(env: Environment) -> Finding:
-    works = env.worked("torchvision") and env.worked("pskd_torchvision")
-    other = "the torchvision adapter works" if works else "the torchvision adapter does not work"
-    return Finding("warning", "detection", f"Detectron2 is absent; {other}.", _DETECTRON2)
+    if env.worked("torchvision") and env.worked("pskd_torchvision"):
+        other = "works"
+    else:
+        other = "does not work either" if _present(env, "detection") else "is not there either"
+    message = f"Detectron2 is absent; the torchvision adapter {other}."
+    return Finding("warning", "detection", message, _DETECTRON2)
 
 
 #: In the order of mending: what a later rule finds may be explained by an earlier one.
@@ -655,17 +693,21 @@ def diagnose(env: Environment) -> Report:
         env: what `gather` returned, or one made by hand.
 
     Returns:
-        The state of each part under check and what was found about it.
+        The state of each part under check and what was found about it. What is wrong with a part
+        that is absent is an error only where that part was asked for, and else a warning.
     """
+    absent = {part for part in env.probes if not _present(env, part)}
     found = [finding for rule in RULES for finding in rule(env) if finding.part in env.probes]
+    found = [_softened(f) if f.part in absent - env.asked else f for f in found]
     found.sort(key=lambda finding: SEVERITIES.index(finding.severity))
-    wrong = {finding.part for finding in found if finding.severity == "error"}
-    parts = {}
-    for part in env.probes:
-        state = "broken" if part in wrong else "works"
-        # A way that is not there is "absent", whether or not that is an error.
-        parts[part] = state if _present(env, part) else "absent"
-    return Report(env, parts, tuple(found))
+    broken = {finding.part for finding in found if finding.severity == "error"} - absent
+    states = dict.fromkeys(env.probes, "works")
+    states |= dict.fromkeys(broken, "broken") | dict.fromkeys(absent, "absent")
+    return Report(env, states, tuple(found))
+
+
+def _softened(finding: Finding) -> Finding:
+    return replace(finding, severity="warning") if finding.severity == "error" else finding
 
 
 # -- Gathering -------------------------------------------------------------------------------------
@@ -749,7 +791,7 @@ def _describe_end(status: int) -> str:
 def _read_reports(text: str) -> tuple[dict[str, Attempt], str]:
     """Return the attempts that were finished, and the name of the one that was not, if any."""
     attempts, current = {}, ""
-    for line in text.splitlines():
+    for line in text.split("\n")[:-1]:  # after the last newline: a line that was cut off
         name, state, detail = json.loads(line)
         current = name if state == "started" else ""
         if not current:

@@ -13,7 +13,7 @@ statistics of the student enter, so neither a one-hot nor a mixture is built.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,95 +22,117 @@ from torch.autograd.function import once_differentiable
 
 from pskd.targets import TopK, check_rows, check_weights
 
-__all__ = ["gradient_rescaling", "pskd_cross_entropy"]
+__all__ = ["PSKDStats", "gradient_rescaling", "pskd_cross_entropy"]
 
-# Rows are worked on in chunks of about this many logits (float32: 2 MiB), so that the passes over
-# a chunk find it in cache and the temporaries stay far below the size of the logits.
-_CHUNK_ELEMENTS = 1 << 19
+# Rows are worked on in chunks of about this many logits (1 MiB of float32): the passes over a chunk
+# find it in cache, and temporaries are small and reused where one of the logits' size would be
+# mapped anew, page by page, in every step.
+_CHUNK_ELEMENTS = 1 << 18
 
 
-@dataclass(frozen=True)
-class _Teacher:
-    """One of the three forms of a past prediction, cut and read by rows."""
+class PSKDStats(NamedTuple):
+    """What the loss learns of each row on its way, for logs; 0 and 1 in ignored rows.
 
-    probs: Tensor | None = None
-    logits: Tensor | None = None
-    top_k: TopK | None = None
+    Attributes:
+        nll: (N,) the student's negative log-likelihood of the label in nats, without any softening.
+        teacher_probs_at_label: (N,) the past prediction's probability of the label.
+    """
 
-    def rows(self, part: slice, like: Tensor) -> Tensor | TopK:
-        """Return dense probabilities, or the sparse form, of some rows in the dtype of ``like``."""
+    nll: Tensor
+    teacher_probs_at_label: Tensor
+
+
+class _Past(NamedTuple):
+    """A past prediction in one of its three forms: probabilities, logits, or the k largest."""
+
+    probs: Tensor | None
+    logits: Tensor | None
+    top_k: TopK | None
+
+    def rows(self, part: slice, dtype: torch.dtype) -> Tensor | TopK:
+        """Return the distribution of some rows, dense or sparse."""
         if self.top_k is not None:
             indices, probs = self.top_k
-            return TopK(indices[part].long(), probs[part].to(like.dtype))
+            return TopK(indices[part].long(), probs[part].to(dtype))
         if self.logits is not None:
-            return self.logits[part].to(like.dtype).softmax(dim=1)
-        return self.probs[part].to(like.dtype)
+            return self.logits[part].to(dtype).softmax(dim=1)
+        return self.probs[part].to(dtype)
 
 
-def _expected_logit(teacher: Tensor | TopK, z: Tensor) -> tuple[Tensor, Tensor]:
-    """Return ``<p, z>`` and ``sum(p)`` a row."""
-    if isinstance(teacher, Tensor):
-        return torch.einsum("nc,nc->n", teacher, z), teacher.sum(dim=1)
-    tail = teacher.tail(z.size(1))
-    listed = z.gather(1, teacher.indices)
-    dot = (teacher.probs * listed).sum(dim=1) + tail * (z.sum(dim=1) - listed.sum(dim=1))
-    return dot, teacher.probs.sum(dim=1) + tail * (z.size(1) - listed.size(1))
+def _dense_terms(p: Tensor, z: Tensor, label: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return ``<p, z>``, ``sum(p)`` and ``p[y]`` a row."""
+    return torch.linalg.vecdot(p, z), p.sum(dim=1), p.gather(1, label).squeeze(1)
 
 
-def _subtract_teacher(grad: Tensor, teacher: Tensor | TopK, weight: Tensor) -> None:
+def _sparse_terms(p: TopK, z: Tensor, label: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """As `_dense_terms`, from the listed classes and the sum over all."""
+    classes, listed, tail = z.size(1), z.gather(1, p.indices), p.tail(z.size(1))
+    dot = torch.linalg.vecdot(p.probs, listed) + tail * (z.sum(dim=1) - listed.sum(dim=1))
+    mass = p.probs.sum(dim=1) + tail * (classes - listed.size(1))
+    hit = p.indices == label
+    at_label = torch.where(hit.any(dim=1), (p.probs * hit).sum(dim=1), tail)
+    return dot, mass, at_label
+
+
+def _subtract(grad: Tensor, p: Tensor | TopK, weight: Tensor) -> None:
     """Subtract ``weight * p`` from ``grad`` in place; ``weight`` is (n, 1)."""
-    if isinstance(teacher, Tensor):
-        grad.addcmul_(teacher, weight, value=-1.0)
+    if isinstance(p, Tensor):
+        grad.addcmul_(p, weight, value=-1.0)
         return
-    tail = teacher.tail(grad.size(1))[:, None]
+    tail = p.tail(grad.size(1))[:, None]
     grad.sub_(weight * tail)
-    grad.scatter_add_(1, teacher.indices, weight * (tail - teacher.probs))
-
-
-def _chunks(rows: int, classes: int) -> list[slice]:
-    step = max(1, _CHUNK_ELEMENTS // max(1, classes))
-    return [slice(start, start + step) for start in range(0, rows, step)]
+    grad.scatter_add_(1, p.indices, weight * (tail - p.probs))
 
 
 class _PSKDCrossEntropy(torch.autograd.Function):
-    """Loss a row; the backward pass recomputes the softmax from the saved log-sum-exp."""
+    """Loss, NLL and teacher's probability of the label a row; leaves the gradient on the way."""
 
     @staticmethod
-    def forward(ctx, logits, target, valid, alpha, smoothing, teacher: _Teacher):
+    def forward(ctx, logits, target, valid, alpha, smoothing: float, past: _Past):
         dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
         loss = logits.new_empty(logits.size(0), dtype=dtype)
-        lse, mass = torch.empty_like(loss), torch.empty_like(loss)
-        for part in _chunks(*logits.shape):
-            z, weight = logits[part].to(dtype), alpha[part]
-            dot, total = _expected_logit(teacher.rows(part, z), z)
-            hard = z.gather(1, target[part, None]).squeeze(1)
+        nll, teacher_at_label = torch.empty_like(loss), torch.empty_like(loss)
+        grad = torch.empty_like(logits) if ctx.needs_input_grad[0] else None
+        step = max(1, _CHUNK_ELEMENTS // max(1, logits.size(1)))
+        for start in range(0, logits.size(0), step):
+            part = slice(start, start + step)
+            z, label, weight = logits[part].to(dtype), target[part, None], alpha[part]
+            p = past.rows(part, dtype)
+            terms = _sparse_terms if isinstance(p, TopK) else _dense_terms
+            dot, total, teacher_at_label[part] = terms(p, z, label)
+            probs = z.softmax(dim=1)
+            # The largest probability is at least 1 / C: its logarithm is exact where a sum of
+            # exponentials would cost another pass.
+            lse = z.amax(dim=1) - probs.amax(dim=1).log()
+            at_label = z.gather(1, label).squeeze(1)
+            hard = at_label
             if smoothing:
-                hard = (1.0 - smoothing) * hard + smoothing * z.mean(dim=1)
-            lse[part] = z.logsumexp(dim=1)
-            mass[part] = 1.0 - weight + weight * total
-            loss[part] = lse[part] * mass[part] - (1.0 - weight) * hard - weight * dot
-        ctx.save_for_backward(logits, target, valid, alpha, lse, mass)
-        ctx.smoothing, ctx.teacher = smoothing, teacher
-        return loss.masked_fill_(~valid, 0.0)
+                hard = (1.0 - smoothing) * at_label + smoothing * z.mean(dim=1)
+            mass = 1.0 - weight + weight * total
+            nll[part] = lse - at_label
+            loss[part] = lse * mass - (1.0 - weight) * hard - weight * dot
+            if grad is None:
+                continue
+            _subtract(probs.mul_(mass[:, None]), p, weight[:, None])
+            if smoothing:
+                probs.add_((weight[:, None] - 1.0) * (smoothing / probs.size(1)))
+            probs.scatter_add_(1, label, (weight[:, None] - 1.0) * (1.0 - smoothing))
+            # An ignored row may hold anything, NaN included: filled, not multiplied by 0.
+            grad[part] = probs.masked_fill_(~valid[part, None], 0.0)
+        ctx.save_for_backward(grad)
+        ctx.mark_non_differentiable(nll, teacher_at_label)
+        invalid = ~valid
+        return (
+            loss.masked_fill_(invalid, 0.0),
+            nll.masked_fill_(invalid, 0.0),
+            teacher_at_label.masked_fill_(invalid, 1.0),
+        )
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_loss):
-        logits, target, valid, alpha, lse, mass = ctx.saved_tensors
-        grad_loss = grad_loss.masked_fill(~valid, 0.0)
-        grad = torch.empty_like(logits)
-        for part in _chunks(*logits.shape):
-            z, weight = logits[part].to(lse.dtype), alpha[part, None]
-            g = (z - lse[part, None]).exp_().mul_(mass[part, None])
-            _subtract_teacher(g, ctx.teacher.rows(part, z), weight)
-            hard = weight - 1.0
-            if ctx.smoothing:
-                g.add_(hard, alpha=ctx.smoothing / g.size(1))
-            g.scatter_add_(1, target[part, None], hard * (1.0 - ctx.smoothing))
-            grad[part] = g.mul_(grad_loss[part, None])
-        # A row of weight 0 must not spread the NaN that its own (ignored) logits may hold.
-        grad.masked_fill_(~valid[:, None], 0.0)
-        return grad, None, None, None, None, None
+    def backward(ctx, grad_loss, _grad_nll, _grad_teacher):
+        (grad,) = ctx.saved_tensors
+        return grad * grad_loss[:, None].to(grad.dtype), None, None, None, None, None
 
 
 def _check(logits: Tensor, teacher_probs, teacher_logits, reduction: str) -> None:
@@ -137,7 +159,8 @@ def pskd_cross_entropy(
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
     reduction: str = "mean",
-) -> Tensor:
+    return_stats: bool = False,
+) -> Tensor | tuple[Tensor, PSKDStats]:
     """Cross-entropy against labels softened by the model's own past prediction.
 
     Equals ``F.cross_entropy(logits, mix_targets(target, teacher_probs, alpha, ...))`` without the
@@ -154,10 +177,12 @@ def pskd_cross_entropy(
         ignore_index: label of rows that add neither loss nor gradient nor count; may be a class.
         label_smoothing: eps in [0, 1] on the hard part, torch's: spread over all C classes.
         reduction: ``"none"`` (N,), ``"sum"``, or ``"mean"`` over the rows that are not ignored.
+        return_stats: return `PSKDStats` of the rows too; needs a teacher.
 
     Returns:
         The loss in nats, float32 (float64 for float64 logits). Where no row counts, ``"mean"`` is 0
-        with a zero gradient, as object detectors need it, and not NaN as in torch.
+        with a zero gradient, as object detectors need it, and not NaN as in torch. With
+        ``return_stats`` a pair of the loss and the statistics, which carry no gradient.
 
     Raises:
         ValueError: if a weight lies outside [0, 1] or is NaN, a label is out of range (checked on
@@ -171,40 +196,51 @@ def pskd_cross_entropy(
         raise ValueError(f"target: expected {logits.size(0)} labels, got {target.size(0)}")
     check_rows(target, logits.size(1), given, ignore_index)
     alpha = check_weights(alpha, label_smoothing, logits.size(0))
+    if return_stats and given is None:
+        raise ValueError("return_stats: expected a teacher, got none")
     valid = target != ignore_index
 
-    if given is None or (not isinstance(alpha, Tensor) and alpha == 0.0):
-        # Half precision is raised first, so that the sum over classes is one of float32.
-        scores = logits if logits.dtype == torch.float64 else logits.float()
-        loss = F.cross_entropy(
-            scores,
-            target.long(),
-            ignore_index=ignore_index,
-            label_smoothing=label_smoothing,
-            reduction="none",
-        )
+    stats = None
+    if given is None or (not return_stats and not isinstance(alpha, Tensor) and alpha == 0.0):
+        loss = _hard_cross_entropy(logits, target, ignore_index, label_smoothing)
     else:
         dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-        weights = torch.as_tensor(alpha, dtype=dtype, device=logits.device)
-        loss = _PSKDCrossEntropy.apply(
+        loss, *rows = _PSKDCrossEntropy.apply(
             logits,
             torch.where(valid, target, 0).long(),
             valid,
-            weights.expand(logits.size(0)),
+            torch.as_tensor(alpha, dtype=dtype, device=logits.device).expand(logits.size(0)),
             float(label_smoothing),
-            _as_teacher(teacher_probs, teacher_logits),
+            _as_past(teacher_probs, teacher_logits),
         )
-    if reduction == "none":
-        return loss
-    return loss.sum() if reduction == "sum" else loss.sum() / valid.sum().clamp_min(1)
+        stats = PSKDStats(*rows)
+    if reduction == "sum":
+        loss = loss.sum()
+    elif reduction == "mean":
+        loss = loss.sum() / valid.sum().clamp_min(1)
+    return (loss, stats) if return_stats else loss
 
 
-def _as_teacher(teacher_probs: Tensor | TopK | None, teacher_logits: Tensor | None) -> _Teacher:
+def _hard_cross_entropy(
+    logits: Tensor, target: Tensor, ignore_index: int, label_smoothing: float
+) -> Tensor:
+    # Half precision is raised first, so that the sum over classes is one of float32.
+    return F.cross_entropy(
+        logits if logits.dtype == torch.float64 else logits.float(),
+        target.long(),
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
+        reduction="none",
+    )
+
+
+def _as_past(teacher_probs: Tensor | TopK | None, teacher_logits: Tensor | None) -> _Past:
     if isinstance(teacher_probs, TopK):
-        return _Teacher(top_k=TopK(teacher_probs.indices, teacher_probs.probs.detach()))
+        sparse = TopK(teacher_probs.indices, teacher_probs.probs.detach())
+        return _Past(None, None, sparse)
     if teacher_probs is not None:
-        return _Teacher(probs=teacher_probs.detach())
-    return _Teacher(logits=teacher_logits.detach())
+        return _Past(teacher_probs.detach(), None, None)
+    return _Past(None, teacher_logits.detach(), None)
 
 
 def gradient_rescaling(

@@ -24,7 +24,6 @@ import importlib.util
 import io
 import json
 import logging
-import multiprocessing
 import os
 import random
 import re
@@ -37,6 +36,8 @@ import threading
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,7 +66,7 @@ class PrepareError(ValueError):
 
 
 class ToolError(RuntimeError):
-    """fairseq-preprocess failed; the message ends with what it said last."""
+    """A process that we started failed; the message ends with what it said last."""
 
 
 @dataclass(frozen=True)
@@ -325,6 +326,8 @@ _encode: Callable[[str], str]
 
 def _start_worker(make: Callable[..., Callable[[str], str]], args: tuple) -> None:
     global _encode
+    # A forked worker inherits our handler, which is there to clean up and not for it to run.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     _encode = make(*args)
 
 
@@ -335,11 +338,19 @@ def _work(line: str) -> str:
 def encode_lines(
     lines: Sequence[str], make: Callable[..., Callable[[str], str]], args: tuple, workers: int
 ) -> list[str]:
-    """`make(*args)` applied to every line, in order, on so many processes."""
+    """`make(*args)` applied to every line, in order, on so many processes.
+
+    Raises:
+        ToolError: a worker process was killed.
+    """
     if workers == 1:
         return [*map(make(*args), lines)]
-    with multiprocessing.Pool(workers, _start_worker, (make, args)) as pool:
-        return pool.map(_work, lines, chunksize=1000)
+    try:
+        with ProcessPoolExecutor(workers, initializer=_start_worker, initargs=(make, args)) as pool:
+            return [*pool.map(_work, lines, chunksize=1000)]
+    except BrokenProcessPool:
+        raise ToolError("a worker process was killed; is there memory for so many --workers?"
+                        ) from None
 
 
 def learn_codes(lines: Iterable[str], size: int, path: Path) -> int:
@@ -595,7 +606,7 @@ def prepare(job: Job) -> dict:
 
     Raises:
         PrepareError: a text, an option or the output folder is at fault; nothing was written.
-        ToolError: fairseq-preprocess failed; nothing was left behind.
+        ToolError: fairseq-preprocess or a worker failed; nothing was left behind.
         OSError: the disk is full, or the folder cannot be written.
     """
     check_job(job)

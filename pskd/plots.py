@@ -1,0 +1,291 @@
+"""Pictures of the metrics in `pskd.calibration`, drawn to a file without a display.
+
+Shapes: N rows (samples, tokens or boxes) of one run, B confidence bins.
+
+A *run* is a name and its ``(confidence, correct)`` vectors, as `ConfidenceAccumulator` keeps them.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+import uuid
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from pskd.calibration import (
+    Array,
+    ReliabilityBins,
+    optimal_risk_coverage_curve,
+    reliability_bins,
+    risk_coverage_curve,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+__all__ = ["reliability_diagram", "risk_coverage_plot"]
+
+Runs = Mapping[str, tuple[Array, Array]]
+
+# Okabe and Ito's palette, which colour-blind readers can tell apart; its yellow is too pale here.
+_RUN_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#555555")
+_INK, _GRID = "#333333", "#DDDDDD"
+# How each thing in a reliability diagram looks, in its panel and in the legend.
+_ACCURACY = {
+    "label": "accuracy",
+    "facecolor": "#5B9BC8",
+    "edgecolor": "white",
+    "linewidth": 0.7,
+}
+_OVERCONFIDENT = {
+    "label": "gap, overconfident",
+    "facecolor": "#FBE3D3",
+    "edgecolor": "#D55E00",
+    "hatch": "////",
+    "linewidth": 0.7,
+}
+_UNDERCONFIDENT = {
+    "label": "gap, underconfident",
+    "facecolor": "#D2EFE4",
+    "edgecolor": "#009E73",
+    "hatch": "\\\\\\\\",
+    "linewidth": 0.7,
+}
+_PERFECT = {"label": "perfect calibration", "color": _INK, "linewidth": 1.1, "linestyle": "--"}
+_MEAN_ACCURACY = {"label": "mean accuracy", "color": "#0072B2", "linewidth": 1.8}
+_MEAN_CONFIDENCE = {
+    "label": "mean confidence",
+    "color": _INK,
+    "linewidth": 1.8,
+    "linestyle": ":",
+}
+_OPTIMAL = (0, (4, 2))
+_PANELS_A_ROW = 4
+_LONGEST_NAME = 28
+_DPI = 160
+# More points than a page has pixels only make a vector file slow to open.
+_MOST_POINTS = 4000
+# Below this coverage the risk is that of a handful of rows and jumps between 0 and 1.
+_STEADY_COVERAGE = 0.05
+
+
+def _new_figure(width: float, height: float) -> Figure:
+    """Return a figure in inches that belongs to no window and to no global state."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError(
+            "plots need matplotlib, which could not be imported: pip install 'pskd[plots]'"
+        ) from error
+    figure = Figure(figsize=(width, height), dpi=_DPI, facecolor="white", layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _check_runs(runs: Runs) -> None:
+    if not isinstance(runs, Mapping) or not runs:
+        raise ValueError(
+            f"runs: expected a mapping of at least one name to (confidence, correct), got {runs!r}"
+        )
+    for name, run in runs.items():
+        if not isinstance(run, (tuple, list)) or len(run) != 2:
+            raise ValueError(
+                f"runs[{name!r}]: expected a pair (confidence, correct), got {type(run).__name__}"
+            )
+
+
+def _save(figure: Figure, path: str | os.PathLike[str]) -> Path:
+    """Write the figure under another name, then rename: ``path`` is old or whole, never half."""
+    path = Path(path)
+    suffix = path.suffix[1:].lower()
+    known = figure.canvas.get_supported_filetypes()
+    if suffix not in known:
+        raise ValueError(
+            f"path: expected a name that ends in one of {', '.join(sorted(known))}, got {path}"
+        )
+    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        figure.savefig(aside, format=suffix)
+        os.replace(aside, path)
+    finally:
+        with suppress(FileNotFoundError):
+            aside.unlink()
+    return path
+
+
+def _short(name: str) -> str:
+    """Return a name that fits; a legend would drop one that starts with an underscore."""
+    name = str(name)
+    if len(name) > _LONGEST_NAME:
+        name = name[: _LONGEST_NAME - 1] + "…"
+    return f" {name}" if name.startswith("_") else name
+
+
+def _literal(texts) -> None:
+    # A run called "$lr$" is a name, not a formula.
+    for text in texts:
+        text.set_parse_math(False)
+
+
+def _style(axes: Axes) -> None:
+    axes.set_axisbelow(True)
+    axes.grid(color=_GRID, linewidth=0.6)
+    axes.tick_params(labelsize=9, color=_GRID, labelcolor=_INK)
+    for name, spine in axes.spines.items():
+        spine.set_visible(name in ("left", "bottom"))
+        spine.set_color("#999999")
+
+
+def _draw_reliability(axes: Axes, name: str, bins: ReliabilityBins) -> None:
+    """Accuracy as bars, and on each the gap to the mean confidence."""
+    filled = bins.count > 0
+    left, width = bins.edges[:-1][filled], 1.0 / len(bins.count)
+    accuracy, confidence = bins.accuracy[filled], bins.confidence[filled]
+    axes.bar(left, accuracy, width, align="edge", **_ACCURACY)
+    for chosen, look in (
+        (confidence > accuracy, _OVERCONFIDENT),
+        (confidence < accuracy, _UNDERCONFIDENT),
+    ):
+        gap = (confidence - accuracy)[chosen]
+        axes.bar(left[chosen], gap, width, accuracy[chosen], align="edge", **look)
+    axes.plot([0, 1], [0, 1], **_PERFECT)
+    ece = bins.expected_calibration_error
+    title = axes.set_title(f"{_short(name)}\nECE {ece:.4f}", fontsize=11, color=_INK)
+    _literal([title])
+    axes.set(xlim=(0, 1), ylim=(0, 1))
+    axes.tick_params(labelbottom=False)
+    _style(axes)
+
+
+def _draw_histogram(axes: Axes, bins: ReliabilityBins, top: float) -> None:
+    """The share of rows in each bin, with the means that a calibrated run would have equal."""
+    count = bins.count.sum()
+    share, width = bins.count / count, 1.0 / len(bins.count)
+    axes.bar(bins.edges[:-1], share, width, align="edge", color="#BBBBBB", edgecolor="white")
+    axes.axvline(bins.correct_sum.sum() / count, **_MEAN_ACCURACY)
+    axes.axvline(bins.confidence_sum.sum() / count, **_MEAN_CONFIDENCE)
+    axes.set(xlim=(0, 1), ylim=(0, top))
+    axes.set_xlabel("confidence", color=_INK)
+    axes.locator_params(axis="y", nbins=4)
+    _style(axes)
+
+
+def _reliability_legend(figure: Figure, columns: int) -> None:
+    """One legend below all panels, where it hides no bar."""
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+
+    handles = [Patch(**look) for look in (_ACCURACY, _OVERCONFIDENT, _UNDERCONFIDENT)]
+    handles += [Line2D([], [], **look) for look in (_PERFECT, _MEAN_ACCURACY, _MEAN_CONFIDENCE)]
+    place = {"loc": "outside lower center", "ncols": 2 if columns == 1 else 3}
+    figure.legend(handles=handles, fontsize=9, labelcolor=_INK, frameon=False, **place)
+
+
+def reliability_diagram(runs: Runs, path: str | os.PathLike[str], *, bins: int = 15) -> Path:
+    """Draw accuracy against confidence, a panel a run, with the confidence histogram beneath.
+
+    The bars are ``reliability_bins(confidence, correct, bins=bins)``: a run is calibrated where
+    they meet the diagonal. The gap bars reach from a bin's accuracy to its mean confidence.
+
+    Args:
+        runs: name -> (confidence, correct), each as `reliability_bins` takes them.
+        path: where to write; the suffix (.png, .pdf, .svg) is the format.
+        bins: the number of confidence bins.
+
+    Returns:
+        ``path``.
+
+    Raises:
+        ImportError: matplotlib is missing.
+        ValueError: no run, a run without rows or that `reliability_bins` refuses, or a suffix that
+            matplotlib cannot write.
+
+    Source: Guo et al. 2017, figure 1.
+    """
+    _check_runs(runs)
+    filled = {name: reliability_bins(*run, bins=bins) for name, run in runs.items()}
+    columns = min(len(filled), _PANELS_A_ROW)
+    rows = math.ceil(len(filled) / columns)
+    figure = _new_figure(0.5 + 3.5 * columns, 0.8 + 4.8 * rows)
+    top = 1.1 * max((b.count / max(b.count.sum(), 1)).max() for b in filled.values())
+    grid = figure.add_gridspec(2 * rows, columns, height_ratios=[2.6, 1.0] * rows)
+    for place, (name, run_bins) in enumerate(filled.items()):
+        row, column = divmod(place, columns)
+        upper = figure.add_subplot(grid[2 * row, column])
+        lower = figure.add_subplot(grid[2 * row + 1, column], sharex=upper)
+        _draw_reliability(upper, name, run_bins)
+        _draw_histogram(lower, run_bins, top)
+        if column == 0:
+            upper.set_ylabel("accuracy", color=_INK)
+            lower.set_ylabel("share of rows", color=_INK)
+    _reliability_legend(figure, columns)
+    return _save(figure, path)
+
+
+def _thinned(coverage: np.ndarray, risk: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the curve at no more points than can be seen."""
+    last = len(coverage) - 1
+    if last < _MOST_POINTS:
+        return coverage, risk
+    chosen = np.linspace(0, last, _MOST_POINTS).round().astype(int)
+    return coverage[chosen], risk[chosen]
+
+
+def _draw_risk(axes: Axes, name: str, run: tuple[Array, Array], color: str) -> float:
+    """Draw a run and its optimum; return the highest risk where the curve is steady."""
+    coverage, risk = risk_coverage_curve(*run)
+    optimum = optimal_risk_coverage_curve(run[1])[1]
+    # The means are `aurc` and `excess_aurc`, without sorting the rows again.
+    area, excess = risk.mean(), risk.mean() - optimum.mean()
+    label = f"{_short(name)}: AURC {area:.4f}, E-AURC {excess:.4f}"
+    axes.plot(*_thinned(coverage, risk), color=color, linewidth=1.8, label=label)
+    axes.plot(*_thinned(coverage, optimum), color=color, linewidth=1.1, linestyle=_OPTIMAL)
+    axes.plot([1.0], risk[-1:], color=color, marker="o", markersize=4, clip_on=False)
+    return float(risk[coverage >= _STEADY_COVERAGE].max())
+
+
+def risk_coverage_plot(runs: Runs, path: str | os.PathLike[str]) -> Path:
+    """Draw the error rate among the most confident rows against the fraction of rows kept.
+
+    The curves are ``risk_coverage_curve(confidence, correct)``, dashed the optimum of the same
+    predictions; the area between the two is the E-AURC. The risk axis ends above the highest risk
+    from 5% coverage on, so a first few wrong rows may leave it at the top.
+
+    Args:
+        runs: name -> (confidence, correct), each as `risk_coverage_curve` takes them.
+        path: where to write; the suffix (.png, .pdf, .svg) is the format.
+
+    Returns:
+        ``path``.
+
+    Raises:
+        ImportError: matplotlib is missing.
+        ValueError: no run, a run that `risk_coverage_curve` refuses, or a suffix that matplotlib
+            cannot write.
+
+    Source: Geifman & El-Yaniv 2019.
+    """
+    _check_runs(runs)
+    figure = _new_figure(6.4, 4.2 + 0.22 * len(runs))
+    axes = figure.add_subplot()
+    colored = zip(runs.items(), itertools.cycle(_RUN_COLORS), strict=False)
+    highest = [_draw_risk(axes, *item, color) for item, color in colored]
+    axes.plot([], [], color=_INK, linewidth=1.1, linestyle=_OPTIMAL, label="optimal ranking")
+    # Without an error anywhere the axis still needs a height.
+    axes.set(xlim=(0, 1), ylim=(0, 1.08 * max(highest) or 1.0))
+    axes.set_xlabel("coverage (fraction of rows kept, most confident first)", color=_INK)
+    axes.set_ylabel("selective risk (error rate)", color=_INK)
+    _style(axes)
+    figure_legend = figure.legend(
+        loc="outside lower center", fontsize=9, labelcolor=_INK, frameon=False
+    )
+    _literal(figure_legend.get_texts())
+    return _save(figure, path)

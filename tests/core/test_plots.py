@@ -1,0 +1,168 @@
+"""The pictures: whole files under their final name, the right numbers in the legend, no display."""
+
+from __future__ import annotations
+
+import builtins
+import importlib.util
+import sys
+
+import numpy as np
+import pytest
+
+from pskd.calibration import aurc, excess_aurc, reliability_bins
+from pskd.plots import reliability_diagram, risk_coverage_plot
+
+pytest.importorskip("matplotlib", reason="needs matplotlib: pip install 'pskd[plots]'")
+
+PLOTS = [reliability_diagram, risk_coverage_plot]
+
+
+def run(seed: int, rows: int = 400):
+    rng = np.random.default_rng(seed)
+    confidence = rng.uniform(0.2, 1.0, rows)
+    return confidence, rng.uniform(size=rows) < confidence**2
+
+
+@pytest.fixture
+def texts(monkeypatch):
+    """Every text of the figure that was saved last."""
+    from matplotlib.figure import Figure
+    from matplotlib.text import Text
+
+    found = []
+    save = Figure.savefig
+
+    def spy(figure, *args, **kwargs):
+        save(figure, *args, **kwargs)
+        found[:] = [text.get_text() for text in figure.findobj(Text)]
+
+    monkeypatch.setattr(Figure, "savefig", spy)
+    return found
+
+
+@pytest.mark.parametrize("plot", PLOTS)
+def test_writes_one_whole_png(plot, tmp_path):
+    from PIL import Image
+
+    path = tmp_path / "plot.png"
+    assert plot({"baseline": run(0), "PS-KD": run(1)}, str(path)) == path
+    assert [file.name for file in tmp_path.iterdir()] == ["plot.png"]
+    with Image.open(path) as image:
+        image.load()
+        assert image.format == "PNG"
+        assert all(500 <= side <= 4000 for side in image.size)
+        assert len(image.convert("RGB").getcolors(1 << 24)) > 20
+
+
+@pytest.mark.parametrize("plot", PLOTS)
+@pytest.mark.parametrize(("suffix", "start"), [(".svg", b"<?xml"), (".PDF", b"%PDF")])
+def test_format_follows_the_suffix(plot, suffix, start, tmp_path):
+    path = plot({"run": run(0, 50)}, tmp_path / f"plot{suffix}")
+    assert path.read_bytes().startswith(start)
+
+
+@pytest.mark.parametrize("plot", PLOTS)
+def test_failing_save_leaves_the_old_file(plot, tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    def half(figure, target, **kwargs):
+        target.write_bytes(b"half a picture")
+        raise OSError("disk full")
+
+    path = tmp_path / "plot.png"
+    path.write_bytes(b"old")
+    monkeypatch.setattr(Figure, "savefig", half)
+    with pytest.raises(OSError, match="disk full"):
+        plot({"run": run(0)}, path)
+    assert path.read_bytes() == b"old"
+    assert [file.name for file in tmp_path.iterdir()] == ["plot.png"]
+
+
+def test_reliability_diagram_names_each_run_and_its_ece(tmp_path, texts):
+    runs = {"baseline": run(0), "PS-KD": run(1)}
+    reliability_diagram(runs, tmp_path / "plot.png", bins=10)
+    for name, pair in runs.items():
+        ece = reliability_bins(*pair, bins=10).expected_calibration_error
+        assert f"{name}\nECE {ece:.4f}" in texts
+
+
+def test_risk_coverage_plot_names_each_run_and_its_areas(tmp_path, texts):
+    runs = {"baseline": run(0), "PS-KD": run(1)}
+    risk_coverage_plot(runs, tmp_path / "plot.png")
+    for name, pair in runs.items():
+        assert f"{name}: AURC {aurc(*pair):.4f}, E-AURC {excess_aurc(*pair):.4f}" in texts
+    assert "optimal ranking" in texts
+
+
+@pytest.mark.parametrize("plot", PLOTS)
+def test_awkward_names_are_shown_as_they_are(plot, tmp_path, texts):
+    plot({"_$\\alpha_T$ 100%": run(0, 50), "x" * 200: run(1, 50)}, tmp_path / "plot.png")
+    assert any("_$\\alpha_T$ 100%" in text for text in texts)
+    assert any("xxx…" in text for text in texts)
+
+
+@pytest.mark.parametrize("plot", PLOTS)
+@pytest.mark.parametrize(
+    "pair",
+    [([1.0, 1.0], [1, 1]), ([0.5, 0.6], [0, 0]), ([0.7], [True]), ([0.0, 1.0], [False, True])],
+)
+def test_extreme_runs_are_drawn(plot, pair, tmp_path):
+    assert plot({"run": pair}, tmp_path / "plot.png").stat().st_size > 1000
+
+
+def test_a_long_run_does_not_make_a_large_file(tmp_path):
+    path = risk_coverage_plot({"run": run(0, 200_000)}, tmp_path / "plot.svg")
+    assert path.stat().st_size < 1_000_000
+
+
+@pytest.mark.parametrize("plot", PLOTS)
+@pytest.mark.parametrize(
+    ("runs", "message"),
+    [
+        ({}, "runs: expected a mapping of at least one name"),
+        ([run(0)], "runs: expected a mapping"),
+        ({"a": [0.5]}, r"runs\['a'\]: expected a pair \(confidence, correct\)"),
+        ({"a": np.zeros((2, 3))}, r"runs\['a'\]: expected a pair .* got ndarray"),
+        ({"a": ([], [])}, "zero examples"),
+        ({"a": ([0.5, 0.6], [True])}, "correct: expected shape"),
+    ],
+)
+def test_bad_runs_are_refused(plot, runs, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        plot(runs, tmp_path / "plot.png")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("plot", PLOTS)
+@pytest.mark.parametrize("name", ["plot", "plot.txt"])
+def test_unknown_formats_are_refused(plot, name, tmp_path):
+    with pytest.raises(ValueError, match="path: expected a name that ends in one of .*png.*, got"):
+        plot({"run": run(0)}, tmp_path / name)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("plot", PLOTS)
+def test_missing_matplotlib_says_how_to_get_it(plot, tmp_path, monkeypatch):
+    real = builtins.__import__
+
+    def without_matplotlib(name, *args, **kwargs):
+        if name.split(".")[0] == "matplotlib":
+            raise ModuleNotFoundError("No module named 'matplotlib'", name="matplotlib")
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", without_matplotlib)
+    with pytest.raises(ImportError, match=r"pip install 'pskd\[plots\]'"):
+        plot({"run": run(0)}, tmp_path / "plot.png")
+
+
+def test_importing_the_module_does_not_import_matplotlib(monkeypatch):
+    for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib"]:
+        monkeypatch.setitem(sys.modules, name, None)
+    spec = importlib.util.find_spec("pskd.plots")
+    spec.loader.exec_module(importlib.util.module_from_spec(spec))
+
+
+@pytest.mark.parametrize("plot", PLOTS)
+def test_pyplot_is_never_imported(plot, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
+    assert plot({"run": run(0, 50)}, tmp_path / "plot.png").exists()

@@ -1,0 +1,149 @@
+"""The demo's corpus: held-out combinations stay held out, and every build gives the same text."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("babel", reason="Babel is not installed: pip install babel")
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def load_module():
+    spec = importlib.util.spec_from_file_location(
+        "pskd_demo_locale_pairs", ROOT / "demo" / "locale_pairs.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+locale_pairs = load_module()
+
+
+@pytest.fixture(scope="module")
+def corpus():
+    """Some pairs of every part."""
+    sizes = {"train": 6000, "valid": 400, "test": 400}
+    return {part: list(locale_pairs.draw_pairs(part, size)) for part, size in sizes.items()}
+
+
+def combinations(pairs):
+    return {combination for pair in pairs for combination in pair.combinations}
+
+
+def test_no_held_out_sentence_or_combination_is_in_another_part(corpus):
+    for part in ("valid", "test"):
+        for other in {"train", "valid", "test"} - {part}:
+            assert not combinations(corpus[part]) & combinations(corpus[other])
+            for language in ("en", "de"):
+                assert not ({getattr(pair, language) for pair in corpus[part]}
+                            & {getattr(pair, language) for pair in corpus[other]})
+
+
+def test_held_out_days_are_not_written_in_the_training_text(corpus):
+    """The same promise, read from the text alone and not from what the generator says of it."""
+    german = "\n".join(pair.de for pair in corpus["train"])
+    english = "\n".join(pair.en for pair in corpus["train"])
+    held_out = seen = 0
+    for number in range(366):
+        day = datetime.date(2000, 1, 1) + datetime.timedelta(days=number)
+        ways = [(english, rf"\b{day:%B} {day.day}\b"), (english, rf"\b{day.month}/{day.day}/\d"),
+                (german, rf"\b{day:%d}\.{day:%m}\.\d")]
+        found = [bool(re.search(pattern, text)) for text, pattern in ways]
+        if locale_pairs.split_of(("date", day.month, day.day)) == "train":
+            seen += any(found)
+        else:
+            held_out += 1
+            assert not any(found), day
+    assert 20 <= held_out <= 55
+    assert seen > 300
+
+
+def test_held_out_quantities_are_not_written_in_the_training_text(corpus):
+    held_out = 0
+    for pair in corpus["train"]:
+        for number in re.findall(r"(?<![\d.,/:])(\d+) kilometers\b", pair.en):
+            assert locale_pairs.split_of(("quantity", "length-kilometer", number)) == "train"
+    for number in range(1, 1000):
+        held_out += locale_pairs.split_of(("quantity", "length-kilometer", str(number))) != "train"
+    assert 60 <= held_out <= 140
+
+
+def test_every_held_out_word_is_known_from_training(corpus):
+    """What is new in the test text is the combination, hardly ever a word (given enough text)."""
+    words = {part: {word for pair in corpus[part] for word in re.findall(r"[^\W\d_]+", pair.de)}
+             for part in ("train", "test")}
+    assert len(words["test"] - words["train"]) <= 0.05 * len(words["test"])
+
+
+def test_all_kinds_and_both_connectives_occur_in_every_part(corpus):
+    kinds = {"date", "time", "relative", "quantity", "money", "names"}
+    for part, pairs in corpus.items():
+        assert {combination[0] for combination in combinations(pairs)} == kinds, part
+        assert any(" oder " in pair.de for pair in pairs)
+        assert any(" und " in pair.de for pair in pairs)
+
+
+def test_text_has_plain_spaces_only(corpus):
+    for pairs in corpus.values():
+        for pair in pairs:
+            for text in (pair.en, pair.de):
+                assert text
+                assert text == " ".join(text.split())
+
+
+def test_both_sides_say_the_same_number_of_digits_in_quantities(corpus):
+    """English 1,234.5 is German 1.234,5: separators swap, digits stay."""
+    alone = [pair for pair in corpus["train"]
+             if len(pair.combinations) == 1 and pair.combinations[0][0] in ("quantity", "money")]
+    assert len(alone) > 100
+    for pair in alone:
+        numbers = [re.search(r"\d[\d.,]*", text).group() for text in (pair.en, pair.de)]
+        assert numbers[0].translate(str.maketrans(",.", ".,")) == numbers[1], pair
+
+
+def test_same_seed_same_bytes_in_another_process(tmp_path):
+    sizes = {"num_train": 300, "num_valid": 20, "num_test": 20}
+    locale_pairs.write_pairs(tmp_path / "one", seed=7, **sizes)
+    locale_pairs.write_pairs(tmp_path / "other", seed=8, **sizes)
+    options = [f"--{name.replace('_', '-')}={size}" for name, size in sizes.items()]
+    subprocess.run(
+        [sys.executable, "-m", "demo.locale_pairs", "--out", tmp_path / "two", "--seed", "7",
+         *options],
+        cwd=ROOT, check=True, env={**os.environ, "PYTHONHASHSEED": "123", "TZ": "Asia/Tokyo"})
+    names = sorted(f"{part}.{language}" for part in ("train", "valid", "test")
+                   for language in ("en", "de"))
+    assert sorted(path.name for path in (tmp_path / "one").iterdir()) == names
+    for name in names:
+        text = (tmp_path / "one" / name).read_bytes()
+        assert text == (tmp_path / "two" / name).read_bytes()
+        assert text != (tmp_path / "other" / name).read_bytes()
+        assert text.count(b"\n") == sizes[f"num_{name.split('.')[0]}"]
+
+
+def test_held_out_combinations_do_not_depend_on_the_seed():
+    train = combinations(locale_pairs.draw_pairs("train", 500, seed=1))
+    assert not train & combinations(locale_pairs.draw_pairs("test", 200, seed=2))
+
+
+@pytest.mark.parametrize(("split", "number"), [("dev", 1), ("train", -1)])
+def test_impossible_requests_are_refused(split, number):
+    with pytest.raises(ValueError, match=str(number) if split == "train" else split):
+        list(locale_pairs.draw_pairs(split, number))
+
+
+def test_more_sentences_than_there_are_is_an_error(monkeypatch):
+    monkeypatch.setattr(locale_pairs, "DRAWS", {locale_pairs.draw_relative: 1})
+    monkeypatch.setattr(locale_pairs, "MAX_ENTRIES", 1)
+    monkeypatch.setattr(locale_pairs, "MAX_TRIES", 300)
+    with pytest.raises(ValueError, match="cannot find 5000 distinct train pairs"):
+        list(locale_pairs.draw_pairs("train", 5000))
