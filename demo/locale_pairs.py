@@ -5,8 +5,9 @@
 Every sentence is a list of one to four entries (dates, times, date-times, intervals, relative
 times, quantities, sums of money, country and language names), the same content and CLDR width in
 English and in German. The connecting words come from CLDR too ("A, B, and C" is "A, B und C").
-What CLDR writes as no-break, narrow or thin space is a plain space here, on both sides, since a
-tokeniser splits there anyway.
+What CLDR writes as no-break, narrow or thin space is a plain space here, and the dash of an
+interval stands between two of them ("3–5" is "3 – 5"), on both sides: a tokeniser splits there
+anyway, and a detokeniser could not tell the one from the other.
 
 Held out are combinations, not sentences: (month, day), (hour, minute), (relative unit, number,
 direction), (unit, number), (currency, amount) and (country, language) in neighbouring entries. Each
@@ -302,8 +303,8 @@ def draw_item(rng: random.Random, split: str, room: int) -> Item:
 
 
 def plain_spaces(text: str) -> str:
-    """The text with every run of white space, of whatever width, as one plain space."""
-    return " ".join(text.split())
+    """The text with plain single spaces for white space of any width, and around en dashes."""
+    return " ".join(text.replace("–", " – ").split())
 
 
 def draw_pair(rng: random.Random, split: str) -> Pair:

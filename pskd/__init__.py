@@ -9,7 +9,7 @@ from pskd.schedule import constant_alpha, cosine_alpha, linear_alpha
 from pskd.targets import TopK, mix_targets
 from pskd.teacher import SnapshotTeacher
 
-__version__ = "0.1.0"
+from pskd.version import __version__
 
 __all__ = [
     "PSKDStats",

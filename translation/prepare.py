@@ -203,8 +203,11 @@ def read_bitext(source: Path, target: Path, *, drop_empty: bool) -> tuple[Bitext
 
 def sha256(path: Path) -> str:
     """The SHA-256 of a file's bytes as they lie on disk (packed, if it is .gz)."""
+    digest = hashlib.sha256()
     with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 # ---- held-out parts -----------------------------------------------------------------------------

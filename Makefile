@@ -1,0 +1,40 @@
+# make demo    train the baseline and PS-KD on the embedded corpus, print a table, write plots
+# make test    run the tests
+# make lint    run ruff
+#
+# Each makes .venv first if it is not there or constraints.txt has changed.
+
+PYTHON ?= $(shell command -v python3.12 python3.11 python3 | head -n 1)
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+LOG := .venv/setup.log
+
+# Models this small train faster on one thread, and two of them side by side.
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: demo test lint setup
+.DELETE_ON_ERROR:
+
+demo: setup
+	$(BIN)/python -m demo.translation
+
+test: setup
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff check .
+
+setup: .venv/installed
+
+.venv/installed: constraints.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if v in ((3, 11), (3, 12)) else "pskd set-up: expected Python 3.11 or 3.12, got %d.%d; name one with make PYTHON=..." % v)'
+	@echo "[set-up 1/4] environment .venv ($$($(PYTHON) --version)), log file $(LOG)"
+	@$(PYTHON) -m venv .venv
+	@$(PIP) --upgrade pip setuptools wheel >$(LOG) 2>&1 || { tail -n 20 $(LOG); exit 1; }
+	@echo "[set-up 2/4] torch and numpy from PyPI (on Linux the CUDA build, about 3 GB)"
+	@$(PIP) torch numpy cython >>$(LOG) 2>&1 || { tail -n 20 $(LOG); exit 1; }
+	@echo "[set-up 3/4] fairseq-fixed, compiled against that torch (about 3 minutes)"
+	@CFLAGS="-g0 -O1" $(PIP) --no-build-isolation fairseq-fixed >>$(LOG) 2>&1 || { tail -n 20 $(LOG); exit 1; }
+	@echo "[set-up 4/4] pskd and what its demo and tests need"
+	@$(PIP) --no-build-isolation --editable '.[demo,test]' >>$(LOG) 2>&1 || { tail -n 20 $(LOG); exit 1; }
+	@touch $@

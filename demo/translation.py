@@ -1,0 +1,254 @@
+"""Train fairseq's baseline and PS-KD side by side and print what PS-KD changed.
+
+    python -m demo.translation                          the embedded corpus (German from English)
+    python -m demo.translation --src FILE --tgt FILE    your own parallel text, plain or .gz
+
+Everything lies in runs/demo afterwards: the data folder, both models with their logs and
+evaluations, results.json, reliability.png and risk_coverage.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+from demo.locale_pairs import write_pairs
+from pskd.plots import reliability_diagram, risk_coverage_plot
+
+ROOT = Path(__file__).resolve().parent.parent
+RECIPES = {"baseline": "demo.sh", "PS-KD": "demo_pskd.sh"}
+COLUMNS = {
+    "bleu": "BLEU",
+    "nll": "NLL",
+    "ece": "ECE",
+    "aurc": "AURC",
+    "seconds_per_epoch": "s/epoch",
+}
+
+
+class StepFailed(Exception):
+    """A command of the demo ended with an error; its log is named."""
+
+
+def environment() -> dict[str, str]:
+    """Return the environment of the trainings: one thread each, and freed memory kept.
+
+    Without the two allocator settings glibc gives every logits-sized tensor back to the system and
+    maps it anew, page by page, in each step; a third of a small model's time goes there.
+    """
+    return {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "MALLOC_MMAP_THRESHOLD_": str(1 << 30),
+        "MALLOC_TRIM_THRESHOLD_": str(1 << 32),
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
+    }
+
+
+class Step:
+    """One command in the background, its output in a log file."""
+
+    def __init__(self, name: str, command: list[str | Path], log: Path) -> None:
+        self.name, self.log = name, log
+        log.parent.mkdir(parents=True, exist_ok=True)
+        self._output = log.open("w", encoding="utf-8")
+        self._process = subprocess.Popen(
+            [str(word) for word in command],
+            cwd=ROOT,
+            env=environment(),
+            stdin=subprocess.DEVNULL,
+            stdout=self._output,
+            stderr=subprocess.STDOUT,
+        )
+
+    def running(self) -> bool:
+        return self._process.poll() is None
+
+    def finish(self) -> None:
+        """Wait for the end.
+
+        Raises:
+            StepFailed: if the command failed, with its last line and its log file.
+        """
+        code = self._process.wait()
+        self._output.close()
+        if code:
+            lines = self.log.read_text(encoding="utf-8").strip().split("\n")
+            raise StepFailed(f"{self.name} failed ({code}), see {self.log}: {lines[-1]}")
+
+    def stop(self) -> None:
+        self._process.kill()
+        self._process.wait()
+
+
+def run_all(steps: list[Step], watch=lambda step: None) -> None:
+    """Wait for all steps, calling ``watch`` on each meanwhile; if one fails, stop the others."""
+    try:
+        while any(step.running() for step in steps):
+            for step in steps:
+                watch(step)
+            time.sleep(0.5)
+        for step in steps:
+            watch(step)
+            step.finish()
+    finally:
+        for step in steps:
+            step.stop()
+
+
+def prepare(args: argparse.Namespace, out: Path) -> Path:
+    """Make the fairseq data folder, from the user's text or the embedded corpus."""
+    data = out / "data"
+    command: list[str | Path] = [sys.executable, ROOT / "translation" / "prepare.py"]
+    if args.src:
+        command += [args.src.resolve(), args.tgt.resolve()]
+    else:
+        write_pairs(out / "text", num_train=args.pairs)
+        for split in ("train", "valid", "test"):
+            command += [f"--{split}"] if split != "train" else []
+            command += [out / "text" / f"{split}.en", out / "text" / f"{split}.de"]
+    command += ["--source-lang", args.source_lang, "--target-lang", args.target_lang]
+    command += ["--bpe-size", str(args.bpe_size), "--out", data, "--overwrite"]
+    say(1, f"text to fairseq data, log file {out / 'prepare.log'}")
+    run_all([Step("prepare.py", command, out / "prepare.log")])
+    return data
+
+
+def epoch_records(log: Path) -> list[dict]:
+    """Return the end-of-epoch lines of a fairseq json log."""
+    records = []
+    for line in log.read_text(encoding="utf-8").split("\n"):
+        _, mark, record = line.partition("| train | ")
+        if mark and record.startswith("{"):
+            records.append(json.loads(record))
+    return records
+
+
+class EpochPrinter:
+    """Prints a line for each epoch that a training has finished."""
+
+    def __init__(self) -> None:
+        self._seen: dict[str, int] = {}
+
+    def __call__(self, step: Step) -> None:
+        records = epoch_records(step.log)
+        for record in records[self._seen.get(step.name, 0) :]:
+            alpha = f"  alpha {record['train_alpha']}" if "train_alpha" in record else ""
+            print(
+                f"    {step.name:<9} epoch {record['epoch']}  training NLL "
+                f"{record['train_nll_loss']} bits  {float(record['train_wall']):.0f} s{alpha}",
+                flush=True,
+            )
+        self._seen[step.name] = len(records)
+
+
+def folder(out: Path, name: str) -> Path:
+    return out / name.lower().replace("-", "")
+
+
+def train(args: argparse.Namespace, data: Path, out: Path) -> None:
+    """Train baseline and PS-KD side by side, from the same seed."""
+    steps = []
+    for name, recipe in RECIPES.items():
+        run = folder(out, name)
+        shutil.rmtree(run, ignore_errors=True)
+        command = [ROOT / "configs" / "translation" / recipe, data, run]
+        steps.append(Step(name, [*command, *args.train_flags], run / "train.log"))
+    logs = " and ".join(str(step.log) for step in steps)
+    say(2, f"training both side by side, one thread each, log files {logs}")
+    run_all(steps, EpochPrinter())
+
+
+def evaluate(args: argparse.Namespace, data: Path, out: Path) -> dict[str, dict]:
+    """Measure both last checkpoints on the test set."""
+    steps = []
+    for name in RECIPES:
+        run = folder(out, name)
+        command: list[str | Path] = [sys.executable, ROOT / "translation" / "evaluate.py"]
+        command += [run / "checkpoint_last.pt", "--data", data, "--out", run / "evaluation"]
+        steps.append(Step(name, [*command, "--name", name], run / "evaluate.log"))
+    logs = " and ".join(str(step.log) for step in steps)
+    say(3, f"translating and scoring the test set, log files {logs}")
+    run_all(steps)
+    results = {}
+    for name in RECIPES:
+        run = folder(out, name)
+        results[name] = json.loads((run / "evaluation" / "evaluation.json").read_text())
+        walls = [float(record["train_wall"]) for record in epoch_records(run / "train.log")]
+        results[name]["seconds_per_epoch"] = (walls[-1] - walls[0]) / max(1, len(walls) - 1)
+    return results
+
+
+def write_results(results: dict[str, dict], out: Path) -> None:
+    """Write results.json and the two plots, both runs in each."""
+    runs = {}
+    for name in RECIPES:
+        tokens = np.load(folder(out, name) / "evaluation" / "tokens.npz")
+        runs[name] = (tokens["confidence"], tokens["correct"])
+    say(4, f"plots and {out / 'results.json'}")
+    reliability_diagram(runs, out / "reliability.png")
+    risk_coverage_plot(runs, out / "risk_coverage.png")
+    aside = out / "results.json.tmp"
+    aside.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    os.replace(aside, out / "results.json")
+
+
+def print_table(results: dict[str, dict]) -> None:
+    print("\n" + "".join(f"{title:>10}" for title in ("", *COLUMNS.values())))
+    for name, result in results.items():
+        cells = [f"{result[key]:10.2f}" if key == "bleu" else f"{result[key]:10.4f}"
+                 for key in COLUMNS if key != "seconds_per_epoch"]
+        print(f"{name:>10}" + "".join(cells) + f"{result['seconds_per_epoch']:10.1f}")
+    signature = next(iter(results.values()))["bleu_signature"]
+    print(f"\nBLEU: sacreBLEU {signature}. NLL (nats), ECE (15 bins) and AURC: of every reference "
+          "token under\nteacher forcing. Lower is better but for BLEU.")
+
+
+def say(number: int, text: str) -> None:
+    print(f"[demo {number}/4] {text}", flush=True)
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m demo.translation",
+                                     description=__doc__.split("\n")[0])
+    parser.add_argument("--src", type=Path, help="your source text, a sentence a line")
+    parser.add_argument("--tgt", type=Path, help="its translation, line by line")
+    parser.add_argument("--source-lang", default="en", help="code of the source (default: en)")
+    parser.add_argument("--target-lang", default="de", help="code of the target (default: de)")
+    parser.add_argument("--bpe-size", type=int, default=2000, help="joint BPE merges")
+    parser.add_argument("--pairs", type=int, default=20_000, help="of the embedded corpus")
+    parser.add_argument("--out", type=Path, default=Path("runs/demo"))
+    parser.add_argument("train_flags", nargs="*", metavar="-- FLAG ...",
+                        help="after --: flags for both fairseq-train calls, such as --max-epoch 3")
+    args = parser.parse_args(argv)
+    if bool(args.src) != bool(args.tgt):
+        parser.error("expected --src and --tgt together, got one of them")
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    out = args.out.resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    try:
+        data = prepare(args, out)
+        train(args, data, out)
+        results = evaluate(args, data, out)
+    except StepFailed as error:
+        print(f"demo: error: {error}", file=sys.stderr)
+        return 1
+    write_results(results, out)
+    print_table(results)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

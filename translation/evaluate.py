@@ -1,0 +1,222 @@
+"""Measure a fairseq checkpoint, PS-KD or not: how well it translates and how well it knows it.
+
+    python translation/evaluate.py CHECKPOINT --data DIR --out OUT
+
+DIR is a folder that translation/prepare.py made. Translations (beam search, every sentence of the
+split) are detokenised and scored against the raw reference with sacreBLEU and chrF; beside them
+stands the tokenised BLEU that fairseq-generate prints. Confidence is that of the next token when
+the reference is read along (teacher forcing): NLL, ECE and AURC over every target token, the end of
+the sentence included, as raw fractions. OUT gets evaluation.json, translations.txt, generate.log,
+tokens.npz (confidence and correctness of every token) and two plots.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pskd_fairseq  # noqa: F401  torch's allow-list for fairseq checkpoints
+import sacrebleu
+import torch
+from fairseq import checkpoint_utils, utils
+from sacremoses import MosesDetokenizer
+
+from pskd.calibration import ConfidenceAccumulator
+from pskd.plots import reliability_diagram, risk_coverage_plot
+
+logger = logging.getLogger("evaluate")
+
+# fairseq-generate with torch's allow-list in place, whatever other plugin --user-dir names.
+_GENERATE = "import pskd_fairseq; from fairseq_cli.generate import cli_main; cli_main()"
+
+
+class UserError(Exception):
+    """Something the user gave is wrong; shown without a traceback."""
+
+
+def read_preparation(data: Path) -> dict:
+    """Return what prepare.py wrote of its steps.
+
+    Raises:
+        UserError: if the folder was not made by it.
+    """
+    path = data / "prepare.json"
+    if not path.is_file():
+        raise UserError(f"{data}: expected a folder that translation/prepare.py made, got no {path.name}")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def generate(args: argparse.Namespace, preparation: dict) -> tuple[list[str], str]:
+    """Translate the split with fairseq-generate.
+
+    Returns:
+        the tokenised translations in the order of the reference, and fairseq's own BLEU line.
+
+    Raises:
+        UserError: if fairseq fails, naming its log.
+    """
+    log = args.out / "generate.log"
+    command = [sys.executable, "-c", _GENERATE, str(args.data)]
+    command += ["--source-lang", preparation["source_lang"]]
+    command += ["--target-lang", preparation["target_lang"]]
+    command += ["--path", str(args.checkpoint), "--gen-subset", args.split]
+    command += ["--beam", str(args.beam), "--lenpen", str(args.lenpen)]
+    command += ["--max-len-a", "1.5", "--max-len-b", "10", "--post-process", "subword_nmt"]
+    # By default fairseq drops the last batch where its size is no multiple of 8.
+    command += ["--required-batch-size-multiple", "1", "--max-tokens", str(args.max_tokens)]
+    command += ["--user-dir", args.user_dir] if args.user_dir else []
+    command += ["--cpu"] if args.cpu else []
+    logger.info("translating %s with beam %d, log file: %s", args.split, args.beam, log)
+    with log.open("w", encoding="utf-8") as output:
+        code = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT).returncode
+    lines = log.read_text(encoding="utf-8").split("\n")
+    if code:
+        raise UserError(f"fairseq-generate failed ({code}), see {log}: {_last_line(lines)}")
+    found = [re.match(r"H-(\d+)\t[^\t]*\t(.*)", line) for line in lines]
+    numbered = sorted((int(match[1]), match[2]) for match in found if match)
+    bleu_line = next(line for line in lines if line.startswith("Generate "))
+    return [text for _, text in numbered], bleu_line
+
+
+def _last_line(lines: list[str]) -> str:
+    return next((line for line in reversed(lines) if line.strip()), "no output")
+
+
+def score(tokenised: list[str], args: argparse.Namespace, preparation: dict) -> dict:
+    """Return BLEU and chrF of the detokenised translations, with their sacreBLEU signatures."""
+    language, lowercase = preparation["target_lang"], preparation["lowercase"]
+    detokenizer = MosesDetokenizer(language)
+    translations = [detokenizer.detokenize(line.split()) for line in tokenised]
+    reference_file = args.data / "raw" / f"{args.split}.{language}"
+    references = reference_file.read_text(encoding="utf-8").split("\n")[:-1]
+    if len(translations) != len(references):
+        raise UserError(
+            f"{reference_file}: expected as many sentences as were translated, "
+            f"{len(translations)}, got {len(references)}"
+        )
+    (args.out / "translations.txt").write_text("\n".join(translations) + "\n", encoding="utf-8")
+    # A model of lower-cased text is scored without case; the signature says so.
+    bleu = sacrebleu.BLEU(lowercase=lowercase)
+    chrf = sacrebleu.CHRF(lowercase=lowercase)
+    return {
+        "sentences": len(translations),
+        "bleu": bleu.corpus_score(translations, [references]).score,
+        "bleu_signature": str(bleu.get_signature()),
+        "chrf": chrf.corpus_score(translations, [references]).score,
+        "chrf_signature": str(chrf.get_signature()),
+    }
+
+
+@torch.no_grad()
+def measure_confidence(args: argparse.Namespace) -> ConfidenceAccumulator:
+    """Score every reference token under teacher forcing."""
+    overrides = {"data": str(args.data)}
+    models, config, task = checkpoint_utils.load_model_ensemble_and_task(
+        [str(args.checkpoint)], arg_overrides=overrides
+    )
+    model = models[0].eval()
+    use_cuda = torch.cuda.is_available() and not args.cpu
+    model = model.cuda() if use_cuda else model
+    task.load_dataset(args.split, task_cfg=config.task)
+    batches = task.get_batch_iterator(
+        task.dataset(args.split), max_tokens=args.max_tokens, required_batch_size_multiple=1
+    ).next_epoch_itr(shuffle=False)
+    tokens = ConfidenceAccumulator()
+    for sample in batches:
+        sample = utils.move_to_cuda(sample) if use_cuda else sample
+        net_output = model(**sample["net_input"])
+        lprobs = model.get_normalized_probs(net_output, log_probs=True, sample=sample)
+        target = model.get_targets(sample, net_output)
+        keep = target != task.target_dictionary.pad()
+        confidence, prediction = lprobs[keep].max(dim=-1)
+        nll = -lprobs[keep].gather(1, target[keep][:, None]).squeeze(1)
+        tokens.update_from(confidence.exp().clamp(max=1.0), prediction == target[keep], nll)
+    return tokens
+
+
+def evaluate(args: argparse.Namespace) -> dict:
+    """Measure one checkpoint and write everything to ``args.out``; returns evaluation.json."""
+    preparation = read_preparation(args.data)
+    if not args.checkpoint.is_file():
+        raise UserError(f"{args.checkpoint}: expected a checkpoint, got no such file")
+    args.out.mkdir(parents=True, exist_ok=True)
+    if args.user_dir:
+        utils.import_user_module(argparse.Namespace(user_dir=args.user_dir))
+    logger.info("scoring the reference tokens of %s under teacher forcing", args.split)
+    tokens = measure_confidence(args)
+    tokenised, bleu_line = generate(args, preparation)
+    confidence = tokens.compute()
+    result = {
+        "checkpoint": str(args.checkpoint),
+        "split": args.split,
+        "beam": args.beam,
+        "lenpen": args.lenpen,
+        **score(tokenised, args, preparation),
+        "tokenised_bleu_line": bleu_line,
+        "tokenised_bleu": float(re.search(r"BLEU4 = ([\d.]+)", bleu_line)[1]),
+        "tokens": confidence.pop("count"),
+        "nll_bits": confidence["nll"] / np.log(2.0),
+        **confidence,
+    }
+    _write_outputs(args, result, tokens)
+    return result
+
+
+def _write_outputs(args: argparse.Namespace, result: dict, tokens: ConfidenceAccumulator) -> None:
+    np.savez_compressed(
+        args.out / "tokens.npz", confidence=tokens.confidence, correct=tokens.correct
+    )
+    runs = {args.name or args.checkpoint.parent.name: (tokens.confidence, tokens.correct)}
+    reliability_diagram(runs, args.out / "reliability.png")
+    risk_coverage_plot(runs, args.out / "risk_coverage.png")
+    path = args.out / "evaluation.json"
+    aside = path.with_suffix(".json.tmp")
+    aside.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    os.replace(aside, path)
+    logger.info("wrote %s", path)
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="evaluate.py", description=__doc__.split("\n")[0], epilog=__doc__.split("\n\n", 2)[2]
+    )
+    parser.add_argument("checkpoint", type=Path, help="any fairseq translation checkpoint")
+    parser.add_argument("--data", type=Path, required=True, help="folder of translation/prepare.py")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the results")
+    parser.add_argument("--split", default="test", help="test or valid (default: test)")
+    parser.add_argument("--name", help="of the run in plots (default: the checkpoint's folder)")
+    parser.add_argument("--beam", type=int, default=5, help="beam size (default: 5)")
+    parser.add_argument("--lenpen", type=float, default=1.0, help="length penalty (default: 1)")
+    parser.add_argument("--max-tokens", type=int, default=4000, help="in a batch (default: 4000)")
+    parser.add_argument("--user-dir", help="the plugin of your own model or task, if it has one")
+    parser.add_argument("--cpu", action="store_true", help="do not use a GPU")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    # force: importing fairseq configures the root logger, at DEBUG.
+    logging.basicConfig(
+        level=logging.INFO,
+        format="%(asctime)s | %(levelname)s | %(name)s | %(message)s",
+        force=True,
+    )
+    try:
+        result = evaluate(args)
+    except UserError as error:
+        print(f"evaluate.py: error: {error}", file=sys.stderr)
+        return 2
+    keys = ("bleu", "chrf", "tokenised_bleu", "nll", "ece", "aurc", "accuracy")
+    print(" ".join(f"{key}={result[key]:.4g}" for key in keys), result["bleu_signature"])
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
