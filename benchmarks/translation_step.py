@@ -88,7 +88,9 @@ def time_update(task, model, criterion, optimizer, batch: dict) -> float:
 def run(args: argparse.Namespace) -> dict:
     torch.manual_seed(1)
     utils.import_user_module(Namespace(user_dir=args.user_dir))
-    configs = {name: training_config(args, name) for name in ("label_smoothed_cross_entropy", "pskd")}
+    configs = {
+        name: training_config(args, name) for name in ("label_smoothed_cross_entropy", "pskd")
+    }
     words = made_dictionary(args.vocabulary)
     task = tasks.translation.TranslationTask(configs["pskd"].task, words, words)
     device = torch.device("cuda" if torch.cuda.is_available() and not args.cpu else "cpu")
@@ -127,7 +129,9 @@ class _Adam(torch.optim.Adam):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--arch", default="small", help="a fairseq architecture, or small (2 + 2 layers of 96)")
+    parser.add_argument(
+        "--arch", default="small", help="a fairseq architecture, or small (2 + 2 layers of 96)"
+    )
     parser.add_argument("--vocabulary", type=int, default=6000, help="types in the dictionary")
     parser.add_argument("--tokens", type=int, default=2048, help="target tokens in a batch")
     parser.add_argument("--length", type=int, default=16, help="tokens in a sentence")

@@ -68,34 +68,151 @@ RELATIVE = {
     "year": (365 * 86400, 99),
 }
 UNITS = (
-    "acceleration-g-force", "angle-degree", "area-acre", "area-hectare", "area-square-centimeter",
-    "area-square-foot", "area-square-kilometer", "area-square-meter", "area-square-mile",
-    "consumption-liter-per-100-kilometer", "consumption-mile-per-gallon", "digital-bit",
-    "digital-byte", "digital-gigabyte", "digital-kilobyte", "digital-megabyte", "digital-terabyte",
-    "duration-century", "duration-day", "duration-decade", "duration-hour", "duration-millisecond",
-    "duration-minute", "duration-month", "duration-second", "duration-week", "duration-year",
-    "electric-ampere", "electric-ohm", "electric-volt", "energy-calorie", "energy-joule",
-    "energy-kilocalorie", "energy-kilojoule", "energy-kilowatt-hour", "force-newton",
-    "frequency-gigahertz", "frequency-hertz", "frequency-kilohertz", "frequency-megahertz",
-    "graphics-megapixel", "graphics-pixel", "length-centimeter", "length-fathom", "length-foot",
-    "length-furlong", "length-inch", "length-kilometer", "length-light-year", "length-meter",
-    "length-micrometer", "length-mile", "length-millimeter", "length-nanometer",
-    "length-nautical-mile", "length-yard", "light-lumen", "light-lux", "mass-carat", "mass-gram",
-    "mass-kilogram", "mass-milligram", "mass-ounce", "mass-pound", "mass-stone", "mass-tonne",
-    "power-horsepower", "power-kilowatt", "power-megawatt", "power-watt", "pressure-bar",
-    "pressure-hectopascal", "pressure-pascal", "speed-kilometer-per-hour", "speed-knot",
-    "speed-meter-per-second", "speed-mile-per-hour", "temperature-celsius",
-    "temperature-fahrenheit", "temperature-kelvin", "volume-barrel", "volume-centiliter",
-    "volume-cubic-centimeter", "volume-cubic-foot", "volume-cubic-kilometer",
-    "volume-cubic-meter", "volume-cup", "volume-drop", "volume-fluid-ounce", "volume-gallon",
-    "volume-hectoliter", "volume-liter", "volume-milliliter", "volume-pint", "volume-quart",
-    "volume-tablespoon", "volume-teaspoon",
+    "acceleration-g-force",
+    "angle-degree",
+    "area-acre",
+    "area-hectare",
+    "area-square-centimeter",
+    "area-square-foot",
+    "area-square-kilometer",
+    "area-square-meter",
+    "area-square-mile",
+    "consumption-liter-per-100-kilometer",
+    "consumption-mile-per-gallon",
+    "digital-bit",
+    "digital-byte",
+    "digital-gigabyte",
+    "digital-kilobyte",
+    "digital-megabyte",
+    "digital-terabyte",
+    "duration-century",
+    "duration-day",
+    "duration-decade",
+    "duration-hour",
+    "duration-millisecond",
+    "duration-minute",
+    "duration-month",
+    "duration-second",
+    "duration-week",
+    "duration-year",
+    "electric-ampere",
+    "electric-ohm",
+    "electric-volt",
+    "energy-calorie",
+    "energy-joule",
+    "energy-kilocalorie",
+    "energy-kilojoule",
+    "energy-kilowatt-hour",
+    "force-newton",
+    "frequency-gigahertz",
+    "frequency-hertz",
+    "frequency-kilohertz",
+    "frequency-megahertz",
+    "graphics-megapixel",
+    "graphics-pixel",
+    "length-centimeter",
+    "length-fathom",
+    "length-foot",
+    "length-furlong",
+    "length-inch",
+    "length-kilometer",
+    "length-light-year",
+    "length-meter",
+    "length-micrometer",
+    "length-mile",
+    "length-millimeter",
+    "length-nanometer",
+    "length-nautical-mile",
+    "length-yard",
+    "light-lumen",
+    "light-lux",
+    "mass-carat",
+    "mass-gram",
+    "mass-kilogram",
+    "mass-milligram",
+    "mass-ounce",
+    "mass-pound",
+    "mass-stone",
+    "mass-tonne",
+    "power-horsepower",
+    "power-kilowatt",
+    "power-megawatt",
+    "power-watt",
+    "pressure-bar",
+    "pressure-hectopascal",
+    "pressure-pascal",
+    "speed-kilometer-per-hour",
+    "speed-knot",
+    "speed-meter-per-second",
+    "speed-mile-per-hour",
+    "temperature-celsius",
+    "temperature-fahrenheit",
+    "temperature-kelvin",
+    "volume-barrel",
+    "volume-centiliter",
+    "volume-cubic-centimeter",
+    "volume-cubic-foot",
+    "volume-cubic-kilometer",
+    "volume-cubic-meter",
+    "volume-cup",
+    "volume-drop",
+    "volume-fluid-ounce",
+    "volume-gallon",
+    "volume-hectoliter",
+    "volume-liter",
+    "volume-milliliter",
+    "volume-pint",
+    "volume-quart",
+    "volume-tablespoon",
+    "volume-teaspoon",
 )
 CURRENCIES = (
-    "AED", "ARS", "AUD", "BGN", "BRL", "CAD", "CHF", "CLP", "CNY", "COP", "CZK", "DKK", "EGP",
-    "EUR", "GBP", "HKD", "HUF", "IDR", "ILS", "INR", "ISK", "JPY", "KES", "KRW", "MAD", "MXN",
-    "MYR", "NGN", "NOK", "NZD", "PEN", "PHP", "PLN", "RON", "RSD", "RUB", "SAR", "SEK", "SGD",
-    "THB", "TRY", "TWD", "UAH", "USD", "VND", "ZAR",
+    "AED",
+    "ARS",
+    "AUD",
+    "BGN",
+    "BRL",
+    "CAD",
+    "CHF",
+    "CLP",
+    "CNY",
+    "COP",
+    "CZK",
+    "DKK",
+    "EGP",
+    "EUR",
+    "GBP",
+    "HKD",
+    "HUF",
+    "IDR",
+    "ILS",
+    "INR",
+    "ISK",
+    "JPY",
+    "KES",
+    "KRW",
+    "MAD",
+    "MXN",
+    "MYR",
+    "NGN",
+    "NOK",
+    "NZD",
+    "PEN",
+    "PHP",
+    "PLN",
+    "RON",
+    "RSD",
+    "RUB",
+    "SAR",
+    "SEK",
+    "SGD",
+    "THB",
+    "TRY",
+    "TWD",
+    "UAH",
+    "USD",
+    "VND",
+    "ZAR",
 )
 # Codes of CLDR that stand for no country and no language of their own.
 NOT_COUNTRIES = frozenset({"EU", "EZ", "QO", "UN", "XA", "XB", "ZZ"})
@@ -198,8 +315,10 @@ def draw_datetime(rng: random.Random, split: str) -> Item:
     day, minute = rng.choice(days_of(split)), rng.choice(times_of(split))
     moment = datetime.datetime(draw_year(rng, day), *day, *minute, rng.randrange(60))
     width = rng.choice(WIDTHS)
-    return Item((("date", *day), ("time", *minute)),
-                lambda locale: [format_datetime(moment, width, UTC, locale)])
+    return Item(
+        (("date", *day), ("time", *minute)),
+        lambda locale: [format_datetime(moment, width, UTC, locale)],
+    )
 
 
 def draw_date_interval(rng: random.Random, split: str) -> Item:
@@ -208,8 +327,10 @@ def draw_date_interval(rng: random.Random, split: str) -> Item:
     year = draw_year(rng, *days)
     dates = [datetime.date(year, *day) for day in days]
     skeleton = rng.choice(DATE_SKELETONS)
-    return Item(tuple(("date", *day) for day in days),
-                lambda locale: [format_interval(*dates, skeleton, UTC, locale=locale)])
+    return Item(
+        tuple(("date", *day) for day in days),
+        lambda locale: [format_interval(*dates, skeleton, UTC, locale=locale)],
+    )
 
 
 def draw_time_interval(rng: random.Random, split: str) -> Item:
@@ -217,8 +338,10 @@ def draw_time_interval(rng: random.Random, split: str) -> Item:
     minutes = sorted(rng.sample(times_of(split), 2))
     times = [datetime.datetime(*SOME_DAY, *minute) for minute in minutes]
     skeleton = rng.choice(TIME_SKELETONS)
-    return Item(tuple(("time", *minute) for minute in minutes),
-                lambda locale: [format_interval(*times, skeleton, UTC, locale=locale)])
+    return Item(
+        tuple(("time", *minute) for minute in minutes),
+        lambda locale: [format_interval(*times, skeleton, UTC, locale=locale)],
+    )
 
 
 def draw_relative(rng: random.Random, split: str) -> Item:
@@ -230,8 +353,16 @@ def draw_relative(rng: random.Random, split: str) -> Item:
     length = "long" if unit == "month" else rng.choice(LENGTHS)
     return Item(
         (("relative", unit, number),),
-        lambda locale: [format_timedelta(number * seconds, unit, threshold=1, add_direction=True,
-                                         format=length, locale=locale)],
+        lambda locale: [
+            format_timedelta(
+                number * seconds,
+                unit,
+                threshold=1,
+                add_direction=True,
+                format=length,
+                locale=locale,
+            )
+        ],
     )
 
 
@@ -247,8 +378,10 @@ def draw_quantity(rng: random.Random, split: str) -> Item:
     """A number of units."""
     unit, length = rng.choice(UNITS), rng.choice(LENGTHS)
     number = draw_number(rng, decimals=1)
-    return Item((("quantity", unit, str(number)),),
-                lambda locale: [format_unit(number, unit, length, locale=locale)])
+    return Item(
+        (("quantity", unit, str(number)),),
+        lambda locale: [format_unit(number, unit, length, locale=locale)],
+    )
 
 
 def draw_money(rng: random.Random, split: str) -> Item:
@@ -266,8 +399,10 @@ def draw_money(rng: random.Random, split: str) -> Item:
 def draw_names(rng: random.Random, split: str) -> Item:
     """A country and a language, as two neighbouring entries."""
     country, language = rng.choice(COUNTRIES), rng.choice(LANGUAGES)
-    return Item((("names", country, language),),
-                lambda locale: [locale.territories[country], locale.languages[language]])
+    return Item(
+        (("names", country, language),),
+        lambda locale: [locale.territories[country], locale.languages[language]],
+    )
 
 
 DRAWS = {
@@ -316,8 +451,9 @@ def draw_pair(rng: random.Random, split: str) -> Pair:
         room -= 2 if items[-1].combinations[0][0] == "names" else 1
     style = rng.choice(("standard", "standard", "or"))
     texts = {
-        language: plain_spaces(format_list(
-            [entry for item in items for entry in item.write(locale)], style, locale))
+        language: plain_spaces(
+            format_list([entry for item in items for entry in item.write(locale)], style, locale)
+        )
         for language, locale in LOCALES.items()
     }
     return Pair(**texts, combinations=sum((item.combinations for item in items), ()))
@@ -393,15 +529,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m demo.locale_pairs",
-        description="Write an English-German parallel corpus of CLDR locale data.")
+        description="Write an English-German parallel corpus of CLDR locale data.",
+    )
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder to fill")
     for split, size in zip(SPLITS, (30_000, 1000, 1000), strict=True):
-        parser.add_argument(f"--num-{split}", type=int, default=size, metavar="N",
-                            help=f"{split} pairs (default: %(default)s)")
+        parser.add_argument(
+            f"--num-{split}",
+            type=int,
+            default=size,
+            metavar="N",
+            help=f"{split} pairs (default: %(default)s)",
+        )
     parser.add_argument("--seed", type=int, default=1, metavar="N", help="default: %(default)s")
     args = vars(parser.parse_args(argv))
-    logging.basicConfig(stream=sys.stderr, level=logging.INFO,
-                        format="%(asctime)s | %(levelname)s | %(name)s | %(message)s")
+    logging.basicConfig(
+        stream=sys.stderr,
+        level=logging.INFO,
+        format="%(asctime)s | %(levelname)s | %(name)s | %(message)s",
+    )
     try:
         write_pairs(args.pop("out"), **args)
     except (ValueError, OSError) as error:

@@ -111,7 +111,8 @@ def prepare(args: argparse.Namespace, out: Path) -> Path:
     if args.src:
         command += [args.src.resolve(), args.tgt.resolve()]
     else:
-        write_pairs(out / "text", num_train=args.pairs)
+        held_out = {"num_valid": args.held_out, "num_test": args.held_out}
+        write_pairs(out / "text", num_train=args.pairs, **held_out)
         for split in ("train", "valid", "test"):
             command += [f"--{split}"] if split != "train" else []
             command += [out / "text" / f"{split}.en", out / "text" / f"{split}.de"]
@@ -204,12 +205,17 @@ def write_results(results: dict[str, dict], out: Path) -> None:
 def print_table(results: dict[str, dict]) -> None:
     print("\n" + "".join(f"{title:>10}" for title in ("", *COLUMNS.values())))
     for name, result in results.items():
-        cells = [f"{result[key]:10.2f}" if key == "bleu" else f"{result[key]:10.4f}"
-                 for key in COLUMNS if key != "seconds_per_epoch"]
+        cells = [
+            f"{result[key]:10.2f}" if key == "bleu" else f"{result[key]:10.4f}"
+            for key in COLUMNS
+            if key != "seconds_per_epoch"
+        ]
         print(f"{name:>10}" + "".join(cells) + f"{result['seconds_per_epoch']:10.1f}")
     signature = next(iter(results.values()))["bleu_signature"]
-    print(f"\nBLEU: sacreBLEU {signature}. NLL (nats), ECE (15 bins) and AURC: of every reference "
-          "token under\nteacher forcing. Lower is better but for BLEU.")
+    print(
+        f"\nBLEU: sacreBLEU {signature}. NLL (nats), ECE (15 bins) and AURC: of every reference "
+        "token under\nteacher forcing. Lower is better but for BLEU."
+    )
 
 
 def say(number: int, text: str) -> None:
@@ -217,17 +223,33 @@ def say(number: int, text: str) -> None:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m demo.translation",
-                                     description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m demo.translation", description=__doc__.split("\n")[0]
+    )
     parser.add_argument("--src", type=Path, help="your source text, a sentence a line")
     parser.add_argument("--tgt", type=Path, help="its translation, line by line")
     parser.add_argument("--source-lang", default="en", help="code of the source (default: en)")
     parser.add_argument("--target-lang", default="de", help="code of the target (default: de)")
     parser.add_argument("--bpe-size", type=int, default=2000, help="joint BPE merges")
-    parser.add_argument("--pairs", type=int, default=20_000, help="of the embedded corpus")
+    parser.add_argument(
+        "--pairs",
+        type=int,
+        default=20_000,
+        help="training pairs of the embedded corpus (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--held-out",
+        type=int,
+        default=1000,
+        help="validation and test pairs of it, each (default: %(default)s)",
+    )
     parser.add_argument("--out", type=Path, default=Path("runs/demo"))
-    parser.add_argument("train_flags", nargs="*", metavar="-- FLAG ...",
-                        help="after --: flags for both fairseq-train calls, such as --max-epoch 3")
+    parser.add_argument(
+        "train_flags",
+        nargs="*",
+        metavar="-- FLAG ...",
+        help="after --: flags for both fairseq-train calls, such as --max-epoch 3",
+    )
     args = parser.parse_args(argv)
     if bool(args.src) != bool(args.tgt):
         parser.error("expected --src and --tgt together, got one of them")

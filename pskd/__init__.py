@@ -2,14 +2,24 @@
 
 The core needs torch and numpy only. The adapters are packages of their own: ``pskd_fairseq``
 (machine translation).
+
+A name is imported when it is first used, so that ``pskd doctor`` can tell of a torch that does not
+load.
 """
 
-from pskd.loss import PSKDStats, gradient_rescaling, pskd_cross_entropy
-from pskd.schedule import constant_alpha, cosine_alpha, linear_alpha
-from pskd.targets import TopK, mix_targets
-from pskd.teacher import SnapshotTeacher
+from __future__ import annotations
 
-from pskd.version import __version__
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from pskd.version import __version__ as __version__
+
+if TYPE_CHECKING:
+    from pskd import calibration, loss, plots, schedule, targets, teacher  # noqa: F401
+    from pskd.loss import PSKDStats, gradient_rescaling, pskd_cross_entropy
+    from pskd.schedule import constant_alpha, cosine_alpha, linear_alpha
+    from pskd.targets import TopK, mix_targets
+    from pskd.teacher import SnapshotTeacher
 
 __all__ = [
     "PSKDStats",
@@ -22,3 +32,30 @@ __all__ = [
     "mix_targets",
     "pskd_cross_entropy",
 ]
+
+_MODULES = ("calibration", "loss", "plots", "schedule", "targets", "teacher")
+_MODULE_OF = {
+    "PSKDStats": "loss",
+    "SnapshotTeacher": "teacher",
+    "TopK": "targets",
+    "constant_alpha": "schedule",
+    "cosine_alpha": "schedule",
+    "gradient_rescaling": "loss",
+    "linear_alpha": "schedule",
+    "mix_targets": "targets",
+    "pskd_cross_entropy": "loss",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name in _MODULES:
+        return import_module(f"{__name__}.{name}")  # which also sets the attribute
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+    globals()[name] = value  # found directly from now on
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_MODULES, *_MODULE_OF})

@@ -173,7 +173,7 @@ def pskd_cross_entropy(
             to sum to 1. Receives no gradient.
         alpha: weight of the teacher in [0, 1]; one number, or (N,) with one a row (0 for a row that
             has no past prediction).
-        teacher_logits: (N, C) scores in place of ``teacher_probs``; their softmax is the prediction.
+        teacher_logits: (N, C) scores in place of ``teacher_probs``, of which they give the softmax.
         ignore_index: label of rows that add neither loss nor gradient nor count; may be a class.
         label_smoothing: eps in [0, 1] on the hard part, torch's: spread over all C classes.
         reduction: ``"none"`` (N,), ``"sum"``, or ``"mean"`` over the rows that are not ignored.
@@ -188,7 +188,8 @@ def pskd_cross_entropy(
         ValueError: if a weight lies outside [0, 1] or is NaN, a label is out of range (checked on
             the CPU), shapes or dtypes disagree, or both forms of a teacher are given.
 
-    Source: Kim et al. 2021, section 3.1; the contract is that of `torch.nn.functional.cross_entropy`.
+    Source: Kim et al. 2021, section 3.1; the contract is that of
+    `torch.nn.functional.cross_entropy`.
     """
     _check(logits, teacher_probs, teacher_logits, reduction)
     given = teacher_probs if teacher_logits is None else teacher_logits

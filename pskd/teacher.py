@@ -54,7 +54,7 @@ class SnapshotTeacher:
             self._model.load_state_dict(student.state_dict())
 
     def state_dict(self) -> dict[str, dict[str, Tensor] | None]:
-        """Return the weights on the CPU, in the dtype they are used in; ``{"model": None}`` if none."""
+        """Return the weights on the CPU, in their own dtype; None in their place if none."""
         if self._model is None:
             return {"model": None}
         state = self._model.state_dict()

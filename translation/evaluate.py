@@ -49,7 +49,9 @@ def read_preparation(data: Path) -> dict:
     """
     path = data / "prepare.json"
     if not path.is_file():
-        raise UserError(f"{data}: expected a folder that translation/prepare.py made, got no {path.name}")
+        raise UserError(
+            f"{data}: expected a folder that translation/prepare.py made, got no {path.name}"
+        )
     return json.loads(path.read_text(encoding="utf-8"))
 
 

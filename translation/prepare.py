@@ -187,8 +187,9 @@ def read_bitext(source: Path, target: Path, *, drop_empty: bool) -> tuple[Bitext
     pairs: Bitext = []
     empty: list[str] = []
     for number, pair in enumerate(zip(*sides, strict=True), start=1):
-        blank = [path for path, side in zip((source, target), pair, strict=True)
-                 if EMPTY.fullmatch(side)]
+        blank = [
+            path for path, side in zip((source, target), pair, strict=True) if EMPTY.fullmatch(side)
+        ]
         if not blank:
             pairs.append(pair)
         elif drop_empty:
@@ -196,8 +197,9 @@ def read_bitext(source: Path, target: Path, *, drop_empty: bool) -> tuple[Bitext
         else:
             raise PrepareError(f"{blank[0]}:{number}: empty sentence in text to be scored against")
     if empty:
-        logger.warning("dropped %d training pairs with an empty side (first: %s)",
-                       len(empty), empty[0])
+        logger.warning(
+            "dropped %d training pairs with an empty side (first: %s)", len(empty), empty[0]
+        )
     return pairs, len(empty)
 
 
@@ -276,8 +278,11 @@ def read_parts(job: Job) -> tuple[dict[str, Bitext], dict[str, dict]]:
         some, empty = read_bitext(source, target, drop_empty=True)
         pairs += some
         dropped += empty
-    parts = {part: read_bitext(*job.given(part), drop_empty=False)[0]
-             for part in HELD_OUT if job.given(part)}
+    parts = {
+        part: read_bitext(*job.given(part), drop_empty=False)[0]
+        for part in HELD_OUT
+        if job.given(part)
+    }
     if not pairs:
         raise PrepareError(f"{job.texts[0]}: no training pair is left: all have an empty side")
     given = set(parts)
@@ -288,17 +293,21 @@ def read_parts(job: Job) -> tuple[dict[str, Bitext], dict[str, dict]]:
         taken = set().union(*(source_keys(parts[part]) for part in given))
         drawn, pairs = hold_out(pairs, missing, job.seed, taken)
         parts.update(drawn)
-        logger.info("drew %s from the training text with seed %d; %d pairs left it",
-                    " and ".join(f"{len(drawn[part])} {part}" for part in drawn),
-                    job.seed, before - len(pairs))
+        logger.info(
+            "drew %s from the training text with seed %d; %d pairs left it",
+            " and ".join(f"{len(drawn[part])} {part}" for part in drawn),
+            job.seed,
+            before - len(pairs),
+        )
     parts["train"] = pairs[: job.max_train]
     train_keys = source_keys(parts["train"])
     notes = {"train": {"dropped_empty": dropped}}
     for part in HELD_OUT:
         shared = len(source_keys(parts[part]) & train_keys)
         if shared:
-            logger.warning("%d source sentences of the %s text are in the training text too",
-                           shared, part)
+            logger.warning(
+                "%d source sentences of the %s text are in the training text too", shared, part
+            )
         notes[part] = {"from": "given" if part in given else "drawn", "also_in_train": shared}
     return {part: parts[part] for part in ("train", *HELD_OUT)}, notes
 
@@ -352,8 +361,9 @@ def encode_lines(
         with ProcessPoolExecutor(workers, initializer=_start_worker, initargs=(make, args)) as pool:
             return [*pool.map(_work, lines, chunksize=1000)]
     except BrokenProcessPool:
-        raise ToolError("a worker process was killed; is there memory for so many --workers?"
-                        ) from None
+        raise ToolError(
+            "a worker process was killed; is there memory for so many --workers?"
+        ) from None
 
 
 def learn_codes(lines: Iterable[str], size: int, path: Path) -> int:
@@ -377,8 +387,10 @@ def learn_codes(lines: Iterable[str], size: int, path: Path) -> int:
     if any(len(word) > 1 for word in words):
         counted = (f"{word} {count}" for word, count in words.items())
         # learn_bpe draws a progress bar on stderr; what it has to say is in the file.
-        with path.open("w", encoding="utf-8", newline="\n") as codes, \
-                contextlib.redirect_stderr(io.StringIO()):
+        with (
+            path.open("w", encoding="utf-8", newline="\n") as codes,
+            contextlib.redirect_stderr(io.StringIO()),
+        ):
             learn_bpe(counted, codes, size, is_dict=True)
         learned = path.read_text(encoding="utf-8").count("\n") - 1
     if learned == 0:
@@ -414,8 +426,11 @@ def segment(job: Job, parts: dict[str, Bitext], text: Path, data: Path) -> int:
     for side, language in enumerate(job.languages):
         for part, pairs in parts.items():
             tokens[part, language] = encode_lines(
-                [pair[side] for pair in pairs], moses_encoder, (language, job.lowercase),
-                job.workers)
+                [pair[side] for pair in pairs],
+                moses_encoder,
+                (language, job.lowercase),
+                job.workers,
+            )
     logger.info("tokenised %d sentences", sum(map(len, tokens.values())))
     train = (line for language in job.languages for line in tokens["train", language])
     learned = learn_codes(train, job.bpe_size, data / CODES)
@@ -436,8 +451,15 @@ def run_quietly(command: Sequence[str], cwd: Path) -> None:
     Raises:
         ToolError: it failed.
     """
-    with subprocess.Popen(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                          text=True, errors="replace", start_new_session=True) as process:
+    with subprocess.Popen(
+        command,
+        cwd=cwd,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+    ) as process:
         try:
             output, _ = process.communicate()
         except BaseException:
@@ -455,13 +477,29 @@ def binarise(job: Job, text: Path, data: Path) -> None:
         ToolError: fairseq-preprocess failed.
     """
     # Relative paths: fairseq splits --validpref at commas, and the log shows no temporary folder.
-    run_quietly([
-        sys.executable, "-m", "fairseq_cli.preprocess",
-        "--source-lang", job.source_lang, "--target-lang", job.target_lang,
-        "--trainpref", "train", "--validpref", "valid", "--testpref", "test",
-        "--destdir", os.path.relpath(data, text), "--joined-dictionary",
-        "--workers", str(job.workers),
-    ], cwd=text)
+    run_quietly(
+        [
+            sys.executable,
+            "-m",
+            "fairseq_cli.preprocess",
+            "--source-lang",
+            job.source_lang,
+            "--target-lang",
+            job.target_lang,
+            "--trainpref",
+            "train",
+            "--validpref",
+            "valid",
+            "--testpref",
+            "test",
+            "--destdir",
+            os.path.relpath(data, text),
+            "--joined-dictionary",
+            "--workers",
+            str(job.workers),
+        ],
+        cwd=text,
+    )
 
 
 def read_dictionary(path: Path) -> set[str]:
@@ -508,20 +546,27 @@ def check_out(out: Path, overwrite: bool) -> None:
     if not any(out.iterdir()):
         return
     if not (out / RECORD).is_file():
-        raise PrepareError(f"{out}: is not empty, and without {RECORD} not a prepared set; "
-                           "choose another --out")
+        raise PrepareError(
+            f"{out}: is not empty, and without {RECORD} not a prepared set; choose another --out"
+        )
     if not overwrite:
-        raise PrepareError(f"{out}: already holds a prepared set; choose another --out, or pass "
-                           "--overwrite to replace it")
+        raise PrepareError(
+            f"{out}: already holds a prepared set; choose another --out, or pass "
+            "--overwrite to replace it"
+        )
     try:
         written = json.loads((out / RECORD).read_text(encoding="utf-8"))["files"]
     except (ValueError, KeyError, TypeError):
-        raise PrepareError(f"{out / RECORD}: cannot be read as a record of this program, so "
-                           "nothing is overwritten; remove the folder yourself") from None
+        raise PrepareError(
+            f"{out / RECORD}: cannot be read as a record of this program, so "
+            "nothing is overwritten; remove the folder yourself"
+        ) from None
     foreign = sorted(set(list_files(out)) - set(written))
     if foreign:
-        raise PrepareError(f"{out}: holds files that are not part of the prepared set, such as "
-                           f"{foreign[0]}; --overwrite would delete them, move them away first")
+        raise PrepareError(
+            f"{out}: holds files that are not part of the prepared set, such as "
+            f"{foreign[0]}; --overwrite would delete them, move them away first"
+        )
 
 
 @contextlib.contextmanager
@@ -533,8 +578,9 @@ def staging(out: Path) -> Iterator[Path]:
     """
     out.parent.mkdir(parents=True, exist_ok=True)
     for left in out.parent.glob(f".{glob.escape(out.name)}.*.partial"):
-        logger.warning("%s was left by a run that was killed (or still runs); it may be removed",
-                       left)
+        logger.warning(
+            "%s was left by a run that was killed (or still runs); it may be removed", left
+        )
     folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
     old = folder / "old"
     try:
@@ -560,12 +606,16 @@ def check_job(job: Job) -> None:
         PrepareError: an option, the output folder or the installation does not fit.
     """
     if not job.texts or len(job.texts) % 2:
-        raise PrepareError(f"texts come in pairs SRC_TEXT TGT_TEXT, but {len(job.texts)} "
-                           f"{'was' if len(job.texts) == 1 else 'were'} given")
+        raise PrepareError(
+            f"texts come in pairs SRC_TEXT TGT_TEXT, but {len(job.texts)} "
+            f"{'was' if len(job.texts) == 1 else 'were'} given"
+        )
     for language in job.languages:
         if not re.fullmatch(r"[A-Za-z0-9_]+", language):
-            raise PrepareError(f"language code {language!r} must be letters, digits and _ only: "
-                               "fairseq builds file names from it")
+            raise PrepareError(
+                f"language code {language!r} must be letters, digits and _ only: "
+                "fairseq builds file names from it"
+            )
     if job.source_lang == job.target_lang:
         raise PrepareError(f"source and target language are both {job.source_lang!r}")
     for option in ("bpe_size", "workers", "max_train", "valid_size", "test_size"):
@@ -577,8 +627,10 @@ def check_job(job: Job) -> None:
             raise PrepareError(f"--{part}-size has no meaning beside --{part}")
     for module, packages in PACKAGES.items():
         if importlib.util.find_spec(module) is None:
-            raise PrepareError(f"the package {packages[0]} is not installed: "
-                               f"{sys.executable} -m pip install {packages[0]}")
+            raise PrepareError(
+                f"the package {packages[0]} is not installed: "
+                f"{sys.executable} -m pip install {packages[0]}"
+            )
     check_out(job.out, job.overwrite)
 
 
@@ -594,8 +646,11 @@ def installed_versions() -> dict[str, str]:
 def describe_inputs(job: Job) -> list[dict[str, str]]:
     """Path as given, part and SHA-256 of every text."""
     texts = {"train": job.texts, **{part: job.given(part) or () for part in HELD_OUT}}
-    return [{"part": part, "path": str(path), "sha256": sha256(path)}
-            for part, paths in texts.items() for path in paths]
+    return [
+        {"part": part, "path": str(path), "sha256": sha256(path)}
+        for part, paths in texts.items()
+        for path in paths
+    ]
 
 
 def prepare(job: Job) -> dict:
@@ -633,8 +688,13 @@ def prepare(job: Job) -> dict:
             "target_lang": job.target_lang,
             "lowercase": job.lowercase,
             "tokenizer": {"name": "moses", **MOSES},
-            "bpe": {"name": "subword_nmt", "separator": SEPARATOR, "codes": CODES,
-                    "merges_asked": job.bpe_size, "merges_learned": learned},
+            "bpe": {
+                "name": "subword_nmt",
+                "separator": SEPARATOR,
+                "codes": CODES,
+                "merges_asked": job.bpe_size,
+                "merges_learned": learned,
+            },
             "seed": job.seed,
             "max_train": job.max_train,
             "dictionary_size": len(known) + FAIRSEQ_SPECIALS,
@@ -644,16 +704,20 @@ def prepare(job: Job) -> dict:
             "files": [*list_files(data), RECORD],
         }
         (data / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    logger.info("wrote %s: %s pairs, dictionary of %d", out,
-                ", ".join(f"{notes[part]['pairs']} {part}" for part in notes),
-                record["dictionary_size"])
+    logger.info(
+        "wrote %s: %s pairs, dictionary of %d",
+        out,
+        ", ".join(f"{notes[part]['pairs']} {part}" for part in notes),
+        record["dictionary_size"],
+    )
     return record
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(
-        prog="prepare.py", allow_abbrev=False,
+        prog="prepare.py",
+        allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Turn parallel text into a fairseq data folder: Moses tokens, joint BPE, one "
         "joined dictionary.",
@@ -667,32 +731,67 @@ It then prints detokenised text on its D- lines. With --lowercase here, lower-ca
 you feed to it yourself: fairseq-interactive does not.""",
     )
     pair = {"nargs": 2, "type": Path, "metavar": ("SRC_TEXT", "TGT_TEXT")}
-    parser.add_argument("texts", nargs="*", type=Path, metavar="SRC_TEXT TGT_TEXT",
-                        help="training text, plain or .gz, UTF-8, a sentence a line; several pairs "
-                        "are joined; pairs with an empty side are dropped with a warning")
+    parser.add_argument(
+        "texts",
+        nargs="*",
+        type=Path,
+        metavar="SRC_TEXT TGT_TEXT",
+        help="training text, plain or .gz, UTF-8, a sentence a line; several pairs "
+        "are joined; pairs with an empty side are dropped with a warning",
+    )
     parser.add_argument("--source-lang", required=True, metavar="CODE", help="such as de")
     parser.add_argument("--target-lang", required=True, metavar="CODE", help="such as en")
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder to make")
-    parser.add_argument("--valid", help="raw validation text; else drawn from the training text, "
-                        "which then keeps none of its source sentences", **pair)
+    parser.add_argument(
+        "--valid",
+        help="raw validation text; else drawn from the training text, "
+        "which then keeps none of its source sentences",
+        **pair,
+    )
     parser.add_argument("--test", help="raw test text; else drawn likewise", **pair)
     for part in HELD_OUT:
-        parser.add_argument(f"--{part}-size", type=int, metavar="N",
-                            help=f"{part} pairs to draw (default: 5 %% of the text, at most 1000)")
-    parser.add_argument("--seed", type=int, default=Job.seed, metavar="N",
-                        help="of the drawing (default: %(default)s)")
-    parser.add_argument("--bpe-size", type=int, default=Job.bpe_size, metavar="N",
-                        help="joint BPE merges, learned on the training part only "
-                        "(default: %(default)s)")
-    parser.add_argument("--lowercase", action="store_true",
-                        help="lower-case the text before the tokeniser; raw/ keeps its case")
-    parser.add_argument("--max-train", type=int, metavar="N",
-                        help="train on the first N pairs of the text only; they are counted after "
-                        "the held-out parts are drawn, so these are the same for every N")
-    parser.add_argument("--workers", type=int, default=Job.workers, metavar="N",
-                        help="processes (default: %(default)s)")
-    parser.add_argument("--overwrite", action="store_true",
-                        help="replace a folder that this program made")
+        parser.add_argument(
+            f"--{part}-size",
+            type=int,
+            metavar="N",
+            help=f"{part} pairs to draw (default: 5 %% of the text, at most 1000)",
+        )
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=Job.seed,
+        metavar="N",
+        help="of the drawing (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--bpe-size",
+        type=int,
+        default=Job.bpe_size,
+        metavar="N",
+        help="joint BPE merges, learned on the training part only (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--lowercase",
+        action="store_true",
+        help="lower-case the text before the tokeniser; raw/ keeps its case",
+    )
+    parser.add_argument(
+        "--max-train",
+        type=int,
+        metavar="N",
+        help="train on the first N pairs of the text only; they are counted after "
+        "the held-out parts are drawn, so these are the same for every N",
+    )
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=Job.workers,
+        metavar="N",
+        help="processes (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace a folder that this program made"
+    )
     return parser
 
 
@@ -717,8 +816,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     parser = build_parser()
     job = Job(**vars(parser.parse_args(argv)))
-    logging.basicConfig(stream=sys.stderr, level=logging.INFO,
-                        format="%(asctime)s | %(levelname)s | %(name)s | %(message)s")
+    logging.basicConfig(
+        stream=sys.stderr,
+        level=logging.INFO,
+        format="%(asctime)s | %(levelname)s | %(name)s | %(message)s",
+    )
     try:
         with unwinding_on_sigterm():
             prepare(job)

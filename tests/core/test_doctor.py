@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import os
 import subprocess
 import sys
 
@@ -12,6 +13,9 @@ import pytest
 
 from pskd import cli, doctor
 from pskd.doctor import Attempt, Environment, Probe, diagnose
+from pskd.doctor.environment import UNSAFE_LOAD
+from pskd.doctor.probes import installed_versions, run_probes
+from pskd.doctor.steps import STEPS
 
 GOOD_VERSIONS = {
     "pskd": "0.1.0",
@@ -43,7 +47,7 @@ def made(versions=None, attempts=None, failures=None, asked=(), **fields) -> Env
     merged = {**GOOD_VERSIONS, **(versions or {})}
     probes = {}
     for part in [p for p in doctor.PARTS if not asked or p in asked or p == "core"]:
-        tried = {name: Attempt(True, f"{name} said this") for name in doctor.STEPS[part]}
+        tried = {name: Attempt(True, f"{name} said this") for name in STEPS[part]}
         tried |= {n: Attempt(False, e) for n, e in (attempts or {}).items() if n in tried}
         probes[part] = Probe(tried, (failures or {}).get(part, ""))
     env = Environment(
@@ -65,7 +69,7 @@ def without(*modules: str, **more) -> Environment:
     packages = [p for module in modules for p in FRAMEWORK_PACKAGES.get(module, (module,))]
     attempts = {module: no_module(module) for module in modules}
     for module in modules:  # what depends on a framework cannot load either
-        for steps in doctor.STEPS.values():
+        for steps in STEPS.values():
             for name, step in steps.items():
                 if module in (step.framework, step.needs) and name not in modules:
                     attempts[name] = no_module(module)
@@ -89,13 +93,13 @@ def test_good_environment_has_nothing_but_the_checkpoint_note():
 # name -> (environment, severity, part, words of the message, words of the mend)
 RULE_CASES = {
     "old torch": (
-        made({"torch": "2.0.1"}), "error", "core", "torch 2.0.1", "'torch>=2.1'"
+        made({"torch": "2.3.1"}), "error", "core", "torch 2.3.1 is older than 2.4", "'torch>=2.4'"
     ),
     "unreadable version": (
         made({"numpy": "None"}), "warning", "core", "version 'None'", "numpy"
     ),
     "unsafe load": (
-        made(variables={doctor.UNSAFE_LOAD: "True"}), "warning", "core", "whatever code",
+        made(variables={UNSAFE_LOAD: "True"}), "warning", "core", "whatever code",
         "unset TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD",
     ),
     "python too old": (
@@ -186,8 +190,8 @@ def test_rule_fires_on_its_environment_only(name):
 
 @pytest.mark.parametrize("value", ["", "0", "no", "false"])
 def test_variable_that_torch_reads_as_unset_is_no_finding(value):
-    env = made(variables={doctor.UNSAFE_LOAD: value})
-    assert not found(env, doctor.UNSAFE_LOAD)
+    env = made(variables={UNSAFE_LOAD: value})
+    assert not found(env, UNSAFE_LOAD)
 
 
 def test_checkpoint_note_names_the_plugin_and_never_the_unsafe_variable():
@@ -201,7 +205,7 @@ def test_checkpoint_note_names_the_plugin_and_never_the_unsafe_variable():
 @pytest.mark.parametrize("name", RULE_CASES)
 def test_no_mend_sets_the_unsafe_variable(name):
     mends = [finding.mend for finding in diagnose(RULE_CASES[name][0]).findings]
-    assert not any(f"{doctor.UNSAFE_LOAD}=" in mend for mend in mends)
+    assert not any(f"{UNSAFE_LOAD}=" in mend for mend in mends)
 
 
 @pytest.mark.parametrize("version", ["0.12.3", "1.0.0a0+abc"])
@@ -229,7 +233,7 @@ def test_omegaconf_does_not_matter_without_its_users():
     assert not found(env, "omegaconf")
 
 
-STEP_NAMES = [(part, name) for part, steps in doctor.STEPS.items() for name in steps]
+STEP_NAMES = [(part, name) for part, steps in STEPS.items() for name in steps]
 
 
 @pytest.mark.parametrize(("part", "name"), STEP_NAMES)
@@ -241,10 +245,10 @@ def test_every_failing_step_breaks_its_part_and_shows_its_error(part, name):
 
 
 def test_consequence_of_another_failure_is_not_reported_twice():
-    every = {name: "ImportError: the cause" for name in doctor.STEPS["detection"]}
+    every = {name: "ImportError: the cause" for name in STEPS["detection"]}
     hits = found(made(attempts=every), "the cause")
     assert {hit.mend for hit in hits} == {
-        doctor.STEPS["detection"][name].mend for name in ("torchvision", "pycocotools")
+        STEPS["detection"][name].mend for name in ("torchvision", "pycocotools")
     }
 
 
@@ -298,8 +302,8 @@ def test_one_detection_framework_is_enough(gone):
         ("detectron2", "torchvision", "pip install torchvision"),
         ("fairseq", "sklearn.utils", "pip install scikit-learn"),
         ("fairseq", "hydra", "pip install 'hydra-core==1.3.2' 'omegaconf==2.3.0'"),
-        ("fairseq", "a_stranger", doctor.STEPS["translation"]["fairseq"].mend),
-        ("matplotlib", "matplotlib", doctor.STEPS["plots"]["matplotlib"].mend),
+        ("fairseq", "a_stranger", STEPS["translation"]["fairseq"].mend),
+        ("matplotlib", "matplotlib", STEPS["plots"]["matplotlib"].mend),
     ],
 )
 def test_missing_dependency_is_what_gets_installed(step, module, mend):
@@ -358,7 +362,7 @@ def test_bounds_are_inclusive_from_and_exclusive_below():
 
 
 def test_installed_versions_leaves_out_what_is_not_there():
-    versions = doctor.installed_versions(["pytest", "no-such-distribution-of-pskd"])
+    versions = installed_versions(["pytest", "no-such-distribution-of-pskd"])
     assert versions == {"pytest": pytest.__version__}
 
 
@@ -372,7 +376,7 @@ def test_probes_report_values_noise_errors_and_crashes():
         "crash": {"a": "pass", "b": "import os; print('last words', flush=True); os.abort()"},
         "status": {"a": "import os; os._exit(3)"},
     }
-    probes = doctor.run_probes(steps, timeout=60.0)
+    probes = run_probes(steps, timeout=60.0)
     assert probes["fine"] == Probe(
         {"a": Attempt(True, "42"), "b": Attempt(False, "SystemExit: enough")}
     )
@@ -387,14 +391,14 @@ def test_probes_report_values_noise_errors_and_crashes():
 
 
 def test_probe_that_takes_too_long_is_a_failure():
-    probe = doctor.run_probes({"p": {"a": "import time; time.sleep(60)"}}, timeout=0.5)["p"]
+    probe = run_probes({"p": {"a": "import time; time.sleep(60)"}}, timeout=0.5)["p"]
     assert probe.failure.startswith("did not end within 0.5 seconds")
     assert not probe.attempts
 
 
 def test_long_errors_keep_both_ends():
     code = "raise ValueError('first ' + 'x' * 5000 + '\\n last')"
-    detail = doctor.run_probes({"p": {"a": code}}, timeout=60)["p"].attempts["a"].detail
+    detail = run_probes({"p": {"a": code}}, timeout=60)["p"].attempts["a"].detail
     assert detail.startswith("ValueError: first") and detail.endswith("last") and len(detail) < 500
 
 
@@ -467,6 +471,22 @@ def test_real_run_tries_the_core_and_imports_no_framework():
     assert told["torch_build"].startswith("built ")
     assert told["packages"]["torch"]["version"]
     modules = done.stderr.strip().splitlines()[-1]
-    for framework in ("fairseq", "fairseq_cli", "detectron2", "torchvision", "omegaconf"):
+    for framework in ("torch", "fairseq", "fairseq_cli", "detectron2", "torchvision", "omegaconf"):
         assert f"'{framework}'" not in modules
     assert "'pskd'" in modules
+
+
+def test_torch_that_does_not_load_is_told_and_no_traceback(tmp_path):
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "__init__.py").write_text("raise ImportError('libcudart.so is gone')")
+    done = subprocess.run(
+        [sys.executable, "-m", "pskd.cli", "doctor", "core"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+    )
+    assert done.returncode == 1
+    assert "error (core): torch does not load: ImportError: libcudart.so is gone\n" in done.stdout
+    assert done.stdout.count("libcudart.so is gone") == 1  # its consequences are not told
+    assert "Traceback" not in done.stdout + done.stderr

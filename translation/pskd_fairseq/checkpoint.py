@@ -181,9 +181,9 @@ def check_resume(plan: ResumePlan, task: FairseqTask, schedule: dict, allow_chan
         in_the_middle = position.get("iterations_in_epoch", 0) > 0
         if in_the_middle and position["epoch"] > 1 and schedule["alpha_final"] > 0:
             raise ValueError(
-                f"{path}: expected the teacher of epoch {position['epoch']}, in the middle of which "
-                "this checkpoint was saved, got none; resume from one of an epoch's end, or start "
-                "over with --reset-dataloader"
+                f"{path}: saved in the middle of epoch {position['epoch']}; expected its teacher, "
+                "got none; resume from a checkpoint of an epoch's end, or start over with "
+                "--reset-dataloader"
             )
         return
     _check_entry(path, entry, vocabulary_sizes(task), schedule, allow_change)
@@ -200,8 +200,8 @@ def _read(path: str) -> dict:
         ) from error
     except (RuntimeError, EOFError, OSError, KeyError) as error:
         raise ValueError(
-            f"{path}: expected a complete fairseq checkpoint, got a damaged file ({error}); name an "
-            "older one with --restore-file"
+            f"{path}: expected a complete fairseq checkpoint, got a damaged file ({error}); "
+            "name an older one with --restore-file"
         ) from error
 
 

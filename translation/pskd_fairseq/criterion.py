@@ -33,13 +33,17 @@ class PSKDCriterionConfig(LabelSmoothedCrossEntropyCriterionConfig):
     )
     pskd_alpha_schedule: ChoiceEnum(list(SCHEDULES)) = field(
         default="linear",
-        metadata={"help": "how alpha grows with the epochs of --max-epoch (or, with --max-update "
-                          "alone, with the updates)"},
+        metadata={
+            "help": "how alpha grows with the epochs of --max-epoch (or, with --max-update "
+            "alone, with the updates)"
+        },
     )
     pskd_teacher: ChoiceEnum(["snapshot"]) = field(
         default="snapshot",
-        metadata={"help": "where last epoch's predictions come from; snapshot: a frozen copy of "
-                          "the model as the last epoch ended scores the same batch"},
+        metadata={
+            "help": "where last epoch's predictions come from; snapshot: a frozen copy of "
+            "the model as the last epoch ended scores the same batch"
+        },
     )
     pskd_allow_schedule_change: bool = field(
         default=False,
@@ -79,7 +83,9 @@ class PSKDCriterion(LabelSmoothedCrossEntropyCriterion):
             str(cfg.pskd_alpha_schedule), cfg.pskd_alpha_final, cfg.max_epoch, cfg.max_update
         )
         if not 0.0 <= label_smoothing <= 1.0:
-            raise ValueError(f"--label-smoothing: expected a number in [0, 1], got {label_smoothing}")
+            raise ValueError(
+                f"--label-smoothing: expected a number in [0, 1], got {label_smoothing}"
+            )
         if cfg.ddp_backend == "fully_sharded":
             raise ValueError(
                 "--pskd-teacher snapshot copies the whole model: expected --ddp-backend "
@@ -123,7 +129,11 @@ class PSKDCriterion(LabelSmoothedCrossEntropyCriterion):
             return_stats=True,
         )
         self._step_statistics = _statistics(
-            scores.detach(), teacher_scores, target != self.padding_idx, stats, self.epoch_state.alpha
+            scores.detach(),
+            teacher_scores,
+            target != self.padding_idx,
+            stats,
+            self.epoch_state.alpha,
         )
         return (loss, stats.nll.sum()) if reduce else (loss[:, None], stats.nll[:, None])
 
@@ -170,9 +180,7 @@ class PSKDCriterion(LabelSmoothedCrossEntropyCriterion):
             "teacher_nll", total["pskd_teacher_nll"] / tokens / math.log(2), tokens, round=3
         )
         compared = max(total["pskd_compared"], 1.0)
-        metrics.log_scalar(
-            "teacher_agreement", total["pskd_agree"] / compared, compared, round=4
-        )
+        metrics.log_scalar("teacher_agreement", total["pskd_agree"] / compared, compared, round=4)
         metrics.log_scalar(
             "gradient_rescaling", 1.0 - total["pskd_teacher_error"] / error, error, round=4
         )
