@@ -4,7 +4,10 @@
 #
 # Each makes .venv first if it is not there or constraints.txt has changed.
 
-PYTHON ?= $(shell command -v python3.12 python3.11 python3 | head -n 1)
+# The first of these that runs and is a version that fairseq-fixed is made for.
+FITS := import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))
+PYTHON ?= $(shell for p in python3 python3.12 python3.11; do \
+	$$p -c '$(FITS)' 2>/dev/null && echo $$p && break; done)
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 LOG := .venv/setup.log
@@ -27,7 +30,8 @@ lint: setup
 setup: .venv/installed
 
 .venv/installed: constraints.txt pyproject.toml
-	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if v in ((3, 11), (3, 12)) else "pskd set-up: expected Python 3.11 or 3.12, got %d.%d; name one with make PYTHON=..." % v)'
+	@$(or $(PYTHON),false) -c '$(FITS)' || { echo "set-up: expected Python 3.11 or 3.12, got" \
+		"$(or $(PYTHON),neither); name one with make PYTHON=..." >&2; exit 1; }
 	@echo "[set-up 1/4] environment .venv ($$($(PYTHON) --version)), log file $(LOG)"
 	@$(PYTHON) -m venv .venv
 	@$(PIP) --upgrade pip setuptools wheel >$(LOG) 2>&1 || { tail -n 20 $(LOG); exit 1; }
