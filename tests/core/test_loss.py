@@ -307,11 +307,12 @@ def test_labels_may_be_of_any_integer_type(dtype, form, alpha):
     assert_same(got, value_and_grad(loss_of(batch, form, alpha), batch.logits))
 
 
-def test_an_unsigned_label_is_not_taken_for_a_negative_ignore_index():
-    label = torch.tensor([156], dtype=torch.uint8)  # -100, if it were to wrap
-    logits = make(1, 200).logits
-    got = pskd_cross_entropy(logits, label, None, 0.0)
-    torch.testing.assert_close(got, F.cross_entropy(logits, label.long()))
+@pytest.mark.parametrize("alpha", [0.0, 0.5])
+def test_an_unsigned_label_is_not_taken_for_a_negative_ignore_index(alpha):
+    batch = make(2, 200)._replace(target=torch.tensor([156, 3]))  # -100 as an unsigned byte: 156
+    narrow = batch._replace(target=batch.target.to(torch.uint8))
+    got = value_and_grad(loss_of(narrow, "probs", alpha), batch.logits)
+    assert_same(got, value_and_grad(loss_of(batch, "probs", alpha), batch.logits))
 
 
 @every_form

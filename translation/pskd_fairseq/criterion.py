@@ -82,9 +82,9 @@ class PSKDCriterion(LabelSmoothedCrossEntropyCriterion):
         schedule = AlphaSchedule.build(
             str(cfg.pskd_alpha_schedule), cfg.pskd_alpha_final, cfg.max_epoch, cfg.max_update
         )
-        if not 0.0 <= label_smoothing <= 1.0:
+        if not 0.0 <= label_smoothing < 1.0:
             raise ValueError(
-                f"--label-smoothing: expected a number in [0, 1], got {label_smoothing}"
+                f"--label-smoothing: expected a number in [0, 1), got {label_smoothing}"
             )
         if cfg.ddp_backend == "fully_sharded":
             raise ValueError(
@@ -171,7 +171,7 @@ class PSKDCriterion(LabelSmoothedCrossEntropyCriterion):
         if not logging_outputs or "pskd_tokens" not in logging_outputs[0]:
             return
         total = {key: utils.item(sum(log[key] for log in logging_outputs)) for key in _STATISTICS}
-        tokens, error = total["pskd_tokens"], total["pskd_student_error"]
+        tokens, error = total["pskd_tokens"], max(total["pskd_student_error"], 1e-12)
         if tokens == 0:  # no teacher yet
             metrics.log_scalar("alpha", 0.0, 1, round=4)
             return
@@ -216,7 +216,9 @@ def _statistics(
         stats: what the loss says of each row.
         alpha: weight of the teacher.
     """
-    tokens, teacher_at_label = keep.sum(), stats.teacher_probs_at_label
+    tokens = keep.sum()
+    # A float32 softmax rounds what is very unlikely to 0, and its logarithm would spoil the sum.
+    teacher_at_label = stats.teacher_probs_at_label.clamp_min(torch.finfo(torch.float32).tiny)
     # Finding the largest of V scores costs as much as a softmax: every eighth token tells enough.
     part = slice(None, None, 8)
     agree = (scores[part].argmax(1) == teacher_scores[part].argmax(1)) & keep[part]

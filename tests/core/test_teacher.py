@@ -1,0 +1,320 @@
+"""The snapshot teacher: a copy that follows its student only when it is told to."""
+
+from __future__ import annotations
+
+import math
+import re
+
+import pytest
+import torch
+from torch import nn
+
+from pskd import SnapshotTeacher
+
+torch.set_num_threads(1)  # tiny tensors: more threads would only wait for each other
+
+
+class Student(nn.Module):
+    """Running statistics, tied weights, dropout, a frozen layer, a buffer in no state dict."""
+
+    def __init__(self, seed: int = 0, width: int = 3) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.embed = nn.Embedding(7, width)
+        self.norm = nn.BatchNorm1d(width)
+        self.dropout = nn.Dropout(0.5)
+        self.out = nn.Linear(width, 7, bias=False)
+        self.out.weight = self.embed.weight
+        self.frozen = nn.Linear(width, width).requires_grad_(False)
+        self.register_buffer("unsaved", torch.zeros(2), persistent=False)
+
+    def forward(self, words: torch.Tensor) -> torch.Tensor:
+        return self.out(self.dropout(self.norm(self.frozen(self.embed(words)))))
+
+
+WORDS = torch.tensor([0, 3, 3, 6])
+
+
+def train_a_step(student: nn.Module) -> None:
+    """Change the weights, the running statistics, the unsaved buffer, and leave gradients."""
+    student.train()
+    student.zero_grad()
+    student(WORDS).logsumexp(1).sum().backward()
+    with torch.no_grad():
+        student.unsaved += 1
+        for parameter in student.parameters():
+            parameter += 0.1 if parameter.grad is None else 0.5 * parameter.grad
+
+
+def everything(module: nn.Module) -> dict[str, torch.Tensor]:
+    """Return copies of all parameters and buffers, those that no state dict holds too."""
+    named = [*module.named_parameters(remove_duplicate=False), *module.named_buffers()]
+    return {name: tensor.detach().clone() for name, tensor in named}
+
+
+def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    """Compare bit for bit, types and NaN included."""
+    assert one.keys() == other.keys()
+    for name, tensor in one.items():
+        torch.testing.assert_close(tensor, other[name], rtol=0, atol=0, equal_nan=True, msg=name)
+
+
+def differs_everywhere(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return not any(torch.equal(tensor, other[name]) for name, tensor in one.items())
+
+
+def refreshed(student: nn.Module) -> SnapshotTeacher:
+    teacher = SnapshotTeacher()
+    teacher.refresh(student)
+    return teacher
+
+
+@pytest.fixture
+def student() -> Student:
+    made = Student()
+    train_a_step(made)
+    return made
+
+
+# -- Refresh ---------------------------------------------------------------------------------------
+
+
+def test_a_step_of_training_changes_everything_that_a_teacher_copies(student):
+    before = everything(student)
+    train_a_step(student)
+    assert differs_everywhere(before, everything(student))
+
+
+@pytest.mark.parametrize("times", [1, 2, 3])
+def test_refresh_takes_every_weight_and_buffer(student, times):
+    teacher = SnapshotTeacher()
+    for _ in range(times):
+        train_a_step(student)
+        teacher.refresh(student)
+    assert_same(everything(teacher.model), everything(student))
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_later_training_does_not_reach_the_teacher(student, times):
+    teacher = refreshed(student)
+    for _ in range(times - 1):
+        teacher.refresh(student)
+    before = everything(teacher.model)
+    train_a_step(student)
+    assert_same(everything(teacher.model), before)
+
+
+def test_the_teacher_predicts_as_the_student_in_eval_mode(student):
+    teacher = refreshed(student)
+    assert torch.equal(teacher.model(WORDS), teacher.model(WORDS))
+    assert torch.equal(teacher.model(WORDS), student.eval()(WORDS))
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_the_teacher_is_frozen_in_eval_mode_and_holds_no_gradient(student, times):
+    assert any(parameter.grad is not None for parameter in student.parameters())
+    teacher = SnapshotTeacher()
+    for _ in range(times):
+        teacher.refresh(student.train())
+    assert not any(module.training for module in teacher.model.modules())
+    for parameter in teacher.model.parameters():
+        assert not parameter.requires_grad
+        assert parameter.grad is None
+    assert not teacher.model(WORDS).requires_grad
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_refresh_leaves_the_student_as_it_was(student, times):
+    frozen = [p.requires_grad for p in student.parameters()]
+    before, grads = everything(student), [p.grad for p in student.parameters()]
+    teacher = SnapshotTeacher()
+    for _ in range(times):
+        teacher.refresh(student)
+    assert_same(everything(student), before)
+    assert all(module.training for module in student.modules())
+    assert [p.requires_grad for p in student.parameters()] == frozen
+    assert all(p.grad is grad for p, grad in zip(student.parameters(), grads, strict=True))
+
+
+def test_tied_weights_stay_tied(student):
+    teacher = refreshed(student)
+    teacher.refresh(student)
+    assert teacher.model.out.weight is teacher.model.embed.weight
+    assert teacher.model.out.weight is not student.out.weight
+    restored = SnapshotTeacher()
+    restored.load_state_dict(teacher.state_dict(), student=Student(seed=1))
+    assert restored.model.out.weight is restored.model.embed.weight
+
+
+def test_the_teacher_is_of_the_students_type():
+    teacher = refreshed(Student().to(torch.bfloat16))
+    assert teacher.model.embed.weight.dtype == torch.bfloat16
+
+
+# -- Not a part of what holds it -------------------------------------------------------------------
+
+
+def test_it_adds_nothing_to_the_module_that_holds_it(student):
+    parameters, state = list(student.parameters()), list(student.state_dict())
+    student.teacher = refreshed(student)
+    assert not isinstance(student.teacher, nn.Module)
+    assert all(p is q for p, q in zip(student.parameters(), parameters, strict=True))
+    assert list(student.state_dict()) == state
+    student.train()
+    assert not student.teacher.model.training
+    assert not student.teacher.model.dropout.training
+
+
+def models_behind(student: nn.Module) -> int:
+    """Return how many models hang on a student that carries its teacher: copies of copies too."""
+    models = [student]
+    while models[-1].teacher.available and models[-1].teacher.model not in models:
+        models.append(models[-1].teacher.model)
+    return len(models) - 1
+
+
+def test_there_is_one_copy_however_often_it_is_refreshed_or_loaded(student):
+    student.teacher = teacher = SnapshotTeacher()
+    assert models_behind(student) == 0
+    for _ in range(3):
+        teacher.refresh(student)
+        assert models_behind(student) == 1
+    for _ in range(3):
+        teacher.load_state_dict(teacher.state_dict(), student=student)
+        assert models_behind(student) == 1
+
+
+# -- Before the first refresh ----------------------------------------------------------------------
+
+
+def test_there_is_no_teacher_before_the_first_refresh(student):
+    teacher = SnapshotTeacher()
+    assert teacher.available is False
+    with pytest.raises(RuntimeError, match=r"no model: expected refresh\(\)"):
+        _ = teacher.model
+    teacher.refresh(student)
+    assert teacher.available is True
+
+
+def test_the_state_of_no_teacher_is_no_teacher(student):
+    state = SnapshotTeacher().state_dict()
+    teacher = refreshed(student)
+    teacher.load_state_dict(state, student=student)
+    assert not teacher.available
+    assert teacher.state_dict() == state
+
+
+# -- State -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("held", [None, 2], ids=["into none", "over another"])
+def test_a_saved_state_restores_the_teacher_bit_for_bit(dtype, held, tmp_path):
+    student = Student().to(dtype)
+    train_a_step(student)
+    with torch.no_grad():
+        values = torch.tensor([math.nan, -0.0, math.inf, 1e-40, 1 / 3, 2.0**-24, 65504.0])
+        student.embed.weight[:, 0] = values.to(dtype)
+    teacher = refreshed(student)
+    torch.save(teacher.state_dict(), tmp_path / "teacher.pt")
+
+    other = Student(seed=1).to(dtype)
+    restored = SnapshotTeacher() if held is None else refreshed(Student(seed=held).to(dtype))
+    state = torch.load(tmp_path / "teacher.pt", weights_only=True)
+    restored.load_state_dict(state, student=other)
+    assert_same(dict(restored.model.state_dict()), dict(teacher.model.state_dict()))
+    assert restored.model.embed.weight[1, 0].signbit()  # -0.0, which equals 0.0
+    assert not any(module.training for module in restored.model.modules())
+    assert not any(p.requires_grad for p in restored.model.parameters())
+
+
+def test_a_teacher_that_holds_a_model_needs_no_student_to_load(student):
+    teacher = refreshed(student)
+    state, before = teacher.state_dict(), everything(teacher.model)
+    train_a_step(student)
+    teacher.refresh(student)
+    assert differs_everywhere(before, everything(teacher.model))
+    teacher.load_state_dict(state)
+    assert_same(dict(teacher.model.state_dict()), state["model"])
+
+
+def test_loading_takes_no_weight_of_the_student_and_leaves_it_alone(student):
+    state = refreshed(student).state_dict()
+    other = Student(seed=1)
+    before = everything(other)
+    restored = SnapshotTeacher()
+    restored.load_state_dict(state, student=other)
+    train_a_step(restored.model.requires_grad_(True))
+    assert_same(everything(other), before)
+    assert other.training
+
+
+def test_a_state_does_not_change_with_the_teacher_or_with_the_student(student):
+    teacher = refreshed(student)
+    state = teacher.state_dict()
+    before = {name: tensor.clone() for name, tensor in state["model"].items()}
+    train_a_step(student)
+    teacher.refresh(student)
+    assert_same(state["model"], before)
+    restored = SnapshotTeacher()
+    restored.load_state_dict(state, student=student)
+    restored.refresh(Student(seed=1))
+    assert_same(state["model"], before)
+
+
+def test_a_resumed_teacher_goes_on_as_the_one_that_was_saved(student):
+    straight = refreshed(student)
+    resumed = SnapshotTeacher()
+    resumed.load_state_dict(straight.state_dict(), student=Student(seed=1))
+    train_a_step(student)
+    for teacher in (straight, resumed):
+        teacher.refresh(student)
+    assert_same(everything(resumed.model), everything(straight.model))
+
+
+def broken(state: dict, how: str) -> dict:
+    """Return a state in which every weight is another, and one does not fit."""
+    weights = {name: tensor + 1 for name, tensor in state["model"].items()}
+    if how == "shape":
+        weights["frozen.weight"] = torch.zeros(9, 9)
+    elif how == "missing":
+        del weights["frozen.weight"]
+    else:
+        weights["other.weight"] = torch.zeros(2)
+    return {"model": weights}
+
+
+@pytest.mark.parametrize("how", ["shape", "missing", "unexpected"])
+@pytest.mark.parametrize("give_student", [True, False])
+def test_a_state_that_does_not_fit_leaves_the_old_teacher(how, give_student, student):
+    teacher = refreshed(student)
+    before = everything(teacher.model)
+    state = broken(teacher.state_dict(), how)
+    named = "other.weight" if how == "unexpected" else "frozen.weight"
+    with pytest.raises(RuntimeError, match=re.escape(named)):
+        teacher.load_state_dict(state, student=student if give_student else None)
+    assert teacher.available
+    assert_same(everything(teacher.model), before)
+
+
+def test_a_state_that_does_not_fit_leaves_no_teacher_where_there_was_none(student):
+    teacher = SnapshotTeacher()
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        teacher.load_state_dict(refreshed(student).state_dict(), student=Student(width=4))
+    assert not teacher.available
+
+
+@pytest.mark.parametrize("state", [{}, {"weights": {}}, None, [1]])
+def test_what_is_no_teachers_state_is_refused(state, student):
+    teacher = refreshed(student)
+    before = everything(teacher.model)
+    with pytest.raises(ValueError, match=r"expected a teacher's state .*'model', got") as error:
+        teacher.load_state_dict(state, student=student)
+    assert repr(state) in str(error.value)
+    assert_same(everything(teacher.model), before)
+
+
+def test_without_an_architecture_a_state_is_refused(student):
+    state = refreshed(student).state_dict()
+    with pytest.raises(ValueError, match="expected a student .*, got none"):
+        SnapshotTeacher().load_state_dict(state)

@@ -1,0 +1,449 @@
+"""What the fairseq plugin refuses: before the first update, by name, and leaving files alone."""
+
+from __future__ import annotations
+
+import errno
+import fractions
+import os
+import resource
+import shutil
+import subprocess
+from collections import namedtuple
+from types import SimpleNamespace
+
+import pytest
+
+pytest.importorskip("fairseq", reason="needs fairseq: pip install 'pskd[translation]'")
+
+import torch  # noqa: E402
+from conftest import (  # noqa: E402
+    ALPHA_FINAL,
+    EPOCHS,
+    Payload,
+    build_criterion,
+    continued_from,
+    digests,
+    entry,
+    same,
+)
+from pskd_fairseq import checkpoint  # noqa: E402
+
+TO_THE_END = ["--max-epoch", str(EPOCHS)]
+SCHEDULE = {"name": "linear", "alpha_final": ALPHA_FINAL, "unit": "epoch", "total": EPOCHS}
+
+#: By name: the flags, and what the error must say (the flag or file, what it expected, what came).
+WRONG_OPTIONS = {
+    "no_end": ([], ["--max-epoch", "--max-update", "(no end)"]),
+    "alpha_above_1": (
+        [*TO_THE_END, "--pskd-alpha-final", "1.2"], ["--pskd-alpha-final", "[0, 1]", "1.2"]
+    ),
+    "unknown_schedule": (
+        [*TO_THE_END, "--pskd-alpha-schedule", "cubic"],
+        ["--pskd-alpha-schedule", "'cubic'", "'linear', 'constant', 'cosine'"],
+    ),
+    "unknown_teacher": (
+        [*TO_THE_END, "--pskd-teacher", "oracle"], ["--pskd-teacher", "'oracle'", "'snapshot'"]
+    ),
+    "label_smoothing_2": (
+        [*TO_THE_END, "--label-smoothing", "2"], ["--label-smoothing", "[0, 1", "2.0"]
+    ),
+    "no_restore_file": (
+        [*TO_THE_END, "--restore-file", "nowhere.pt"], ["--restore-file", "nowhere.pt", "got none"]
+    ),
+}  # fmt: skip
+
+WRONG_CHECKPOINTS = {
+    "cut_off": (TO_THE_END, ["checkpoint_last.pt", "complete", "damaged", "--restore-file"]),
+    "flipped_teacher": (TO_THE_END, ["checkpoint_last.pt", "teacher", "damaged", "SHA-256"]),
+    "payload": (TO_THE_END, ["checkpoint_last.pt", "types of a fairseq checkpoint", "system"]),
+    "other_dictionary": (
+        ["larger_data", *TO_THE_END], ["checkpoint_last.pt", "dictionaries", "'source': 56"]
+    ),
+    "other_length": (
+        ["--max-epoch", "9"],
+        ["checkpoint_last.pt", "'total': 4", "'total': 9", "--pskd-allow-schedule-change"],
+    ),
+    "no_teacher": (
+        [*TO_THE_END, "--reset-optimizer"],
+        ["checkpoint_last.pt", "teacher of epoch 3", "got none", "--reset-dataloader"],
+    ),
+}  # fmt: skip
+
+
+def flip_teacher(path) -> None:
+    """Flip one bit of the teacher's weights in a checkpoint's file."""
+    state = torch.load(path, weights_only=False)
+    data = bytearray(path.read_bytes())
+    weight = max(entry(state)["teacher"]["model"].values(), key=torch.Tensor.numel)
+    start = data.find(weight.numpy().tobytes())
+    assert start > 0
+    data[start + 101] ^= 4
+    path.write_bytes(data)
+
+
+@pytest.fixture(scope="module")
+def wrong_checkpoints(fairseq, straight, stock):
+    """Save folders that no training may continue from, by name."""
+    source = straight.save_dir / "checkpoint_3_16.pt"
+    foreign = {"no_teacher": stock.save_dir / "checkpoint_3_16.pt"}
+    folders = {
+        name: continued_from(foreign.get(name, source), fairseq.folder / f"wrong_{name}")
+        for name in WRONG_CHECKPOINTS
+    }
+    last = {name: folder / "checkpoint_last.pt" for name, folder in folders.items()}
+    os.truncate(last["cut_off"], source.stat().st_size // 2)
+    shutil.copyfile(source, folders["cut_off"] / "checkpoint_3_16.pt")
+    flip_teacher(last["flipped_teacher"])
+    state = torch.load(source, weights_only=False)
+    state["extra_state"]["metrics"] = Payload(fairseq.folder / "resume_was_run")
+    torch.save(state, last["payload"])
+    larger = shutil.copytree(fairseq.data, fairseq.folder / "larger_data")
+    with open(larger / "dict.de.txt", "a", encoding="utf-8") as words:
+        words.writelines(f"more{number} 1\n" for number in range(8))
+    return folders
+
+
+@pytest.fixture(scope="module")
+def refusals(fairseq, wrong_checkpoints):
+    """Every wrong command, two at a time, with the folder's contents before it."""
+    started = {
+        name: ({}, fairseq.start(f"wrong_{name}", *flags))
+        for name, (flags, _) in WRONG_OPTIONS.items()
+    }
+    for name, (flags, _) in WRONG_CHECKPOINTS.items():
+        started[name] = digests(wrong_checkpoints[name]), fairseq.start(f"wrong_{name}", *flags)
+    return started
+
+
+@pytest.fixture(scope="module")
+def ways_out(fairseq, straight, wrong_checkpoints, refusals):
+    """What the errors advise."""
+    continued_from(straight.save_dir / "checkpoint2.pt", fairseq.folder / "shorter")
+    refusals["cut_off"][1].result()
+    older = str(wrong_checkpoints["cut_off"] / "checkpoint_3_16.pt")
+    return {
+        "older": fairseq.start("wrong_cut_off", *TO_THE_END, "--restore-file", older),
+        "change": fairseq.start("shorter", "--max-epoch", "3", "--pskd-allow-schedule-change"),
+    }
+
+
+@pytest.mark.parametrize("name", [*WRONG_OPTIONS, *WRONG_CHECKPOINTS])
+def test_a_wrong_command_ends_before_the_first_update(refusals, name):
+    before, future = refusals[name]
+    run = future.result()
+    run.expect_refusal(*({**WRONG_OPTIONS, **WRONG_CHECKPOINTS}[name][1]))
+    if run.save_dir.exists():
+        assert digests(run.save_dir) == before
+
+
+def test_a_foreign_object_is_not_run_on_resume(fairseq, refusals):
+    refusals["payload"][1].result()
+    assert not (fairseq.folder / "resume_was_run").exists()
+
+
+def test_an_older_checkpoint_takes_the_place_of_a_damaged_one(ways_out, straight):
+    run = ways_out["older"].result().expect_success()
+    assert same(run.model(), straight.model())
+
+
+def test_an_allowed_schedule_change_takes_the_new_schedule(ways_out):
+    run = ways_out["change"].result().expect_success()
+    assert run.column("alpha") == pytest.approx([ALPHA_FINAL], abs=1e-4)
+    assert "the schedule changes" in run.output
+
+
+# --- options, in this process -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("alpha", [-0.1, 1.0001, float("nan"), float("inf")])
+def test_alpha_must_be_a_weight(task, tmp_path, alpha):
+    with pytest.raises(ValueError, match=r"--pskd-alpha-final: expected a number in \[0, 1\]"):
+        build_criterion(task, tmp_path, pskd_alpha_final=alpha)
+
+
+@pytest.mark.parametrize("smoothing", [-0.1, 1.5, float("nan")])
+def test_label_smoothing_must_be_a_weight(task, tmp_path, smoothing):
+    with pytest.raises(ValueError, match=r"--label-smoothing: expected a number in \[0, 1"):
+        build_criterion(task, tmp_path, label_smoothing=smoothing)
+
+
+def test_sharded_models_are_refused_by_name(task, tmp_path):
+    """fairseq itself stops sooner where fairscale is not installed."""
+    with pytest.raises(ValueError, match="--ddp-backend legacy_ddp or pytorch_ddp, got fully_shar"):
+        build_criterion(task, tmp_path, ddp_backend="fully_sharded")
+
+
+# --- checkpoints, in this process -------------------------------------------------------------
+
+
+@pytest.fixture
+def check(task, tmp_path):
+    """Check a resume from the checkpoint in ``tmp_path``, as a new criterion does."""
+
+    def check_resume(allow_change=False, reset_dataloader=False, **schedule):
+        plan = checkpoint.ResumePlan(str(tmp_path), "checkpoint_last.pt", reset_dataloader)
+        checkpoint.check_resume(plan, task, {**SCHEDULE, **schedule}, allow_change)
+
+    return check_resume
+
+
+@pytest.fixture
+def last(tmp_path, straight):
+    """A whole checkpoint of the middle of epoch 3."""
+    path = tmp_path / "checkpoint_last.pt"
+    shutil.copyfile(straight.save_dir / "checkpoint_3_16.pt", path)
+    return path
+
+
+def change(path, function) -> None:
+    """Change a checkpoint's content and save it again."""
+    state = torch.load(path, weights_only=False)
+    function(state)
+    torch.save(state, path)
+
+
+def test_a_whole_checkpoint_is_accepted(check, last):
+    check()
+
+
+def test_a_first_run_has_nothing_to_check(check, tmp_path):
+    check()
+
+
+@pytest.mark.parametrize("part", [0.0, 1e-5, 1e-4, 0.01, 0.3, 0.9, 0.99999])
+def test_a_checkpoint_cut_off_anywhere_is_damaged(check, last, part):
+    os.truncate(last, int(part * last.stat().st_size))
+    with pytest.raises(ValueError, match="checkpoint_last.pt: expected a complete .* damaged"):
+        check()
+
+
+@pytest.mark.parametrize("content", [b"no checkpoint\n" * 99, b"\x80\x02]q\x00.", b"PK\x03\x04"])
+def test_another_file_is_no_checkpoint(check, last, content):
+    last.write_bytes(content)
+    with pytest.raises(ValueError, match="checkpoint_last.pt: expected"):
+        check()
+
+
+@pytest.mark.parametrize("content", [[1, 2], 7, torch.zeros(3)])
+def test_another_torch_file_is_no_checkpoint(check, last, content):
+    torch.save(content, last)
+    with pytest.raises(ValueError, match="checkpoint_last.pt: expected"):
+        check()
+
+
+def test_a_bit_flipped_in_the_pickle_is_named_or_harmless(check, last):
+    """Never an error without the file's name, whichever byte is hit."""
+    data = last.read_bytes()
+    start = data.find(b"data.pkl") + 64
+    for position in range(start, start + 24_000, 47):
+        damaged = bytearray(data)
+        damaged[position] ^= 1 << position % 8
+        last.write_bytes(damaged)
+        try:
+            check(allow_change=True)
+        except ValueError as error:
+            assert "checkpoint_last.pt" in str(error), position
+
+
+def test_flipped_teacher_weights_are_found(check, last):
+    flip_teacher(last)
+    with pytest.raises(ValueError, match="teacher's weights are damaged: expected SHA-256"):
+        check()
+
+
+Point = namedtuple("Point", "x y")
+
+
+@pytest.mark.parametrize("foreign", [fractions.Fraction(1, 3), Point(1, 2), SimpleNamespace(a=1)])
+def test_an_object_that_fairseq_does_not_write_is_refused(check, last, foreign):
+    change(last, lambda state: state["extra_state"].update(metrics=foreign))
+    with pytest.raises(ValueError, match="checkpoint_last.pt: expected the types of a fairseq"):
+        check()
+
+
+def test_the_allow_list_lets_no_payload_run(last, tmp_path):
+    marker = tmp_path / "was_run"
+    checkpoint.allow_fairseq_types()
+    change(last, lambda state: state.update(args=Payload(marker)))
+    with pytest.raises(Exception, match="Weights only load failed"):
+        torch.load(last)
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize(
+    "changed", [{"alpha_final": 0.6}, {"name": "cosine"}, {"unit": "update"}, {"total": 5}]
+)
+def test_another_schedule_is_refused_unless_it_is_allowed(check, last, changed):
+    with pytest.raises(ValueError, match="alpha schedule .*--pskd-allow-schedule-change"):
+        check(**changed)
+    check(allow_change=True, **changed)
+
+
+@pytest.mark.parametrize("side", ["source", "target"])
+def test_a_dictionary_of_another_size_is_refused(check, last, side):
+    change(last, lambda state: entry(state)["vocabulary"].update({side: 11}))
+    with pytest.raises(ValueError, match=rf"dictionaries .*'{side}': 11.* got"):
+        check(allow_change=True)
+
+
+def test_state_of_a_later_format_is_refused(check, last):
+    change(last, lambda state: entry(state).update(format=2))
+    with pytest.raises(ValueError, match="expected PS-KD state 1, got 2"):
+        check()
+
+
+def drop_entry(state) -> None:
+    del state["extra_state"]["TranslationTask"]
+
+
+def test_the_middle_of_an_epoch_needs_its_teacher(check, last):
+    change(last, drop_entry)
+    with pytest.raises(ValueError, match="expected the teacher of epoch 3"):
+        check()
+    check(alpha_final=0.0)  # needs none
+    check(reset_dataloader=True)  # begins anew with epoch 1
+
+
+def test_a_run_with_alpha_0_leaves_no_teacher_to_go_on_with(check, last):
+    """As another criterion's checkpoint: the rest of the epoch would train without a teacher."""
+
+    def of_alpha_0(state):
+        kept = entry(state)
+        kept["schedule"]["alpha_final"] = 0.0
+        kept["teacher"] = {"model": None}
+        kept["teacher_sha256"] = checkpoint.make_entry(
+            epoch=3, schedule={}, vocabulary={}, teacher=kept["teacher"]
+        )["teacher_sha256"]
+
+    change(last, of_alpha_0)
+    with pytest.raises(ValueError, match="expected the teacher of epoch 3"):
+        check(allow_change=True)
+
+
+@pytest.mark.parametrize("position", [{"epoch": 1}, {"iterations_in_epoch": 0}])
+def test_the_first_epoch_and_an_epochs_end_need_no_teacher(check, last, position):
+    def move(state):
+        drop_entry(state)
+        state["extra_state"]["train_iterator"].update(position)
+
+    change(last, move)
+    check()
+
+
+# --- a full disk ------------------------------------------------------------------------------
+
+#: Bytes a file system keeps for folders and rounds files up by.
+SLACK = 40_000
+
+
+class Disk:
+    """A file system of its own, of a given size."""
+
+    def __init__(self, folder) -> None:
+        self.folder = folder
+        folder.mkdir()
+
+    def mount(self, size: float, *options: str) -> None:
+        flags = ",".join([f"size={int(size)}", *options])
+        command = ["mount", "-t", "tmpfs", "-o", flags, "tmpfs", str(self.folder)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode != 0:
+            pytest.skip(f"a small file system needs the right to mount one: {done.stderr.strip()}")
+
+    def unmount(self) -> None:
+        subprocess.run(["umount", str(self.folder)], check=True)
+
+
+@pytest.fixture
+def disk(fairseq, request):
+    if shutil.which("mount") is None:
+        pytest.skip("a small file system needs the mount command")
+    disk = Disk(fairseq.folder / f"disk_{request.node.name}")
+    yield disk
+    if os.path.ismount(disk.folder):
+        disk.unmount()
+
+
+@pytest.fixture(scope="module")
+def sizes(straight):
+    """Bytes of a checkpoint of an epoch's end and of one inside an epoch, with its teacher."""
+    names = ("checkpoint4.pt", "checkpoint_3_16.pt")
+    end, inside = ((straight.save_dir / name).stat().st_size for name in names)
+    assert inside > end + 2 * SLACK
+    return SimpleNamespace(end=end, inside=inside, growth=inside - end)
+
+
+def expect_whole(folder) -> list[str]:
+    """Assert that every file with a final name can be read, and return the names."""
+    names = sorted(path.name for path in folder.glob("*.pt"))
+    for name in names:
+        try:
+            torch.load(folder / name, weights_only=False)
+        except (RuntimeError, EOFError) as error:
+            raise AssertionError(f"{name} is cut off: {error}") from error
+    return names
+
+
+def test_a_disk_that_fills_up_stops_training_and_spares_the_checkpoints(fairseq, disk, sizes):
+    flags = ["--max-epoch", "5"]
+    disk.mount(5.5 * sizes.end + SLACK)  # three epochs, the best and the last
+    run = fairseq.train(disk.folder.name, *flags)
+    assert run.code != 0
+    assert "No space left" in run.output or "no room for the next checkpoint" in run.output
+    assert str(disk.folder) in run.output
+    kept = expect_whole(disk.folder)
+    assert {"checkpoint1.pt", "checkpoint2.pt", "checkpoint3.pt", "checkpoint_last.pt"} <= set(kept)
+    disk.mount(20 * sizes.end, "remount")
+    resumed = fairseq.train(disk.folder.name, *flags).expect_success()
+    assert resumed.column("alpha")[-1] == pytest.approx(ALPHA_FINAL, abs=1e-4)
+    assert "checkpoint5.pt" in expect_whole(disk.folder)
+
+
+def test_a_disk_too_small_for_the_first_checkpoints_leaves_none_cut_off(fairseq, disk, sizes):
+    disk.mount(2.5 * sizes.end + SLACK)  # checkpoint1, checkpoint_best and half checkpoint_last
+    run = fairseq.train(disk.folder.name, *TO_THE_END)
+    assert run.code != 0
+    expect_whole(disk.folder)
+
+
+@pytest.mark.parametrize("part, name", [(0.5, "checkpoint_best.pt"), (1.5, "checkpoint_last.pt")])
+def test_a_disk_too_small_for_the_teacher_leaves_no_checkpoint_cut_off(
+    fairseq, disk, sizes, part, name
+):
+    """A checkpoint inside an epoch is larger than the last, and so are the copies of it."""
+    disk.mount(2 * sizes.end + sizes.inside + part * sizes.growth + SLACK)
+    flags = ["--no-epoch-checkpoints", "--save-interval-updates", "8"]
+    run = fairseq.train(disk.folder.name, *TO_THE_END, *flags)
+    assert run.code != 0
+    assert {"checkpoint_best.pt", "checkpoint_last.pt"} <= set(expect_whole(disk.folder)), name
+
+
+def test_a_write_that_fails_leaves_no_file_under_a_final_name(fairseq, sizes):
+    """Without a file system of its own: files may grow to a size below that of the second one."""
+    limit = (sizes.end + sizes.growth // 2,) * 2
+    run = fairseq.train(
+        "limited", *TO_THE_END, "--save-interval-updates", "8",
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit),
+    )  # fmt: skip
+    assert run.code != 0 and "Error" in run.output
+    assert expect_whole(run.save_dir) == [
+        "checkpoint1.pt", "checkpoint_best.pt", "checkpoint_last.pt"
+    ]  # fmt: skip
+
+
+def test_free_space_is_compared_with_the_last_checkpoint(tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=999))
+    checkpoint.check_free_space(str(tmp_path))  # nothing is known of a first one's size
+    (tmp_path / "checkpoint_last.pt").write_bytes(b"x" * 1000)
+    (tmp_path / "checkpoint_best.pt").write_bytes(b"x" * 1000)
+    with pytest.raises(OSError, match="expected 1,000 free bytes, got 999") as raised:
+        checkpoint.check_free_space(str(tmp_path))
+    assert raised.value.errno == errno.ENOSPC
+    assert raised.value.filename == str(tmp_path)
+
+
+def test_enough_space_is_enough(tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    for name in ("checkpoint_last.pt", "checkpoint_best.pt"):
+        (tmp_path / name).write_bytes(b"x" * 1000)
+    checkpoint.check_free_space(str(tmp_path))

@@ -1,0 +1,167 @@
+"""Resuming with the fairseq plugin: a resumed run is the straight run, wherever it was cut.
+
+fairseq breaks ties among sentences of equal length anew after a restart, so that even plain
+cross-entropy does not resume bit by bit; the toy corpus has no such ties, and here everything must.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+
+import pytest
+
+pytest.importorskip("fairseq", reason="needs fairseq: pip install 'pskd[translation]'")
+
+from conftest import (  # noqa: E402
+    ALPHA_FINAL,
+    BATCHES,
+    EPOCHS,
+    TRAINING,
+    continued_from,
+    same,
+)
+
+TO_THE_END = ["--max-epoch", str(EPOCHS)]
+
+
+@pytest.fixture(scope="module")
+def chains(fairseq, straight, stock):
+    """Cut runs and their continuations, each a function so that two go on side by side."""
+    return {
+        "middle": resume(fairseq, straight, "checkpoint_3_16.pt", "--save-interval-updates", "1"),
+        "end": resume(fairseq, straight, "checkpoint2.pt"),
+        "first_epoch": resume(fairseq, straight, "checkpoint_1_4.pt"),
+        "stopped": fairseq.submit(stop_and_resume, fairseq),
+        "killed": fairseq.submit(kill_and_resume, fairseq),
+        "half": fairseq.submit(half_precision, fairseq),
+        "shards": fairseq.submit(sharded, fairseq),
+        "warm": resume(
+            fairseq, stock, "checkpoint2.pt", "--reset-optimizer", "--save-interval-updates", "1",
+            "--max-update", "14",
+        ),
+    }  # fmt: skip
+
+
+def resume(fairseq, run, checkpoint: str, *flags: str):
+    """Start a training that continues from a copy of one of a run's checkpoints."""
+    name = f"{run.save_dir.name}_from_{checkpoint.removesuffix('.pt')}"
+    continued_from(run.save_dir / checkpoint, fairseq.folder / name)
+    return fairseq.start(name, *TO_THE_END, *flags)
+
+
+def stop_and_resume(fairseq):
+    stopped = fairseq.train("stopped", *TO_THE_END, "--max-update", "9").expect_success()
+    cut = stopped.checkpoint()
+    return stopped, cut, fairseq.train("stopped", *TO_THE_END)
+
+
+def kill_and_resume(fairseq):
+    flags = fairseq.train_flags("killed", *TO_THE_END, "--save-interval-updates", "4")
+    process = fairseq.popen("train", *flags)
+    for line in process.stdout:
+        if "Saved checkpoint" in line and "checkpoint_3_16.pt" in line:
+            process.send_signal(signal.SIGKILL)
+            break
+    process.communicate()
+    return process.returncode, fairseq.train("killed", *TO_THE_END)
+
+
+def half_precision(fairseq):
+    flags = ["--max-epoch", "3", "--memory-efficient-fp16", "--save-interval-updates", "4"]
+    whole = fairseq.train("half", *flags).expect_success()
+    continued_from(whole.save_dir / "checkpoint_2_8.pt", fairseq.folder / "half_resumed")
+    return whole, fairseq.train("half_resumed", *flags)
+
+
+def sharded(fairseq):
+    """Two shards, which fairseq loads in turns, an epoch each, without a cached iterator."""
+    flags = [f"{fairseq.data}:{fairseq.data}", *TO_THE_END]
+    whole = fairseq.train("shards", *flags).expect_success()
+    continued_from(whole.save_dir / "checkpoint2.pt", fairseq.folder / "shards_resumed")
+    return whole, fairseq.train("shards_resumed", *flags)
+
+
+def test_the_training_has_dropout():
+    """Else "bit for bit" below would leave the random numbers out."""
+    assert float(TRAINING[TRAINING.index("--dropout") + 1]) > 0.0
+
+
+@pytest.mark.parametrize("cut", ["first_epoch", "end", "middle"])
+def test_a_resumed_run_ends_as_the_straight_run(chains, straight, cut):
+    run = chains[cut].result().expect_success()
+    assert same(run.model("checkpoint4.pt"), straight.model("checkpoint4.pt"))
+
+
+@pytest.mark.parametrize("cut, epochs", [("first_epoch", 4), ("end", 2), ("middle", 2)])
+def test_a_resumed_run_logs_as_the_straight_run(chains, straight, cut, epochs):
+    """Alpha, the teacher's figures and the losses of all epochs that were left."""
+    run = chains[cut].result().expect_success()
+    timing = ("train_wps", "train_ups", "train_train_wall", "train_wall")
+    for ours, theirs in zip(run.log("train"), straight.log("train")[-epochs:], strict=True):
+        assert {key: value for key, value in ours.items() if key not in timing} == {
+            key: value for key, value in theirs.items() if key not in timing
+        }
+
+
+def test_resuming_inside_an_epoch_restores_its_teacher(chains, straight):
+    run = chains["middle"].result().expect_success()
+    assert same(run.teacher("checkpoint_3_17.pt"), straight.model("checkpoint2.pt"))
+    assert "restored the teacher of epoch 3" in run.output
+
+
+def test_resuming_inside_the_first_epoch_has_no_teacher(chains):
+    run = chains["first_epoch"].result().expect_success()
+    assert run.column("alpha")[0] == 0.0
+    assert "train_teacher_nll" not in run.log("train")[0]
+    assert "restored the teacher" not in run.output
+
+
+def test_a_run_stopped_inside_an_epoch_goes_on_to_the_same_end(chains, straight):
+    stopped, cut, resumed = chains["stopped"].result()
+    resumed.expect_success()
+    assert cut["extra_state"]["train_iterator"]["epoch"] == 2
+    assert cut["extra_state"]["train_iterator"]["iterations_in_epoch"] == 3
+    assert same(resumed.model(), straight.model())
+    assert resumed.column("alpha") == straight.column("alpha")[1:]
+
+
+def test_max_update_beside_max_epoch_leaves_alpha_to_the_epochs(chains):
+    stopped, _, _ = chains["stopped"].result()
+    assert stopped.column("alpha") == pytest.approx([0.0, ALPHA_FINAL * 2 / EPOCHS], abs=1e-4)
+
+
+def test_a_killed_run_goes_on_to_the_same_end(chains, straight):
+    code, resumed = chains["killed"].result()
+    assert code == -signal.SIGKILL
+    resumed.expect_success()
+    first_step = int(resumed.log("train_inner")[0]["num_updates"])
+    assert 2 * BATCHES + 4 < first_step <= EPOCHS * BATCHES
+    assert same(resumed.model(), straight.model())
+
+
+def test_half_precision_trains_and_resumes_with_its_teacher(chains):
+    whole, resumed = chains["half"].result()
+    resumed.expect_success()
+    expected = [0.0, ALPHA_FINAL * 2 / 3, ALPHA_FINAL]
+    assert whole.column("alpha") == pytest.approx(expected, abs=1e-4)
+    losses = whole.column("loss") + whole.column("loss", "valid")
+    assert all(math.isfinite(loss) for loss in losses)
+    # The model of a checkpoint is raised to float32 by fairseq, the teacher is kept as it is used.
+    teacher, model = whole.teacher("checkpoint_2_8.pt"), whole.model("checkpoint1.pt")
+    assert same({name: weight.float() for name, weight in teacher.items()}, model)
+    assert {str(weight.dtype) for weight in teacher.values()} >= {"torch.float16"}
+    assert same(resumed.model(), whole.model())
+
+
+def test_sharded_data_resumes_with_the_teacher_of_the_last_epoch(chains):
+    whole, resumed = chains["shards"].result()
+    resumed.expect_success()
+    assert same(resumed.model(), whole.model())
+    assert resumed.column("teacher_nll") == whole.column("teacher_nll")[1:]
+
+
+def test_from_another_criterions_epoch_end_its_model_is_the_teacher(chains, stock):
+    run = chains["warm"].result().expect_success()
+    assert same(run.teacher("checkpoint_3_13.pt"), stock.model("checkpoint2.pt"))
+    assert run.column("alpha") == pytest.approx([ALPHA_FINAL * 3 / EPOCHS], abs=1e-4)
