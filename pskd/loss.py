@@ -5,10 +5,11 @@ Shapes: N rows (samples, tokens or boxes), C classes, k kept classes of a sparse
 With z the logits, y the label, p the teacher's distribution, eps the label smoothing and
 ``hard = (1 - eps) * one_hot(y) + eps / C``, the loss of a row is
 
-    lse(z) * mass - (1 - alpha) * <hard, z> - alpha * <p, z>,    mass = 1 - alpha + alpha * sum(p)
+    -(1 - alpha) * <hard, log_softmax(z)> - alpha * <p, log_softmax(z)>
 
-and its gradient ``mass * softmax(z) - (1 - alpha) * hard - alpha * p``: only the softmax
-statistics of the student enter, so neither a one-hot nor a mixture is built.
+and its gradient on z ``mass * softmax(z) - (1 - alpha) * hard - alpha * p`` with ``mass = 1 - alpha +
+alpha * sum(p)``: neither a one-hot nor a mixture is built, and the gradient, made on the way, is the
+only tensor of the logits' size.
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from pskd.targets import TopK, check_rows, check_weights
 
@@ -59,15 +59,15 @@ class _Past(NamedTuple):
         return self.probs[part].to(dtype)
 
 
-def _dense_terms(p: Tensor, z: Tensor, label: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return ``<p, z>``, ``sum(p)`` and ``p[y]`` a row."""
-    return torch.linalg.vecdot(p, z), p.sum(dim=1), p.gather(1, label).squeeze(1)
+def _dense_terms(p: Tensor, lprobs: Tensor, label: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return ``<p, lprobs>``, ``sum(p)`` and ``p[y]`` a row."""
+    return (p * lprobs).sum(dim=1), p.sum(dim=1), p.gather(1, label).squeeze(1)
 
 
-def _sparse_terms(p: TopK, z: Tensor, label: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _sparse_terms(p: TopK, lprobs: Tensor, label: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """As `_dense_terms`, from the listed classes and the sum over all."""
-    classes, listed, tail = z.size(1), z.gather(1, p.indices), p.tail(z.size(1))
-    dot = torch.linalg.vecdot(p.probs, listed) + tail * (z.sum(dim=1) - listed.sum(dim=1))
+    classes, listed, tail = lprobs.size(1), lprobs.gather(1, p.indices), p.tail(lprobs.size(1))
+    dot = (p.probs * listed).sum(dim=1) + tail * (lprobs.sum(dim=1) - listed.sum(dim=1))
     mass = p.probs.sum(dim=1) + tail * (classes - listed.size(1))
     hit = p.indices == label
     at_label = torch.where(hit.any(dim=1), (p.probs * hit).sum(dim=1), tail)
@@ -88,7 +88,10 @@ class _PSKDCrossEntropy(torch.autograd.Function):
     """Loss, NLL and teacher's probability of the label a row; leaves the gradient on the way."""
 
     @staticmethod
+    @torch.autocast("cpu", enabled=False)
+    @torch.autocast("cuda", enabled=False)
     def forward(ctx, logits, target, valid, alpha, smoothing: float, past: _Past):
+        # Without autocast, which would take the dot products in half precision.
         dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
         loss = logits.new_empty(logits.size(0), dtype=dtype)
         nll, teacher_at_label = torch.empty_like(loss), torch.empty_like(loss)
@@ -96,29 +99,27 @@ class _PSKDCrossEntropy(torch.autograd.Function):
         step = max(1, _CHUNK_ELEMENTS // max(1, logits.size(1)))
         for start in range(0, logits.size(0), step):
             part = slice(start, start + step)
-            z, label, weight = logits[part].to(dtype), target[part, None], alpha[part]
+            label, weight = target[part, None], alpha[part]
             p = past.rows(part, dtype)
+            # Log-probabilities: with large logits the terms of the loss would cancel otherwise.
+            lprobs = logits[part].to(dtype).log_softmax(dim=1)
             terms = _sparse_terms if isinstance(p, TopK) else _dense_terms
-            dot, total, teacher_at_label[part] = terms(p, z, label)
-            probs = z.softmax(dim=1)
-            # The largest probability is at least 1 / C: its logarithm is exact where a sum of
-            # exponentials would cost another pass.
-            lse = z.amax(dim=1) - probs.amax(dim=1).log()
-            at_label = z.gather(1, label).squeeze(1)
+            dot, total, teacher_at_label[part] = terms(p, lprobs, label)
+            at_label = lprobs.gather(1, label).squeeze(1)
             hard = at_label
             if smoothing:
-                hard = (1.0 - smoothing) * at_label + smoothing * z.mean(dim=1)
-            mass = 1.0 - weight + weight * total
-            nll[part] = lse - at_label
-            loss[part] = lse * mass - (1.0 - weight) * hard - weight * dot
+                hard = (1.0 - smoothing) * at_label + smoothing * lprobs.mean(dim=1)
+            nll[part] = -at_label
+            loss[part] = (weight - 1.0) * hard - weight * dot
             if grad is None:
                 continue
-            _subtract(probs.mul_(mass[:, None]), p, weight[:, None])
+            g = lprobs.exp_().mul_((1.0 - weight + weight * total)[:, None])
+            _subtract(g, p, weight[:, None])
             if smoothing:
-                probs.add_((weight[:, None] - 1.0) * (smoothing / probs.size(1)))
-            probs.scatter_add_(1, label, (weight[:, None] - 1.0) * (1.0 - smoothing))
+                g.add_((weight[:, None] - 1.0) * (smoothing / g.size(1)))
+            g.scatter_add_(1, label, (weight[:, None] - 1.0) * (1.0 - smoothing))
             # An ignored row may hold anything, NaN included: filled, not multiplied by 0.
-            grad[part] = probs.masked_fill_(~valid[part, None], 0.0)
+            grad[part] = g.masked_fill_(~valid[part, None], 0.0)
         ctx.save_for_backward(grad)
         ctx.mark_non_differentiable(nll, teacher_at_label)
         invalid = ~valid
@@ -129,10 +130,14 @@ class _PSKDCrossEntropy(torch.autograd.Function):
         )
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad_loss, _grad_nll, _grad_teacher):
+        if torch.is_grad_enabled():  # create_graph=True: the saved gradient is a constant to it
+            raise RuntimeError("pskd_cross_entropy has no second derivative: expected none asked")
         (grad,) = ctx.saved_tensors
-        return grad * grad_loss[:, None].to(grad.dtype), None, None, None, None, None
+        scaled = torch.empty_like(grad)
+        # The product is made in the precision of the loss: a loss scale can exceed float16.
+        torch.mul(grad, grad_loss[:, None], out=scaled)
+        return scaled, None, None, None, None, None
 
 
 def _check(logits: Tensor, teacher_probs, teacher_logits, reduction: str) -> None:
@@ -197,6 +202,7 @@ def pskd_cross_entropy(
         raise ValueError(f"target: expected {logits.size(0)} labels, got {target.size(0)}")
     check_rows(target, logits.size(1), given, ignore_index)
     alpha = check_weights(alpha, label_smoothing, logits.size(0))
+    target = target.long()  # an unsigned label would never equal a negative ignore_index
     if return_stats and given is None:
         raise ValueError("return_stats: expected a teacher, got none")
     valid = target != ignore_index
@@ -208,7 +214,7 @@ def pskd_cross_entropy(
         dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
         loss, *rows = _PSKDCrossEntropy.apply(
             logits,
-            torch.where(valid, target, 0).long(),
+            torch.where(valid, target, 0),
             valid,
             torch.as_tensor(alpha, dtype=dtype, device=logits.device).expand(logits.size(0)),
             float(label_smoothing),
@@ -226,9 +232,11 @@ def _hard_cross_entropy(
     logits: Tensor, target: Tensor, ignore_index: int, label_smoothing: float
 ) -> Tensor:
     # Half precision is raised first, so that the sum over classes is one of float32.
+    logits = logits if logits.dtype == torch.float64 else logits.float()
     return F.cross_entropy(
-        logits if logits.dtype == torch.float64 else logits.float(),
-        target.long(),
+        # torch multiplies an ignored row's gradient by 0, and NaN stays NaN.
+        logits.masked_fill((target == ignore_index)[:, None], 0.0),
+        target,
         ignore_index=ignore_index,
         label_smoothing=label_smoothing,
         reduction="none",
@@ -278,4 +286,6 @@ def gradient_rescaling(
     student_error = 1.0 - student_probs_at_label
     teacher_error = 1.0 - teacher_probs_at_label.to(student_error.dtype)
     both_certain = (student_error == 0) & (teacher_error == 0)
-    return 1.0 - alpha * torch.where(both_certain, 1.0, teacher_error / student_error)
+    ratio = torch.where(both_certain, 1.0, teacher_error / student_error)
+    weight = torch.as_tensor(alpha, dtype=ratio.dtype, device=ratio.device)
+    return torch.where(weight == 0, 1.0, 1.0 - weight * ratio)  # not NaN from 0 * inf

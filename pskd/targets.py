@@ -55,12 +55,12 @@ def check_rows(
     Label *values* are looked at on the CPU only: on a GPU that would wait for the device in every
     step, and there the gather asserts the range itself.
     """
-    rows = target.size(0)
     if target.dim() != 1 or target.dtype.is_floating_point or target.dtype == torch.bool:
         raise ValueError(
             f"target: expected integer labels of shape (N,), got {target.dtype} of shape "
             f"{tuple(target.shape)}"
         )
+    rows, target = target.size(0), target.long()
     if target.device.type == "cpu" and rows:
         labels = target if ignore_index is None else target[target != ignore_index]
         if labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) < num_classes:
@@ -149,5 +149,5 @@ def mix_targets(
     is_sparse = isinstance(teacher_probs, TopK)
     soft = teacher_probs.dense(num_classes) if is_sparse else _upcast(teacher_probs)
     hard = hard.to(soft.dtype) * (1.0 - label_smoothing) + label_smoothing / num_classes
-    weight = alpha[:, None] if isinstance(alpha, Tensor) else alpha
+    weight = alpha[:, None].to(soft.dtype) if isinstance(alpha, Tensor) else alpha
     return (1.0 - weight) * hard + weight * soft

@@ -49,9 +49,11 @@ class SnapshotTeacher:
             student: the bare module; unwrap DDP first (``model.module``).
         """
         if self._model is None:
-            self._model = _frozen_copy(student)
-        else:
-            self._model.load_state_dict(student.state_dict())
+            self._model = self._frozen_copy(student)
+            return
+        self._model.load_state_dict(student.state_dict())
+        for own, new in zip(self._model.buffers(), student.buffers(), strict=True):
+            own.copy_(new)  # a state dict leaves out those that are not persistent
 
     def state_dict(self) -> dict[str, dict[str, Tensor] | None]:
         """Return the weights on the CPU, in their own dtype; None in their place if none."""
@@ -87,14 +89,14 @@ class SnapshotTeacher:
             return
         if self._model is None and student is None:
             raise ValueError("expected a student to take the architecture from, got none")
-        model = self._model if student is None else _frozen_copy(student)
-        # A mismatch raises here, and leaves the teacher that was.
+        # torch loads what fits before it raises: a mismatch must leave the teacher that was.
+        model = self._frozen_copy(self._model if student is None else student)
         model.load_state_dict(weights)
         self._model = model
 
-
-def _frozen_copy(student: nn.Module) -> nn.Module:
-    model = copy.deepcopy(student).eval().requires_grad_(False)
-    for parameter in model.parameters():
-        parameter.grad = None  # deepcopy takes the gradients along
-    return model
+    def _frozen_copy(self, student: nn.Module) -> nn.Module:
+        # A student that carries this teacher does not take the old copy into the new one.
+        model = copy.deepcopy(student, {id(self): SnapshotTeacher()}).eval().requires_grad_(False)
+        for parameter in model.parameters():
+            parameter.grad = None  # deepcopy takes the gradients along
+        return model

@@ -218,12 +218,20 @@ def test_it_is_cross_entropy_against_the_mixture(form, batch, alpha, eps, reduct
     assert_same(got, value_and_grad(expected, batch.logits))
 
 
+@pytest.mark.parametrize("form", ["probs", "top_k"])
 @given(batch=padded_batches(), alpha=weights, eps=smoothings, mass=st.sampled_from([0, 0.6, 1.5]))
 @few
-def test_it_is_the_mixture_even_of_a_teacher_that_does_not_sum_to_one(batch, alpha, eps, mass):
-    teacher = mass * batch.dense("probs")
+def test_it_is_the_mixture_even_of_a_teacher_that_does_not_sum_to_one(
+    form, batch, alpha, eps, mass
+):
+    teacher = batch.teacher(form)["teacher_probs"]
+    if form == "top_k":
+        teacher = TopK(teacher.indices, mass * teacher.probs)
+        dense = teacher.dense(batch.classes)
+    else:
+        teacher = dense = mass * teacher
     loss = loss_of(batch, None, alpha, teacher_probs=teacher, label_smoothing=eps)
-    expected = mixture_loss(batch, teacher, alpha, label_smoothing=eps)
+    expected = mixture_loss(batch, dense, alpha, label_smoothing=eps)
     assert_same(value_and_grad(loss, batch.logits), value_and_grad(expected, batch.logits))
 
 
@@ -568,7 +576,7 @@ def assert_errs_at_most(factors, batch: Batch, form: str, dtype: torch.dtype, re
 def test_half_precision_errs_at_most_as_the_naive_form(form, reduction, classes, dtype):
     batch = rounded(make(48, classes, seed=classes, chunk=5 * classes), dtype)
     # The gradient is rounded twice, before and after its product with the upstream gradient.
-    assert_errs_at_most((0.1, 1.5), batch, form, dtype, reduction)
+    assert_errs_at_most((0.5, 1.5), batch, form, dtype, reduction)
 
 
 @pytest.mark.parametrize("offset", [0.0, 100.0, 10_000.0])

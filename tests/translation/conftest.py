@@ -1,7 +1,9 @@
 """What the tests of the fairseq plugin share: data, processes and the runs that many of them read.
 
-A process costs seconds to start and a fraction of one to train, so runs that several tests look at
-are made once a session, and independent ones two at a time.
+Runs that several tests look at are made once a session, and independent ones two at a time. A
+process costs seconds to start and a fraction of one to train, so the runs that define a behaviour
+have a process of their own from the interpreter's start, and variants fork one that has imported
+fairseq (`fork_server.py`).
 """
 
 from __future__ import annotations
@@ -9,19 +11,23 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import queue
 import random
 import re
 import shutil
 import signal
 import subprocess
 import sys
+import uuid
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+PYTHON = [sys.executable, "-W", "ignore"]
 PLUGIN = ROOT / "translation" / "pskd_fairseq"
 WORDS = 40
 EPOCHS = 4
@@ -131,21 +137,28 @@ class Fairseq:
         self.data = data
         self.folder = folder
         self._pool = ThreadPoolExecutor(processes_at_a_time())
+        self._servers: queue.SimpleQueue[subprocess.Popen | None] = queue.SimpleQueue()
+        for _ in range(processes_at_a_time()):
+            self._servers.put(None)
 
     def close(self) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)
+        for _ in range(processes_at_a_time()):
+            server = self._servers.get()
+            if server is not None:
+                server.communicate()
 
     def submit(self, function, *args) -> Future:
         """Run a function that makes a chain of runs beside another one."""
         return self._pool.submit(function, *args)
 
-    def train(self, name: str, *flags: str, **options) -> Run:
-        """Train in the folder ``name`` and wait; the last of equal flags wins."""
-        return self.command("train", *self.train_flags(name, *flags), name=name, **options)
-
-    def start(self, name: str, *flags: str, **options) -> Future:
+    def start(self, name: str, *flags: str) -> Future:
         """As `train`, without waiting."""
-        return self._pool.submit(lambda: self.train(name, *flags, **options))
+        return self._pool.submit(self.train, name, *flags)
+
+    def train(self, name: str, *flags: str) -> Run:
+        """Train in the folder ``name`` and wait; the last of equal flags wins."""
+        return self.forked("train", *self.train_flags(name, *flags), name=name)
 
     def train_flags(self, name: str, *flags: str) -> list[str]:
         data = [] if flags and not flags[0].startswith("-") else [str(self.data)]
@@ -154,8 +167,23 @@ class Fairseq:
         save_dir = ["--save-dir", str(self.folder / name)]
         return [*data, *model, *TRAINING, *criterion, *save_dir, *flags]
 
-    def command(self, module: str, *flags: str, name: str = "", stdin: str = "", **options) -> Run:
-        process = self.popen(module, *flags, **options)
+    def forked(self, command: str, *flags: str, name: str) -> Run:
+        """Run a command in a fork of a process that has imported fairseq."""
+        server = self._servers.get() or self.popen(PYTHON + [str(HERE / "fork_server.py")])
+        output = self.folder / f"{name}.{uuid.uuid4().hex}.log"
+        job = {"module": f"fairseq_cli.{command}", "flags": flags, "output": str(output)}
+        try:
+            server.stdin.write(json.dumps({**job, "limit_s": TIMEOUT_S}) + "\n")
+            server.stdin.flush()
+            while not re.fullmatch(r"-?\d+\n", answer := server.stdout.readline()):
+                assert answer, "the fork server has ended"  # other lines are imports' messages
+        finally:
+            self._servers.put(server)
+        return Run(int(answer), output.read_text(encoding="utf-8"), self.folder / name)
+
+    def command(self, command: str, *flags: str, name: str = "", stdin: str = "", **options) -> Run:
+        """Run a command in a process of its own, from the interpreter's start on."""
+        process = self.popen(PYTHON + ["-m", f"fairseq_cli.{command}", *flags], **options)
         try:
             output, _ = process.communicate(stdin, timeout=TIMEOUT_S)
         except subprocess.TimeoutExpired:
@@ -164,9 +192,9 @@ class Fairseq:
             raise AssertionError(f"no end after {TIMEOUT_S} s:\n{output[-4000:]}") from None
         return Run(process.returncode, output, self.folder / name)
 
-    def popen(self, module: str, *flags: str, **options) -> subprocess.Popen:
+    def popen(self, command: list[str], **options) -> subprocess.Popen:
         return subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-m", f"fairseq_cli.{module}", *flags],
+            command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -186,7 +214,9 @@ class Fairseq:
         ).split()
         processes = [
             self.popen(
-                "train", *self.train_flags(name, *flags, *world, "--distributed-rank", str(rank))
+                PYTHON
+                + ["-m", "fairseq_cli.train", *self.train_flags(name, *flags, *world)]
+                + ["--distributed-rank", str(rank)]
             )
             for rank in range(ranks)
         ]
@@ -200,15 +230,6 @@ class Fairseq:
             Run(process.returncode, output, self.folder / name)
             for process, output in zip(processes, outputs, strict=True)
         ]
-
-    def validate(self, checkpoint: Path, subset: str, *flags: str) -> Future:
-        return self._pool.submit(
-            lambda: self.command(
-                "validate", str(self.data), "--task", "translation", "--path", str(checkpoint),
-                "--valid-subset", subset, "--batch-size", "4", "--required-batch-size-multiple",
-                "1", "--num-workers", "0", "--cpu", "--log-format", "json", *flags,
-            )
-        )
 
 
 def processes_at_a_time() -> int:
@@ -261,9 +282,13 @@ def fairseq(tmp_path_factory):
 def _baselines(fairseq):
     epochs = ["--max-epoch", str(EPOCHS), "--save-interval-updates", "4"]
     board = ["--tensorboard-logdir", str(fairseq.folder / "board")]
+
+    def train(name, *flags):
+        return fairseq.command("train", *fairseq.train_flags(name, *epochs, *flags), name=name)
+
     return {
-        "straight": fairseq.start("straight", *epochs, *board),
-        "stock": fairseq.start("stock", *STOCK, *epochs),
+        "straight": fairseq.submit(train, "straight", *board),
+        "stock": fairseq.submit(train, "stock", *STOCK),
     }
 
 
@@ -282,8 +307,10 @@ def stock(_baselines):
 @pytest.fixture
 def task(fairseq):
     """A translation task of its own, for criterions built in this process."""
+    import torch
     from fairseq.tasks.translation import TranslationConfig, TranslationTask
 
+    torch.set_num_threads(1)  # models this small are faster so
     config = TranslationConfig(
         data=str(fairseq.data), source_lang="de", target_lang="en", train_subset="train",
         dataset_impl=None, required_seq_len_multiple=1,

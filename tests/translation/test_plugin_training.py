@@ -79,11 +79,15 @@ def validations(fairseq, straight):
     }  # fmt: skip
     stock = fairseq.folder / "relabelled.pt"
     torch.save(relabelled, stock)
-    plugin = ["--user-dir", str(PLUGIN)]
-    return {
-        "pskd": fairseq.validate(teacher, "train,valid", *plugin),
-        "stock": fairseq.validate(stock, "train,valid", *plugin),
-    }
+    flags = (
+        "--task translation --valid-subset train,valid --batch-size 4 "
+        "--required-batch-size-multiple 1 --num-workers 0 --cpu --log-format json"
+    ).split() + ["--user-dir", str(PLUGIN)]
+
+    def validate(path):
+        return fairseq.command("validate", str(fairseq.data), "--path", str(path), *flags)
+
+    return {"pskd": fairseq.submit(validate, teacher), "stock": fairseq.submit(validate, stock)}
 
 
 def hydra_train(fairseq):
