@@ -7,9 +7,9 @@ With z the logits, y the label, p the teacher's distribution, eps the label smoo
 
     -(1 - alpha) * <hard, log_softmax(z)> - alpha * <p, log_softmax(z)>
 
-and its gradient on z ``mass * softmax(z) - (1 - alpha) * hard - alpha * p`` with ``mass = 1 - alpha +
-alpha * sum(p)``: neither a one-hot nor a mixture is built, and the gradient, made on the way, is the
-only tensor of the logits' size.
+and its gradient on z ``mass * softmax(z) - (1 - alpha) * hard - alpha * p`` with
+``mass = 1 - alpha + alpha * sum(p)``: neither a one-hot nor a mixture is built, and the gradient,
+made on the way, is the only tensor of the logits' size.
 """
 
 from __future__ import annotations
