@@ -24,10 +24,10 @@ from pskd.targets import TopK, check_rows, check_weights
 
 __all__ = ["PSKDStats", "gradient_rescaling", "pskd_cross_entropy"]
 
-# Rows are worked on in chunks of about this many logits (1 MiB of float32): the passes over a chunk
+# Rows are worked on in chunks of about this many logits (2 MiB of float32): the passes over a chunk
 # find it in cache, and temporaries are small and reused where one of the logits' size would be
 # mapped anew, page by page, in every step.
-_CHUNK_ELEMENTS = 1 << 18
+_CHUNK_ELEMENTS = 1 << 19
 
 
 class PSKDStats(NamedTuple):
@@ -58,20 +58,30 @@ class _Past(NamedTuple):
             return self.logits[part].to(dtype).softmax(dim=1)
         return self.probs[part].to(dtype)
 
+    def mass(self, p: Tensor | TopK, classes: int) -> Tensor | float:
+        """Return ``sum(p)`` a row: what is given as probabilities may sum to a little off 1."""
+        if self.logits is not None:
+            return 1.0
+        if self.probs is not None:
+            return p.sum(dim=1)
+        return p.probs.sum(dim=1) + p.tail(classes) * (classes - p.indices.size(1))
 
-def _dense_terms(p: Tensor, lprobs: Tensor, label: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return ``<p, lprobs>``, ``sum(p)`` and ``p[y]`` a row."""
-    return (p * lprobs).sum(dim=1), p.sum(dim=1), p.gather(1, label).squeeze(1)
+
+def _expectation(p: Tensor | TopK, lprobs: Tensor) -> Tensor:
+    """Return ``<p, lprobs>`` a row; of a sparse p from its classes and the sum over all."""
+    if isinstance(p, Tensor):
+        return (p * lprobs).sum(dim=1)
+    listed = lprobs.gather(1, p.indices)
+    rest = lprobs.sum(dim=1) - listed.sum(dim=1)
+    return (p.probs * listed).sum(dim=1) + p.tail(lprobs.size(1)) * rest
 
 
-def _sparse_terms(p: TopK, lprobs: Tensor, label: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """As `_dense_terms`, from the listed classes and the sum over all."""
-    classes, listed, tail = lprobs.size(1), lprobs.gather(1, p.indices), p.tail(lprobs.size(1))
-    dot = (p.probs * listed).sum(dim=1) + tail * (lprobs.sum(dim=1) - listed.sum(dim=1))
-    mass = p.probs.sum(dim=1) + tail * (classes - listed.size(1))
+def _at_label(p: Tensor | TopK, label: Tensor, classes: int) -> Tensor:
+    """Return ``p[y]`` a row; ``label`` is (n, 1)."""
+    if isinstance(p, Tensor):
+        return p.gather(1, label).squeeze(1)
     hit = p.indices == label
-    at_label = torch.where(hit.any(dim=1), (p.probs * hit).sum(dim=1), tail)
-    return dot, mass, at_label
+    return torch.where(hit.any(dim=1), (p.probs * hit).sum(dim=1), p.tail(classes))
 
 
 def _subtract(grad: Tensor, p: Tensor | TopK, weight: Tensor) -> None:
@@ -93,33 +103,37 @@ class _PSKDCrossEntropy(torch.autograd.Function):
     def forward(ctx, logits, target, valid, alpha, smoothing: float, past: _Past):
         # Without autocast, which would take the dot products in half precision.
         dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+        classes = logits.size(1)
         loss = logits.new_empty(logits.size(0), dtype=dtype)
         nll, teacher_at_label = torch.empty_like(loss), torch.empty_like(loss)
         grad = torch.empty_like(logits) if ctx.needs_input_grad[0] else None
-        step = max(1, _CHUNK_ELEMENTS // max(1, logits.size(1)))
+        step = max(1, _CHUNK_ELEMENTS // max(1, classes))
         for start in range(0, logits.size(0), step):
             part = slice(start, start + step)
             label, weight = target[part, None], alpha[part]
             p = past.rows(part, dtype)
             # Log-probabilities: with large logits the terms of the loss would cancel otherwise.
             lprobs = logits[part].to(dtype).log_softmax(dim=1)
-            terms = _sparse_terms if isinstance(p, TopK) else _dense_terms
-            dot, total, teacher_at_label[part] = terms(p, lprobs, label)
-            at_label = lprobs.gather(1, label).squeeze(1)
-            hard = at_label
+            teacher_at_label[part] = _at_label(p, label, classes)
+            student_at_label = lprobs.gather(1, label).squeeze(1)
+            hard = student_at_label
             if smoothing:
-                hard = (1.0 - smoothing) * at_label + smoothing * lprobs.mean(dim=1)
-            nll[part] = -at_label
-            loss[part] = (weight - 1.0) * hard - weight * dot
+                hard = (1.0 - smoothing) * hard + smoothing * lprobs.mean(dim=1)
+            nll[part] = -student_at_label
+            loss[part] = (weight - 1.0) * hard - weight * _expectation(p, lprobs)
             if grad is None:
                 continue
-            g = lprobs.exp_().mul_((1.0 - weight + weight * total)[:, None])
+            g = torch.exp(lprobs, out=grad[part] if grad.dtype == dtype else lprobs)
+            g.mul_((1.0 - weight + weight * past.mass(p, classes))[:, None])
             _subtract(g, p, weight[:, None])
             if smoothing:
-                g.add_((weight[:, None] - 1.0) * (smoothing / g.size(1)))
+                g.add_((weight[:, None] - 1.0) * (smoothing / classes))
             g.scatter_add_(1, label, (weight[:, None] - 1.0) * (1.0 - smoothing))
-            # An ignored row may hold anything, NaN included: filled, not multiplied by 0.
-            grad[part] = g.masked_fill_(~valid[part, None], 0.0)
+            if _may_be_ignored(valid[part]):
+                # Such a row may hold anything, NaN included: filled, not multiplied by 0.
+                g.masked_fill_(~valid[part, None], 0.0)
+            if grad.dtype != dtype:
+                grad[part] = g
         ctx.save_for_backward(grad)
         ctx.mark_non_differentiable(nll, teacher_at_label)
         invalid = ~valid
@@ -134,10 +148,17 @@ class _PSKDCrossEntropy(torch.autograd.Function):
         if torch.is_grad_enabled():  # create_graph=True: the saved gradient is a constant to it
             raise RuntimeError("pskd_cross_entropy has no second derivative: expected none asked")
         (grad,) = ctx.saved_tensors
+        if grad_loss.device.type == "cpu" and bool((grad_loss == 1.0).all()):
+            return grad, None, None, None, None, None  # the usual case of a sum: nothing to scale
         scaled = torch.empty_like(grad)
         # The product is made in the precision of the loss: a loss scale can exceed float16.
         torch.mul(grad, grad_loss[:, None], out=scaled)
         return scaled, None, None, None, None, None
+
+
+def _may_be_ignored(valid: Tensor) -> bool:
+    # Only the CPU can tell without waiting for the device.
+    return valid.device.type != "cpu" or not bool(valid.all())
 
 
 def _check(logits: Tensor, teacher_probs, teacher_logits, reduction: str) -> None:

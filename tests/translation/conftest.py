@@ -283,12 +283,10 @@ def _baselines(fairseq):
     epochs = ["--max-epoch", str(EPOCHS), "--save-interval-updates", "4"]
     board = ["--tensorboard-logdir", str(fairseq.folder / "board")]
 
-    def train(name, *flags):
-        return fairseq.command("train", *fairseq.train_flags(name, *epochs, *flags), name=name)
-
+    flags = fairseq.train_flags("straight", *epochs, *board)
     return {
-        "straight": fairseq.submit(train, "straight", *board),
-        "stock": fairseq.submit(train, "stock", *STOCK),
+        "straight": fairseq.submit(lambda: fairseq.command("train", *flags, name="straight")),
+        "stock": fairseq.start("stock", *STOCK, *epochs),
     }
 
 

@@ -9,6 +9,7 @@ import resource
 import shutil
 import subprocess
 from collections import namedtuple
+from concurrent.futures import wait
 from types import SimpleNamespace
 
 import pytest
@@ -337,34 +338,6 @@ def test_the_first_epoch_and_an_epochs_end_need_no_teacher(check, last, position
 SLACK = 40_000
 
 
-class Disk:
-    """A file system of its own, of a given size."""
-
-    def __init__(self, folder) -> None:
-        self.folder = folder
-        folder.mkdir()
-
-    def mount(self, size: float, *options: str) -> None:
-        flags = ",".join([f"size={int(size)}", *options])
-        command = ["mount", "-t", "tmpfs", "-o", flags, "tmpfs", str(self.folder)]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode != 0:
-            pytest.skip(f"a small file system needs the right to mount one: {done.stderr.strip()}")
-
-    def unmount(self) -> None:
-        subprocess.run(["umount", str(self.folder)], check=True)
-
-
-@pytest.fixture
-def disk(fairseq, request):
-    if shutil.which("mount") is None:
-        pytest.skip("a small file system needs the mount command")
-    disk = Disk(fairseq.folder / f"disk_{request.node.name}")
-    yield disk
-    if os.path.ismount(disk.folder):
-        disk.unmount()
-
-
 @pytest.fixture(scope="module")
 def sizes(straight):
     """Bytes of a checkpoint of an epoch's end and of one inside an epoch, with its teacher."""
@@ -372,6 +345,43 @@ def sizes(straight):
     end, inside = ((straight.save_dir / name).stat().st_size for name in names)
     assert inside > end + 2 * SLACK
     return SimpleNamespace(end=end, inside=inside, growth=inside - end)
+
+
+def mount(folder, size: float, *options: str) -> None:
+    """Put a file system of a size in bytes on a folder."""
+    flags = ",".join([f"size={int(size) + SLACK}", *options])
+    command = ["mount", "-t", "tmpfs", "-o", flags, "tmpfs", str(folder)]
+    try:
+        subprocess.run(command, check=True, capture_output=True, text=True)
+    except FileNotFoundError:
+        pytest.skip("a small file system needs the mount command")
+    except subprocess.CalledProcessError as error:
+        pytest.skip(f"a small file system needs the right to mount one: {error.stderr.strip()}")
+
+
+@pytest.fixture(scope="module")
+def full_disks(fairseq, sizes):
+    """Trainings on file systems that are too small, by what has no room."""
+    inside = ["--no-epoch-checkpoints", "--save-interval-updates", "8"]
+    with_teacher = 2 * sizes.end + sizes.inside  # the last and the best, and one with its teacher
+    plans = {
+        "fourth_epoch": (5.5 * sizes.end, ["--max-epoch", "5"]),
+        "first_epoch": (2.5 * sizes.end, TO_THE_END),
+        "copy_to_best": (with_teacher + 0.5 * sizes.growth, [*TO_THE_END, *inside]),
+        "copy_to_last": (with_teacher + 1.5 * sizes.growth, [*TO_THE_END, *inside]),
+    }
+    folders = [fairseq.folder / f"disk_{name}" for name in plans]
+    try:
+        for folder, (size, _) in zip(folders, plans.values(), strict=True):
+            folder.mkdir()
+            mount(folder, size)
+        runs = {name: fairseq.start(f"disk_{name}", *flags) for name, (_, flags) in plans.items()}
+        yield runs
+        wait(runs.values())
+    finally:
+        for folder in folders:
+            if os.path.ismount(folder):
+                subprocess.run(["umount", str(folder)], check=True)
 
 
 def expect_whole(folder) -> list[str]:
@@ -385,38 +395,37 @@ def expect_whole(folder) -> list[str]:
     return names
 
 
-def test_a_disk_that_fills_up_stops_training_and_spares_the_checkpoints(fairseq, disk, sizes):
-    flags = ["--max-epoch", "5"]
-    disk.mount(5.5 * sizes.end + SLACK)  # three epochs, the best and the last
-    run = fairseq.train(disk.folder.name, *flags)
+def test_a_disk_that_fills_up_stops_training_and_spares_the_checkpoints(full_disks):
+    run = full_disks["fourth_epoch"].result()
     assert run.code != 0
-    assert "No space left" in run.output or "no room for the next checkpoint" in run.output
-    assert str(disk.folder) in run.output
-    kept = expect_whole(disk.folder)
-    assert {"checkpoint1.pt", "checkpoint2.pt", "checkpoint3.pt", "checkpoint_last.pt"} <= set(kept)
-    disk.mount(20 * sizes.end, "remount")
-    resumed = fairseq.train(disk.folder.name, *flags).expect_success()
-    assert resumed.column("alpha")[-1] == pytest.approx(ALPHA_FINAL, abs=1e-4)
-    assert "checkpoint5.pt" in expect_whole(disk.folder)
+    assert "no room for the next checkpoint" in run.output and str(run.save_dir) in run.output
+    assert expect_whole(run.save_dir) == [
+        "checkpoint1.pt", "checkpoint2.pt", "checkpoint3.pt", "checkpoint_best.pt",
+        "checkpoint_last.pt",
+    ]  # fmt: skip
 
 
-def test_a_disk_too_small_for_the_first_checkpoints_leaves_none_cut_off(fairseq, disk, sizes):
-    disk.mount(2.5 * sizes.end + SLACK)  # checkpoint1, checkpoint_best and half checkpoint_last
-    run = fairseq.train(disk.folder.name, *TO_THE_END)
+def test_with_more_room_training_goes_on(fairseq, full_disks, sizes):
+    folder = full_disks["fourth_epoch"].result().save_dir
+    mount(folder, 20 * sizes.end, "remount")
+    resumed = fairseq.train(folder.name, "--max-epoch", "5").expect_success()
+    assert resumed.column("alpha") == pytest.approx([0.56, 0.7], abs=1e-4)
+    assert "checkpoint5.pt" in expect_whole(folder)
+
+
+def test_a_disk_too_small_for_the_first_checkpoints_leaves_none_cut_off(full_disks):
+    """There is room for checkpoint1, checkpoint_best and half of checkpoint_last."""
+    run = full_disks["first_epoch"].result()
     assert run.code != 0
-    expect_whole(disk.folder)
+    expect_whole(run.save_dir)
 
 
-@pytest.mark.parametrize("part, name", [(0.5, "checkpoint_best.pt"), (1.5, "checkpoint_last.pt")])
-def test_a_disk_too_small_for_the_teacher_leaves_no_checkpoint_cut_off(
-    fairseq, disk, sizes, part, name
-):
+@pytest.mark.parametrize("copy", ["copy_to_best", "copy_to_last"])
+def test_a_disk_too_small_for_the_teacher_leaves_no_checkpoint_cut_off(full_disks, copy):
     """A checkpoint inside an epoch is larger than the last, and so are the copies of it."""
-    disk.mount(2 * sizes.end + sizes.inside + part * sizes.growth + SLACK)
-    flags = ["--no-epoch-checkpoints", "--save-interval-updates", "8"]
-    run = fairseq.train(disk.folder.name, *TO_THE_END, *flags)
+    run = full_disks[copy].result()
     assert run.code != 0
-    assert {"checkpoint_best.pt", "checkpoint_last.pt"} <= set(expect_whole(disk.folder)), name
+    assert {"checkpoint_best.pt", "checkpoint_last.pt"} <= set(expect_whole(run.save_dir))
 
 
 def test_a_write_that_fails_leaves_no_file_under_a_final_name(fairseq, sizes):

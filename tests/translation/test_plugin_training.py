@@ -85,7 +85,8 @@ def validations(fairseq, straight):
     ).split() + ["--user-dir", str(PLUGIN)]
 
     def validate(path):
-        return fairseq.command("validate", str(fairseq.data), "--path", str(path), *flags)
+        command = fairseq.command if path is teacher else fairseq.forked
+        return command("validate", str(fairseq.data), "--path", str(path), *flags, name=path.stem)
 
     return {"pskd": fairseq.submit(validate, teacher), "stock": fairseq.submit(validate, stock)}
 
@@ -516,28 +517,21 @@ def translations(fairseq, straight):
     common = "--beam 2 --max-len-a 0 --max-len-b 12 --num-workers 0 --cpu".split()
     common += ["--batch-size", "1"]  # a batch's padding moves scores in the last digits
 
-    def generate(checkpoint, *flags):
-        return fairseq.submit(
-            lambda: fairseq.command(
-                "generate", str(fairseq.data), "--path", str(checkpoint), *common, *flags,
-                "--required-batch-size-multiple", "1",
-            )
-        )  # fmt: skip
+    def flags(path, *more):
+        multiple = ["--required-batch-size-multiple", "1"]
+        return [str(fairseq.data), "--path", str(path), *common, *multiple, *more]
 
     whole = straight.save_dir / "checkpoint_3_16.pt"
     text = (fairseq.folder / "test.de").read_text(encoding="utf-8")
-    return {
-        "generate": generate(whole, *plugin),
-        "interactive": fairseq.submit(
-            lambda: fairseq.command(
-                "interactive", str(fairseq.data), "--path", str(whole), *common, *plugin,
-                stdin=text,
-            )
+    runs = {
+        "generate": lambda: fairseq.command("generate", *flags(whole, *plugin)),
+        "interactive": lambda: fairseq.command("interactive", *flags(whole, *plugin), stdin=text),
+        "no_plugin": lambda: fairseq.forked("generate", *flags(whole), name="no_plugin"),
+        "payload": lambda: fairseq.forked(
+            "generate", *flags(fairseq.folder / "payload.pt", *plugin), name="payload"
         ),
-        "no_plugin": generate(whole),
-        "payload": generate(fairseq.folder / "payload.pt", *plugin),
-        "marker": marker,
-    }  # fmt: skip
+    }
+    return {"marker": marker, **{name: fairseq.submit(run) for name, run in runs.items()}}
 
 
 def hypotheses(run) -> dict[str, str]:
