@@ -886,6 +886,7 @@ REFUSED = [
     ),
     ({"target": torch.tensor([0, 3])}, "target: expected labels in [0, 2], got [0, 3]"),
     ({"target": torch.tensor([-1, 2])}, "target: expected labels in [0, 2], got [-1, 2]"),
+    ({"target": torch.tensor([156, 2]).byte()}, "expected labels in [0, 2], got [2, 156]"),
     ({"ignore_index": 0, "target": torch.tensor([0, -100])}, "labels in [0, 2], got [-100, -100]"),
     ({"target": torch.zeros(2)}, "expected integer labels of shape (N,), got torch.float32"),
     ({"target": THIRDS}, "labels of shape (N,), got torch.float32 of shape (2, 3)"),
