@@ -70,7 +70,7 @@ class _Past(NamedTuple):
 def _expectation(p: Tensor | TopK, lprobs: Tensor) -> Tensor:
     """Return ``<p, lprobs>`` a row; of a sparse p from its classes and the sum over all."""
     if isinstance(p, Tensor):
-        return (p * lprobs).sum(dim=1)
+        return (p * lprobs).sum(dim=1)  # a dot product would be of half precision under autocast
     listed = lprobs.gather(1, p.indices)
     rest = lprobs.sum(dim=1) - listed.sum(dim=1)
     return (p.probs * listed).sum(dim=1) + p.tail(lprobs.size(1)) * rest
@@ -98,10 +98,7 @@ class _PSKDCrossEntropy(torch.autograd.Function):
     """Loss, NLL and teacher's probability of the label a row; leaves the gradient on the way."""
 
     @staticmethod
-    @torch.autocast("cpu", enabled=False)
-    @torch.autocast("cuda", enabled=False)
     def forward(ctx, logits, target, valid, alpha, smoothing: float, past: _Past):
-        # Without autocast, which would take the dot products in half precision.
         dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
         classes = logits.size(1)
         loss = logits.new_empty(logits.size(0), dtype=dtype)
@@ -234,7 +231,7 @@ def pskd_cross_entropy(
     else:
         dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
         loss, *rows = _PSKDCrossEntropy.apply(
-            logits,
+            logits if torch.is_grad_enabled() else logits.detach(),  # no gradient is made then
             torch.where(valid, target, 0),
             valid,
             torch.as_tensor(alpha, dtype=dtype, device=logits.device).expand(logits.size(0)),

@@ -96,7 +96,4 @@ class SnapshotTeacher:
 
     def _frozen_copy(self, student: nn.Module) -> nn.Module:
         # A student that carries this teacher does not take the old copy into the new one.
-        model = copy.deepcopy(student, {id(self): SnapshotTeacher()}).eval().requires_grad_(False)
-        for parameter in model.parameters():
-            parameter.grad = None  # deepcopy takes the gradients along
-        return model
+        return copy.deepcopy(student, {id(self): SnapshotTeacher()}).eval().requires_grad_(False)

@@ -490,14 +490,48 @@ def test_gradcheck(form, eps):
 
 
 @every_form
-def test_backward_twice_gives_the_same_gradient_twice(form):
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("upstream", [[1.0] * 5, [1.0, 0.0, 1.0, 1.0, 1.0], [0.0] * 5, [-1.0] * 5])
+def test_the_gradient_is_linear_in_the_upstream_gradient(upstream, dtype, form):
+    batch = make(5, 4, chunk=9)._replace(target=torch.tensor([0, 3, -100, 2, 2]))
+    logits = batch.logits.to(dtype).requires_grad_()
+    loss = loss_of(batch, form, 0.5, reduction="none")(logits)
+    row_weights = torch.tensor(upstream, dtype=loss.dtype)
+    (whole,) = torch.autograd.grad(loss, logits, 2 * torch.ones_like(loss), retain_graph=True)
+    (got,) = torch.autograd.grad(loss, logits, row_weights)
+    assert torch.equal(got, (row_weights[:, None] * whole / 2).to(dtype))
+
+
+@every_form
+@pytest.mark.parametrize("factor", [1.0, 3.0])
+def test_backward_twice_gives_the_same_gradient_twice(form, factor):
     batch = make(5, 4, chunk=9)
     logits = batch.logits.requires_grad_()
-    loss = loss_of(batch, form, 0.5)(logits)
-    (first,) = torch.autograd.grad(3.0 * loss, logits, retain_graph=True)
-    (second,) = torch.autograd.grad(3.0 * loss, logits)
+    loss = factor * loss_of(batch, form, 0.5, reduction="sum")(logits)
+    (first,) = torch.autograd.grad(loss, logits, retain_graph=True)
+    (second,) = torch.autograd.grad(loss, logits, retain_graph=True)
     assert first.abs().sum() > 0
     assert torch.equal(first, second)
+    for times in (1, 2, 3):
+        loss.backward(retain_graph=True)
+        torch.testing.assert_close(logits.grad, times * first)
+
+
+@every_form
+@pytest.mark.parametrize("factor", [1.0, 3.0])
+def test_a_gradient_changed_in_place_never_spoils_the_next_one_silently(form, factor):
+    batch = make(5, 4, chunk=9)
+    logits = batch.logits.requires_grad_()
+    loss = factor * loss_of(batch, form, 0.5, reduction="sum")(logits)
+    (first,) = torch.autograd.grad(loss, logits, retain_graph=True)
+    before = first.clone()
+    first.zero_()
+    try:
+        (second,) = torch.autograd.grad(loss, logits, retain_graph=True)
+    except RuntimeError as error:
+        assert "modified by an inplace operation" in str(error)
+    else:
+        assert torch.equal(second, before)
 
 
 @every_form
