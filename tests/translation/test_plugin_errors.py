@@ -111,6 +111,9 @@ def refusals(fairseq, wrong_checkpoints):
         name: ({}, fairseq.start(f"wrong_{name}", *flags))
         for name, (flags, _) in WRONG_OPTIONS.items()
     }
+    other = str(wrong_checkpoints["other_length"] / "checkpoint_last.pt")
+    once = fairseq.start("wrong_continue_once", "--max-epoch", "9", "--continue-once", other)
+    started["continue_once"] = {}, once
     for name, (flags, _) in WRONG_CHECKPOINTS.items():
         started[name] = digests(wrong_checkpoints[name]), fairseq.start(f"wrong_{name}", *flags)
     return started
@@ -135,6 +138,11 @@ def test_a_wrong_command_ends_before_the_first_update(refusals, name):
     run.expect_refusal(*({**WRONG_OPTIONS, **WRONG_CHECKPOINTS}[name][1]))
     if run.save_dir.exists():
         assert digests(run.save_dir) == before
+
+
+def test_a_checkpoint_to_continue_once_is_checked_as_the_last_one(refusals):
+    _, future = refusals["continue_once"]
+    future.result().expect_refusal("checkpoint_last.pt", "'total': 4", "'total': 9")
 
 
 def test_a_foreign_object_is_not_run_on_resume(fairseq, refusals):

@@ -24,6 +24,8 @@ from conftest import (  # noqa: E402
 )
 
 TO_THE_END = ["--max-epoch", str(EPOCHS)]
+BLEU = ["--eval-bleu", "--eval-bleu-args", '{"beam": 1, "max_len_a": 0, "max_len_b": 5}']
+BLEU += ["--best-checkpoint-metric", "bleu", "--maximize-best-checkpoint-metric"]
 
 
 @pytest.fixture(scope="module")
@@ -33,10 +35,11 @@ def chains(fairseq, straight, stock):
         "middle": resume(fairseq, straight, "checkpoint_3_16.pt", "--save-interval-updates", "1"),
         "end": resume(fairseq, straight, "checkpoint2.pt"),
         "first_epoch": resume(fairseq, straight, "checkpoint_1_4.pt"),
-        "stopped": fairseq.submit(stop_and_resume, fairseq),
+        "stopped": fairseq.submit(stop_and_resume, fairseq, "stopped"),
         "killed": fairseq.submit(kill_and_resume, fairseq),
         "half": fairseq.submit(half_precision, fairseq),
         "shards": fairseq.submit(sharded, fairseq),
+        "bleu": fairseq.submit(stop_and_resume, fairseq, "bleu", *BLEU),
         "warm": resume(
             fairseq, stock, "checkpoint2.pt", "--reset-optimizer", "--save-interval-updates", "1",
             "--max-update", "2",
@@ -51,10 +54,11 @@ def resume(fairseq, run, checkpoint: str, *flags: str):
     return fairseq.start(name, *TO_THE_END, *flags)
 
 
-def stop_and_resume(fairseq):
-    stopped = fairseq.train("stopped", *TO_THE_END, "--max-update", "9").expect_success()
+def stop_and_resume(fairseq, name: str, *flags: str):
+    flags = [*TO_THE_END, *flags]
+    stopped = fairseq.train(name, *flags, "--max-update", "9").expect_success()
     cut = stopped.checkpoint()
-    return stopped, cut, fairseq.train("stopped", *TO_THE_END)
+    return stopped, cut, fairseq.train(name, *flags)
 
 
 def kill_and_resume(fairseq):
@@ -128,6 +132,25 @@ def test_a_run_stopped_inside_an_epoch_goes_on_to_the_same_end(chains, straight)
     assert cut["extra_state"]["train_iterator"]["iterations_in_epoch"] == 3
     assert same(resumed.model(), straight.model())
     assert resumed.column("alpha") == straight.column("alpha")[1:]
+
+
+def test_a_run_that_validates_by_bleu_resumes(chains, straight):
+    """fairseq then keeps numpy counts in its checkpoints, which torch refuses to read by itself."""
+    stopped, cut, resumed = chains["bleu"].result()
+    assert "valid_bleu" in stopped.log("valid")[0]
+    assert "numpy" in str([type(value) for value in numbers(cut["extra_state"]["metrics"])])
+    assert same(resumed.expect_success().model(), straight.model())
+
+
+def numbers(tree):
+    """Yield the leaves of nested lists, tuples and dicts."""
+    if isinstance(tree, dict):
+        tree = list(tree.values())
+    if not isinstance(tree, list | tuple):
+        yield tree
+        return
+    for branch in tree:
+        yield from numbers(branch)
 
 
 def test_max_update_beside_max_epoch_leaves_alpha_to_the_epochs(chains):
