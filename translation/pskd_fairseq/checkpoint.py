@@ -9,6 +9,7 @@ import hashlib
 import logging
 import os
 import pickle
+import re
 import shutil
 import typing
 from dataclasses import dataclass
@@ -111,21 +112,33 @@ def _digest(teacher: dict) -> str:
     return digest.hexdigest()
 
 
-def check_free_space(save_dir: str) -> None:
+def size_of(teacher: dict) -> int:
+    """Return the bytes of a teacher's weights."""
+    values = (teacher["model"] or {}).values()
+    return sum(value.nbytes for value in values if isinstance(value, torch.Tensor))
+
+
+def check_free_space(save_dir: str, *, first: int = 0, growth: int = 0) -> None:
     """Stop before a checkpoint is written where it does not fit.
 
     fairseq writes one file aside and renames it, but *copies* it to checkpoint_best.pt and
-    checkpoint_last.pt, which a full disk would leave cut off. The size of the last checkpoint tells
-    what the next one needs.
+    checkpoint_last.pt, which a full disk would leave cut off. What is needed is estimated from
+    above, by the size of the last checkpoint.
+
+    Args:
+        save_dir: the folder of the checkpoints.
+        first: bytes of a checkpoint, for as long as there is none to go by; 0 if not known.
+        growth: bytes by which the next one may exceed the last.
 
     Raises:
         OSError: ENOSPC, naming the folder, the bytes needed and the bytes free.
     """
-    last = os.path.join(save_dir, "checkpoint_last.pt")
-    if not os.path.isfile(last):
-        return
-    copies = 1 + (not os.path.isfile(os.path.join(save_dir, "checkpoint_best.pt")))
-    needed, free = copies * os.path.getsize(last), shutil.disk_usage(save_dir).free
+    names = ("checkpoint_best.pt", "checkpoint_last.pt")
+    paths = [os.path.join(save_dir, name) for name in names]
+    there = [os.path.getsize(path) if os.path.isfile(path) else 0 for path in paths]
+    size = (there[-1] or first) + growth
+    needed = size + sum(max(0, size - old) for old in there)
+    free = shutil.disk_usage(save_dir).free
     if free < needed:
         raise OSError(
             errno.ENOSPC,
@@ -174,35 +187,49 @@ def check_resume(plan: ResumePlan, task: FairseqTask, schedule: dict, allow_chan
     path = plan.path()
     if path is None:
         return
-    extra_state = _read(path).get("extra_state", {})
-    position = extra_state.get("train_iterator", {})
-    entry = extra_state.get(type(task).__name__, {}).get(ENTRY)
-    if entry is None:
-        in_the_middle = position.get("iterations_in_epoch", 0) > 0
-        if in_the_middle and position["epoch"] > 1 and schedule["alpha_final"] > 0:
-            raise ValueError(
-                f"{path}: saved in the middle of epoch {position['epoch']}; expected its teacher, "
-                "got none; resume from a checkpoint of an epoch's end, or start over with "
-                "--reset-dataloader"
-            )
-        return
-    _check_entry(path, entry, vocabulary_sizes(task), schedule, allow_change)
+    state = _read(path)
+    try:
+        _check_state(path, state, task, schedule, allow_change)
+    except (AttributeError, KeyError, RuntimeError, TypeError) as error:
+        raise _damaged(path, error) from error
 
 
 def _read(path: str) -> dict:
     try:
         # mmap: only the pages that are looked at are read, fairseq loads the rest a moment later.
         return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except pickle.UnpicklingError as error:
-        reason = str(error).split("\n")[0]
+    except Exception as error:  # a damaged pickle can fail in any way
+        foreign = re.search(r"Unsupported global: GLOBAL (\S+)", str(error))
+        if isinstance(error, pickle.UnpicklingError) and foreign:
+            raise ValueError(
+                f"{path}: expected the types of a fairseq checkpoint, got {foreign[1]}"
+            ) from error
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: str, error: Exception) -> ValueError:
+    return ValueError(
+        f"{path}: expected a complete fairseq checkpoint, got a damaged file "
+        f"({type(error).__name__}: {error}); name an older one with --restore-file"
+    )
+
+
+def _check_state(
+    path: str, state: dict, task: FairseqTask, schedule: dict, allow_change: bool
+) -> None:
+    extra_state = state["extra_state"]
+    position = extra_state["train_iterator"]
+    entry = extra_state.get(type(task).__name__, {}).get(ENTRY)
+    if entry is not None:
+        _check_entry(path, entry, vocabulary_sizes(task), schedule, allow_change)
+    has_teacher = entry is not None and entry["teacher"]["model"] is not None
+    in_the_middle = position["iterations_in_epoch"] > 0 and position["epoch"] > 1
+    if in_the_middle and not has_teacher and schedule["alpha_final"] > 0:
         raise ValueError(
-            f"{path}: expected the types of a fairseq checkpoint, got others: {reason}"
-        ) from error
-    except (RuntimeError, EOFError, OSError, KeyError) as error:
-        raise ValueError(
-            f"{path}: expected a complete fairseq checkpoint, got a damaged file ({error}); "
-            "name an older one with --restore-file"
-        ) from error
+            f"{path}: saved in the middle of epoch {position['epoch']}; expected its teacher, "
+            "got none; resume from a checkpoint of an epoch's end, or start over with "
+            "--reset-dataloader"
+        )
 
 
 def _check_entry(

@@ -82,9 +82,11 @@ class PSKDCriterion(LabelSmoothedCrossEntropyCriterion):
         schedule = AlphaSchedule.build(
             str(cfg.pskd_alpha_schedule), cfg.pskd_alpha_final, cfg.max_epoch, cfg.max_update
         )
-        if not 0.0 <= label_smoothing < 1.0:
+        # From there on fairseq's smoothing would make the label the least likely type.
+        limit = 1.0 - 1.0 / len(task.target_dictionary)
+        if not 0.0 <= label_smoothing <= limit:
             raise ValueError(
-                f"--label-smoothing: expected a number in [0, 1), got {label_smoothing}"
+                f"--label-smoothing: expected a number in [0, {limit:.4g}], got {label_smoothing}"
             )
         if cfg.ddp_backend == "fully_sharded":
             raise ValueError(

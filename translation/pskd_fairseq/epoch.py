@@ -69,6 +69,7 @@ class EpochState:
         self.teacher = SnapshotTeacher()
         self.alpha = 0.0
         self._epoch = 0
+        self._checkpoint_bytes = 0
         self._save_dir = save_dir
         self._train_subset = train_subset
         self._restored: dict | None = None
@@ -90,6 +91,8 @@ class EpochState:
     def _begin_epoch(self, epoch: int, model: BaseFairseqModel) -> None:
         restored, self._restored = self._restored, None
         self._epoch = epoch
+        # fairseq saves the model, and Adam its two averages, in float32.
+        self._checkpoint_bytes = 3 * 4 * sum(p.numel() for p in model.parameters())
         if self.schedule.unit == "epoch":
             self.alpha = self.schedule.alpha(epoch)
         if self.schedule.alpha_final == 0.0:
@@ -97,7 +100,8 @@ class EpochState:
         if restored is not None and restored["epoch"] == epoch:
             # In the middle of an epoch the model is no longer the one that ended the last.
             self.teacher.load_state_dict(restored["teacher"], student=model)
-            logger.info("PS-KD: restored the teacher of epoch %d", epoch)
+            if self.teacher.available:
+                logger.info("PS-KD: restored the teacher of epoch %d", epoch)
         elif epoch > 1:
             self.teacher.refresh(model)
 
@@ -108,14 +112,17 @@ class EpochState:
             self.alpha = self.schedule.alpha(update_num + 1)
 
     def _get_checkpoint_dict(self, task: FairseqTask, state: dict) -> dict:
-        checkpoint.check_free_space(self._save_dir)
+        # At an epoch's end the model in the checkpoint is the next teacher.
         at_end = self._at_end_of_epoch(task)
+        teacher = {"model": None} if at_end else self.teacher.state_dict()
+        checkpoint.check_free_space(
+            self._save_dir, first=self._checkpoint_bytes, growth=checkpoint.size_of(teacher)
+        )
         entry = checkpoint.make_entry(
             epoch=self._epoch,
             schedule=asdict(self.schedule),
             vocabulary=checkpoint.vocabulary_sizes(task),
-            # At an epoch's end the model in the checkpoint is the next teacher.
-            teacher={"model": None} if at_end else self.teacher.state_dict(),
+            teacher=teacher,
         )
         return checkpoint.with_entry(state, task, entry)
 
