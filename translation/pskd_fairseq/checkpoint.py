@@ -25,6 +25,8 @@ logger = logging.getLogger(__name__)
 #: Key of PS-KD's entry below the task's name in a checkpoint's ``extra_state``.
 ENTRY = "pskd"
 _FORMAT = 1
+# What a checkpoint holds beside weights: configuration, and a header for each tensor.
+_OVERHEAD = 1 << 17
 
 
 def allow_fairseq_types() -> None:
@@ -136,7 +138,9 @@ def check_free_space(save_dir: str, *, first: int = 0, growth: int = 0) -> None:
     names = ("checkpoint_best.pt", "checkpoint_last.pt")
     paths = [os.path.join(save_dir, name) for name in names]
     there = [os.path.getsize(path) if os.path.isfile(path) else 0 for path in paths]
-    size = (there[-1] or first) + growth
+    if not (there[-1] or first):
+        return
+    size = (there[-1] or first) + growth + (_OVERHEAD if growth or not there[-1] else 0)
     needed = size + sum(max(0, size - old) for old in there)
     free = shutil.disk_usage(save_dir).free
     if free < needed:
@@ -190,7 +194,7 @@ def check_resume(plan: ResumePlan, task: FairseqTask, schedule: dict, allow_chan
     state = _read(path)
     try:
         _check_state(path, state, task, schedule, allow_change)
-    except (AttributeError, KeyError, RuntimeError, TypeError) as error:
+    except (AttributeError, LookupError, RuntimeError, TypeError) as error:
         raise _damaged(path, error) from error
 
 
@@ -199,7 +203,7 @@ def _read(path: str) -> dict:
         # mmap: only the pages that are looked at are read, fairseq loads the rest a moment later.
         return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except Exception as error:  # a damaged pickle can fail in any way
-        foreign = re.search(r"Unsupported global: GLOBAL (\S+)", str(error))
+        foreign = re.search(r"GLOBAL (\S+)", str(error))
         if isinstance(error, pickle.UnpicklingError) and foreign:
             raise ValueError(
                 f"{path}: expected the types of a fairseq checkpoint, got {foreign[1]}"
