@@ -159,6 +159,7 @@ class ResumePlan:
     save_dir: str
     restore_file: str
     reset_dataloader: bool
+    continue_once: str | None = None
 
     def path(self) -> str | None:
         """Return the checkpoint whose *training state* will be continued, or None.
@@ -177,6 +178,8 @@ class ResumePlan:
             path = self.restore_file
         else:
             path = os.path.join(self.save_dir, self.restore_file)
+            if not os.path.isfile(path) and self.continue_once is not None:
+                path = self.continue_once
         return path if os.path.isfile(path) and not self.reset_dataloader else None
 
 
@@ -212,9 +215,10 @@ def _read(path: str) -> dict:
 
 
 def _damaged(path: str, error: Exception) -> ValueError:
+    reason = str(error).partition("\n")[0]  # torch adds a trace of its C++ calls
     return ValueError(
         f"{path}: expected a complete fairseq checkpoint, got a damaged file "
-        f"({type(error).__name__}: {error}); name an older one with --restore-file"
+        f"({type(error).__name__}: {reason}); name an older one with --restore-file"
     )
 
 

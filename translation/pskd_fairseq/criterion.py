@@ -54,6 +54,7 @@ class PSKDCriterionConfig(LabelSmoothedCrossEntropyCriterionConfig):
     save_dir: str = II("checkpoint.save_dir")
     restore_file: str = II("checkpoint.restore_file")
     reset_dataloader: bool = II("checkpoint.reset_dataloader")
+    continue_once: Optional[str] = II("checkpoint.continue_once")
     train_subset: str = II("dataset.train_subset")
     ddp_backend: str = II("distributed_training.ddp_backend")
     # The model to evaluate: fairseq-validate, which builds the criterion too, writes it here.
@@ -83,10 +84,10 @@ class PSKDCriterion(LabelSmoothedCrossEntropyCriterion):
             str(cfg.pskd_alpha_schedule), cfg.pskd_alpha_final, cfg.max_epoch, cfg.max_update
         )
         # From there on fairseq's smoothing would make the label the least likely type.
-        limit = 1.0 - 1.0 / len(task.target_dictionary)
-        if not 0.0 <= label_smoothing <= limit:
+        types = len(task.target_dictionary)
+        if not 0.0 <= label_smoothing <= 1.0 - 1.0 / types:
             raise ValueError(
-                f"--label-smoothing: expected a number in [0, {limit:.4g}], got {label_smoothing}"
+                f"--label-smoothing: expected a number in [0, 1 - 1/{types}], got {label_smoothing}"
             )
         if cfg.ddp_backend == "fully_sharded":
             raise ValueError(
@@ -97,7 +98,9 @@ class PSKDCriterion(LabelSmoothedCrossEntropyCriterion):
         self._step_statistics: dict[str, Tensor] = {}
         self._output_is_logits: Optional[bool] = None  # known from the first batch
         if cfg.path is None:
-            plan = ResumePlan(cfg.save_dir, cfg.restore_file, cfg.reset_dataloader)
+            plan = ResumePlan(
+                cfg.save_dir, cfg.restore_file, cfg.reset_dataloader, cfg.continue_once
+            )
             check_resume(plan, task, asdict(schedule), cfg.pskd_allow_schedule_change)
             self.epoch_state.attach(task)
 
