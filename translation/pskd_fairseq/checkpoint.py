@@ -218,7 +218,7 @@ def _damaged(path: str, error: Exception) -> ValueError:
     reason = str(error).partition("\n")[0]  # torch adds a trace of its C++ calls
     return ValueError(
         f"{path}: expected a complete fairseq checkpoint, got a damaged file "
-        f"({type(error).__name__}: {reason}); name an older one with --restore-file"
+        f"({reason}); name an older one with --restore-file"
     )
 
 
