@@ -22,6 +22,7 @@ def runs(fairseq):
     """Two ranks, one process with the same batches an update, and two ranks resumed."""
     one = fairseq.start("one_rank", *FLAGS, "--update-freq", "2")
     two = fairseq.train_ranks("two_ranks", *FLAGS)
+    two[0].expect_success()
     resumed = {}
     for name, checkpoint in (("inside", "checkpoint_3_8.pt"), ("end", "checkpoint2.pt")):
         continued_from(two[0].save_dir / checkpoint, fairseq.folder / f"ranks_{name}")
