@@ -12,6 +12,11 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 LOG := .venv/setup.log
 
+# A ready Detectron2 wheel (it is not on PyPI) for this Python; without one detection runs on torchvision.
+PSKD_WHEELS ?= $(HOME)/.cache/pskd/wheels
+TAG = $(shell $(PYTHON) -c 'import sys; print("cp%d%d" % sys.version_info[:2])' 2>/dev/null)
+DETECTRON2 = $(lastword $(sort $(wildcard $(PSKD_WHEELS)/detectron2-*-$(TAG)-*.whl)))
+
 # Models this small train faster on one thread, and two of them side by side.
 export OMP_NUM_THREADS ?= 1
 
@@ -29,16 +34,20 @@ lint: setup
 
 setup: .venv/installed
 
-.venv/installed: constraints.txt pyproject.toml
+.venv/installed: constraints.txt pyproject.toml $(DETECTRON2)
 	@$(or $(PYTHON),false) -c '$(FITS)' || { echo "set-up: expected Python 3.11 or 3.12, got" \
 		"$(or $(PYTHON),neither); name one with make PYTHON=..." >&2; exit 1; }
-	@echo "[set-up 1/4] environment .venv ($$($(PYTHON) --version)), log file $(LOG)"
+	@echo "[set-up 1/5] environment .venv ($$($(PYTHON) --version)), log file $(LOG)"
 	@$(PYTHON) -m venv .venv
 	@$(PIP) --upgrade pip setuptools wheel >$(LOG) 2>&1 || { tail -n 20 $(LOG); exit 1; }
-	@echo "[set-up 2/4] torch and numpy from PyPI (on Linux the CUDA build, about 3 GB)"
-	@$(PIP) torch numpy cython >>$(LOG) 2>&1 || { tail -n 20 $(LOG); exit 1; }
-	@echo "[set-up 3/4] fairseq-fixed, compiled against that torch (about 3 minutes)"
+	@echo "[set-up 2/5] torch, torchvision and numpy from PyPI (on Linux the CUDA build, about 3 GB)"
+	@$(PIP) torch torchvision numpy cython >>$(LOG) 2>&1 || { tail -n 20 $(LOG); exit 1; }
+	@echo "[set-up 3/5] fairseq-fixed, compiled against that torch (about 3 minutes)"
 	@CFLAGS="-g0 -O1" $(PIP) --no-build-isolation fairseq-fixed >>$(LOG) 2>&1 || { tail -n 20 $(LOG); exit 1; }
-	@echo "[set-up 4/4] pskd and what its demo and tests need"
+	@echo "[set-up 4/5] pskd and what its demo and tests need"
 	@$(PIP) --no-build-isolation --editable '.[demo,test]' >>$(LOG) 2>&1 || { tail -n 20 $(LOG); exit 1; }
+	@$(if $(DETECTRON2),echo "[set-up 5/5] Detectron2 from $(DETECTRON2)",echo "[set-up 5/5] no \
+		Detectron2 wheel in $(PSKD_WHEELS): detection runs on torchvision" \
+		"(https://detectron2.readthedocs.io/tutorials/install.html)")
+	@$(if $(DETECTRON2),$(PIP) $(DETECTRON2) >>$(LOG) 2>&1 || { tail -n 20 $(LOG); exit 1; })
 	@touch $@

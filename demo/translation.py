@@ -183,9 +183,22 @@ def evaluate(args: argparse.Namespace, data: Path, out: Path) -> dict[str, dict]
     for name in RECIPES:
         run = folder(out, name)
         results[name] = json.loads((run / "evaluation" / "evaluation.json").read_text())
-        walls = [float(record["train_wall"]) for record in epoch_records(run / "train.log")]
-        results[name]["seconds_per_epoch"] = (walls[-1] - walls[0]) / max(1, len(walls) - 1)
+        results[name]["seconds_per_epoch"] = seconds_per_epoch(epoch_records(run / "train.log"))
     return results
+
+
+def seconds_per_epoch(records: list[dict]) -> float:
+    """Return the mean training time of an epoch, without validation.
+
+    The first epoch has no teacher and is left out if there are others. fairseq rounds its wall
+    times to seconds, so the time comes from its updates per second.
+    """
+    updates = [0, *(int(record["train_num_updates"]) for record in records)]
+    seconds = [
+        (end - start) / float(record["train_ups"])
+        for start, end, record in zip(updates, updates[1:], records, strict=False)
+    ]
+    return float(np.mean(seconds[1:] or seconds))
 
 
 def write_results(results: dict[str, dict], out: Path) -> None:
