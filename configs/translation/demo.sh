@@ -12,8 +12,8 @@ exec fairseq-train "$data" --save-dir "$save_dir" \
     --decoder-layers 2 --decoder-embed-dim 64 --decoder-ffn-embed-dim 256 \
     --decoder-attention-heads 4 \
     --optimizer adam --adam-betas '(0.9, 0.98)' --clip-norm 1.0 \
-    --lr 4e-3 --lr-scheduler inverse_sqrt --warmup-updates 300 \
-    --max-tokens 2048 --required-batch-size-multiple 1 --max-epoch 6 --seed 1 \
+    --lr 3e-3 --lr-scheduler inverse_sqrt --warmup-updates 300 \
+    --max-tokens 1024 --required-batch-size-multiple 1 --max-epoch 10 --seed 1 \
     --criterion label_smoothed_cross_entropy --label-smoothing 0.1 \
     --no-epoch-checkpoints --best-checkpoint-metric nll_loss \
     --no-progress-bar --log-format json --log-interval 50 "$@"
