@@ -1,0 +1,127 @@
+"""The keys of ``cfg.MODEL.PSKD``, and what is refused before anything is built."""
+
+from __future__ import annotations
+
+import os
+
+import detectron2
+from detectron2.config import CfgNode, get_cfg
+
+from pskd import constant_alpha, cosine_alpha, linear_alpha
+
+__all__ = [
+    "SCHEDULES",
+    "TEACHERS",
+    "add_pskd_config",
+    "check_options",
+    "check_pskd_config",
+    "load_config",
+]
+
+SCHEDULES = {"linear": linear_alpha, "constant": constant_alpha, "cosine": cosine_alpha}
+TEACHERS = ("snapshot", "memory")
+HEADS = {
+    "StandardROIHeads": "PSKDROIHeads",
+    "Res5ROIHeads": "PSKDRes5ROIHeads",
+    "CascadeROIHeads": "PSKDCascadeROIHeads",
+}
+
+
+def add_pskd_config(cfg: CfgNode) -> None:
+    """Add the keys of PS-KD to a Detectron2 config, in place; call it before merging a file."""
+    cfg.MODEL.PSKD = CfgNode()
+    # Off: the PSKD heads train as the stock ones do.
+    cfg.MODEL.PSKD.ENABLED = False
+    # Weight of the teacher at the end of training (the paper's alpha_T), 0 to 1.
+    cfg.MODEL.PSKD.ALPHA_FINAL = 0.7
+    # "linear" (the paper: alpha_T * epoch / epochs), "constant" or "cosine".
+    cfg.MODEL.PSKD.ALPHA_SCHEDULE = "linear"
+    # "snapshot": last epoch's weights score the same ROIs (one more forward of backbone and box
+    # head). "memory": last epoch's class distribution of each annotated box, at no extra forward.
+    cfg.MODEL.PSKD.TEACHER = "snapshot"
+    # Iterations of an epoch. 0: images of the training set / SOLVER.IMS_PER_BATCH.
+    cfg.MODEL.PSKD.EPOCH_ITERS = 0
+    # Keep the hard target of background ROIs. The memory teacher always does.
+    cfg.MODEL.PSKD.FOREGROUND_ONLY = False
+    # torch's label smoothing of the hard part of the target, over all K + 1 classes.
+    cfg.MODEL.PSKD.LABEL_SMOOTHING = 0.0
+    # Resume with another alpha, schedule or length than those of the checkpoint.
+    cfg.MODEL.PSKD.ALLOW_SCHEDULE_CHANGE = False
+
+
+class _RecipeNode(CfgNode):
+    """Opens ``_BASE_: detectron2:COCO-Detection/...yaml`` among Detectron2's installed configs."""
+
+    @classmethod
+    def _open_cfg(cls, filename: str):
+        # A base is joined to its config's folder before it gets here.
+        _, marker, name = filename.partition("detectron2:")
+        if marker:
+            folder = os.path.dirname(detectron2.__file__)
+            filename = os.path.join(folder, "model_zoo", "configs", name)
+        return super()._open_cfg(filename)
+
+
+def load_config(config_file: str | os.PathLike, opts: list[str] = ()) -> CfgNode:
+    """Return Detectron2's defaults with PS-KD's keys, a config file and KEY VALUE pairs merged in.
+
+    ``_BASE_`` may be ``detectron2:`` and the name of one of Detectron2's own configs.
+
+    Raises:
+        ValueError: if there is no such file.
+    """
+    if not os.path.isfile(config_file):
+        raise ValueError(f"--config-file: expected a YAML or LazyConfig file, got {config_file!r}")
+    cfg = get_cfg()
+    add_pskd_config(cfg)
+    cfg.merge_from_other_cfg(CfgNode(_RecipeNode.load_yaml_with_base(os.fspath(config_file))))
+    cfg.merge_from_list(list(opts))
+    return cfg
+
+
+def check_options(
+    alpha_final: float, schedule: str, teacher: str, label_smoothing: float, epoch_iters: int
+) -> None:
+    """Raise ValueError for a value that is none of its option's."""
+    for name, value in (("ALPHA_FINAL", alpha_final), ("LABEL_SMOOTHING", label_smoothing)):
+        if not 0.0 <= value <= 1.0:  # NaN is refused too
+            raise ValueError(f"MODEL.PSKD.{name}: expected a number in [0, 1], got {value!r}")
+    if schedule not in SCHEDULES:
+        raise ValueError(
+            f"MODEL.PSKD.ALPHA_SCHEDULE: expected one of {', '.join(SCHEDULES)}, got {schedule!r}"
+        )
+    if teacher not in TEACHERS:
+        raise ValueError(
+            f"MODEL.PSKD.TEACHER: expected one of {', '.join(TEACHERS)}, got {teacher!r}"
+        )
+    if epoch_iters < 0:
+        raise ValueError(f"MODEL.PSKD.EPOCH_ITERS: expected 0 or more, got {epoch_iters}")
+
+
+def check_pskd_config(cfg: CfgNode) -> None:
+    """Refuse a config under which PS-KD could not do what it says.
+
+    Raises:
+        ValueError: naming the key, what was expected and what came.
+    """
+    pskd = cfg.MODEL.PSKD
+    check_options(
+        pskd.ALPHA_FINAL,
+        pskd.ALPHA_SCHEDULE,
+        pskd.TEACHER,
+        pskd.LABEL_SMOOTHING,
+        pskd.EPOCH_ITERS,
+    )
+    if not pskd.ENABLED:
+        return
+    name = cfg.MODEL.ROI_HEADS.NAME
+    if name not in HEADS.values():
+        wanted = HEADS.get(name, " or ".join(HEADS.values()))
+        raise ValueError(f"MODEL.ROI_HEADS.NAME: with PS-KD expected {wanted}, got {name}")
+    if pskd.LABEL_SMOOTHING and cfg.MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE:
+        raise ValueError(
+            "MODEL.PSKD.LABEL_SMOOTHING: expected 0 with ROI_BOX_HEAD.USE_SIGMOID_CE, got "
+            f"{pskd.LABEL_SMOOTHING}"
+        )
+    if cfg.SOLVER.MAX_ITER < 1:
+        raise ValueError(f"SOLVER.MAX_ITER: expected 1 or more, got {cfg.SOLVER.MAX_ITER}")

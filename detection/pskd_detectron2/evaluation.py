@@ -1,0 +1,162 @@
+"""Evaluators beside Detectron2's own: confidence of detections, and the head on true boxes."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+from detectron2.data import MetadataCatalog
+from detectron2.evaluation import COCOEvaluator, DatasetEvaluator, PascalVOCDetectionEvaluator
+from detectron2.structures import Boxes, Instances
+from detectron2.utils import comm
+from pskd_detection import DetectionConfidence, DetectionDataset, Detections
+from torch import nn
+
+from pskd.plots import reliability_diagram, risk_coverage_plot
+from pskd_detectron2.data import detection_dataset
+from pskd_detectron2.scoring import class_probs
+
+__all__ = ["ConfidenceEvaluator", "build_evaluators", "ground_truth_rois"]
+
+
+class ConfidenceEvaluator(DatasetEvaluator):
+    """D-ECE, LaECE and AURC of detections, with the thresholds and the number of detections.
+
+    Args:
+        dataset_name: a registered one in COCO or VOC format.
+        output_dir: where ``reliability.png`` and ``risk_coverage.png`` are written; None for none.
+        options: of `pskd_detection.DetectionConfidence`, such as ``iou_threshold``.
+    """
+
+    def __init__(self, dataset_name: str, output_dir: str | None = None, **options) -> None:
+        self._dataset = detection_dataset(dataset_name)
+        self._ids = image_ids(self._dataset)
+        self._output_dir, self._options = output_dir, options
+        self._detections: dict = {}
+
+    def reset(self) -> None:
+        self._detections = {}
+
+    def process(self, inputs: list[dict], outputs: list[dict]) -> None:
+        for image, output in zip(inputs, outputs, strict=True):
+            instances = output["instances"].to("cpu")
+            self._detections[self._ids[image["file_name"]]] = Detections(
+                instances.pred_boxes.tensor.numpy(),
+                instances.scores.numpy(),
+                instances.pred_classes.numpy(),
+            )
+
+    def evaluate(self) -> dict | None:
+        parts = comm.gather(self._detections)
+        if not comm.is_main_process():
+            return None
+        confidence = DetectionConfidence(self._dataset, **self._options)
+        for part in parts:
+            for image_id, detections in part.items():
+                confidence.update(image_id, detections)
+        results = confidence.compute()
+        if self._output_dir and results["num_detections"]:
+            folder = Path(self._output_dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            runs = {"detections": (confidence.confidence, confidence.correct)}
+            reliability_diagram(runs, folder / "reliability.png")
+            risk_coverage_plot(runs, folder / "risk_coverage.png")
+        return {"confidence": results}
+
+
+class VOCEvaluator(PascalVOCDetectionEvaluator):
+    """VOC AP of a set whose images are numbered: VOC's own files know them by name."""
+
+    def process(self, inputs: list[dict], outputs: list[dict]) -> None:
+        named = [image | {"image_id": Path(image["file_name"]).stem} for image in inputs]
+        super().process(named, outputs)
+
+    def evaluate(self) -> dict | None:
+        results = super().evaluate()
+        return results and {"voc": dict(results["bbox"])}
+
+
+def build_evaluators(dataset_name: str, output_dir: str) -> list[DatasetEvaluator]:
+    """Return the evaluators of a registered dataset.
+
+    Raises:
+        ValueError: if it is in neither COCO nor VOC format.
+    """
+    metadata = MetadataCatalog.get(dataset_name)
+    evaluators: list[DatasetEvaluator] = []
+    if metadata.get("json_file"):
+        evaluators.append(COCOEvaluator(dataset_name, output_dir=output_dir))
+    if metadata.get("split") and metadata.get("dirname"):
+        evaluators.append(VOCEvaluator(dataset_name))
+    if not evaluators:
+        raise ValueError(f"dataset {dataset_name!r}: expected COCO or VOC format, got neither")
+    return [*evaluators, ConfidenceEvaluator(dataset_name, output_dir)]
+
+
+def image_ids(dataset: DetectionDataset) -> dict[str, object]:
+    """Return the ids of the images by their path."""
+    return {
+        os.path.join(dataset.image_dir, image["file_name"]): image["id"]
+        for image in dataset.coco["images"]
+    }
+
+
+@torch.no_grad()
+def ground_truth_rois(model: nn.Module, loader, dataset_name: str) -> dict[str, float]:
+    """Score the annotated boxes themselves as ROIs, so that all models are measured on the same rows.
+
+    Returns:
+        ``nll`` (nats) and ``accuracy`` of the class distribution over K + 1 classes at the true one,
+        over ``num_rois`` boxes; crowds are left out.
+    """
+    dataset = detection_dataset(dataset_name)
+    boxes = true_boxes(dataset)
+    ids = image_ids(dataset)
+    model = getattr(model, "module", model)
+    was_training = model.training
+    model.eval()
+    totals = torch.zeros(3, dtype=torch.float64)
+    for inputs in loader:
+        images = model.preprocess_image(inputs)
+        truth = [boxes[ids[image["file_name"]]] for image in inputs]
+        proposals = [
+            scaled(truth_i[0], image, size).to(images.tensor.device)
+            for truth_i, image, size in zip(truth, inputs, images.image_sizes, strict=True)
+        ]
+        labels = torch.from_numpy(np.concatenate([classes for _, classes in truth]))
+        if len(labels):
+            features = model.backbone(images.tensor)
+            probs = class_probs(model.roi_heads, features, proposals).double().cpu()
+            at_label = probs.gather(1, labels[:, None]).squeeze(1)
+            nll = -at_label.clamp_min(torch.finfo(torch.float32).tiny).log()
+            hits = probs.argmax(1) == labels
+            totals += torch.stack(
+                [nll.sum(), hits.double().sum(), torch.tensor(len(labels)).double()]
+            )
+    model.train(was_training)
+    nll, hits, count = sum(comm.all_gather(totals)).tolist()
+    return {"nll": nll / max(count, 1), "accuracy": hits / max(count, 1), "num_rois": int(count)}
+
+
+def true_boxes(dataset: DetectionDataset) -> dict[object, tuple[np.ndarray, np.ndarray]]:
+    """Return the (n, 4) boxes x1 y1 x2 y2 and (n,) class indices of each image, without crowds."""
+    index = {name: i for i, name in enumerate(dataset.class_names)}
+    names = {c["id"]: c["name"] for c in dataset.coco["categories"]}
+    found: dict[object, list] = {image["id"]: [] for image in dataset.coco["images"]}
+    for a in dataset.coco["annotations"]:
+        if not a["iscrowd"]:
+            x, y, w, h = a["bbox"]
+            found[a["image_id"]].append((x, y, x + w, y + h, index[names[a["category_id"]]]))
+    rows = {key: np.array(value, dtype=np.float64).reshape(-1, 5) for key, value in found.items()}
+    return {key: (row[:, :4], row[:, 4].astype(np.int64)) for key, row in rows.items()}
+
+
+def scaled(boxes: np.ndarray, image: dict, size: tuple[int, int]) -> Instances:
+    """Return boxes of the original image as proposals on the resized one."""
+    height, width = size
+    factors = [width / image["width"], height / image["height"]] * 2
+    proposals = Instances(size)
+    proposals.proposal_boxes = Boxes(torch.as_tensor(boxes * factors, dtype=torch.float32))
+    return proposals

@@ -1,0 +1,181 @@
+"""The box predictor's classification loss with softened targets.
+
+Shapes: R sampled ROIs, K foreground classes, and scores of K + 1 columns with background last.
+"""
+
+from __future__ import annotations
+
+import torch
+from detectron2.modeling.roi_heads import FastRCNNOutputLayers
+from detectron2.structures import Instances
+from detectron2.utils.events import get_event_storage
+from torch import Tensor
+
+from pskd import pskd_cross_entropy
+from pskd_detectron2.state import PSKDState
+
+__all__ = ["TEACHER_FIELD", "ROW_FIELD", "PSKDFastRCNNOutputLayers"]
+
+#: (R_i, K + 1) scores of the snapshot teacher, a field of each image's sampled proposals.
+TEACHER_FIELD = "pskd_teacher_scores"
+#: (R_i,) int64 row of the annotation that an ROI is matched to; a field of the targets, which
+#: Detectron2 carries over to the proposals because of its prefix.
+ROW_FIELD = "gt_pskd_row"
+
+
+class PSKDFastRCNNOutputLayers(FastRCNNOutputLayers):
+    """`FastRCNNOutputLayers` whose ``loss_cls`` is PS-KD's; boxes and everything else are stock.
+
+    Softmax heads: ``F.cross_entropy(scores, mixed_target)``, a mean over the R ROIs as stock.
+    Sigmoid heads (``USE_SIGMOID_CE``): binary cross-entropy against
+    ``(1 - alpha) * onehot + alpha * sigmoid(teacher)``, summed over K and divided by R as stock, on
+    the sampled classes only under the federated loss.
+
+    Source: Kim et al. 2021, section 3.1, on the classifier of detectron2's fast_rcnn.py.
+    """
+
+    pskd: PSKDState
+    stage: int  # of a cascade; each has its own rows of the memory
+    _fed_loss_classes: Tensor
+
+    @classmethod
+    def adopt(
+        cls, predictor: FastRCNNOutputLayers, pskd: PSKDState, stage: int = 0
+    ) -> PSKDFastRCNNOutputLayers:
+        """Turn a stock predictor into one of PS-KD, in place.
+
+        Nothing is built anew: the parameters keep their names and the values that the seed gave.
+
+        Raises:
+            ValueError: if the predictor is neither stock nor a subclass of this one, since its own
+                loss would be lost.
+        """
+        if type(predictor) is FastRCNNOutputLayers:
+            predictor.__class__ = cls
+        if not isinstance(predictor, cls):
+            raise ValueError(
+                f"box_predictor: expected FastRCNNOutputLayers or a subclass of {cls.__name__}, "
+                f"got {type(predictor).__name__}"
+            )
+        predictor.pskd, predictor.stage = pskd, stage
+        return predictor
+
+    def losses(self, predictions: tuple[Tensor, Tensor], proposals: list[Instances]) -> dict:
+        """As `FastRCNNOutputLayers.losses`, with ``loss_cls`` replaced where a teacher is at hand."""
+        losses = super().losses(predictions, proposals)
+        if not self.pskd.enabled or not self.training or not len(proposals):
+            return losses
+        scores = predictions[0]
+        labels = torch.cat([p.gt_classes for p in proposals])
+        past, alpha = self._past(scores, labels, proposals)
+        weight = self.loss_weight.get("loss_cls", 1.0)
+        if self.use_sigmoid_ce:
+            if past is not None:
+                losses["loss_cls"] += weight * self._sigmoid_softening(scores, labels, past, alpha)
+        elif past is not None or self.pskd.label_smoothing:
+            losses["loss_cls"] = weight * self._softened(scores, labels, past, alpha)
+        if past is not None:
+            self._log(scores.detach(), labels, past, alpha)
+        return losses
+
+    def get_fed_loss_classes(self, *args, **kwargs) -> Tensor:
+        """As stock; the draw is kept, so that the softened part of the loss is on the same classes."""
+        self._fed_loss_classes = super().get_fed_loss_classes(*args, **kwargs)
+        return self._fed_loss_classes
+
+    def _past(
+        self, scores: Tensor, labels: Tensor, proposals: list[Instances]
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Return the (R, K + 1) past probabilities and the (R,) weight of each, or None."""
+        pskd = self.pskd
+        foreground = (labels >= 0) & (labels < self.num_classes)
+        if pskd.memory is not None:
+            return self._remembered(scores, foreground, proposals)
+        if not pskd.alpha or not all(p.has(TEACHER_FIELD) for p in proposals):
+            return None, None
+        past = self._probs(torch.cat([p.get(TEACHER_FIELD) for p in proposals]))
+        keep = foreground if pskd.foreground_only else torch.ones_like(foreground)
+        return past, keep * pskd.alpha
+
+    def _remembered(
+        self, scores: Tensor, foreground: Tensor, proposals: list[Instances]
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Read last epoch's predictions of the matched annotations, and write this one's."""
+        pskd = self.pskd
+        rows = torch.cat(
+            [
+                # An image without annotations has none of the targets' fields.
+                p.get(ROW_FIELD) if p.has(ROW_FIELD) else p.gt_classes.new_zeros(len(p))
+                for p in proposals
+            ]
+        )
+        rows = rows + self.stage * pskd.rows_per_stage
+        past, alpha = None, None
+        if pskd.alpha:
+            past, seen = pskd.memory.read(rows)
+            alpha = (foreground & seen) * pskd.alpha
+        pskd.memory.write(rows[foreground], self._probs(scores.detach()[foreground]))
+        return past, alpha
+
+    def _probs(self, scores: Tensor) -> Tensor:
+        """Return (R, K + 1) float32 probabilities; a sigmoid head's background column is unused."""
+        return scores.float().sigmoid() if self.use_sigmoid_ce else scores.float().softmax(dim=1)
+
+    def _softened(
+        self, scores: Tensor, labels: Tensor, past: Tensor | None, alpha: Tensor | None
+    ) -> Tensor:
+        loss = pskd_cross_entropy(
+            scores,
+            labels,
+            past,
+            0.0 if alpha is None else alpha,
+            label_smoothing=self.pskd.label_smoothing,
+            reduction="sum",
+        )
+        # An empty batch has the loss 0 and stays in the graph.
+        return loss / max(1, len(labels))
+
+    def _sigmoid_softening(
+        self, scores: Tensor, labels: Tensor, past: Tensor, alpha: Tensor
+    ) -> Tensor:
+        """Return what the mixed target adds to the stock loss: binary cross-entropy is linear in it."""
+        logits, past = scores[:, :-1].float(), past[:, :-1]
+        onehot = torch.zeros_like(past)
+        foreground = (labels >= 0) & (labels < self.num_classes)
+        onehot[foreground, labels[foreground]] = 1.0
+        softening = alpha[:, None] * (onehot - past) * logits
+        if self.use_fed_loss:
+            sampled = softening.new_zeros(self.num_classes + 1)
+            sampled[self._fed_loss_classes] = 1.0
+            softening = softening * sampled[:-1]
+        return softening.sum() / max(1, len(labels))
+
+    @torch.no_grad()
+    def _log(self, scores: Tensor, labels: Tensor, past: Tensor, alpha: Tensor) -> None:
+        """Log what the teacher did, over the ROIs that have one.
+
+        The mean gradient rescaling weights each ROI by its plain gradient on the label's logit,
+        1 - p[y]: the factor itself divides by it and has no finite mean over well-learned ROIs.
+        Of a sigmoid head all three look at the K foreground classes of foreground ROIs.
+        """
+        rows = alpha > 0
+        if self.use_sigmoid_ce:
+            rows = rows & (labels >= 0) & (labels < self.num_classes)
+            scores, past = scores[:, :-1], past[:, :-1]
+        if not bool(rows.any()):
+            return
+        scores, labels, past, alpha = scores[rows], labels[rows, None], past[rows], alpha[rows]
+        student = self._probs(scores)
+        student_error = 1.0 - student.gather(1, labels).squeeze(1)
+        teacher_at_label = past.gather(1, labels).squeeze(1)
+        removed = (alpha * (1.0 - teacher_at_label)).sum() / student_error.sum().clamp_min(1e-6)
+        tiny = torch.finfo(torch.float32).tiny
+        get_event_storage().put_scalars(
+            **{
+                "pskd/teacher_nll": -teacher_at_label.clamp_min(tiny).log().mean().item(),
+                "pskd/teacher_agreement": (
+                    (student.argmax(1) == past.argmax(1)).float().mean().item()
+                ),
+                "pskd/gradient_rescaling": 1.0 - removed.item(),
+            }
+        )

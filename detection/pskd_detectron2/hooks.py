@@ -1,0 +1,227 @@
+"""The one place that learns that an epoch began: there alpha is set and the teacher refreshed."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from pathlib import Path
+
+import torch
+from detectron2.engine import HookBase
+from detectron2.utils import comm
+from torch import nn
+
+from pskd_detectron2.config import SCHEDULES, check_options
+from pskd_detectron2.memory import AnnotationMemory
+from pskd_detectron2.state import PSKDState
+
+__all__ = ["PSKDHook"]
+
+logger = logging.getLogger("detectron2." + __name__)
+
+_LOGGED = ("pskd/teacher_nll", "pskd/teacher_agreement", "pskd/gradient_rescaling")
+
+
+class PSKDHook(HookBase):
+    """Drives PS-KD in a Detectron2 trainer of any kind; register it before a checkpoint is loaded.
+
+    An epoch is ``epoch_iters`` iterations: Detectron2's stream of images has no epochs of its own.
+    At an epoch's last iteration the model in the checkpoint *is* the next teacher. Elsewhere the
+    snapshot travels in the checkpoint, under this hook's state, and the memory in a file beside it.
+
+    Args:
+        model: holds ``backbone`` and PSKD ``roi_heads``; may be wrapped in DDP.
+        epoch_iters: iterations of an epoch, at least 1.
+        alpha_final: weight of the teacher at the end of training (the paper's alpha_T).
+        schedule: ``"linear"``, ``"constant"`` or ``"cosine"``.
+        teacher: ``"snapshot"`` or ``"memory"``.
+        output_dir: where memory files are written.
+        num_annotations: of the training set, one memory row each; needed with the memory.
+        fingerprint: names the training set; a teacher's memory of another one is refused.
+        checkpoint_period: iterations between checkpoints, before which the processes' parts of the
+            memory are brought together.
+        allow_schedule_change: resume with other options than those of the checkpoint.
+        log_period: iterations between two lines in the log.
+
+    Raises:
+        ValueError: for an option out of range, or a model without PSKD heads.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        epoch_iters: int,
+        alpha_final: float = 0.7,
+        schedule: str = "linear",
+        teacher: str = "snapshot",
+        output_dir: str | os.PathLike = ".",
+        num_annotations: int = 0,
+        fingerprint: str = "",
+        checkpoint_period: int = 0,
+        allow_schedule_change: bool = False,
+        log_period: int = 20,
+    ) -> None:
+        check_options(alpha_final, schedule, teacher, 0.0, epoch_iters)
+        if epoch_iters < 1:
+            raise ValueError(f"epoch_iters: expected 1 or more, got {epoch_iters}")
+        self._model = getattr(model, "module", model)
+        heads = getattr(self._model, "roi_heads", None)
+        if not isinstance(getattr(heads, "pskd", None), PSKDState):
+            raise ValueError(f"expected a model with PSKD ROI heads, got {type(heads).__name__}")
+        self._pskd: PSKDState = heads.pskd
+        self._options: dict[str, object] = {
+            "epoch_iters": epoch_iters,
+            "alpha_final": float(alpha_final),
+            "schedule": schedule,
+            "teacher": teacher,
+        }
+        self._loaded_options: dict[str, object] = {}
+        self._allow_schedule_change = allow_schedule_change
+        self._output_dir = Path(output_dir)
+        self._checkpoint_period, self._log_period = checkpoint_period, log_period
+        self._epoch = 0  # none yet
+        if teacher == "memory":
+            self._pskd.memory = self._new_memory(num_annotations, fingerprint)
+            self._pskd.rows_per_stage = num_annotations
+
+    def _new_memory(self, num_annotations: int, fingerprint: str) -> AnnotationMemory:
+        if num_annotations < 1:
+            raise ValueError(f"num_annotations: expected 1 or more, got {num_annotations}")
+        heads = self._model.roi_heads
+        stages = getattr(heads, "num_cascade_stages", 1)
+        device = next(heads.parameters()).device
+        return AnnotationMemory(
+            num_annotations * stages, heads.num_classes + 1, fingerprint, device
+        )
+
+    def _student(self) -> nn.ModuleDict:
+        # The RPN and the losses of the teacher are never asked for.
+        return nn.ModuleDict({"backbone": self._model.backbone, "roi_heads": self._model.roi_heads})
+
+    def before_train(self) -> None:
+        """Fix the number of epochs; refuse to go on inside an epoch without its teacher."""
+        options, start = self._options, self.trainer.start_iter
+        num_epochs = math.ceil(self.trainer.max_iter / options["epoch_iters"])
+        self._check_unchanged("num_epochs", num_epochs)
+        options["num_epochs"] = num_epochs
+        logger.info("PS-KD: %s", ", ".join(f"{name} {value}" for name, value in options.items()))
+        inside = start > options["epoch_iters"] and start % options["epoch_iters"]
+        if inside and options["alpha_final"] and not self._has_teacher():
+            raise ValueError(
+                f"iteration {start} lies inside an epoch: expected a checkpoint with PS-KD's "
+                "teacher, got one without"
+            )
+
+    def _has_teacher(self) -> bool:
+        return self._pskd.memory is not None or self._pskd.snapshot.available
+
+    def before_step(self) -> None:
+        iteration, options = self.trainer.iter, self._options
+        epoch = iteration // options["epoch_iters"] + 1
+        if epoch == self._epoch:
+            return
+        if iteration and iteration % options["epoch_iters"] == 0:
+            self._refresh()
+        schedule = SCHEDULES[options["schedule"]]
+        alpha = schedule(epoch, options["num_epochs"], options["alpha_final"])
+        # There is nothing to learn from in the first epoch.
+        self._epoch, self._pskd.alpha = epoch, alpha if epoch > 1 else 0.0
+        logger.info(
+            "PS-KD: epoch %d of %d, alpha %.4f", epoch, options["num_epochs"], self._pskd.alpha
+        )
+
+    def _refresh(self) -> None:
+        if self._pskd.memory is not None:
+            self._pskd.memory.next_epoch()
+        elif self._options["alpha_final"]:
+            self._pskd.snapshot.refresh(self._student())
+
+    def after_step(self) -> None:
+        if self._pskd.memory is not None and self._checkpoint_follows():
+            self._pskd.memory.collect()
+        storage = self.trainer.storage
+        storage.put_scalar("pskd/alpha", self._pskd.alpha, smoothing_hint=False)
+        if (self.trainer.iter + 1) % self._log_period or not self._pskd.alpha:
+            return
+        latest = storage.latest()
+        shown = [
+            f"{name}: {latest[name][0]:.4f}"
+            for name in sorted(latest)
+            if name.endswith(_LOGGED)  # a cascade's stages have a prefix
+        ]
+        logger.info("pskd/alpha: %.4f  %s", self._pskd.alpha, "  ".join(shown))
+
+    def _checkpoint_follows(self) -> bool:
+        done = self.trainer.iter + 1
+        periodic = self._checkpoint_period > 0 and done % self._checkpoint_period == 0
+        return periodic or done == self.trainer.max_iter
+
+    def state_dict(self) -> dict:
+        """Return what a run that is resumed after this iteration needs.
+
+        With a memory this also writes its file, which the returned state names.
+        """
+        state: dict = {"options": dict(self._options)}
+        if self._pskd.memory is not None:
+            state["memory_file"] = self._write_memory()
+        elif (self.trainer.iter + 1) % self._options["epoch_iters"]:
+            state["snapshot"] = self._pskd.snapshot.state_dict()
+        return state
+
+    def _write_memory(self) -> str:
+        name = f"pskd_memory_{self.trainer.iter:07d}.pt"
+        path = self._output_dir / name
+        aside = path.with_suffix(".tmp")
+        try:
+            torch.save(self._pskd.memory.state_dict(), aside)
+            os.replace(aside, path)
+        finally:
+            aside.unlink(missing_ok=True)
+        return name
+
+    def load_state_dict(self, state: dict) -> None:
+        """Restore the teacher.
+
+        Raises:
+            ValueError: if the options changed, the teacher is another model's, or the memory's file
+                is missing, damaged or that of another training set.
+        """
+        self._loaded_options = state.get("options", {})
+        for name, value in self._options.items():
+            self._check_unchanged(name, value)
+        if self._pskd.memory is not None:
+            self._read_memory(state.get("memory_file"))
+        elif "snapshot" in state:
+            try:
+                self._pskd.snapshot.load_state_dict(state["snapshot"], self._student())
+            except RuntimeError as error:
+                raise ValueError(f"the checkpoint's teacher is another model's: {error}") from error
+
+    def _check_unchanged(self, name: str, value: object) -> None:
+        expected = self._loaded_options.get(name, value)
+        if value == expected or (self._allow_schedule_change and name != "teacher"):
+            return
+        raise ValueError(
+            f"{name}: expected {expected!r}, with which the checkpoint was trained, got {value!r} "
+            "(MODEL.PSKD.ALLOW_SCHEDULE_CHANGE True allows it)"
+        )
+
+    def _read_memory(self, name: str | None) -> None:
+        if name is None:
+            raise ValueError("expected a checkpoint that names a memory file, got one without")
+        path = self._output_dir / name
+        try:
+            self._pskd.memory.load_state_dict(
+                torch.load(path, map_location="cpu", weights_only=True)
+            )
+        except FileNotFoundError:
+            raise ValueError(
+                f"{path}: expected the memory of the checkpoint, got no file"
+            ) from None
+        except Exception as error:  # torch and pickle raise many kinds for a damaged file
+            raise ValueError(f"{path}: expected the memory of this run: {error}") from error
+        if not comm.is_main_process():
+            # The sums in the file are those of all processes: they are added up once.
+            self._pskd.memory.forget_unfinished_epoch()

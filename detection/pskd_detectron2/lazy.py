@@ -1,0 +1,114 @@
+"""Training from a LazyConfig, the parts that Detectron2's lazyconfig_train_net.py builds.
+
+Such a config is one of Detectron2's with ``model.roi_heads._target_`` set to a PSKD head, and with
+``train.pskd``: the options of `PSKDHook` by name. Without ``epoch_iters`` an epoch is as long as
+``dataloader.train`` has images.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import detectron2
+import torch
+from detectron2.config import LazyConfig, instantiate
+from detectron2.engine import AMPTrainer, SimpleTrainer, default_setup, default_writers, hooks
+from detectron2.engine.defaults import create_ddp_model
+from detectron2.evaluation import inference_on_dataset, print_csv_format
+from detectron2.utils import comm
+from omegaconf import DictConfig, OmegaConf
+
+from pskd_detection.results import write_results
+from pskd_detectron2.hooks import PSKDHook
+from pskd_detectron2.resume import AsideCheckpointer
+
+__all__ = ["RECIPES", "load_recipe", "run_lazy"]
+
+#: Detectron2's own configs, as they are installed with it.
+RECIPES = Path(detectron2.__file__).parent / "model_zoo" / "configs"
+
+
+def load_recipe(name: str) -> DictConfig:
+    """Load one of Detectron2's own lazy configs, such as
+    ``COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.py``."""
+    return LazyConfig.load(str(RECIPES / name))
+
+
+def run_lazy(args) -> None:
+    """Train or evaluate; ``args`` are those of Detectron2's default parser.
+
+    Raises:
+        ValueError: for options that PS-KD does not have.
+    """
+    cfg = LazyConfig.apply_overrides(LazyConfig.load(args.config_file), args.opts)
+    default_setup(cfg, args)
+    model = instantiate(cfg.model).to(cfg.train.device)
+    if args.eval_only:
+        AsideCheckpointer(model).load(cfg.train.init_checkpoint)
+    else:
+        model = train(args, cfg, model)
+    results = evaluate(cfg, model)
+    if comm.is_main_process():
+        seed = OmegaConf.select(cfg, "train.seed", default=-1)
+        write_results(cfg.train.output_dir, {"command": sys.argv, "seed": seed} | results)
+
+
+def evaluate(cfg: DictConfig, model) -> dict:
+    """Run the config's evaluator, if it has one."""
+    if "evaluator" not in cfg.dataloader:
+        return {}
+    loader = instantiate(cfg.dataloader.test)
+    results = inference_on_dataset(model, loader, instantiate(cfg.dataloader.evaluator))
+    print_csv_format(results)
+    return results
+
+
+def train(args, cfg: DictConfig, model):
+    """Train and return the model, which is wrapped in DDP if there are several processes."""
+    cfg.optimizer.params.model = model
+    optimizer = instantiate(cfg.optimizer)
+    loader = instantiate(cfg.dataloader.train)
+    devices = {} if torch.device(cfg.train.device).type == "cuda" else {"device_ids": None}
+    model = create_ddp_model(model, **(dict(cfg.train.ddp) | devices))
+    trainer = (AMPTrainer if cfg.train.amp.enabled else SimpleTrainer)(model, loader, optimizer)
+    checkpointer = AsideCheckpointer(model, cfg.train.output_dir, trainer=trainer)
+    main = comm.is_main_process()
+    writers = default_writers(cfg.train.output_dir, cfg.train.max_iter) if main else []
+    trainer.register_hooks(
+        [
+            pskd_hook(cfg, model),
+            hooks.IterationTimer(),
+            hooks.LRScheduler(scheduler=instantiate(cfg.lr_multiplier)),
+            hooks.PeriodicCheckpointer(checkpointer, **cfg.train.checkpointer) if main else None,
+            hooks.PeriodicWriter(writers, period=cfg.train.log_period) if main else None,
+        ]
+    )
+    checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=args.resume)
+    resumed = args.resume and checkpointer.has_checkpoint()
+    trainer.train(trainer.iter + 1 if resumed else 0, cfg.train.max_iter)
+    return model
+
+
+def pskd_hook(cfg: DictConfig, model) -> PSKDHook | None:
+    """Build the hook of ``train.pskd``; None if the config has no such section."""
+    options = OmegaConf.select(cfg, "train.pskd")
+    if options is None:
+        return None
+    options = OmegaConf.to_container(options)
+    if options.get("teacher", "snapshot") != "snapshot":
+        raise ValueError(f"train.pskd.teacher: expected snapshot here, got {options['teacher']!r}")
+    if not options.get("epoch_iters"):
+        images = len(instantiate(cfg.dataloader.train.dataset))
+        options["epoch_iters"] = max(1, images // cfg.dataloader.train.total_batch_size)
+    try:
+        return PSKDHook(
+            model,
+            output_dir=os.fspath(cfg.train.output_dir),
+            checkpoint_period=cfg.train.checkpointer.period,
+            log_period=cfg.train.log_period,
+            **options,
+        )
+    except TypeError as error:
+        raise ValueError(f"train.pskd: expected options of PSKDHook: {error}") from error

@@ -1,0 +1,115 @@
+"""Last epoch's class distribution of each annotated box: a teacher without a second forward.
+
+Proposals differ in every epoch, so there is nothing to remember about one. What stays is the
+annotation: the ROIs that were matched to it in an epoch are averaged, and in the next epoch that
+mean is the past prediction of every ROI that is matched to it. Shapes: M rows, R ROIs, C classes.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+__all__ = ["AnnotationMemory"]
+
+
+class AnnotationMemory:
+    """Mean predictions by row, written in one epoch and read in the next.
+
+    Args:
+        num_rows: M, one row an annotation and stage of the head.
+        num_classes: C, the classes of a prediction.
+        fingerprint: names the annotations that the rows belong to.
+        device: where the rows lie.
+    """
+
+    def __init__(
+        self, num_rows: int, num_classes: int, fingerprint: str, device: torch.device | str = "cpu"
+    ) -> None:
+        self.fingerprint = fingerprint
+        self.probs = torch.zeros(num_rows, num_classes, device=device)
+        self.seen = torch.zeros(num_rows, dtype=torch.bool, device=device)
+        self._sums = torch.zeros(num_rows, num_classes, device=device)
+        self._counts = torch.zeros(num_rows, dtype=torch.int64, device=device)
+
+    def read(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Return (R, C) past predictions and (R,) whether there is one; zeros where not.
+
+        Args:
+            rows: (R,) int64 in [0, M).
+        """
+        return self.probs[rows], self.seen[rows]
+
+    def write(self, rows: Tensor, probs: Tensor) -> None:
+        """Add (R, C) predictions of (R,) rows to this epoch's means; a row may occur often."""
+        self._sums.index_add_(0, rows, probs.detach().to(self._sums.dtype))
+        self._counts.index_add_(0, rows, torch.ones_like(rows))
+
+    def next_epoch(self) -> None:
+        """Turn what this epoch wrote, on all processes, into what the next one reads.
+
+        A row that was not written keeps its last prediction: where images are held back by
+        aspect-ratio buckets or drawn at random, some miss an epoch.
+        """
+        self._add_up()
+        new = self._counts > 0
+        means = self._sums / self._counts.clamp_min(1)[:, None]
+        self.probs[new] = means[new].to(self.probs.dtype)
+        self.seen |= new
+        self.forget_unfinished_epoch()
+
+    def collect(self) -> None:
+        """Bring what all processes wrote in this epoch to the first, whose state is then whole.
+
+        A collective: all processes call it, before one of them saves.
+        """
+        self._add_up()
+        if dist.is_available() and dist.is_initialized() and dist.get_rank():
+            self.forget_unfinished_epoch()
+
+    def forget_unfinished_epoch(self) -> None:
+        """Drop what was written since the epoch began."""
+        self._sums.zero_()
+        self._counts.zero_()
+
+    def _add_up(self) -> None:
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(self._sums)
+            dist.all_reduce(self._counts)
+
+    def state_dict(self) -> dict[str, str | Tensor]:
+        """Return everything, this process's part of the unfinished epoch included, on the CPU."""
+        tensors = {name: getattr(self, attribute) for name, attribute in _TENSORS.items()}
+        return {"fingerprint": self.fingerprint} | {
+            name: value.cpu().clone() for name, value in tensors.items()
+        }
+
+    def load_state_dict(self, state: dict[str, str | Tensor]) -> None:
+        """Restore what `state_dict` returned.
+
+        Raises:
+            ValueError: if it is that of other annotations, of another number of rows or classes,
+                or no memory at all.
+        """
+        if not isinstance(state, dict) or not {"fingerprint", *_TENSORS} <= state.keys():
+            got = sorted(state) if isinstance(state, dict) else type(state).__name__
+            raise ValueError(f"expected a memory with {sorted(_TENSORS)}, got {got}")
+        for name, attribute in _TENSORS.items():
+            own, new = getattr(self, attribute), state[name]
+            if not isinstance(new, Tensor) or (new.shape, new.dtype) != (own.shape, own.dtype):
+                got = (tuple(new.shape), new.dtype) if isinstance(new, Tensor) else new
+                raise ValueError(
+                    f"{name}: expected {own.dtype} of shape {tuple(own.shape)} (annotations x "
+                    f"stages, classes), got {got}"
+                )
+        if state["fingerprint"] != self.fingerprint:
+            raise ValueError(
+                f"expected the annotations {self.fingerprint}, got {state['fingerprint']}: "
+                "another training set"
+            )
+        for name, attribute in _TENSORS.items():
+            getattr(self, attribute).copy_(state[name])
+
+
+_TENSORS = {"probs": "probs", "seen": "seen", "sums": "_sums", "counts": "_counts"}

@@ -1,0 +1,100 @@
+"""What Detectron2 itself does not keep over a stop: the place in the data, random states.
+
+Its own sampler starts its stream anew after ``--resume``: the images at the head of the stream are
+seen again and others not at all.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import random
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.data.samplers import TrainingSampler
+from detectron2.engine import HookBase
+
+__all__ = ["AsideCheckpointer", "RandomStateHook", "ResumableTrainingSampler"]
+
+
+class ResumableTrainingSampler(TrainingSampler):
+    """`TrainingSampler` that can start anywhere in its stream (``DATALOADER.SAMPLER_TRAIN``).
+
+    Without aspect-ratio grouping the batches after a resume are those of the run that was not
+    stopped, whatever the number of workers; with it, images that wait in a bucket at the stop are
+    skipped.
+    """
+
+    start = 0
+
+    def start_at(self, num_images: int) -> None:
+        """Skip the first images of the stream, counted over all processes."""
+        self.start = num_images
+
+    def __iter__(self) -> Iterator[int]:
+        first = self.start + self._rank
+        yield from itertools.islice(self._infinite_indices(), first, None, self._world_size)
+
+
+class RandomStateHook(HookBase):
+    """Keeps the random states of Python, numpy and torch in the checkpoint, those of rank 0.
+
+    With `ResumableTrainingSampler`, one process, ``NUM_WORKERS 0`` and no aspect-ratio grouping a
+    resumed run equals the one that was not stopped, ROI sampling and augmentations included.
+    """
+
+    def __init__(self) -> None:
+        self._loaded: dict | None = None
+
+    def state_dict(self) -> dict:
+        kind, keys, *rest = np.random.get_state()
+        return {
+            "python": random.getstate(),
+            "numpy": [kind, torch.from_numpy(keys.astype(np.int64)), *rest],
+            "torch": torch.get_rng_state(),
+            "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        self._loaded = state
+
+    def before_step(self) -> None:
+        if self._loaded is None:
+            return
+        state, self._loaded = self._loaded, None
+        version, words, gauss = state["python"]
+        random.setstate((version, tuple(words), gauss))
+        kind, keys, *rest = state["numpy"]
+        np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
+        torch.set_rng_state(state["torch"])
+        if len(state["cuda"]) == torch.cuda.device_count():
+            torch.cuda.set_rng_state_all(state["cuda"])
+
+
+class AsideCheckpointer(DetectionCheckpointer):
+    """`DetectionCheckpointer` that writes aside and renames: a stop leaves no half-written file."""
+
+    _SUFFIX = ".tmp"
+
+    def save(self, name: str, **kwargs) -> None:
+        try:
+            super().save(name + self._SUFFIX, **kwargs)
+        except BaseException:
+            aside = os.path.join(self.save_dir, f"{name}{self._SUFFIX}.pth")
+            if os.path.exists(aside):
+                os.remove(aside)
+            raise
+
+    def tag_last_checkpoint(self, last_filename_basename: str) -> None:
+        """Called by ``save`` when the file is whole."""
+        final = last_filename_basename.replace(self._SUFFIX + ".pth", ".pth")
+        os.replace(
+            os.path.join(self.save_dir, last_filename_basename), os.path.join(self.save_dir, final)
+        )
+        tag = os.path.join(self.save_dir, "last_checkpoint")
+        with open(tag + self._SUFFIX, "w") as file:
+            file.write(final)
+        os.replace(tag + self._SUFFIX, tag)

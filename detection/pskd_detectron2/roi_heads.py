@@ -1,0 +1,129 @@
+"""The three ROI heads that people use, with a teacher that scores the ROIs that were sampled.
+
+Two region proposal networks give two different sets of ROIs, so the teacher's own is not asked: it
+gets the student's boxes, in the student's order, after they were sampled.
+"""
+
+from __future__ import annotations
+
+import torch
+from detectron2.config import configurable
+from detectron2.modeling.roi_heads import (
+    ROI_HEADS_REGISTRY,
+    CascadeROIHeads,
+    Res5ROIHeads,
+    StandardROIHeads,
+)
+from detectron2.structures import ImageList, Instances, pairwise_iou
+from torch import Tensor
+
+from pskd_detectron2.fast_rcnn import ROW_FIELD, TEACHER_FIELD, PSKDFastRCNNOutputLayers
+from pskd_detectron2.scoring import class_logits
+from pskd_detectron2.state import PSKDState
+
+__all__ = ["PSKDCascadeROIHeads", "PSKDROIHeads", "PSKDRes5ROIHeads"]
+
+
+class _PSKDHeads:
+    """What the three heads share; mixed in before the stock class.
+
+    Args:
+        pskd_enabled: False trains as the stock heads do.
+        pskd_foreground_only: background ROIs keep their hard target.
+        pskd_label_smoothing: torch's, of the hard part, over all K + 1 classes.
+    """
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        pskd_enabled: bool = True,
+        pskd_foreground_only: bool = False,
+        pskd_label_smoothing: float = 0.0,
+        **kwargs,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.pskd = PSKDState(pskd_enabled, pskd_foreground_only, pskd_label_smoothing)
+        cascade = isinstance(self.box_predictor, torch.nn.ModuleList)
+        for stage, predictor in enumerate(self.box_predictor if cascade else [self.box_predictor]):
+            PSKDFastRCNNOutputLayers.adopt(predictor, self.pskd, stage)
+        self._teacher_features: dict[str, Tensor] | None = None
+
+    @classmethod
+    def from_config(cls, cfg, input_shape) -> dict:
+        options = cfg.MODEL.PSKD
+        return super().from_config(cfg, input_shape) | {
+            "pskd_enabled": options.ENABLED,
+            "pskd_foreground_only": options.FOREGROUND_ONLY,
+            "pskd_label_smoothing": options.LABEL_SMOOTHING,
+        }
+
+    def forward(
+        self,
+        images: ImageList,
+        features: dict[str, Tensor],
+        proposals: list[Instances],
+        targets: list[Instances] | None = None,
+    ):
+        """As the stock heads; in training the teacher's backbone sees the same images first."""
+        if self.training and self.pskd.alpha and self.pskd.snapshot.available:
+            with torch.no_grad():
+                self._teacher_features = self.pskd.snapshot.model["backbone"](images.tensor)
+        try:
+            return super().forward(images, features, proposals, targets)
+        finally:
+            self._teacher_features = None
+
+    @torch.no_grad()
+    def _score_by_teacher(self, proposals: list[Instances], stage: int = 0) -> None:
+        """Set the teacher's scores of the proposals as a field, if there is a teacher."""
+        if self._teacher_features is None:
+            return
+        heads = self.pskd.snapshot.model["roi_heads"]
+        scores = class_logits(heads, self._teacher_features, proposals, stage)
+        for image, part in zip(proposals, scores.split([len(p) for p in proposals]), strict=True):
+            image.set(TEACHER_FIELD, part)
+
+
+class _ScoresSampledProposals(_PSKDHeads):
+    """Heads of one stage: the teacher scores the ROIs as soon as they are sampled."""
+
+    @torch.no_grad()
+    def label_and_sample_proposals(
+        self, proposals: list[Instances], targets: list[Instances]
+    ) -> list[Instances]:
+        sampled = super().label_and_sample_proposals(proposals, targets)
+        self._score_by_teacher(sampled)
+        return sampled
+
+
+@ROI_HEADS_REGISTRY.register()
+class PSKDROIHeads(_ScoresSampledProposals, StandardROIHeads):
+    """`StandardROIHeads` (FPN; Faster, Mask and Keypoint R-CNN) with PS-KD's ``loss_cls``."""
+
+
+@ROI_HEADS_REGISTRY.register()
+class PSKDRes5ROIHeads(_ScoresSampledProposals, Res5ROIHeads):
+    """`Res5ROIHeads` (C4) with PS-KD's ``loss_cls``."""
+
+
+@ROI_HEADS_REGISTRY.register()
+class PSKDCascadeROIHeads(_PSKDHeads, CascadeROIHeads):
+    """`CascadeROIHeads` with PS-KD's ``loss_cls`` in every stage, each against its own past."""
+
+    def _run_stage(self, features: list[Tensor], proposals: list[Instances], stage: int):
+        if self.training:
+            self._score_by_teacher(proposals, stage)
+        return super()._run_stage(features, proposals, stage)
+
+    @torch.no_grad()
+    def _match_and_label_boxes(
+        self, proposals: list[Instances], stage: int, targets: list[Instances]
+    ) -> list[Instances]:
+        """As stock, which hands on the matched class and box; the matched row is needed too."""
+        proposals = super()._match_and_label_boxes(proposals, stage, targets)
+        for image, target in zip(proposals, targets, strict=True):
+            if len(target) and target.has(ROW_FIELD):
+                matched = pairwise_iou(target.gt_boxes, image.proposal_boxes).argmax(dim=0)
+                image.set(ROW_FIELD, target.get(ROW_FIELD)[matched])
+        return proposals

@@ -1,0 +1,174 @@
+"""Detectron2's default trainer with PS-KD, a resume that resumes, and training on CPUs."""
+
+from __future__ import annotations
+
+import logging
+import os
+import weakref
+
+import numpy as np
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import build_detection_train_loader, get_detection_dataset_dicts
+from detectron2.engine import (
+    AMPTrainer,
+    DefaultTrainer,
+    SimpleTrainer,
+    TrainerBase,
+    create_ddp_model,
+)
+from detectron2.evaluation import DatasetEvaluators
+from detectron2.utils import comm
+
+from pskd_detectron2.config import check_pskd_config
+from pskd_detectron2.data import (
+    PSKDDatasetMapper,
+    check_datasets,
+    number_annotations,
+    training_fingerprint,
+)
+from pskd_detectron2.evaluation import build_evaluators, ground_truth_rois
+from pskd_detectron2.hooks import PSKDHook
+from pskd_detectron2.resume import AsideCheckpointer, RandomStateHook, ResumableTrainingSampler
+
+__all__ = ["CPUAMPTrainer", "Trainer", "epoch_iters"]
+
+logger = logging.getLogger("detectron2." + __name__)
+
+
+class CPUAMPTrainer(SimpleTrainer):
+    """Mixed precision on a CPU: bfloat16, which needs no loss scale. `AMPTrainer` wants CUDA."""
+
+    def run_step(self) -> None:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            super().run_step()
+
+
+class Trainer(DefaultTrainer):
+    """`DefaultTrainer` for a config with `add_pskd_config`'s keys.
+
+    The parts are the stock ones but for `PSKDHook`, a checkpointer that writes aside, the dataset
+    mapper of the memory teacher, and ``DATALOADER.SAMPLER_TRAIN: ResumableTrainingSampler``.
+
+    Raises:
+        ValueError: for a config, dataset or model that PS-KD cannot train, before the first
+            iteration.
+    """
+
+    def __init__(self, cfg: CfgNode) -> None:
+        TrainerBase.__init__(self)
+        cfg = self.auto_scale_workers(cfg, comm.get_world_size())
+        check_pskd_config(cfg)
+        check_datasets(cfg)
+        self._dataset_dicts = training_dicts(cfg)
+        self._num_annotations = number_annotations(self._dataset_dicts)
+        model = self.build_model(cfg)
+        optimizer = self.build_optimizer(cfg, model)
+        loader = self._build_loader(cfg)
+        on_cpu = torch.device(cfg.MODEL.DEVICE).type == "cpu"
+        # The default names a device by the rank, which a model on the CPU refuses.
+        devices = {"device_ids": None} if on_cpu else {}
+        model = create_ddp_model(model, broadcast_buffers=False, **devices)
+        kind = (
+            (CPUAMPTrainer if on_cpu else AMPTrainer) if cfg.SOLVER.AMP.ENABLED else SimpleTrainer
+        )
+        self._trainer = kind(model, loader, optimizer)
+        self.scheduler = self.build_lr_scheduler(cfg, optimizer)
+        self.checkpointer = AsideCheckpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
+        self.start_iter, self.max_iter, self.cfg = 0, cfg.SOLVER.MAX_ITER, cfg
+        self.register_hooks(self.build_hooks())
+
+    def _build_loader(self, cfg: CfgNode):
+        options: dict = {}
+        self._sampler = None
+        if cfg.DATALOADER.SAMPLER_TRAIN == ResumableTrainingSampler.__name__:
+            self._sampler = ResumableTrainingSampler(len(self._dataset_dicts), seed=cfg.SEED)
+            # Seeds for the workers from a generator of their own: the global one is then where
+            # it was at the stop.
+            options = {"sampler": self._sampler, "seed": cfg.SEED}
+        if uses_memory(cfg):
+            options["mapper"] = PSKDDatasetMapper(cfg, is_train=True)
+        return build_detection_train_loader(cfg, dataset=self._dataset_dicts, **options)
+
+    def build_hooks(self) -> list:
+        """As `DefaultTrainer`, with PS-KD's first: it acts before a checkpoint is written."""
+        cfg, ours = self.cfg, []
+        if cfg.MODEL.PSKD.ENABLED:
+            options = cfg.MODEL.PSKD
+            ours.append(
+                PSKDHook(
+                    self.model,
+                    epoch_iters=epoch_iters(cfg, len(self._dataset_dicts)),
+                    alpha_final=options.ALPHA_FINAL,
+                    schedule=options.ALPHA_SCHEDULE,
+                    teacher=options.TEACHER,
+                    output_dir=cfg.OUTPUT_DIR,
+                    num_annotations=self._num_annotations,
+                    fingerprint=training_fingerprint(self._dataset_dicts),
+                    checkpoint_period=cfg.SOLVER.CHECKPOINT_PERIOD,
+                    allow_schedule_change=options.ALLOW_SCHEDULE_CHANGE,
+                )
+            )
+        if self._sampler is not None:
+            ours.append(RandomStateHook())
+        return ours + super().build_hooks()
+
+    def resume_or_load(self, resume: bool = True) -> None:
+        """As `DefaultTrainer`; a resumable sampler then starts where the run stopped."""
+        super().resume_or_load(resume)
+        if self._sampler is not None:
+            self._sampler.start_at(self.start_iter * self.cfg.SOLVER.IMS_PER_BATCH)
+
+    @classmethod
+    def build_evaluator(cls, cfg: CfgNode, dataset_name: str, output_folder: str | None = None):
+        """COCO AP, VOC AP for a VOC set, and the confidence of the detections."""
+        output_folder = output_folder or os.path.join(cfg.OUTPUT_DIR, "inference")
+        return DatasetEvaluators(build_evaluators(dataset_name, output_folder))
+
+    @classmethod
+    def test(cls, cfg: CfgNode, model, evaluators=None) -> dict:
+        """As `DefaultTrainer.test`, and the head's NLL on the ground-truth boxes."""
+        results = super().test(cfg, model, evaluators)
+        for name in cfg.DATASETS.TEST:
+            scores = ground_truth_rois(model, cls.build_test_loader(cfg, name), name)
+            part = results if len(cfg.DATASETS.TEST) == 1 else results[name]
+            part["ground_truth_rois"] = scores
+            logger.info("Scores of the ground-truth ROIs of %s: %s", name, scores)
+        return results
+
+    def seconds_per_iteration(self) -> float:
+        """Return the median over the iterations of this run."""
+        return float(np.median([seconds for seconds, _ in self.storage.history("time").values()]))
+
+
+def uses_memory(cfg: CfgNode) -> bool:
+    return cfg.MODEL.PSKD.ENABLED and cfg.MODEL.PSKD.TEACHER == "memory"
+
+
+def training_dicts(cfg: CfgNode) -> list[dict]:
+    """Return the images and annotations that are trained on, as the stock loader has them."""
+    model = cfg.MODEL
+    min_keypoints = model.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE if model.KEYPOINT_ON else 0
+    return get_detection_dataset_dicts(
+        cfg.DATASETS.TRAIN,
+        filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
+        min_keypoints=min_keypoints,
+        proposal_files=cfg.DATASETS.PROPOSAL_FILES_TRAIN if model.LOAD_PROPOSALS else None,
+    )
+
+
+def epoch_iters(cfg: CfgNode, num_images: int) -> int:
+    """Return the iterations of an epoch.
+
+    Raises:
+        ValueError: if MODEL.PSKD.EPOCH_ITERS is 0 and the sampler draws other images than each once.
+    """
+    if cfg.MODEL.PSKD.EPOCH_ITERS:
+        return cfg.MODEL.PSKD.EPOCH_ITERS
+    known = ("TrainingSampler", ResumableTrainingSampler.__name__)
+    if cfg.DATALOADER.SAMPLER_TRAIN not in known:
+        raise ValueError(
+            "MODEL.PSKD.EPOCH_ITERS: expected a number of iterations with DATALOADER.SAMPLER_TRAIN "
+            f"{cfg.DATALOADER.SAMPLER_TRAIN}, whose epochs have no size of their own, got 0"
+        )
+    return max(1, num_images // cfg.SOLVER.IMS_PER_BATCH)
