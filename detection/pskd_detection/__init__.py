@@ -1,1 +1,22 @@
-"""Placeholder."""
+"""What the detection adapters share: data sets, AP, confidence of detections, results.
+
+Needs numpy, pycocotools, Pillow and the core; neither torchvision nor Detectron2.
+"""
+
+from pskd_detection.confidence import DetectionConfidence
+from pskd_detection.datasets import DetectionDataset, add_dataset_arguments, load_dataset
+from pskd_detection.detections import Detections
+from pskd_detection.evaluation import average_precision
+from pskd_detection.results import format_table, write_json, write_results
+
+__all__ = [
+    "DetectionConfidence",
+    "DetectionDataset",
+    "Detections",
+    "add_dataset_arguments",
+    "average_precision",
+    "format_table",
+    "load_dataset",
+    "write_json",
+    "write_results",
+]

@@ -105,11 +105,11 @@ def image_ids(dataset: DetectionDataset) -> dict[str, object]:
 
 @torch.no_grad()
 def ground_truth_rois(model: nn.Module, loader, dataset_name: str) -> dict[str, float]:
-    """Score the annotated boxes themselves as ROIs, so that all models are measured on the same rows.
+    """Score the annotated boxes themselves as ROIs: the same rows for every model.
 
     Returns:
-        ``nll`` (nats) and ``accuracy`` of the class distribution over K + 1 classes at the true one,
-        over ``num_rois`` boxes; crowds are left out.
+        ``nll`` (nats) and ``accuracy`` of the distribution over K + 1 classes at the true one, over
+        ``num_rois`` boxes; crowds are left out.
     """
     dataset = detection_dataset(dataset_name)
     boxes = true_boxes(dataset)

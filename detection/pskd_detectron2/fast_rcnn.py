@@ -61,7 +61,7 @@ class PSKDFastRCNNOutputLayers(FastRCNNOutputLayers):
         return predictor
 
     def losses(self, predictions: tuple[Tensor, Tensor], proposals: list[Instances]) -> dict:
-        """As `FastRCNNOutputLayers.losses`, with ``loss_cls`` replaced where a teacher is at hand."""
+        """As `FastRCNNOutputLayers.losses`, ``loss_cls`` replaced where there is a teacher."""
         losses = super().losses(predictions, proposals)
         if not self.pskd.enabled or not self.training or not len(proposals):
             return losses
@@ -79,7 +79,7 @@ class PSKDFastRCNNOutputLayers(FastRCNNOutputLayers):
         return losses
 
     def get_fed_loss_classes(self, *args, **kwargs) -> Tensor:
-        """As stock; the draw is kept, so that the softened part of the loss is on the same classes."""
+        """As stock; the draw is kept, for the softened part of the loss is on these classes."""
         self._fed_loss_classes = super().get_fed_loss_classes(*args, **kwargs)
         return self._fed_loss_classes
 
@@ -138,7 +138,7 @@ class PSKDFastRCNNOutputLayers(FastRCNNOutputLayers):
     def _sigmoid_softening(
         self, scores: Tensor, labels: Tensor, past: Tensor, alpha: Tensor
     ) -> Tensor:
-        """Return what the mixed target adds to the stock loss: binary cross-entropy is linear in it."""
+        """Return what the mixed target adds to the stock loss, which is linear in it."""
         logits, past = scores[:, :-1].float(), past[:, :-1]
         onehot = torch.zeros_like(past)
         foreground = (labels >= 0) & (labels < self.num_classes)

@@ -19,8 +19,8 @@ from detectron2.engine.defaults import create_ddp_model
 from detectron2.evaluation import inference_on_dataset, print_csv_format
 from detectron2.utils import comm
 from omegaconf import DictConfig, OmegaConf
-
 from pskd_detection.results import write_results
+
 from pskd_detectron2.hooks import PSKDHook
 from pskd_detectron2.resume import AsideCheckpointer
 

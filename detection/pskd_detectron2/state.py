@@ -15,7 +15,7 @@ class PSKDState:
 
     Attributes:
         enabled: whether training is PS-KD's at all.
-        alpha: weight of the teacher in this epoch; 0 in the first, and wherever there is no teacher.
+        alpha: weight of the teacher in this epoch; 0 in the first.
         snapshot: last epoch's model, a module dict of ``backbone`` and ``roi_heads``.
         memory: last epoch's predictions by annotation, or None with the snapshot teacher.
         rows_per_stage: the annotations of the training set; stage s of a cascade has its rows from

@@ -161,7 +161,7 @@ def epoch_iters(cfg: CfgNode, num_images: int) -> int:
     """Return the iterations of an epoch.
 
     Raises:
-        ValueError: if MODEL.PSKD.EPOCH_ITERS is 0 and the sampler draws other images than each once.
+        ValueError: if MODEL.PSKD.EPOCH_ITERS is 0 and the sampler does not draw each image once.
     """
     if cfg.MODEL.PSKD.EPOCH_ITERS:
         return cfg.MODEL.PSKD.EPOCH_ITERS

@@ -1,0 +1,342 @@
+"""A detection data set without a download: handwritten digits on cluttered canvases.
+
+    python -m demo.digits --out data/digits
+
+The digits are scikit-learn's 1797 scans of 8x8 pixels. Each is enlarged, turned and stretched a
+little, and pasted in a random colour, darker or brighter than what lies beneath. Around it there
+are colour gradients, blotches, pen strokes, noise, and patches of scrambled digits: the same ink in
+the same style, but no digit. Some images are blurred. A box is tight around the inked pixels.
+
+Held out are scans: the last fifth of every digit's scans is for test images only, whatever the
+seed, in digits and in scrambled patches alike. An image depends on the seed, its part and its
+number alone, so a larger set begins with the smaller one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFilter
+from pskd_detection.results import write_json
+from sklearn.datasets import load_digits
+
+logger = logging.getLogger(__name__)
+
+PARTS = ("train", "test")
+DESCRIPTION = "pskd demo: handwritten digits on cluttered canvases"
+TEST_SHARE = 0.2  # of each digit's scans
+SIZE = 128  # pixels
+SMALLEST_SIZE = 96  # below, five digits of full height find no room
+HEIGHTS = (16, 40)  # of a digit, in pixels
+MAX_DIGITS = 5
+MAX_SCRAMBLED = 3
+MAX_OVERLAP = 0.15  # of two boxes, as a share of the smaller one: an IoU of at most 0.15 / 1.85
+INK = 0.5  # from this opacity on a pixel belongs to the digit and its box
+PLACING_TRIES = 50
+_ENLARGED = 8  # a scan is turned at this many times its size
+
+
+class Digit(NamedTuple):
+    """A pasted digit: its class and its box, (x, y, width, height) in whole pixels."""
+
+    label: int
+    box: tuple[int, int, int, int]
+
+
+# ---- source scans ------------------------------------------------------------------------------
+
+
+@functools.cache
+def split_scans() -> dict[str, np.ndarray]:
+    """The indices into scikit-learn's scans that each part may use, (n,) int, ascending."""
+    target = load_digits().target
+    parts: dict[str, list[np.ndarray]] = {part: [] for part in PARTS}
+    for label in range(10):
+        scans = np.flatnonzero(target == label)
+        first_test = len(scans) - round(TEST_SHARE * len(scans))
+        parts["train"].append(scans[:first_test])
+        parts["test"].append(scans[first_test:])
+    return {part: np.sort(np.concatenate(scans)) for part, scans in parts.items()}
+
+
+@functools.cache
+def _scans() -> tuple[np.ndarray, np.ndarray]:
+    """All scans as (1797, 8, 8) float in [0, 1], and their classes."""
+    data = load_digits()
+    return data.images / 16.0, data.target
+
+
+# ---- ink ---------------------------------------------------------------------------------------
+
+
+def scramble(rng: np.random.Generator, scan: np.ndarray) -> np.ndarray:
+    """The 2x2 pixel squares of an 8x8 scan in random order: a digit's ink, but no digit."""
+    squares = scan.reshape(4, 2, 4, 2).swapaxes(1, 2).reshape(16, 2, 2)
+    return rng.permutation(squares).reshape(4, 4, 2, 2).swapaxes(1, 2).reshape(8, 8)
+
+
+def enlarge(rng: np.random.Generator, scan: np.ndarray, height: int) -> np.ndarray:
+    """A scan as opacity, (height, width) float in [0, 1], turned and stretched a little."""
+    side = 8 * _ENLARGED
+    image = Image.fromarray((255 * np.pad(scan, 2)).astype(np.uint8))
+    image = image.resize((side * 12 // 8, side * 12 // 8), Image.Resampling.BICUBIC)
+    image = image.rotate(rng.uniform(-15, 15), Image.Resampling.BICUBIC)
+    # The scans are grey between strokes; a steeper curve leaves pen strokes with soft edges.
+    ink = np.clip((np.asarray(image, np.float32) / 255 - 0.2) / 0.5, 0, 1)
+    top, left, bottom, right = _extent(ink)
+    glyph = Image.fromarray((255 * ink[top:bottom, left:right]).astype(np.uint8))
+    stretch = rng.uniform(0.8, 1.2) * height / glyph.height
+    width = max(3, round(glyph.width * stretch))
+    glyph = glyph.resize((width, height), Image.Resampling.BICUBIC)
+    return np.asarray(glyph, np.float32) / 255
+
+
+def _extent(ink: np.ndarray) -> tuple[int, int, int, int]:
+    """The smallest (top, left, bottom, right) around the inked pixels, ends exclusive."""
+    rows = np.flatnonzero((ink >= INK).any(axis=1))
+    columns = np.flatnonzero((ink >= INK).any(axis=0))
+    return rows[0], columns[0], rows[-1] + 1, columns[-1] + 1
+
+
+# ---- canvas ------------------------------------------------------------------------------------
+
+
+def draw_canvas(rng: np.random.Generator, size: int) -> np.ndarray:
+    """A canvas of gradients, blotches and pen strokes, (size, size, 3) float in [0, 255]."""
+    y, x = np.mgrid[0:size, 0:size] / size
+    angle = rng.uniform(0, 2 * np.pi)
+    slope = ((x - 0.5) * np.cos(angle) + (y - 0.5) * np.sin(angle))[..., None]
+    canvas = rng.uniform(70, 185) + rng.uniform(-25, 25, 3) + slope * rng.uniform(-80, 80, 3)
+    coarse = rng.normal(128, rng.uniform(5, 30), (rng.integers(3, 9),) * 2)
+    blotches = Image.fromarray(np.clip(coarse, 0, 255).astype(np.uint8))
+    blotches = blotches.resize((size, size), Image.Resampling.BICUBIC)
+    canvas = np.clip(canvas + np.asarray(blotches, np.float32)[..., None] - 128, 0, 255)
+    return _draw_strokes(rng, canvas, int(rng.integers(2, 8)))
+
+
+def _draw_strokes(rng: np.random.Generator, canvas: np.ndarray, count: int) -> np.ndarray:
+    """Add lines and arcs as thin and as dark or bright as those of digits."""
+    image = Image.fromarray(canvas.astype(np.uint8))
+    pen, size = ImageDraw.Draw(image), len(canvas)
+    for _ in range(count):
+        color = tuple(int(c) for c in rng.uniform(20, 235) + rng.uniform(-20, 20, 3))
+        width = int(rng.integers(1, 4))
+        x, y = (int(c) for c in rng.integers(0, size, 2))
+        reach_x, reach_y = (int(c) for c in rng.integers(8, size // 3, 2))
+        if rng.random() < 0.5:
+            ends = (x, y, x + reach_x * int(rng.choice([-1, 1])), y + reach_y)
+            pen.line(ends, fill=color, width=width)
+        else:
+            start = int(rng.integers(0, 360))
+            box = (x, y, x + reach_x, y + reach_y)
+            pen.arc(box, start, start + int(rng.integers(60, 200)), fill=color, width=width)
+    return np.asarray(image, np.float32)
+
+
+def _paste(rng: np.random.Generator, canvas: np.ndarray, ink: np.ndarray, x: int, y: int) -> None:
+    """Blend ink into the canvas, in place, in a colour that differs from what lies beneath."""
+    part = canvas[y : y + ink.shape[0], x : x + ink.shape[1]]
+    beneath = float(part.mean())
+    contrast = rng.uniform(35, 110) * rng.choice([-1, 1])
+    if not 0 <= beneath + contrast <= 255:
+        contrast = -contrast
+    color = np.clip(beneath + contrast + rng.uniform(-20, 20, 3), 0, 255)
+    part += (ink * rng.uniform(0.8, 1.0))[..., None] * (color - part)
+
+
+def _finish(rng: np.random.Generator, canvas: np.ndarray) -> Image.Image:
+    """Blur some images, add sensor noise to all."""
+    image = Image.fromarray(canvas.clip(0, 255).astype(np.uint8))
+    if rng.random() < 0.5:
+        image = image.filter(ImageFilter.GaussianBlur(rng.uniform(0.3, 1.2)))
+    pixels = np.asarray(image, np.float32)
+    noise = rng.normal(0, rng.uniform(3, 18), (*pixels.shape[:2], 1))
+    noise = noise + rng.normal(0, 3, pixels.shape)
+    return Image.fromarray((pixels + noise).clip(0, 255).astype(np.uint8))
+
+
+# ---- images ------------------------------------------------------------------------------------
+
+
+def _overlap(a: Sequence[int], b: Sequence[int]) -> float:
+    """The area that two (x, y, width, height) boxes share, as a fraction of the smaller one."""
+    width = min(a[0] + a[2], b[0] + b[2]) - max(a[0], b[0])
+    height = min(a[1] + a[3], b[1] + b[3]) - max(a[1], b[1])
+    return max(0, width) * max(0, height) / min(a[2] * a[3], b[2] * b[3])
+
+
+def _place(
+    rng: np.random.Generator, ink: np.ndarray, taken: Sequence[tuple], size: int
+) -> tuple[int, int, int, int] | None:
+    """A box for the ink that hardly overlaps those taken; None if there is no room."""
+    top, left, bottom, right = _extent(ink)
+    for _ in range(PLACING_TRIES):
+        x = int(rng.integers(0, size - ink.shape[1] + 1))
+        y = int(rng.integers(0, size - ink.shape[0] + 1))
+        box = (x + int(left), y + int(top), int(right - left), int(bottom - top))
+        if all(_overlap(box, other) <= MAX_OVERLAP for other in taken):
+            return box
+    return None
+
+
+def draw_image(part: str, index: int, *, size: int, seed: int) -> tuple[Image.Image, list[Digit]]:
+    """One image of a part, with the digits on it; at least one.
+
+    Args:
+        part: train or test.
+        index: which image, from 0.
+        size: side of the canvas in pixels.
+        seed: of the whole set.
+    """
+    rng = np.random.default_rng([seed, PARTS.index(part), index])
+    scans, labels = _scans()
+    own = split_scans()[part]
+    canvas = draw_canvas(rng, size)
+    digits: list[Digit] = []
+    taken: list[tuple[int, int, int, int]] = []
+    num_digits = int(rng.integers(1, MAX_DIGITS + 1))
+    for number in range(num_digits + int(rng.integers(0, MAX_SCRAMBLED + 1))):
+        chosen = int(rng.choice(own))
+        is_digit = number < num_digits
+        # Small digits are as frequent in each octave of heights, as objects in photographs are.
+        height = round(float(np.exp(rng.uniform(*np.log(HEIGHTS)))))
+        ink = enlarge(rng, scans[chosen] if is_digit else scramble(rng, scans[chosen]), height)
+        box = _place(rng, ink, taken, size)
+        if box is None:
+            continue
+        top, left = _extent(ink)[:2]
+        _paste(rng, canvas, ink, box[0] - int(left), box[1] - int(top))
+        taken.append(box)
+        if is_digit:
+            digits.append(Digit(int(labels[chosen]), box))
+    return _finish(rng, canvas), digits
+
+
+# ---- files -------------------------------------------------------------------------------------
+
+
+def write_digits(
+    folder: str | Path,
+    *,
+    num_train: int = 800,
+    num_test: int = 200,
+    size: int = SIZE,
+    seed: int = 1,
+) -> dict[str, Path]:
+    """Write images and COCO annotations; an annotation file is there only when it is complete.
+
+    Args:
+        folder: gets train/ and test/ with PNG images, train.json and test.json.
+        num_train: images for training.
+        num_test: images for testing, made of other scans.
+        size: side of an image in pixels.
+        seed: a set is the same for the same seed and the same numpy, Pillow and scikit-learn.
+
+    Returns:
+        The annotation file of each part. Categories are 1 for "0" to 10 for "9".
+
+    Raises:
+        ValueError: no images asked for, a canvas or seed too small, or a folder that holds
+            annotations of another origin.
+    """
+    folder = Path(folder)
+    counts = {"train": num_train, "test": num_test}
+    for name, value, least in (
+        *((f"num_{part}", count, 1) for part, count in counts.items()),
+        ("size", size, SMALLEST_SIZE),
+        ("seed", seed, 0),
+    ):
+        if value < least:
+            raise ValueError(f"{name}: expected at least {least}, got {value}")
+    files = {part: folder / f"{part}.json" for part in PARTS}
+    for path in files.values():
+        _check_own(path)
+    for path in files.values():
+        path.unlink(missing_ok=True)  # it would not describe the images that replace its own
+    for part, path in files.items():
+        write_json(path, _write_part(folder, part, counts[part], size, seed))
+        logger.info("%s: %d images", path, counts[part])
+    return files
+
+
+def _check_own(path: Path) -> None:
+    """Refuse to replace annotations that were not made here."""
+    if not path.exists():
+        return
+    try:
+        description = json.loads(path.read_text("utf-8"))["info"]["description"]
+    except (ValueError, KeyError, TypeError):
+        description = None
+    if description != DESCRIPTION:
+        raise ValueError(
+            f"{path}: expected no file or one made by demo.digits, got another, which is left alone"
+        )
+
+
+def _write_part(folder: Path, part: str, count: int, size: int, seed: int) -> dict:
+    """Write the images of a part and return its annotations in COCO's format."""
+    (folder / part).mkdir(parents=True, exist_ok=True)
+    images, annotations = [], []
+    for index in range(count):
+        image, digits = draw_image(part, index, size=size, seed=seed)
+        name = f"{index:05d}.png"
+        image.save(folder / part / name)
+        images.append({"id": index + 1, "file_name": name, "width": size, "height": size})
+        for digit in digits:
+            annotations.append(
+                {
+                    "id": len(annotations) + 1,
+                    "image_id": index + 1,
+                    "category_id": digit.label + 1,
+                    "bbox": [float(value) for value in digit.box],
+                    "area": float(digit.box[2] * digit.box[3]),
+                    "iscrowd": 0,
+                }
+            )
+    return {
+        "info": {"description": DESCRIPTION, "part": part, "seed": seed},
+        "licenses": [],
+        "images": images,
+        "annotations": annotations,
+        "categories": [{"id": label + 1, "name": str(label)} for label in range(10)],
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m demo.digits", description="Write a COCO-format set of handwritten digits."
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("data/digits"), help="default: %(default)s"
+    )
+    parser.add_argument("--num-train", type=int, default=800, help="default: %(default)s")
+    parser.add_argument("--num-test", type=int, default=200, help="default: %(default)s")
+    parser.add_argument("--size", type=int, default=SIZE, help="pixels; default: %(default)s")
+    parser.add_argument("--seed", type=int, default=1, help="default: %(default)s")
+    args = parser.parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        write_digits(
+            args.out,
+            num_train=args.num_train,
+            num_test=args.num_test,
+            size=args.size,
+            seed=args.seed,
+        )
+    except (OSError, ValueError) as error:
+        print(f"demo.digits: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

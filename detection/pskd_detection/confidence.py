@@ -1,0 +1,226 @@
+"""How far the scores of detections can be trusted: D-ECE, LaECE and AURC.
+
+Shapes: n detections of an image, N detections that were kept, G objects, K classes, B bins.
+
+A detection is *correct* if it is matched to an object of its class. All values are fractions.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Hashable
+from typing import NamedTuple
+
+import numpy as np
+from pycocotools import mask
+
+from pskd.calibration import ReliabilityBins, aurc, excess_aurc, reliability_bins
+from pskd_detection.datasets import DetectionDataset
+from pskd_detection.detections import Detections, check_image, checked_detections, to_xywh
+
+__all__ = ["DetectionConfidence", "match_detections"]
+
+
+class _Objects(NamedTuple):
+    boxes: list[list[float]]  # x, y, width, height
+    crowd: list[int]
+
+
+def match_detections(iou: np.ndarray, crowd: np.ndarray, threshold: float) -> np.ndarray:
+    """Match detections to objects greedily, in the order given, as COCO's evaluation does.
+
+    Each detection takes the free object of highest IoU, if that is at least ``threshold``. One
+    that finds none but lies on a crowd is neither right nor wrong.
+
+    Args:
+        iou: (n, G) float; for a crowd, the part of the detection that lies inside it.
+        crowd: (G,) bool.
+        threshold: in (0, 1].
+
+    Returns:
+        (n,) float: the IoU with the matched object, 0 without one, NaN for one on a crowd.
+
+    Source: the order and the treatment of ties are those of `pycocotools.cocoeval.COCOeval`.
+    """
+    matched = np.zeros(len(iou))
+    free = ~crowd
+    threshold = min(threshold, 1 - 1e-10)  # as there, for a threshold of 1
+    for i, row in enumerate(iou):
+        candidates = np.where(free, row, -1.0)
+        best = len(candidates) - 1 - candidates[::-1].argmax() if len(candidates) else -1
+        if best >= 0 and candidates[best] >= threshold:
+            matched[i] = row[best]
+            free[best] = False
+        elif (row[crowd] >= threshold).any():
+            matched[i] = np.nan
+    return matched
+
+
+class DetectionConfidence:
+    """Calibration and ranking of the scores of detections over a data set.
+
+    Within an image and class, detections in order of falling score are matched to the objects by
+    `match_detections`; the second detection of one object is therefore wrong. Detections on crowds
+    (COCO's ``iscrowd``, VOC's difficult objects) are left out, and so are scores below
+    ``score_threshold``.
+
+    - **D-ECE** is the gap between score and precision: ``sum(n_b / N * |score_b - precision_b|)``
+      over equal-width bins (lo, hi] of the score, all classes together.
+    - **LaECE** also asks the score to tell how well the box fits: for each class ``sum(n_b / n *
+      |score_b - precision_b * IoU_b|)`` with the mean IoU of the bin's correct detections, then the
+      mean over the classes that have detections.
+    - **AURC** is `pskd.calibration.aurc` of the kept detections; the excess AURC is what a better
+      ranking of them would remove.
+
+    None of them sees objects that were missed. They depend on the thresholds, which therefore stand
+    among the results.
+
+    Args:
+        dataset: the test set.
+        iou_threshold: the least IoU of a match, in (0, 1]. LaECE was published with 0.1, D-ECE with
+            0.5 and more; here both share one matching.
+        score_threshold: the least score of a detection that is kept, in [0, 1]. 0.05 is what
+            Detectron2 and torchvision keep by themselves.
+        bins: the number of bins of both errors; 15 as everywhere in pskd, so that D-ECE is the
+            error that `pskd.plots.reliability_diagram` shows. LaECE was published with 25.
+
+    Raises:
+        ValueError: a threshold or ``bins`` out of range.
+
+    Source: Kueppers et al. 2020, "Multivariate Confidence Calibration for Object Detection"
+    (D-ECE over the confidence alone); Oksuz et al. 2023, "Towards Building Self-Aware Object
+    Detectors via Reliable Uncertainty Quantification and Calibration" (LaECE).
+    """
+
+    def __init__(
+        self,
+        dataset: DetectionDataset,
+        *,
+        iou_threshold: float = 0.5,
+        score_threshold: float = 0.05,
+        bins: int = 15,
+    ) -> None:
+        if not 0 < iou_threshold <= 1:
+            raise ValueError(f"iou_threshold: expected a number in (0, 1], got {iou_threshold}")
+        if not 0 <= score_threshold <= 1:
+            raise ValueError(f"score_threshold: expected a number in [0, 1], got {score_threshold}")
+        ReliabilityBins.empty(bins)  # refuses a number of bins that is none
+        self._dataset = dataset
+        self._options = {
+            "iou_threshold": float(iou_threshold),
+            "score_threshold": float(score_threshold),
+            "bins": int(bins),
+        }
+        self._objects = _objects_of(dataset)
+        self._images = {image["id"] for image in dataset.coco["images"]}
+        self._seen: set = set()
+        empty = np.empty(0, np.float32)
+        self._rows: list[tuple[np.ndarray, ...]] = [(empty, empty, np.empty(0, np.int64))]
+
+    def update(self, image_id: Hashable, detections: Detections) -> None:
+        """Add the detections of one image.
+
+        Raises:
+            ValueError: an image that the data set does not have or that was added before;
+                detections that are none.
+        """
+        check_image(image_id, self._images)
+        if image_id in self._seen:
+            raise ValueError(f"detections: expected image {image_id} once, got it again")
+        found = checked_detections(image_id, detections, self._dataset)
+        self._seen.add(image_id)
+        kept = found.scores >= self._options["score_threshold"]
+        boxes, scores, labels = to_xywh(found.boxes[kept]), found.scores[kept], found.labels[kept]
+        for label in np.unique(labels):
+            of_class = np.flatnonzero(labels == label)
+            # Stable, as in COCO's evaluation: equal scores stay in the detector's order.
+            of_class = of_class[np.argsort(-scores[of_class], kind="stable")]
+            iou = self._matched(image_id, int(label), boxes[of_class])
+            counts = ~np.isnan(iou)
+            of_class, iou = of_class[counts], iou[counts]
+            self._rows.append((scores[of_class], iou, labels[of_class]))
+
+    def _matched(self, image_id: Hashable, label: int, boxes: np.ndarray) -> np.ndarray:
+        objects = self._objects.get((image_id, label))
+        if objects is None:
+            return np.zeros(len(boxes))
+        iou = mask.iou(boxes, np.array(objects.boxes), objects.crowd)
+        threshold = self._options["iou_threshold"]
+        return match_detections(iou, np.array(objects.crowd, dtype=bool), threshold)
+
+    @property
+    def confidence(self) -> np.ndarray:
+        """The scores of all kept detections so far, (N,) float."""
+        return self._column(0)
+
+    @property
+    def correct(self) -> np.ndarray:
+        """Whether each of them is matched to an object, (N,) bool."""
+        return self.iou > 0
+
+    @property
+    def iou(self) -> np.ndarray:
+        """The IoU of each with its object, (N,) float; 0 without one."""
+        return self._column(1)
+
+    @property
+    def labels(self) -> np.ndarray:
+        """The class index of each, (N,) int64."""
+        return self._column(2)
+
+    def _column(self, i: int) -> np.ndarray:
+        if len(self._rows) > 1:
+            self._rows = [tuple(np.concatenate(parts) for parts in zip(*self._rows, strict=True))]
+        return self._rows[0][i]
+
+    def compute(self) -> dict[str, float | int | None]:
+        """The metrics of all detections so far; more may follow.
+
+        Returns:
+            ``d_ece``, ``la_ece``, ``aurc`` and ``excess_aurc`` as fractions, None if no detection
+            was kept; ``num_detections`` kept and ``num_matched`` among them; ``iou_threshold``,
+            ``score_threshold`` and ``bins``.
+        """
+        confidence, correct = self.confidence, self.correct
+        metrics = dict.fromkeys(("d_ece", "la_ece", "aurc", "excess_aurc"))
+        if len(confidence):
+            bins = reliability_bins(confidence, correct, bins=self._options["bins"])
+            metrics = {
+                "d_ece": bins.expected_calibration_error,
+                "la_ece": self._la_ece(),
+                "aurc": aurc(confidence, correct),
+                "excess_aurc": excess_aurc(confidence, correct),
+            }
+        counts = {"num_detections": len(confidence), "num_matched": int(correct.sum())}
+        return {**metrics, **counts, **self._options}
+
+    def _la_ece(self) -> float:
+        errors = []
+        for label in np.unique(self.labels):
+            of_class = self.labels == label
+            errors.append(
+                _location_aware_bins(
+                    self.confidence[of_class], self.iou[of_class], self._options["bins"]
+                ).expected_calibration_error
+            )
+        return float(np.mean(errors))
+
+
+def _location_aware_bins(confidence: np.ndarray, iou: np.ndarray, bins: int) -> ReliabilityBins:
+    """Return bins in which a correct detection counts by its IoU: precision times mean IoU."""
+    filled = reliability_bins(confidence, iou > 0, bins=bins)
+    # Sorted by confidence, each bin holds the next ``count`` rows.
+    index = np.repeat(np.arange(bins), filled.count)
+    iou_sum = np.bincount(index, weights=iou[np.argsort(confidence)], minlength=bins)
+    return ReliabilityBins(filled.count, filled.confidence_sum, iou_sum)
+
+
+def _objects_of(dataset: DetectionDataset) -> dict[tuple[Hashable, int], _Objects]:
+    """Return the annotated boxes by image id and class index."""
+    index = {key: i for i, key in enumerate(dataset.category_ids)}
+    objects: dict = defaultdict(lambda: _Objects([], []))
+    for a in dataset.coco["annotations"]:
+        group = objects[a["image_id"], index[a["category_id"]]]
+        group.boxes.append(a["bbox"])
+        group.crowd.append(int(a["iscrowd"]))
+    return dict(objects)

@@ -1,0 +1,139 @@
+"""Detection data sets without code: ``coco:ANNOTATIONS.json:IMAGE_DIR`` and ``voc:ROOT:SPLIT``.
+
+Both become one form, COCO's. What cannot be trained on is refused when it is read; `boxes` says
+what happens to boxes that do not lie inside their image.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from pskd_detection.coco_format import RawAnnotations, checked_coco, read_coco
+from pskd_detection.voc_format import read_voc
+
+__all__ = ["DetectionDataset", "add_dataset_arguments", "load_dataset"]
+
+_FORMS = "coco:ANNOTATIONS.json:IMAGE_DIR or voc:ROOT:SPLIT"
+
+
+@dataclass(frozen=True)
+class DetectionDataset:
+    """Checked annotations and where their images are.
+
+    Attributes:
+        spec: what it was read from.
+        coco: ``info``, ``images`` (``id``, ``file_name``, ``width``, ``height``), ``annotations``
+            (``id`` from 1 in their order, ``image_id``, ``category_id``, ``bbox`` as x, y, width,
+            height in pixels, ``area``, ``iscrowd``, and what else the file holds, such as
+            ``segmentation``) and ``categories`` (``id``, ``name``), ordered by id.
+        image_dir: the folder that the file names start from.
+    """
+
+    spec: str
+    coco: dict
+    image_dir: Path
+
+    @cached_property
+    def class_names(self) -> tuple[str, ...]:
+        """The names of the K classes; class index i, from 0, is the i-th."""
+        return tuple(category["name"] for category in self.coco["categories"])
+
+    @cached_property
+    def category_ids(self) -> tuple[int, ...]:
+        """The category id of each class index, rising."""
+        return tuple(category["id"] for category in self.coco["categories"])
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A sha256 over classes, images' names and sizes, and annotations' boxes and classes.
+
+        The order of images and annotations counts, since what is remembered of an annotation is
+        found by its number. Folders, ids of categories and the order of keys do not.
+        """
+        digest = hashlib.sha256(json.dumps(self.class_names).encode())
+        index = {key: i for i, key in enumerate(self.category_ids)}
+        names = {image["id"]: image["file_name"] for image in self.coco["images"]}
+        for image in self.coco["images"]:
+            size = [image["file_name"], image["width"], image["height"]]
+            digest.update(json.dumps(size).encode())
+        for a in self.coco["annotations"]:
+            box = [round(float(value), 3) for value in a["bbox"]]
+            row = [names[a["image_id"]], index[a["category_id"]], a["iscrowd"], box]
+            digest.update(json.dumps(row).encode())
+        return digest.hexdigest()
+
+
+def load_dataset(spec: str, class_names: Sequence[str] | None = None) -> DetectionDataset:
+    """Read and check a detection data set.
+
+    Args:
+        spec: ``coco:ANNOTATIONS.json:IMAGE_DIR`` or ``voc:ROOT:SPLIT``.
+        class_names: for a test set, the classes of the training set in their order: the classes of
+            the data are found among them by name. Without, it is read as a training set: it brings
+            its own classes and must have something to train on.
+
+    Raises:
+        ValueError: naming the file and, where there is one, the annotation, what was expected and
+            what came.
+    """
+    raw = _read(spec)
+    coco = checked_coco(raw)
+    if class_names is not None:
+        _use_classes(coco, class_names, raw.source)
+    elif all(annotation["iscrowd"] for annotation in coco["annotations"]):
+        raise ValueError(
+            f"{raw.source}: expected annotations to train on, got "
+            f"{len(coco['annotations'])} crowd or difficult ones and no other"
+        )
+    return DetectionDataset(spec, coco, raw.image_dir)
+
+
+def _read(spec: str) -> RawAnnotations:
+    kind, _, rest = spec.partition(":")
+    first, _, second = rest.rpartition(":")  # the last colon: a path may hold others
+    if kind not in ("coco", "voc") or not first or not second:
+        raise ValueError(f"dataset: expected {_FORMS}, got {spec!r}")
+    if kind == "coco":
+        return read_coco(Path(first), Path(second))
+    raw = read_voc(Path(first), second)
+    return raw
+
+
+def _use_classes(coco: dict, class_names: Sequence[str], source: Path) -> None:
+    """Give the categories the order of the training set's, in place."""
+    names = [category["name"] for category in coco["categories"]]
+    if names == list(class_names):
+        return  # and the file's own ids are kept
+    unknown = sorted(set(names) - set(class_names))
+    if unknown:
+        raise ValueError(
+            f"{source}: expected the classes of the training set ({', '.join(class_names)}), got "
+            f"also {', '.join(unknown)}"
+        )
+    number_of = {name: i for i, name in enumerate(class_names, start=1)}
+    renumbered = {category["id"]: number_of[category["name"]] for category in coco["categories"]}
+    for annotation in coco["annotations"]:
+        annotation["category_id"] = renumbered[annotation["category_id"]]
+    coco["categories"] = [{"id": number, "name": name} for name, number in number_of.items()]
+
+
+def add_dataset_arguments(parser: argparse.ArgumentParser, required: bool = True) -> None:
+    """Add ``--train SPEC`` and ``--test SPEC``."""
+    parser.add_argument(
+        "--train",
+        metavar="SPEC",
+        required=required,
+        help=f"training set: {_FORMS}; its classes set the number of classes",
+    )
+    parser.add_argument(
+        "--test",
+        metavar="SPEC",
+        required=required,
+        help="test set, in the same form; its classes are matched to the training set's by name",
+    )

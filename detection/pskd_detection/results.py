@@ -1,0 +1,87 @@
+"""Results as strict JSON files, and as a table for the console."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+__all__ = ["format_table", "write_json", "write_results"]
+
+
+def write_json(path: str | os.PathLike, value: object, *, indent: int | None = None) -> Path:
+    """Write strict JSON aside and rename it, so that a reader never finds half a file.
+
+    NaN and infinity, which JSON does not have, become null; numpy's numbers and arrays become
+    numbers and lists, paths text.
+
+    Args:
+        path: the file; its folder must exist.
+        value: what to write.
+        indent: as of `json.dumps`.
+
+    Raises:
+        TypeError: for what JSON cannot hold; the file is left as it was.
+    """
+    path = Path(path)
+    text = json.dumps(_plain(value), allow_nan=False, indent=indent)
+    aside = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        aside.write_text(text + "\n", encoding="utf-8")
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+    return path
+
+
+def write_results(output_dir: str | os.PathLike, results: Mapping) -> Path:
+    """Write a run's numbers to ``output_dir/results.json``; the folder is made if there is none."""
+    folder = Path(output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    return write_json(folder / "results.json", results, indent=2)
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, Mapping):
+        return {key: _plain(entry) for key, entry in value.items()}
+    if isinstance(value, np.ndarray):
+        return _plain(value.tolist())
+    if isinstance(value, (list, tuple)):
+        return [_plain(entry) for entry in value]
+    if isinstance(value, np.generic):
+        return _plain(value.item())
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return str(value) if isinstance(value, os.PathLike) else value
+
+
+def format_table(runs: Mapping[str, Mapping]) -> str:
+    """Return runs as a Markdown table, a row each.
+
+    AP in percent, the others as fractions. The last three columns tell what the confidence was
+    measured on, without which D-ECE says little.
+
+    Args:
+        runs: by name, `average_precision` and `DetectionConfidence.compute` in one dictionary;
+            "-" stands for what is missing or None.
+    """
+    columns = {
+        "AP": ("AP", ".1f"),
+        "AP50": ("AP50", ".1f"),
+        "AP75": ("AP75", ".1f"),
+        "D-ECE": ("d_ece", ".4f"),
+        "LaECE": ("la_ece", ".4f"),
+        "AURC": ("aurc", ".4f"),
+        "IoU >=": ("iou_threshold", "g"),
+        "score >=": ("score_threshold", "g"),
+        "detections": ("num_detections", "d"),
+    }
+    rows = [["run", *columns], ["---", *("---:" for _ in columns)]]
+    for name, run in runs.items():
+        values = [(run.get(key), form) for key, form in columns.values()]
+        rows.append([name, *("-" if v is None else format(v, form) for v, form in values)])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
