@@ -206,7 +206,7 @@ def draw_image(part: str, index: int, *, size: int, seed: int) -> tuple[Image.Im
     for number in range(num_digits + int(rng.integers(0, MAX_SCRAMBLED + 1))):
         chosen = int(rng.choice(own))
         is_digit = number < num_digits
-        # Small digits are as frequent in each octave of heights, as objects in photographs are.
+        # Log-uniform: as many digits between 16 and 24 pixels as between 24 and 36.
         height = round(float(np.exp(rng.uniform(*np.log(HEIGHTS)))))
         ink = enlarge(rng, scans[chosen] if is_digit else scramble(rng, scans[chosen]), height)
         box = _place(rng, ink, taken, size)
