@@ -82,45 +82,51 @@ def detections_picture(
         raise ValueError(f"score_threshold: expected a number in [0, 1], got {score_threshold}")
     if Path(out).suffix.lower() != ".png":
         raise ValueError(f"out: expected a name that ends in .png, got {out}")
-    dataset = _read(dataset_json, dict)
+    dataset = _read_dataset(dataset_json)
     images = sorted(dataset["images"], key=lambda image: image["id"])[:num_images]
     if not images:
         raise ValueError(f"{dataset_json}: expected at least one image, got none")
     rows = {}
     for name, path in runs.items():
-        detections = _read(path, list)
-        _check_detections(path, detections, dataset)
+        detections = _read_detections(path, dataset)
         rows[name] = [_marks(dataset, image["id"], detections, score_threshold) for image in images]
     return _save(_draw(images, Path(image_dir), rows, score_threshold), Path(out))
 
 
-def _read(path: str | os.PathLike, kind: type) -> dict | list:
+def _read_json(path: str | os.PathLike) -> object:
     try:
-        value = json.loads(Path(path).read_text("utf-8"))
+        return json.loads(Path(path).read_text("utf-8"))
     except ValueError as error:
         raise ValueError(f"{path}: expected a JSON file, got {error}") from error
-    keys = {"images", "annotations", "categories"} if kind is dict else set()
-    if not isinstance(value, kind) or not keys <= set(value):
-        wanted = "images, annotations and categories" if kind is dict else "a list of detections"
-        raise ValueError(f"{path}: expected {wanted}, got {type(value).__name__}")
-    return value
 
 
-def _check_detections(path: str | os.PathLike, detections: list, dataset: dict) -> None:
+def _read_dataset(path: str | os.PathLike) -> dict:
+    dataset, keys = _read_json(path), {"images", "annotations", "categories"}
+    if not isinstance(dataset, dict) or not keys <= dataset.keys():
+        got = sorted(dataset) if isinstance(dataset, dict) else type(dataset).__name__
+        raise ValueError(f"{path}: expected {', '.join(sorted(keys))}, got {got}")
+    return dataset
+
+
+def _read_detections(path: str | os.PathLike, dataset: dict) -> list[dict]:
+    detections = _read_json(path)
+    if not isinstance(detections, list):
+        raise ValueError(f"{path}: expected a list of detections, got {type(detections).__name__}")
     fields = {"image_id", "category_id", "bbox", "score"}
     known = {
         "image_id": {image["id"] for image in dataset["images"]},
         "category_id": {category["id"] for category in dataset["categories"]},
     }
     for number, detection in enumerate(detections):
+        place = f"{path}: detection {number}"
         if not isinstance(detection, dict) or not fields <= detection.keys():
-            raise ValueError(f"{path}: detection {number}: expected {', '.join(sorted(fields))}")
+            raise ValueError(f"{place}: expected {', '.join(sorted(fields))}, got {detection!r}")
         for field, ids in known.items():
             if detection[field] not in ids:
                 raise ValueError(
-                    f"{path}: detection {number}: expected {field} of the data set, "
-                    f"got {detection[field]!r}"
+                    f"{place}: expected {field} of the data set, got {detection[field]!r}"
                 )
+    return detections
 
 
 # ---- what is right -----------------------------------------------------------------------------
