@@ -83,8 +83,8 @@ def checked_coco(raw: RawAnnotations) -> dict:
     Raises:
         ValueError: naming the file, the entry, what was expected and what came.
     """
-    categories = sorted(_checked_categories(raw), key=lambda category: category["id"])
     images = _checked_images(raw)
+    categories = sorted(_checked_categories(raw), key=lambda category: category["id"])
     annotations = _checked_annotations(raw, images, {c["id"] for c in categories})
     return {
         "info": raw.info,
@@ -120,8 +120,6 @@ def _checked_categories(raw: RawAnnotations) -> list[dict]:
         where = f"{raw.source}: category number {i + 1}"
         ids.add(_checked_id(category, ids, where))
         names.add(_checked_name(category, "name", names, where))
-    if not ids:
-        raise ValueError(f"{raw.source}: expected at least one category, got none")
     return [dict(category) for category in raw.categories]
 
 

@@ -101,8 +101,7 @@ def _read(spec: str) -> RawAnnotations:
         raise ValueError(f"dataset: expected {_FORMS}, got {spec!r}")
     if kind == "coco":
         return read_coco(Path(first), Path(second))
-    raw = read_voc(Path(first), second)
-    return raw
+    return read_voc(Path(first), second)
 
 
 def _use_classes(coco: dict, class_names: Sequence[str], source: Path) -> None:
