@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from PIL.ImageDraw import ImageDraw
 
-IMAGE_SIDE = 320  # pixels of the longer side, after scaling
+IMAGE_SIDE = 256  # pixels of the longer side, after scaling
 MARGIN = 8
 TEXT_SIZE = 15
 MATCH_IOU = 0.5  # of a right detection, as in AP50
