@@ -589,7 +589,9 @@ def test_a_killed_run_leaves_no_folder(kill, tmp_path):
     texts = bitext(tmp_path, "train", 300)
     process = subprocess.Popen(
         [sys.executable, str(SCRIPT), *texts, *LANGUAGES, "--out", str(tmp_path / "sets" / "out"),
-         "--bpe-size", "100"], stderr=subprocess.PIPE, text=True)
+         "--bpe-size", "100"], stderr=subprocess.PIPE, text=True,
+        # A shell starts what it runs in the background with this signal ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     try:
         for line in process.stderr:  # until fairseq-preprocess, its longest part by far, runs
             if "running fairseq-preprocess" in line:
