@@ -1,18 +1,13 @@
 """A picture of what detectors found: the same test images, a row a run.
 
-    python -m demo.detection_picture data/digits/test.json data/digits/test runs/detections.png \\
-        --run baseline=runs/baseline/detections.json --run PS-KD=runs/pskd/detections.json
-
 The images are the first of the set by id, so nobody chose them for their result.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import os
-import sys
 import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -289,43 +284,3 @@ def _save(sheet: Image, path: Path) -> Path:
     finally:
         aside.unlink(missing_ok=True)
     return path
-
-
-def _run(text: str) -> tuple[str, str]:
-    name, separator, path = text.partition("=")
-    if not (name and separator and path):
-        raise argparse.ArgumentTypeError(f"expected NAME=DETECTIONS.json, got {text!r}")
-    return name, path
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m demo.detection_picture", description="Draw detections on test images."
-    )
-    parser.add_argument("dataset_json", help="COCO-format annotations")
-    parser.add_argument("image_dir")
-    parser.add_argument("out", help="the PNG file")
-    parser.add_argument(
-        "--run", type=_run, action="append", required=True, metavar="NAME=DETECTIONS.json"
-    )
-    parser.add_argument("--num-images", type=int, default=6, help="default: %(default)s")
-    parser.add_argument("--score-threshold", type=float, default=0.5, help="default: %(default)s")
-    args = parser.parse_args(argv)
-    try:
-        detections_picture(
-            args.dataset_json,
-            args.image_dir,
-            dict(args.run),
-            args.out,
-            num_images=args.num_images,
-            score_threshold=args.score_threshold,
-        )
-    except (OSError, ValueError) as error:
-        print(f"demo.detection_picture: {error}", file=sys.stderr)
-        return 1
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

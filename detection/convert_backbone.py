@@ -1,0 +1,356 @@
+#!/usr/bin/env python
+"""Turn a torchvision ResNet checkpoint into weights for Detectron2's MODEL.WEIGHTS.
+
+    python detection/convert_backbone.py resnet50.pth r50.pth
+
+Reads ResNet-18, 34, 50, 101 and 152, ResNeXt and Wide ResNet in torchvision's layout (conv1, bn1,
+layer1.0.conv1, ..., fc), as a bare state dict or under "model" or "state_dict", with or without
+DataParallel's "module." prefix. The classifier is left out.
+
+Prints the config that goes with the weights, as KEY VALUE pairs for a command line: Detectron2's
+defaults are those of the MSRA networks,
+which have their stride in the 1x1 convolutions, read BGR, and have the pixels' deviation in their
+first weights. A torchvision network under those defaults loads without a word and sees noise.
+The same keys, without the file and the depth, are in configs/detection/torchvision_backbone.yaml.
+
+Needs torch only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import pickle
+import shlex
+import sys
+import uuid
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+BLOCKS = {  # depth: blocks of each stage; with fewer than 50 layers they are basic blocks
+    18: (2, 2, 2, 2),
+    34: (3, 4, 6, 3),
+    50: (3, 4, 6, 3),
+    101: (3, 4, 23, 3),
+    152: (3, 8, 36, 3),
+}
+BASIC_DEPTHS = (18, 34)
+STEM_WIDTH = 64
+EXPANSION = 4  # of a bottleneck's output over ResNet's width
+NORM_KEYS = ("weight", "bias", "running_mean", "running_var")
+COUNTER = ".num_batches_tracked"
+PREFIXES = ("module.", "_orig_mod.")  # of DataParallel and torch.compile, in any nesting
+CONTAINERS = ("model", "state_dict")
+# ImageNet's, times 255: Detectron2 normalises pixels from 0 to 255.
+PIXEL_MEAN = [123.675, 116.280, 103.530]
+PIXEL_STD = [58.395, 57.120, 57.375]
+SHOWN_KEYS = 5  # in an error
+
+
+class Architecture(NamedTuple):
+    """What distinguishes one of torchvision's ResNets from another."""
+
+    depth: int
+    groups: int = 1
+    width_per_group: int = 64
+
+    @property
+    def is_basic(self) -> bool:
+        return self.depth in BASIC_DEPTHS
+
+
+# ---- the layout that is expected ---------------------------------------------------------------
+
+
+def torchvision_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
+    """The keys of torchvision's network without its classifier, and their shapes.
+
+    Source: torchvision/models/resnet.py (the layout of names and widths).
+    """
+    shapes = _conv_and_norm("conv1", "bn1", (STEM_WIDTH, 3, 7, 7))
+    channels = STEM_WIDTH
+    for stage, count in enumerate(BLOCKS[architecture.depth]):
+        base = STEM_WIDTH * 2**stage
+        for number in range(count):
+            block = f"layer{stage + 1}.{number}."
+            convs = _block_convs(architecture, channels, base)
+            for place, shape in enumerate(convs, start=1):
+                shapes |= _conv_and_norm(f"{block}conv{place}", f"{block}bn{place}", shape)
+            out = convs[-1][0]
+            if number == 0 and (stage > 0 or out != channels):
+                shapes |= _conv_and_norm(
+                    f"{block}downsample.0", f"{block}downsample.1", (out, channels, 1, 1)
+                )
+            channels = out
+    return shapes
+
+
+def _block_convs(architecture: Architecture, channels: int, base: int) -> list[tuple[int, ...]]:
+    """Weight shapes of a block's convolutions, (out, in / groups, height, width)."""
+    if architecture.is_basic:
+        return [(base, channels, 3, 3), (base, base, 3, 3)]
+    per_group = architecture.width_per_group * base // 64
+    width = per_group * architecture.groups
+    out = base * EXPANSION
+    return [(width, channels, 1, 1), (width, per_group, 3, 3), (out, width, 1, 1)]
+
+
+def _conv_and_norm(conv: str, norm: str, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+    return {f"{conv}.weight": shape} | {f"{norm}.{key}": (shape[0],) for key in NORM_KEYS}
+
+
+def detectron2_name(key: str) -> str:
+    """Detectron2's name of a torchvision key: its norms are children of their convolutions."""
+    *path, module, leaf = key.split(".")
+    place = module.removeprefix("bn").removeprefix("conv")
+    if path[-1:] == ["downsample"]:
+        name = ["shortcut"] if module == "0" else ["shortcut", "norm"]
+        path = path[:-1]
+    else:
+        name = [f"conv{place}"] if module.startswith("conv") else [f"conv{place}", "norm"]
+    stage = [f"res{int(path[0].removeprefix('layer')) + 1}", path[1]] if path else ["stem"]
+    return ".".join([*stage, *name, leaf])
+
+
+# ---- reading -----------------------------------------------------------------------------------
+
+
+def read_state_dict(path: str | os.PathLike) -> dict[str, Tensor]:
+    """Return the state dict of a checkpoint, without a prefix that all its keys share.
+
+    Raises:
+        OSError: the file cannot be opened.
+        ValueError: the file is no checkpoint, or holds no state dict.
+    """
+    with open(path, "rb") as file:
+        try:
+            # torchvision's own training script keeps its argparse.Namespace beside the model.
+            with torch.serialization.safe_globals([argparse.Namespace]):
+                value = torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as error:  # a damaged file can fail anywhere in the unpickler
+            reason = str(error).strip().splitlines()
+            raise ValueError(
+                f"{path}: expected a checkpoint that torch.load reads with weights_only=True, got "
+                f"{type(error).__name__}: {reason[0] if reason else 'no reason given'}"
+            ) from error
+    for container in CONTAINERS:
+        if isinstance(value, Mapping) and isinstance(value.get(container), Mapping):
+            value = value[container]
+            break
+    is_named = isinstance(value, Mapping) and all(isinstance(key, str) for key in value)
+    if not is_named or not any(isinstance(entry, Tensor) for entry in value.values()):
+        got = f"keys {_some(value)}" if isinstance(value, Mapping) else type(value).__name__
+        raise ValueError(
+            f"{path}: expected a state dict, bare or under {' or '.join(CONTAINERS)}, got {got}"
+        )
+    return _without_prefix(value)
+
+
+def _without_prefix(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    state_dict = dict(state_dict)
+    while shared := [p for p in PREFIXES if all(key.startswith(p) for key in state_dict)]:
+        state_dict = {key.removeprefix(shared[0]): value for key, value in state_dict.items()}
+    return state_dict
+
+
+def _some(keys) -> str:
+    """A few of many keys, for an error."""
+    keys = [str(key) for key in keys]
+    more = f" and {len(keys) - SHOWN_KEYS} more" if len(keys) > SHOWN_KEYS else ""
+    return ", ".join(keys[:SHOWN_KEYS]) + more if keys else "none"
+
+
+def find_architecture(state_dict: Mapping[str, Tensor]) -> Architecture:
+    """Tell which of torchvision's ResNets a state dict is, from its stem and its block counts.
+
+    Raises:
+        ValueError: the keys are no ResNet's, its stem is not ImageNet's, or no known depth fits.
+    """
+    stem = state_dict.get("conv1.weight")
+    stages = [_count_blocks(state_dict, stage) for stage in (1, 2, 3, 4)]
+    if stem is None or "layer1.0.conv1.weight" not in state_dict:
+        raise ValueError(
+            "expected a ResNet in torchvision's layout (conv1.weight, layer1.0.conv1.weight, ...), "
+            f"got {_some(state_dict)}"
+        )
+    expected, shape = (STEM_WIDTH, 3, 7, 7), tuple(getattr(stem, "shape", ()))
+    if shape != expected:
+        reason = ""
+        if shape[2:] == (3, 3):
+            reason = (
+                ": a CIFAR network, whose 3x3 stem keeps the resolution where Detectron2's stem "
+                "has 7x7, stride 2 and max-pooling; train the backbone with the ImageNet stem"
+            )
+        raise ValueError(f"conv1.weight: expected shape {expected}, got {shape}{reason}")
+    is_basic = "layer1.0.conv3.weight" not in state_dict
+    for depth, blocks in BLOCKS.items():
+        if blocks == tuple(stages) and (depth in BASIC_DEPTHS) == is_basic:
+            return Architecture(depth) if is_basic else _widths(state_dict, depth)
+    kind = "basic" if is_basic else "bottleneck"
+    known = ", ".join(
+        f"{depth}: {list(blocks)}"
+        for depth, blocks in BLOCKS.items()
+        if (depth in BASIC_DEPTHS) == is_basic
+    )
+    raise ValueError(
+        f"expected a known depth (blocks of the stages for {kind} blocks: {known}), got {stages}"
+    )
+
+
+def _count_blocks(state_dict: Mapping[str, Tensor], stage: int) -> int:
+    prefix = f"layer{stage}."
+    return len({key.split(".")[1] for key in state_dict if key.startswith(prefix)})
+
+
+def _widths(state_dict: Mapping[str, Tensor], depth: int) -> Architecture:
+    """ResNeXt and Wide ResNet differ in the first stage's 3x3 convolution."""
+    middle = state_dict.get("layer1.0.conv2.weight")
+    shape = tuple(getattr(middle, "shape", ()))
+    if len(shape) != 4 or 0 in shape:
+        raise ValueError(f"layer1.0.conv2.weight: expected a convolution, got shape {shape}")
+    width, per_group = shape[:2]
+    return Architecture(depth, groups=max(1, width // per_group), width_per_group=per_group)
+
+
+# ---- converting --------------------------------------------------------------------------------
+
+
+def convert(state_dict: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Architecture]:
+    """Return Detectron2's names with float32 weights on the CPU, and the architecture.
+
+    The classifier and the counters of batches are left out: Detectron2 has no use for them.
+
+    Args:
+        state_dict: of one of torchvision's ResNets.
+
+    Raises:
+        ValueError: naming the key, what was expected and what came.
+
+    Source: detectron2/modeling/backbone/resnet.py (names and shapes of its ResNet).
+    """
+    architecture = find_architecture(state_dict)
+    shapes = torchvision_shapes(architecture)
+    _check_keys(state_dict, shapes, architecture)
+    for key, shape in shapes.items():
+        value = state_dict[key]
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            got = value.dtype if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(f"{key}: expected a floating-point tensor, got {got}")
+        if tuple(value.shape) != shape:
+            raise ValueError(f"{key}: expected shape {shape}, got {tuple(value.shape)}")
+        if not bool(value.isfinite().all()):
+            raise ValueError(f"{key}: expected finite values, got NaN or infinity")
+    # Copies: a view would take all that lies in its storage into the file.
+    as_is = {"dtype": torch.float32, "copy": True, "memory_format": torch.contiguous_format}
+    weights = {detectron2_name(key): state_dict[key].detach().to(**as_is) for key in shapes}
+    return weights, architecture
+
+
+def _check_keys(
+    state_dict: Mapping[str, Tensor], shapes: Mapping[str, tuple], architecture: Architecture
+) -> None:
+    missing = [key for key in shapes if key not in state_dict]
+    if missing:
+        raise ValueError(
+            f"expected the {len(shapes)} keys of a ResNet-{architecture.depth}, "
+            f"got none for {_some(missing)}"
+        )
+    unknown = [
+        key
+        for key in state_dict
+        if key not in shapes and not key.startswith("fc.") and not key.endswith(COUNTER)
+    ]
+    if unknown:  # left out, they would make another network of it
+        raise ValueError(
+            f"expected the keys of a ResNet-{architecture.depth} and its fc only, "
+            f"got also {_some(unknown)}"
+        )
+
+
+def backbone_config(architecture: Architecture) -> dict[str, object]:
+    """The Detectron2 keys that differ from its defaults for this network, by their dotted names."""
+    config: dict[str, object] = {
+        "INPUT.FORMAT": "RGB",
+        "MODEL.PIXEL_MEAN": PIXEL_MEAN,
+        "MODEL.PIXEL_STD": PIXEL_STD,
+        "MODEL.RESNETS.DEPTH": architecture.depth,
+        "MODEL.RESNETS.STRIDE_IN_1X1": False,
+    }
+    if architecture.is_basic:
+        config["MODEL.RESNETS.RES2_OUT_CHANNELS"] = STEM_WIDTH
+    if architecture.groups != 1:
+        config["MODEL.RESNETS.NUM_GROUPS"] = architecture.groups
+    if architecture.width_per_group != 64:
+        config["MODEL.RESNETS.WIDTH_PER_GROUP"] = architecture.width_per_group
+    return config
+
+
+def write_weights(path: str | os.PathLike, weights: Mapping[str, Tensor]) -> None:
+    """Write what DetectionCheckpointer loads, aside and then renamed.
+
+    A ``.pth`` holds tensors and is read as data; a ``.pkl`` is a pickle of numpy arrays, as those
+    of Detectron2's model zoo, which another major version of numpy may not read.
+
+    Raises:
+        ValueError: another suffix.
+
+    Source: detectron2/checkpoint/detection_checkpoint.py (keys of the file).
+    """
+    path = Path(path)
+    content = {"model": dict(weights), "__author__": "pskd", "matching_heuristics": True}
+    if path.suffix not in (".pth", ".pkl"):
+        raise ValueError(f"{path}: expected a name that ends in .pth or .pkl, got {path.suffix!r}")
+    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        with open(aside, "wb") as file:
+            if path.suffix == ".pth":
+                torch.save(content, file)
+            else:
+                content["model"] = {key: value.numpy() for key, value in weights.items()}
+                pickle.dump(content, file)
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def convert_file(source: str | os.PathLike, target: str | os.PathLike) -> dict[str, object]:
+    """Convert a checkpoint file and return the config keys that go with it.
+
+    Raises:
+        OSError: a file cannot be read or written.
+        ValueError: as `read_state_dict`, `convert` and `write_weights`; or both are one file.
+    """
+    if Path(source).resolve() == Path(target).resolve():
+        raise ValueError(f"{target}: expected another file than the one that is read, got the same")
+    state_dict = read_state_dict(source)
+    try:
+        weights, architecture = convert(state_dict)
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from error
+    write_weights(target, weights)
+    return {"MODEL.WEIGHTS": os.fspath(target), **backbone_config(architecture)}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit status."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("source", metavar="IN", help="torchvision-layout checkpoint")
+    parser.add_argument("target", metavar="OUT", help="the file to write, .pth or .pkl")
+    args = parser.parse_args(argv)
+    try:
+        config = convert_file(args.source, args.target)
+    except (OSError, ValueError) as error:
+        print(f"convert_backbone: {error}", file=sys.stderr)
+        return 1
+    print(f"{args.target}: a backbone of depth {config['MODEL.RESNETS.DEPTH']}. Its config keys:")
+    for key, value in config.items():
+        print(f"    {key} {shlex.quote(str(value))}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
