@@ -7,10 +7,10 @@ Reads ResNet-18, 34, 50, 101 and 152, ResNeXt and Wide ResNet in torchvision's l
 layer1.0.conv1, ..., fc), as a bare state dict or under "model" or "state_dict", with or without
 DataParallel's "module." prefix. The classifier is left out.
 
-Prints the config that goes with the weights, as KEY VALUE pairs for a command line: Detectron2's
-defaults are those of the MSRA networks,
-which have their stride in the 1x1 convolutions, read BGR, and have the pixels' deviation in their
-first weights. A torchvision network under those defaults loads without a word and sees noise.
+Prints the config that goes with the weights, as KEY VALUE pairs for a command line. Detectron2's
+defaults are those of the MSRA networks, which have their stride in the 1x1 convolutions, read BGR,
+and have the pixels' deviation in their first weights: under them a torchvision network loads
+without a word and computes something else.
 The same keys, without the file and the depth, are in configs/detection/torchvision_backbone.yaml.
 
 Needs torch only.
@@ -296,7 +296,7 @@ def write_weights(path: str | os.PathLike, weights: Mapping[str, Tensor]) -> Non
     of Detectron2's model zoo, which another major version of numpy may not read.
 
     Raises:
-        ValueError: another suffix.
+        ValueError: another suffix, or a folder that is not there.
 
     Source: detectron2/checkpoint/detection_checkpoint.py (keys of the file).
     """
@@ -304,6 +304,8 @@ def write_weights(path: str | os.PathLike, weights: Mapping[str, Tensor]) -> Non
     content = {"model": dict(weights), "__author__": "pskd", "matching_heuristics": True}
     if path.suffix not in (".pth", ".pkl"):
         raise ValueError(f"{path}: expected a name that ends in .pth or .pkl, got {path.suffix!r}")
+    if not path.parent.is_dir():
+        raise ValueError(f"{path}: expected an existing folder, got {path.parent}")
     aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         with open(aside, "wb") as file:
