@@ -64,9 +64,8 @@ def main(args) -> None:
     else:
         trainer = Trainer(cfg)
         trainer.resume_or_load(resume=args.resume)
-        trainer.train()
-        results["seconds_per_iteration"] = trainer.seconds_per_iteration()
-        results |= Trainer.test(cfg, trainer.model)
+        trainer.train()  # its last hook evaluates
+        results |= trainer.results()
     if comm.is_main_process():
         write_results(cfg.OUTPUT_DIR, results)
 

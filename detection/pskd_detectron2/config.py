@@ -7,10 +7,9 @@ import os
 import detectron2
 from detectron2.config import CfgNode, get_cfg
 
-from pskd import constant_alpha, cosine_alpha, linear_alpha
+from pskd.schedule import SCHEDULES, check_alpha
 
 __all__ = [
-    "SCHEDULES",
     "TEACHERS",
     "add_pskd_config",
     "check_options",
@@ -18,7 +17,6 @@ __all__ = [
     "load_config",
 ]
 
-SCHEDULES = {"linear": linear_alpha, "constant": constant_alpha, "cosine": cosine_alpha}
 TEACHERS = ("snapshot", "memory")
 HEADS = {
     "StandardROIHeads": "PSKDROIHeads",
@@ -83,9 +81,8 @@ def check_options(
     alpha_final: float, schedule: str, teacher: str, label_smoothing: float, epoch_iters: int
 ) -> None:
     """Raise ValueError for a value that is none of its option's."""
-    for name, value in (("ALPHA_FINAL", alpha_final), ("LABEL_SMOOTHING", label_smoothing)):
-        if not 0.0 <= value <= 1.0:  # NaN is refused too
-            raise ValueError(f"MODEL.PSKD.{name}: expected a number in [0, 1], got {value!r}")
+    check_alpha(alpha_final, "MODEL.PSKD.ALPHA_FINAL")
+    check_alpha(label_smoothing, "MODEL.PSKD.LABEL_SMOOTHING")
     if schedule not in SCHEDULES:
         raise ValueError(
             f"MODEL.PSKD.ALPHA_SCHEDULE: expected one of {', '.join(SCHEDULES)}, got {schedule!r}"

@@ -7,6 +7,7 @@ the order in which Detectron2's loaders return images and annotations.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 from collections.abc import Sequence
@@ -24,6 +25,7 @@ from pskd_detectron2.fast_rcnn import ROW_FIELD
 __all__ = [
     "PSKDDatasetMapper",
     "check_datasets",
+    "count_annotations",
     "detection_dataset",
     "number_annotations",
     "register_spec",
@@ -34,18 +36,21 @@ _ROW = "pskd_row"
 _DATASETS: dict[str, DetectionDataset] = {}  # those that were registered from a spec, by it
 
 
-def number_annotations(dataset_dicts: Sequence[dict]) -> int:
-    """Give every annotation its row, in place; return how many there are."""
-    row = 0
-    for record in dataset_dicts:
-        for annotation in record.get("annotations", ()):
-            annotation[_ROW] = row
-            row += 1
-    return row
+def number_annotations(dataset_dicts: list[dict]) -> list[dict]:
+    """Give every annotation its row, in place; return the same list."""
+    annotations = itertools.chain.from_iterable(d.get("annotations", ()) for d in dataset_dicts)
+    for row, annotation in enumerate(annotations):
+        annotation[_ROW] = row
+    return dataset_dicts
+
+
+def count_annotations(dataset_dicts: Sequence[dict]) -> int:
+    """Return how many annotations there are."""
+    return sum(len(d.get("annotations", ())) for d in dataset_dicts)
 
 
 def training_fingerprint(dataset_dicts: Sequence[dict]) -> str:
-    """Return a sha256 over images, boxes and classes in their order."""
+    """Return the head of a sha256 over images, boxes and classes in their order."""
     digest = hashlib.sha256()
     for record in dataset_dicts:
         boxes = [
@@ -54,7 +59,7 @@ def training_fingerprint(dataset_dicts: Sequence[dict]) -> str:
         ]
         line = [Path(record["file_name"]).name, record.get("height"), record.get("width"), boxes]
         digest.update(json.dumps(line).encode())
-    return digest.hexdigest()
+    return digest.hexdigest()[:16]
 
 
 class PSKDDatasetMapper(DatasetMapper):
@@ -97,7 +102,7 @@ def register_spec(
     dataset = load_dataset(spec, class_names)
     folder = Path(output_dir) / "datasets"
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{hashlib.sha256(spec.encode()).hexdigest()[:16]}_{os.getpid()}.json"
+    path = folder / f"{hashlib.sha256(spec.encode()).hexdigest()[:16]}.json"
     write_json(path, dataset.coco)
     for catalog in (DatasetCatalog, MetadataCatalog):
         if spec in catalog.list():

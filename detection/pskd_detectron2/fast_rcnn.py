@@ -71,7 +71,8 @@ class PSKDFastRCNNOutputLayers(FastRCNNOutputLayers):
         weight = self.loss_weight.get("loss_cls", 1.0)
         if self.use_sigmoid_ce:
             if past is not None:
-                losses["loss_cls"] += weight * self._sigmoid_softening(scores, labels, past, alpha)
+                softening = self._sigmoid_softening(scores, labels, past, alpha)
+                losses["loss_cls"] = losses["loss_cls"] + weight * softening
         elif past is not None or self.pskd.label_smoothing:
             losses["loss_cls"] = weight * self._softened(scores, labels, past, alpha)
         if past is not None:
@@ -114,7 +115,9 @@ class PSKDFastRCNNOutputLayers(FastRCNNOutputLayers):
         if pskd.alpha:
             past, seen = pskd.memory.read(rows)
             alpha = (foreground & seen) * pskd.alpha
-        pskd.memory.write(rows[foreground], self._probs(scores.detach()[foreground]))
+        # A background ROI carries the row of some annotation too, and is masked in place of being
+        # selected, which would wait for the device.
+        pskd.memory.write(rows, self._probs(scores.detach()), foreground)
         return past, alpha
 
     def _probs(self, scores: Tensor) -> Tensor:
@@ -139,11 +142,9 @@ class PSKDFastRCNNOutputLayers(FastRCNNOutputLayers):
         self, scores: Tensor, labels: Tensor, past: Tensor, alpha: Tensor
     ) -> Tensor:
         """Return what the mixed target adds to the stock loss, which is linear in it."""
-        logits, past = scores[:, :-1].float(), past[:, :-1]
-        onehot = torch.zeros_like(past)
-        foreground = (labels >= 0) & (labels < self.num_classes)
-        onehot[foreground, labels[foreground]] = 1.0
-        softening = alpha[:, None] * (onehot - past) * logits
+        onehot = torch.zeros_like(past).scatter_(1, labels[:, None], 1.0)
+        # Without the background, the last column, which a sigmoid head does not train.
+        softening = alpha[:, None] * ((onehot - past) * scores.float())[:, :-1]
         if self.use_fed_loss:
             sampled = softening.new_zeros(self.num_classes + 1)
             sampled[self._fed_loss_classes] = 1.0
@@ -158,24 +159,25 @@ class PSKDFastRCNNOutputLayers(FastRCNNOutputLayers):
         1 - p[y]: the factor itself divides by it and has no finite mean over well-learned ROIs.
         Of a sigmoid head all three look at the K foreground classes of foreground ROIs.
         """
-        rows = alpha > 0
-        if self.use_sigmoid_ce:
-            rows = rows & (labels >= 0) & (labels < self.num_classes)
-            scores, past = scores[:, :-1], past[:, :-1]
-        if not bool(rows.any()):
-            return
-        scores, labels, past, alpha = scores[rows], labels[rows, None], past[rows], alpha[rows]
+        rows, label = alpha > 0, labels[:, None]
         student = self._probs(scores)
-        student_error = 1.0 - student.gather(1, labels).squeeze(1)
-        teacher_at_label = past.gather(1, labels).squeeze(1)
-        removed = (alpha * (1.0 - teacher_at_label)).sum() / student_error.sum().clamp_min(1e-6)
-        tiny = torch.finfo(torch.float32).tiny
-        get_event_storage().put_scalars(
-            **{
-                "pskd/teacher_nll": -teacher_at_label.clamp_min(tiny).log().mean().item(),
-                "pskd/teacher_agreement": (
-                    (student.argmax(1) == past.argmax(1)).float().mean().item()
-                ),
-                "pskd/gradient_rescaling": 1.0 - removed.item(),
-            }
-        )
+        if self.use_sigmoid_ce:
+            rows = rows & (labels < self.num_classes)
+            student, past = student[:, :-1], past[:, :-1]
+            label = label.clamp_max(self.num_classes - 1)
+        student_error = 1.0 - student.gather(1, label).squeeze(1)
+        teacher_at_label = past.gather(1, label).squeeze(1)
+        nll = -teacher_at_label.clamp_min(torch.finfo(torch.float32).tiny).log()
+        agreement = (student.argmax(1) == past.argmax(1)).float()
+        removed = alpha * (1.0 - teacher_at_label)
+        columns = torch.stack([torch.ones_like(nll), nll, agreement, removed, student_error])
+        # One transfer from the device for all of them.
+        count, nll, agreement, removed, student_error = (columns * rows).sum(1).tolist()
+        if count:
+            get_event_storage().put_scalars(
+                **{
+                    "pskd/teacher_nll": nll / count,
+                    "pskd/teacher_agreement": agreement / count,
+                    "pskd/gradient_rescaling": 1.0 - removed / max(student_error, 1e-6),
+                }
+            )

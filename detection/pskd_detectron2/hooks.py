@@ -12,7 +12,8 @@ from detectron2.engine import HookBase
 from detectron2.utils import comm
 from torch import nn
 
-from pskd_detectron2.config import SCHEDULES, check_options
+from pskd.schedule import SCHEDULES
+from pskd_detectron2.config import check_options
 from pskd_detectron2.memory import AnnotationMemory
 from pskd_detectron2.state import PSKDState
 
@@ -20,6 +21,8 @@ __all__ = ["PSKDHook"]
 
 logger = logging.getLogger("detectron2." + __name__)
 
+# What ALLOW_SCHEDULE_CHANGE allows to be another after a resume.
+_SCHEDULE = {"epoch_iters", "alpha_final", "schedule", "num_epochs"}
 _LOGGED = ("pskd/teacher_nll", "pskd/teacher_agreement", "pskd/gradient_rescaling")
 
 
@@ -38,7 +41,7 @@ class PSKDHook(HookBase):
         teacher: ``"snapshot"`` or ``"memory"``.
         output_dir: where memory files are written.
         num_annotations: of the training set, one memory row each; needed with the memory.
-        fingerprint: names the training set; a teacher's memory of another one is refused.
+        fingerprint: names the training set; a checkpoint of another one is refused. Empty: unknown.
         checkpoint_period: iterations between checkpoints, before which the processes' parts of the
             memory are brought together.
         allow_schedule_change: resume with other options than those of the checkpoint.
@@ -76,8 +79,11 @@ class PSKDHook(HookBase):
             "alpha_final": float(alpha_final),
             "schedule": schedule,
             "teacher": teacher,
+            "num_classes": heads.num_classes,
+            "training_set": fingerprint,
         }
         self._loaded_options: dict[str, object] = {}
+        self._memory_loaded = False
         self._allow_schedule_change = allow_schedule_change
         self._output_dir = Path(output_dir)
         self._checkpoint_period, self._log_period = checkpoint_period, log_period
@@ -101,21 +107,25 @@ class PSKDHook(HookBase):
         return nn.ModuleDict({"backbone": self._model.backbone, "roi_heads": self._model.roi_heads})
 
     def before_train(self) -> None:
-        """Fix the number of epochs; refuse to go on inside an epoch without its teacher."""
+        """Fix the number of epochs; refuse to go on without the teacher that there must be."""
         options, start = self._options, self.trainer.start_iter
         num_epochs = math.ceil(self.trainer.max_iter / options["epoch_iters"])
         self._check_unchanged("num_epochs", num_epochs)
         options["num_epochs"] = num_epochs
         logger.info("PS-KD: %s", ", ".join(f"{name} {value}" for name, value in options.items()))
-        inside = start > options["epoch_iters"] and start % options["epoch_iters"]
-        if inside and options["alpha_final"] and not self._has_teacher():
+        if options["alpha_final"] and not self._has_teacher(start):
             raise ValueError(
-                f"iteration {start} lies inside an epoch: expected a checkpoint with PS-KD's "
-                "teacher, got one without"
+                f"iteration {start} is in epoch {start // options['epoch_iters'] + 1}: expected a "
+                f"checkpoint with the {options['teacher']} of its last epoch, got one without"
             )
 
-    def _has_teacher(self) -> bool:
-        return self._pskd.memory is not None or self._pskd.snapshot.available
+    def _has_teacher(self, start: int) -> bool:
+        if start < self._options["epoch_iters"]:
+            return True  # in the first epoch there is none to have
+        if self._pskd.memory is not None:
+            return self._memory_loaded
+        # At an epoch's start the model itself is the teacher.
+        return start % self._options["epoch_iters"] == 0 or self._pskd.snapshot.available
 
     def before_step(self) -> None:
         iteration, options = self.trainer.iter, self._options
@@ -201,11 +211,13 @@ class PSKDHook(HookBase):
 
     def _check_unchanged(self, name: str, value: object) -> None:
         expected = self._loaded_options.get(name, value)
-        if value == expected or (self._allow_schedule_change and name != "teacher"):
+        changeable = name in _SCHEDULE
+        if value == expected or (self._allow_schedule_change and changeable):
             return
+        hint = " (MODEL.PSKD.ALLOW_SCHEDULE_CHANGE True allows it)" if changeable else ""
         raise ValueError(
-            f"{name}: expected {expected!r}, with which the checkpoint was trained, got {value!r} "
-            "(MODEL.PSKD.ALLOW_SCHEDULE_CHANGE True allows it)"
+            f"{name}: expected {expected!r}, with which the checkpoint was trained, got {value!r}"
+            f"{hint}"
         )
 
     def _read_memory(self, name: str | None) -> None:
@@ -222,6 +234,7 @@ class PSKDHook(HookBase):
             ) from None
         except Exception as error:  # torch and pickle raise many kinds for a damaged file
             raise ValueError(f"{path}: expected the memory of this run: {error}") from error
+        self._memory_loaded = True
         if not comm.is_main_process():
             # The sums in the file are those of all processes: they are added up once.
             self._pskd.memory.forget_unfinished_epoch()

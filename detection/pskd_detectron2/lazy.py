@@ -12,17 +12,24 @@ import sys
 from pathlib import Path
 
 import detectron2
-import torch
 from detectron2.config import LazyConfig, instantiate
-from detectron2.engine import AMPTrainer, SimpleTrainer, default_setup, default_writers, hooks
+from detectron2.data import DatasetMapper, get_detection_dataset_dicts
+from detectron2.engine import default_setup, default_writers, hooks
 from detectron2.engine.defaults import create_ddp_model
 from detectron2.evaluation import inference_on_dataset, print_csv_format
 from detectron2.utils import comm
 from omegaconf import DictConfig, OmegaConf
 from pskd_detection.results import write_results
 
+from pskd_detectron2.data import (
+    PSKDDatasetMapper,
+    count_annotations,
+    number_annotations,
+    training_fingerprint,
+)
 from pskd_detectron2.hooks import PSKDHook
 from pskd_detectron2.resume import AsideCheckpointer
+from pskd_detectron2.trainer import ddp_options, step_trainer
 
 __all__ = ["RECIPES", "load_recipe", "run_lazy"]
 
@@ -47,9 +54,9 @@ def run_lazy(args) -> None:
     model = instantiate(cfg.model).to(cfg.train.device)
     if args.eval_only:
         AsideCheckpointer(model).load(cfg.train.init_checkpoint)
+        results = evaluate(cfg, model)
     else:
-        model = train(args, cfg, model)
-    results = evaluate(cfg, model)
+        results = train(args, cfg, model)
     if comm.is_main_process():
         seed = OmegaConf.select(cfg, "train.seed", default=-1)
         write_results(cfg.train.output_dir, {"command": sys.argv, "seed": seed} | results)
@@ -65,16 +72,23 @@ def evaluate(cfg: DictConfig, model) -> dict:
     return results
 
 
-def train(args, cfg: DictConfig, model):
-    """Train and return the model, which is wrapped in DDP if there are several processes."""
+def train(args, cfg: DictConfig, model) -> dict:
+    """Train, and return the last evaluation."""
     cfg.optimizer.params.model = model
     optimizer = instantiate(cfg.optimizer)
+    if OmegaConf.select(cfg, "train.pskd.teacher") == "memory":
+        carry_rows(cfg)
     loader = instantiate(cfg.dataloader.train)
-    devices = {} if torch.device(cfg.train.device).type == "cuda" else {"device_ids": None}
-    model = create_ddp_model(model, **(dict(cfg.train.ddp) | devices))
-    trainer = (AMPTrainer if cfg.train.amp.enabled else SimpleTrainer)(model, loader, optimizer)
+    model = create_ddp_model(model, **(dict(cfg.train.ddp) | ddp_options(cfg.train.device)))
+    trainer = step_trainer(cfg.train.device, cfg.train.amp.enabled)(model, loader, optimizer)
     checkpointer = AsideCheckpointer(model, cfg.train.output_dir, trainer=trainer)
     main = comm.is_main_process()
+    results: dict = {}
+
+    def test() -> dict:
+        results.update(evaluate(cfg, model))
+        return results
+
     writers = default_writers(cfg.train.output_dir, cfg.train.max_iter) if main else []
     trainer.register_hooks(
         [
@@ -82,13 +96,42 @@ def train(args, cfg: DictConfig, model):
             hooks.IterationTimer(),
             hooks.LRScheduler(scheduler=instantiate(cfg.lr_multiplier)),
             hooks.PeriodicCheckpointer(checkpointer, **cfg.train.checkpointer) if main else None,
+            hooks.EvalHook(cfg.train.eval_period, test),
             hooks.PeriodicWriter(writers, period=cfg.train.log_period) if main else None,
         ]
     )
     checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=args.resume)
     resumed = args.resume and checkpointer.has_checkpoint()
     trainer.train(trainer.iter + 1 if resumed else 0, cfg.train.max_iter)
-    return model
+    return results
+
+
+def numbered_dicts(**kwargs) -> list[dict]:
+    """`get_detection_dataset_dicts`, every annotation with its row of the memory."""
+    return number_annotations(get_detection_dataset_dicts(**kwargs))
+
+
+def carry_rows(cfg: DictConfig) -> None:
+    """Let the training data tell the rows of its annotations, in place; the memory needs them.
+
+    Raises:
+        ValueError: for a dataset or a mapper other than Detectron2's own.
+    """
+    loader = cfg.dataloader.train
+    stock = {"dataset": get_detection_dataset_dicts, "mapper": DatasetMapper}
+    ours = {"dataset": numbered_dicts, "mapper": PSKDDatasetMapper}
+    for part, expected in stock.items():
+        got = loader[part]._target_
+        if got not in (expected, _name(expected)):
+            raise ValueError(
+                f"dataloader.train.{part}: with the memory teacher expected {_name(expected)}, "
+                f"got {got}"
+            )
+        loader[part]._target_ = ours[part]
+
+
+def _name(target) -> str:
+    return f"{target.__module__}.{target.__qualname__}"
 
 
 def pskd_hook(cfg: DictConfig, model) -> PSKDHook | None:
@@ -97,15 +140,15 @@ def pskd_hook(cfg: DictConfig, model) -> PSKDHook | None:
     if options is None:
         return None
     options = OmegaConf.to_container(options)
-    if options.get("teacher", "snapshot") != "snapshot":
-        raise ValueError(f"train.pskd.teacher: expected snapshot here, got {options['teacher']!r}")
+    dicts = instantiate(cfg.dataloader.train.dataset)
     if not options.get("epoch_iters"):
-        images = len(instantiate(cfg.dataloader.train.dataset))
-        options["epoch_iters"] = max(1, images // cfg.dataloader.train.total_batch_size)
+        options["epoch_iters"] = max(1, len(dicts) // cfg.dataloader.train.total_batch_size)
     try:
         return PSKDHook(
             model,
             output_dir=os.fspath(cfg.train.output_dir),
+            num_annotations=count_annotations(dicts),
+            fingerprint=training_fingerprint(dicts),
             checkpoint_period=cfg.train.checkpointer.period,
             log_period=cfg.train.log_period,
             **options,

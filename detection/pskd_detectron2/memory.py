@@ -41,10 +41,16 @@ class AnnotationMemory:
         """
         return self.probs[rows], self.seen[rows]
 
-    def write(self, rows: Tensor, probs: Tensor) -> None:
-        """Add (R, C) predictions of (R,) rows to this epoch's means; a row may occur often."""
-        self._sums.index_add_(0, rows, probs.detach().to(self._sums.dtype))
-        self._counts.index_add_(0, rows, torch.ones_like(rows))
+    def write(self, rows: Tensor, probs: Tensor, counts: Tensor) -> None:
+        """Add predictions to this epoch's means; a row may occur often.
+
+        Args:
+            rows: (R,) int64 in [0, M).
+            probs: (R, C) float.
+            counts: (R,) bool; the others are left out.
+        """
+        self._sums.index_add_(0, rows, probs.detach().to(self._sums.dtype) * counts[:, None])
+        self._counts.index_add_(0, rows, counts.long())
 
     def next_epoch(self) -> None:
         """Turn what this epoch wrote, on all processes, into what the next one reads.

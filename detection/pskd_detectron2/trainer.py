@@ -24,6 +24,7 @@ from pskd_detectron2.config import check_pskd_config
 from pskd_detectron2.data import (
     PSKDDatasetMapper,
     check_datasets,
+    count_annotations,
     number_annotations,
     training_fingerprint,
 )
@@ -31,7 +32,7 @@ from pskd_detectron2.evaluation import build_evaluators, ground_truth_rois
 from pskd_detectron2.hooks import PSKDHook
 from pskd_detectron2.resume import AsideCheckpointer, RandomStateHook, ResumableTrainingSampler
 
-__all__ = ["CPUAMPTrainer", "Trainer", "epoch_iters"]
+__all__ = ["CPUAMPTrainer", "Trainer", "epoch_iters", "step_trainer"]
 
 logger = logging.getLogger("detectron2." + __name__)
 
@@ -42,6 +43,18 @@ class CPUAMPTrainer(SimpleTrainer):
     def run_step(self) -> None:
         with torch.autocast("cpu", dtype=torch.bfloat16):
             super().run_step()
+
+
+def step_trainer(device: torch.device | str, amp: bool) -> type[SimpleTrainer]:
+    """Return the class that makes a training step on a device, in mixed precision or not."""
+    on_cpu = torch.device(device).type == "cpu"
+    return (CPUAMPTrainer if on_cpu else AMPTrainer) if amp else SimpleTrainer
+
+
+def ddp_options(device: torch.device | str) -> dict:
+    """Return what `create_ddp_model` must be told: it names a device by the rank of its process,
+    which a model on the CPU refuses."""
+    return {"device_ids": None} if torch.device(device).type == "cpu" else {}
 
 
 class Trainer(DefaultTrainer):
@@ -56,23 +69,19 @@ class Trainer(DefaultTrainer):
     """
 
     def __init__(self, cfg: CfgNode) -> None:
+        # `DefaultTrainer.__init__` loads the images where nobody else sees them, and cannot wrap a
+        # model on the CPU; its parts are called here in its order.
         TrainerBase.__init__(self)
         cfg = self.auto_scale_workers(cfg, comm.get_world_size())
         check_pskd_config(cfg)
         check_datasets(cfg)
-        self._dataset_dicts = training_dicts(cfg)
-        self._num_annotations = number_annotations(self._dataset_dicts)
+        self._dataset_dicts = number_annotations(training_dicts(cfg))
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
         loader = self._build_loader(cfg)
-        on_cpu = torch.device(cfg.MODEL.DEVICE).type == "cpu"
-        # The default names a device by the rank, which a model on the CPU refuses.
-        devices = {"device_ids": None} if on_cpu else {}
-        model = create_ddp_model(model, broadcast_buffers=False, **devices)
-        kind = (
-            (CPUAMPTrainer if on_cpu else AMPTrainer) if cfg.SOLVER.AMP.ENABLED else SimpleTrainer
-        )
-        self._trainer = kind(model, loader, optimizer)
+        model = create_ddp_model(model, broadcast_buffers=False, **ddp_options(cfg.MODEL.DEVICE))
+        step = step_trainer(cfg.MODEL.DEVICE, cfg.SOLVER.AMP.ENABLED)
+        self._trainer = step(model, loader, optimizer)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = AsideCheckpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
         self.start_iter, self.max_iter, self.cfg = 0, cfg.SOLVER.MAX_ITER, cfg
@@ -103,7 +112,7 @@ class Trainer(DefaultTrainer):
                     schedule=options.ALPHA_SCHEDULE,
                     teacher=options.TEACHER,
                     output_dir=cfg.OUTPUT_DIR,
-                    num_annotations=self._num_annotations,
+                    num_annotations=count_annotations(self._dataset_dicts),
                     fingerprint=training_fingerprint(self._dataset_dicts),
                     checkpoint_period=cfg.SOLVER.CHECKPOINT_PERIOD,
                     allow_schedule_change=options.ALLOW_SCHEDULE_CHANGE,
@@ -136,9 +145,15 @@ class Trainer(DefaultTrainer):
             logger.info("Scores of the ground-truth ROIs of %s: %s", name, scores)
         return results
 
-    def seconds_per_iteration(self) -> float:
-        """Return the median over the iterations of this run."""
-        return float(np.median([seconds for seconds, _ in self.storage.history("time").values()]))
+    def results(self) -> dict:
+        """Return the last evaluation, and the median seconds of an iteration of this run.
+
+        The seconds are None where there were not more iterations than the three that Detectron2
+        does not time.
+        """
+        times = self.storage.histories().get("time")
+        seconds = None if times is None else float(np.median([t for t, _ in times.values()]))
+        return {"seconds_per_iteration": seconds, **getattr(self, "_last_eval_results", {})}
 
 
 def uses_memory(cfg: CfgNode) -> bool:
