@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 
@@ -63,7 +64,8 @@ class ConfidenceEvaluator(DatasetEvaluator):
             runs = {"detections": (confidence.confidence, confidence.correct)}
             reliability_diagram(runs, folder / "reliability.png")
             risk_coverage_plot(runs, folder / "risk_coverage.png")
-        return {"confidence": results}
+        # Detectron2 prints and logs floats only.
+        return {"confidence": {k: math.nan if v is None else v for k, v in results.items()}}
 
 
 class VOCEvaluator(PascalVOCDetectionEvaluator):

@@ -206,8 +206,9 @@ class PSKDHook(HookBase):
         elif "snapshot" in state:
             try:
                 self._pskd.snapshot.load_state_dict(state["snapshot"], self._student())
-            except RuntimeError as error:
-                raise ValueError(f"the checkpoint's teacher is another model's: {error}") from error
+            except RuntimeError as error:  # a line for each parameter that does not fit
+                first = str(error).split("\n\t")[:2][-1]
+                raise ValueError(f"the checkpoint's teacher is another model's: {first}") from error
 
     def _check_unchanged(self, name: str, value: object) -> None:
         expected = self._loaded_options.get(name, value)
