@@ -1,4 +1,4 @@
-# make demo    train the baseline and PS-KD on the embedded corpus, print a table, write plots
+# make demo    train baselines and PS-KD, translation and detection; print a table, write pictures
 # make test    run the tests
 # make lint    run ruff
 #
@@ -24,7 +24,7 @@ export OMP_NUM_THREADS ?= 1
 .DELETE_ON_ERROR:
 
 demo: setup
-	$(BIN)/python -m demo.translation
+	$(BIN)/python -m demo
 
 test: setup
 	$(BIN)/python -m pytest -n 2 --dist loadfile

@@ -35,9 +35,9 @@ DESCRIPTION = "pskd demo: handwritten digits on cluttered canvases"
 TEST_SHARE = 0.2  # of each digit's scans
 SIZE = 128  # pixels
 SMALLEST_SIZE = 96  # below, five digits of full height find no room
-HEIGHTS = (16, 40)  # of a digit, in pixels
+HEIGHTS = (24, 48)  # of a digit, in pixels
 MAX_DIGITS = 5
-MAX_SCRAMBLED = 3
+MAX_SCRAMBLED = 1
 MAX_OVERLAP = 0.15  # of two boxes, as a share of the smaller one: an IoU of at most 0.15 / 1.85
 INK = 0.5  # from this opacity on a pixel belongs to the digit and its box
 PLACING_TRIES = 50
@@ -145,11 +145,11 @@ def _paste(rng: np.random.Generator, canvas: np.ndarray, ink: np.ndarray, x: int
     """Blend ink into the canvas, in place, in a colour that differs from what lies beneath."""
     part = canvas[y : y + ink.shape[0], x : x + ink.shape[1]]
     beneath = float(part.mean())
-    contrast = rng.uniform(35, 110) * rng.choice([-1, 1])
+    contrast = rng.uniform(60, 130) * rng.choice([-1, 1])
     if not 0 <= beneath + contrast <= 255:
         contrast = -contrast
     color = np.clip(beneath + contrast + rng.uniform(-20, 20, 3), 0, 255)
-    part += (ink * rng.uniform(0.8, 1.0))[..., None] * (color - part)
+    part += (ink * rng.uniform(0.9, 1.0))[..., None] * (color - part)
 
 
 def _finish(rng: np.random.Generator, canvas: np.ndarray) -> Image.Image:
@@ -206,7 +206,7 @@ def draw_image(part: str, index: int, *, size: int, seed: int) -> tuple[Image.Im
     for number in range(num_digits + int(rng.integers(0, MAX_SCRAMBLED + 1))):
         chosen = int(rng.choice(own))
         is_digit = number < num_digits
-        # Log-uniform: as many digits between 16 and 24 pixels as between 24 and 36.
+        # Log-uniform: as many digits between 24 and 34 pixels as between 34 and 48.
         height = round(float(np.exp(rng.uniform(*np.log(HEIGHTS)))))
         ink = enlarge(rng, scans[chosen] if is_digit else scramble(rng, scans[chosen]), height)
         box = _place(rng, ink, taken, size)

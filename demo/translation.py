@@ -3,105 +3,35 @@
     python -m demo.translation                          the embedded corpus (German from English)
     python -m demo.translation --src FILE --tgt FILE    your own parallel text, plain or .gz
 
-Everything lies in runs/demo afterwards: the data folder, both models with their logs and
-evaluations, results.json, reliability.png and risk_coverage.png.
+Everything lies in runs/demo/translation afterwards: the data folder, both models with their logs
+and evaluations, results.json, reliability.png and risk_coverage.png.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
+from pskd_detection import write_json
 
 from demo.locale_pairs import write_pairs
+from demo.report import Report
+from demo.steps import ROOT, Step, StepFailed, run_all
 from pskd.plots import reliability_diagram, risk_coverage_plot
 
-ROOT = Path(__file__).resolve().parent.parent
+OUT = Path("runs/demo/translation")
 RECIPES = {"baseline": "demo.sh", "PS-KD": "demo_pskd.sh"}
 COLUMNS = {
-    "bleu": "BLEU",
-    "nll": "NLL",
-    "ece": "ECE",
-    "aurc": "AURC",
-    "seconds_per_epoch": "s/epoch",
+    "bleu": ("BLEU", ".2f"),
+    "nll": ("NLL", ".4f"),
+    "ece": ("ECE", ".4f"),
+    "aurc": ("AURC", ".4f"),
+    "seconds_per_epoch": ("s/epoch", ".1f"),
 }
-
-
-class StepFailed(Exception):
-    """A command of the demo ended with an error; its log is named."""
-
-
-def environment() -> dict[str, str]:
-    """Return the environment of the trainings: one thread each, and freed memory kept.
-
-    Without the two allocator settings glibc gives every logits-sized tensor back to the system and
-    maps it anew, page by page, in each step; a third of a small model's time goes there.
-    """
-    return {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "MALLOC_MMAP_THRESHOLD_": str(1 << 30),
-        "MALLOC_TRIM_THRESHOLD_": str(1 << 32),
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
-    }
-
-
-class Step:
-    """One command in the background, its output in a log file."""
-
-    def __init__(self, name: str, command: list[str | Path], log: Path) -> None:
-        self.name, self.log = name, log
-        log.parent.mkdir(parents=True, exist_ok=True)
-        self._output = log.open("w", encoding="utf-8")
-        self._process = subprocess.Popen(
-            [str(word) for word in command],
-            cwd=ROOT,
-            env=environment(),
-            stdin=subprocess.DEVNULL,
-            stdout=self._output,
-            stderr=subprocess.STDOUT,
-        )
-
-    def running(self) -> bool:
-        return self._process.poll() is None
-
-    def finish(self) -> None:
-        """Wait for the end.
-
-        Raises:
-            StepFailed: if the command failed, with its last line and its log file.
-        """
-        code = self._process.wait()
-        self._output.close()
-        if code:
-            lines = self.log.read_text(encoding="utf-8").strip().split("\n")
-            raise StepFailed(f"{self.name} failed ({code}), see {self.log}: {lines[-1]}")
-
-    def stop(self) -> None:
-        self._process.kill()
-        self._process.wait()
-
-
-def run_all(steps: list[Step], watch=lambda step: None) -> None:
-    """Wait for all steps, calling ``watch`` on each meanwhile; if one fails, stop the others."""
-    try:
-        while any(step.running() for step in steps):
-            for step in steps:
-                watch(step)
-            time.sleep(0.5)
-        for step in steps:
-            watch(step)
-            step.finish()
-    finally:
-        for step in steps:
-            step.stop()
 
 
 def prepare(args: argparse.Namespace, out: Path) -> Path:
@@ -210,29 +140,20 @@ def write_results(results: dict[str, dict], out: Path) -> None:
     say(4, f"plots and {out / 'results.json'}")
     reliability_diagram(runs, out / "reliability.png")
     risk_coverage_plot(runs, out / "risk_coverage.png")
-    aside = out / "results.json.tmp"
-    aside.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    os.replace(aside, out / "results.json")
+    write_json(out / "results.json", results, indent=2)
 
 
-def print_table(results: dict[str, dict]) -> None:
-    print("\n" + "".join(f"{title:>10}" for title in ("", *COLUMNS.values())))
-    for name, result in results.items():
-        cells = [
-            f"{result[key]:10.2f}" if key == "bleu" else f"{result[key]:10.4f}"
-            for key in COLUMNS
-            if key != "seconds_per_epoch"
-        ]
-        print(f"{name:>10}" + "".join(cells) + f"{result['seconds_per_epoch']:10.1f}")
+def report(results: dict[str, dict]) -> Report:
     signature = next(iter(results.values()))["bleu_signature"]
-    print(
-        f"\nBLEU: sacreBLEU {signature}. NLL (nats), ECE (15 bins) and AURC: of every reference "
-        "token under\nteacher forcing. Lower is better but for BLEU."
+    note = (
+        f"BLEU: sacreBLEU {signature}.\nNLL (nats), ECE (15 bins) and AURC: of every reference "
+        "token under teacher forcing. Lower is better but for BLEU."
     )
+    return Report("translation, fairseq", COLUMNS, results, note)
 
 
 def say(number: int, text: str) -> None:
-    print(f"[demo {number}/4] {text}", flush=True)
+    print(f"[translation {number}/4] {text}", flush=True)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -256,7 +177,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         default=1000,
         help="validation and test pairs of it, each (default: %(default)s)",
     )
-    parser.add_argument("--out", type=Path, default=Path("runs/demo"))
+    parser.add_argument("--out", type=Path, default=OUT, help="default: %(default)s")
     parser.add_argument(
         "train_flags",
         nargs="*",
@@ -269,19 +190,28 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def main(argv: list[str] | None = None) -> int:
-    args = parse(argv)
+def run(args: argparse.Namespace) -> Report:
+    """Prepare, train, evaluate, and write all files.
+
+    Raises:
+        StepFailed: naming the step and its log.
+    """
     out = args.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
+    data = prepare(args, out)
+    train(args, data, out)
+    results = evaluate(args, data, out)
+    write_results(results, out)
+    return report(results)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
     try:
-        data = prepare(args, out)
-        train(args, data, out)
-        results = evaluate(args, data, out)
+        print(f"\n{run(args).table()}")
     except StepFailed as error:
         print(f"demo: error: {error}", file=sys.stderr)
         return 1
-    write_results(results, out)
-    print_table(results)
     return 0
 
 

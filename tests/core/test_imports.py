@@ -19,7 +19,14 @@ import pytest
 import pskd
 
 FRAMEWORKS = {"detectron2", "fairseq", "hydra", "matplotlib", "omegaconf", "torchvision"}
-ADAPTERS = {"pskd_detectron2", "pskd_fairseq", "pskd_torchvision"}
+ADAPTERS = {"pskd_detection", "pskd_detectron2", "pskd_fairseq", "pskd_torchvision"}
+#: The adapters of detection, what they share, and the frameworks that each stands on.
+DETECTION = {
+    "pskd_detection": set(),
+    "pskd_torchvision": {"torchvision"},
+    # Its configuration is Detectron2's: omegaconf in a LazyConfig.
+    "pskd_detectron2": {"detectron2", "omegaconf"},
+}
 # The folders of the repository, importable as namespace packages from its root.
 FOLDERS = {"benchmarks", "classification", "configs", "demo", "detection", "tests", "translation"}
 
@@ -118,3 +125,24 @@ def test_the_fairseq_adapter_reaches_neither_sideways_nor_up(stages):
     # by hydra and omegaconf, so its plugin may ask for these.
     assert not asked["pskd_fairseq"] & {"detectron2", "matplotlib", "torchvision"}
     assert not asked["pskd"] & (FRAMEWORKS | ADAPTERS)
+
+
+@pytest.mark.parametrize("name", DETECTION)
+def test_the_detection_packages_reach_neither_sideways_nor_up(name):
+    frameworks = DETECTION[name]
+    for framework in frameworks:
+        if importlib.util.find_spec(framework) is None:
+            pytest.skip(f"{framework} is not installed: https://detectron2.readthedocs.io")
+    package = importlib.util.find_spec(name)
+    assert package is not None, f"{name} must be installed or on the PYTHONPATH"
+    found = pkgutil.walk_packages(package.submodule_search_locations, name + ".")
+    seen, error = watch([name, *(m.name for m in found)])
+    assert len(seen) == 1, error
+    asked, loaded = seen[0]
+    assert name in loaded and "pskd" in loaded
+    assert not loaded & (ADAPTERS - {name, "pskd_detection"} | FOLDERS | {"fairseq"})
+    assert not asked[name] & (FRAMEWORKS - frameworks)
+    if name != "pskd_detectron2":  # which itself loads torchvision and more
+        assert "detectron2" not in loaded
+    assert not asked["pskd"] & (FRAMEWORKS | ADAPTERS)
+    assert not asked.get("pskd_detection", set()) & (FRAMEWORKS | ADAPTERS - {"pskd_detection"})

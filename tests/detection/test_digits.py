@@ -127,7 +127,7 @@ def test_boxes_are_tight_around_the_ink(plain):
         # The darkest pixel of faint ink is below 1, hence the pixel.
         assert np.abs(np.subtract(found, (x, y, x + width, y + height))).max() <= 1
         heights.append(height)
-    assert 14 <= min(heights) < 20 and 34 < max(heights) <= 40
+    assert 21 <= min(heights) < 28 and 42 < max(heights) <= 48
 
 
 def test_labels_are_those_of_the_digits_shown(plain):
@@ -168,7 +168,7 @@ def test_annotations_are_coco_and_describe_the_images(made, digits, part, count)
         numbers.add(len(boxes))
         for x, y, width, height in boxes:
             assert x >= 0 and y >= 0 and x + width <= 128 and y + height <= 128
-            assert 3 <= width <= 60 and 14 <= height <= 40
+            assert 3 <= width <= 72 and 21 <= height <= 48
         for a, b in combinations(boxes, 2):
             wide = min(a[0] + a[2], b[0] + b[2]) - max(a[0], b[0])
             high = min(a[1] + a[3], b[1] + b[3]) - max(a[1], b[1])

@@ -1,0 +1,146 @@
+"""Seconds per iteration of PS-KD in Detectron2 over the stock head, side by side.
+
+One process, one batch, three models of the same weights: stock head, snapshot teacher, memory
+teacher. Their iterations alternate, so that a machine whose speed drifts slows all. An iteration is
+what Detectron2's trainer does after the images are loaded: forward, backward, step of the
+optimizer. The arithmetic limit of the snapshot is 1.33, if backbone and box head were all of the
+model: the teacher adds their forward, and neither proposals nor boxes nor masks.
+
+    python benchmarks/detection_step.py [--config-file configs/detection/bccd_pskd.yaml] [KEY VALUE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.engine import DefaultTrainer
+from detectron2.structures import Boxes, Instances
+from detectron2.utils.events import EventStorage
+from pskd_detectron2 import load_config
+from pskd_detectron2.fast_rcnn import ROW_FIELD
+from pskd_detectron2.hooks import PSKDHook
+from torch import nn
+
+ALPHA = 0.5
+STOCK = {
+    "PSKDROIHeads": "StandardROIHeads",
+    "PSKDRes5ROIHeads": "Res5ROIHeads",
+    "PSKDCascadeROIHeads": "CascadeROIHeads",
+}
+
+
+def made_batch(cfg: CfgNode, boxes_an_image: int) -> list[dict]:
+    """Return SOLVER.IMS_PER_BATCH noise images of the config's size with boxes on them."""
+    short = cfg.INPUT.MIN_SIZE_TRAIN[0]
+    size = (short, short * 4 // 3)
+    batch = []
+    for image in range(cfg.SOLVER.IMS_PER_BATCH):
+        instances = Instances(size)
+        corner = torch.rand(boxes_an_image, 2) * torch.tensor(size[::-1]) * 0.7
+        side = short * (0.1 + 0.2 * torch.rand(boxes_an_image, 2))
+        instances.gt_boxes = Boxes(torch.cat([corner, corner + side], dim=1))
+        instances.gt_boxes.clip(size)
+        instances.gt_classes = torch.randint(cfg.MODEL.ROI_HEADS.NUM_CLASSES, (boxes_an_image,))
+        rows = torch.arange(boxes_an_image) + image * boxes_an_image
+        instances.set(ROW_FIELD, rows)
+        pixels = torch.randint(0, 256, (3, *size), dtype=torch.uint8)
+        batch.append({"image": pixels, "instances": instances})
+    return batch
+
+
+def build(cfg: CfgNode, teacher: str | None, rows: int) -> nn.Module:
+    """Return a model with the stock head, or with PS-KD and a teacher in its second epoch."""
+    cfg = cfg.clone()
+    if teacher is None:
+        cfg.MODEL.ROI_HEADS.NAME = STOCK[cfg.MODEL.ROI_HEADS.NAME]
+    torch.manual_seed(1)
+    model = DefaultTrainer.build_model(cfg).train()
+    if teacher:
+        hook = PSKDHook(model, epoch_iters=1, teacher=teacher, num_annotations=rows)
+        model.roi_heads.pskd.alpha = ALPHA
+        hook._refresh()
+    return model
+
+
+def updates(cfg: CfgNode, model: nn.Module, batch: list[dict]) -> Callable[[], float]:
+    """Return a function that makes one iteration and returns its seconds."""
+    optimizer = DefaultTrainer.build_optimizer(cfg, model)
+    on_gpu = next(model.parameters()).is_cuda
+
+    def update() -> float:
+        start = time.perf_counter()
+        optimizer.zero_grad()
+        sum(model(batch).values()).backward()
+        optimizer.step()
+        if on_gpu:
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    return update
+
+
+def remember(model: nn.Module) -> None:
+    """Let the memory's next reads find what was written, as at an epoch's end."""
+    memory = model.roi_heads.pskd.memory
+    if memory is not None:
+        memory.next_epoch()
+
+
+def run(cfg: CfgNode, iterations: int, warmup: int, boxes_an_image: int) -> dict:
+    torch.manual_seed(1)
+    batch = made_batch(cfg, boxes_an_image)
+    rows = boxes_an_image * len(batch)
+    models = {
+        name: build(cfg, teacher, rows)
+        for name, teacher in (("stock", None), ("snapshot", "snapshot"), ("memory", "memory"))
+    }
+    steps = {name: updates(cfg, model, batch) for name, model in models.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    with EventStorage(0):
+        for iteration in range(warmup + iterations):
+            for name, step in steps.items():
+                seconds[name].append(step())
+            if iteration < warmup:
+                remember(models["memory"])
+    seconds = {name: times[warmup:] for name, times in seconds.items()}
+    ratios = {
+        name: [b / a for a, b in zip(seconds["stock"], seconds[name], strict=True)]
+        for name in ("snapshot", "memory")
+    }
+    return {
+        "machine": f"{platform.machine()} {cfg.MODEL.DEVICE}, {torch.get_num_threads()} thread(s)",
+        "torch": torch.__version__,
+        "images": len(batch),
+        "size": list(batch[0]["image"].shape[1:]),
+        "iterations": iterations,
+        "seconds": {name: statistics.median(times) for name, times in seconds.items()},
+        "ratio_median": {name: statistics.median(r) for name, r in ratios.items()},
+        "ratio_quartiles": {name: statistics.quantiles(r, n=4)[::2] for name, r in ratios.items()},
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument(
+        "--config-file", default="configs/detection/bccd_pskd.yaml", help="default: %(default)s"
+    )
+    parser.add_argument("--iterations", type=int, default=20, help="timed ones of each model")
+    parser.add_argument("--warmup", type=int, default=3, help="iterations that are not counted")
+    parser.add_argument("--boxes", type=int, default=12, help="annotations an image")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
+    parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE pairs for the config")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    cfg = load_config(args.config_file, args.opts)
+    print(json.dumps(run(cfg, args.iterations, args.warmup, args.boxes), indent=2))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,31 @@
+"""Both halves of the demo, translation and detection, and their results in one table.
+
+python -m demo    the same as: make demo
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from pskd_detection import write_json
+
+from demo import detection, translation
+from demo.steps import StepFailed
+
+
+def main() -> int:
+    try:
+        reports = [half.run(half.parse([])) for half in (translation, detection)]
+    except StepFailed as error:
+        print(f"demo: error: {error}", file=sys.stderr)
+        return 1
+    results = Path("runs/demo/results.json")
+    write_json(results, {report.title: report.results for report in reports}, indent=2)
+    print("", *(report.table() for report in reports), sep="\n\n")
+    print(f"\nAll of it, with pictures: {results.parent.resolve()}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,228 @@
+"""Train a detector's baseline and PS-KD side by side and print what PS-KD changed.
+
+    python -m demo.detection                           handwritten digits on cluttered canvases
+    python -m demo.detection --train SPEC --test SPEC  your own images
+
+SPEC is coco:ANNOTATIONS.json:IMAGE_DIR or voc:ROOT:SPLIT. Detectron2 trains where it is installed,
+torchvision otherwise. Everything lies in runs/demo/detection afterwards: the images, both models
+with their logs, results.json, detections.png, reliability.png and risk_coverage.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+from pskd_detection import (
+    DetectionConfidence,
+    DetectionDataset,
+    Detections,
+    add_dataset_arguments,
+    load_dataset,
+    write_json,
+)
+
+from demo.detection_picture import detections_picture
+from demo.digits import write_digits
+from demo.report import Report
+from demo.steps import ROOT, Step, StepFailed, run_all
+from pskd.plots import reliability_diagram, risk_coverage_plot
+
+OUT = Path("runs/demo/detection")
+RUNS = ("baseline", "PS-KD")
+FRAMEWORKS = ("detectron2", "torchvision")
+NAMES = {"detectron2": "Detectron2", "torchvision": "torchvision"}
+COLUMNS = {
+    "AP": ("AP", ".2f"),
+    "AP50": ("AP50", ".2f"),
+    "d_ece": ("D-ECE", ".4f"),
+    "aurc": ("AURC", ".4f"),
+    "num_detections": ("boxes", "d"),
+    "seconds_per_iteration": ("s/iter", ".3f"),
+}
+PRINT_EVERY = 100  # iterations
+
+
+def default_framework() -> str:
+    """Return the first framework that is installed; the demo's own environment has torchvision."""
+    return next(name for name in FRAMEWORKS if importlib.util.find_spec(name))
+
+
+def command(framework: str, run: str, specs: dict[str, str], out: Path) -> list[str | Path]:
+    """Return the command line that trains and evaluates one of the two runs."""
+    pskd = "_pskd" if run == "PS-KD" else ""
+    recipes = ROOT / "configs" / "detection"
+    data = ["--train", specs["train"], "--test", specs["test"]]
+    if framework == "torchvision":
+        return [recipes / f"demo_torchvision{pskd}.sh", *data, "--output-dir", out]
+    script = [sys.executable, "-W", "ignore", ROOT / "detection" / "train_net.py"]
+    # Without --num-gpus it is one process, on the CPU as the recipe says.
+    return [*script, "--config-file", recipes / f"demo{pskd}.yaml", *data, "OUTPUT_DIR", out]
+
+
+def prepare(args: argparse.Namespace, out: Path) -> dict[str, str]:
+    """Return the training and the test set, the user's or handwritten digits made here."""
+    if args.train:
+        say(1, f"data sets {args.train} and {args.test}")
+        return {"train": args.train, "test": args.test}
+    say(1, f"{args.num_train} + {args.num_test} images of handwritten digits in {out / 'images'}")
+    files = write_digits(out / "images", num_train=args.num_train, num_test=args.num_test)
+    return {part: f"coco:{path}:{path.with_suffix('')}" for part, path in files.items()}
+
+
+class IterationPrinter:
+    """Prints a line for every so many iterations that a training has logged."""
+
+    def __init__(self) -> None:
+        self._printed: dict[str, int] = {}
+
+    def __call__(self, step: Step) -> None:
+        for record in metrics(step.log.parent):
+            iteration = record["iteration"] + 1
+            due = self._printed.get(step.name, 0) + PRINT_EVERY
+            if "total_loss" not in record or iteration < due:
+                continue
+            self._printed[step.name] = iteration // PRINT_EVERY * PRINT_EVERY
+            alpha = f"  alpha {record['pskd/alpha']:.2f}" if "pskd/alpha" in record else ""
+            print(
+                f"    {step.name:<9} iteration {iteration:4d}  loss {record['total_loss']:.3f}"
+                f"{alpha}",
+                flush=True,
+            )
+
+
+def metrics(run: Path) -> list[dict]:
+    """Return the whole lines of a run's metrics.json, which may still be written."""
+    path = run / "metrics.json"
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
+    return [json.loads(line) for line in lines]
+
+
+def folder(out: Path, run: str) -> Path:
+    return out / run.lower().replace("-", "")
+
+
+def train(args: argparse.Namespace, specs: dict[str, str], out: Path) -> None:
+    """Train and evaluate baseline and PS-KD side by side, from the same seed."""
+    steps = []
+    for run in RUNS:
+        shutil.rmtree(folder(out, run), ignore_errors=True)
+        line = [*command(args.framework, run, specs, folder(out, run)), *args.train_flags]
+        steps.append(Step(run, line, folder(out, run) / "train.log"))
+    logs = " and ".join(str(step.log) for step in steps)
+    say(2, f"training both side by side in {NAMES[args.framework]}, log files {logs}")
+    run_all(steps, IterationPrinter())
+
+
+def confidence_of(dataset: DetectionDataset, path: Path) -> DetectionConfidence:
+    """Return the scores of the detections in a file of COCO's results format."""
+    found: dict[int, list[dict]] = {image["id"]: [] for image in dataset.coco["images"]}
+    for detection in json.loads(path.read_text(encoding="utf-8")):
+        found[detection["image_id"]].append(detection)
+    index = {key: i for i, key in enumerate(dataset.category_ids)}
+    confidence = DetectionConfidence(dataset)
+    for image_id, detections in found.items():
+        boxes = np.array([d["bbox"] for d in detections], dtype=float).reshape(-1, 4)
+        boxes[:, 2:] += boxes[:, :2]
+        scores = np.array([d["score"] for d in detections], dtype=float)
+        labels = np.array([index[d["category_id"]] for d in detections], dtype=int)
+        confidence.update(image_id, Detections(boxes, scores, labels))
+    return confidence
+
+
+def collect(specs: dict[str, str], out: Path) -> dict[str, dict]:
+    """Read what both runs found, and draw the pictures with both runs in each."""
+    classes = load_dataset(specs["train"]).class_names
+    dataset = load_dataset(specs["test"], classes)
+    truth = write_json(out / "test.json", dataset.coco)
+    files = {run: folder(out, run) / "inference" / "coco_instances_results.json" for run in RUNS}
+    say(3, f"pictures and {out / 'results.json'}")
+    detections_picture(truth, dataset.image_dir, files, out / "detections.png")
+    scores = {run: confidence_of(dataset, path) for run, path in files.items()}
+    pairs = {run: (found.confidence, found.correct) for run, found in scores.items()}
+    if all(len(confidence) for confidence, _ in pairs.values()):
+        reliability_diagram(pairs, out / "reliability.png")
+        risk_coverage_plot(pairs, out / "risk_coverage.png")
+    results = {run: json.loads((folder(out, run) / "results.json").read_text()) for run in RUNS}
+    write_json(out / "results.json", results, indent=2)
+    return results
+
+
+def report(results: dict[str, dict], framework: str) -> Report:
+    flat = {
+        run: {**result["bbox"], **result["confidence"], **result} for run, result in results.items()
+    }
+    first = flat["baseline"]
+    note = (
+        "AP and AP50: COCO's, in percent. D-ECE (15 bins) and AURC: of all boxes with a score of "
+        f"at least\n{first['score_threshold']:g}, right with an IoU of at least "
+        f"{first['iou_threshold']:g}. Lower is better but for AP and AP50."
+    )
+    return Report(f"detection, {NAMES[framework]}", COLUMNS, flat, note)
+
+
+def say(number: int, text: str) -> None:
+    print(f"[detection {number}/3] {text}", flush=True)
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m demo.detection", description=__doc__.split("\n")[0]
+    )
+    add_dataset_arguments(parser, required=False)
+    parser.add_argument(
+        "--framework",
+        choices=FRAMEWORKS,
+        default=default_framework(),
+        help="default: Detectron2 if it is installed (here: %(default)s)",
+    )
+    parser.add_argument(
+        "--num-train", type=int, default=800, help="images of digits (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--num-test", type=int, default=200, help="images of digits (default: %(default)s)"
+    )
+    parser.add_argument("--out", type=Path, default=OUT, help="default: %(default)s")
+    parser.add_argument(
+        "train_flags",
+        nargs="*",
+        metavar="-- FLAG ...",
+        help="after --: words for both trainings, such as SOLVER.MAX_ITER 100",
+    )
+    args = parser.parse_args(argv)
+    if bool(args.train) != bool(args.test):
+        parser.error("expected --train and --test together, got one of them")
+    return args
+
+
+def run(args: argparse.Namespace) -> Report:
+    """Prepare, train, evaluate, and write all files.
+
+    Raises:
+        StepFailed: naming the step and its log.
+        ValueError: for a data set that cannot be used.
+    """
+    out = args.out.resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    specs = prepare(args, out)
+    train(args, specs, out)
+    return report(collect(specs, out), args.framework)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    try:
+        print(f"\n{run(args).table()}")
+    except (StepFailed, ValueError) as error:
+        print(f"demo: error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
