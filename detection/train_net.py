@@ -6,8 +6,9 @@
     python detection/train_net.py --config-file configs/detection/bccd_pskd.yaml \\
         --train voc:BCCD:train --test voc:BCCD:test OUTPUT_DIR runs/bccd
 
-The options are those of Detectron2's own train_net.py. --train and --test give any data set without
-code. A ``.py`` config is a LazyConfig.
+The options are those of Detectron2's own train_net.py. --config-file also takes the configs that are
+installed with Detectron2, as detectron2:COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml; a ``.py`` is a
+LazyConfig. --train and --test give any data set without code.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from detectron2.utils import comm
 from pskd_detection import add_dataset_arguments
 from pskd_detection.results import write_results
 from pskd_detectron2 import Trainer, check_pskd_config, load_config, register_spec
+from pskd_detectron2.config import recipe_path
 from pskd_detectron2.data import check_datasets
 from pskd_detectron2.lazy import run_lazy
 
@@ -54,6 +56,7 @@ def evaluate(cfg: CfgNode, resume: bool) -> dict:
 
 
 def main(args) -> None:
+    args.config_file = recipe_path(args.config_file)
     if args.config_file.endswith(".py"):
         run_lazy(args)
         return

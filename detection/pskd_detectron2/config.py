@@ -15,6 +15,7 @@ __all__ = [
     "check_options",
     "check_pskd_config",
     "load_config",
+    "recipe_path",
 ]
 
 TEACHERS = ("snapshot", "memory")
@@ -47,32 +48,38 @@ def add_pskd_config(cfg: CfgNode) -> None:
     cfg.MODEL.PSKD.ALLOW_SCHEDULE_CHANGE = False
 
 
+def recipe_path(name: str) -> str:
+    """Return the file of ``detectron2:NAME``, a config installed with Detectron2; else the name.
+
+    The folder in front, which a base gets from its config, is dropped.
+    """
+    _, is_recipe, recipe = name.partition("detectron2:")
+    folder = os.path.join(os.path.dirname(detectron2.__file__), "model_zoo", "configs")
+    return os.path.join(folder, recipe) if is_recipe else name
+
+
 class _RecipeNode(CfgNode):
     """Opens ``_BASE_: detectron2:COCO-Detection/...yaml`` among Detectron2's installed configs."""
 
     @classmethod
     def _open_cfg(cls, filename: str):
-        # A base is joined to its config's folder before it gets here.
-        _, marker, name = filename.partition("detectron2:")
-        if marker:
-            folder = os.path.dirname(detectron2.__file__)
-            filename = os.path.join(folder, "model_zoo", "configs", name)
-        return super()._open_cfg(filename)
+        return super()._open_cfg(recipe_path(filename))
 
 
 def load_config(config_file: str | os.PathLike, opts: list[str] = ()) -> CfgNode:
     """Return Detectron2's defaults with PS-KD's keys, a config file and KEY VALUE pairs merged in.
 
-    ``_BASE_`` may be ``detectron2:`` and the name of one of Detectron2's own configs.
+    The file and its ``_BASE_`` may be ``detectron2:`` and the name of one of Detectron2's own.
 
     Raises:
         ValueError: if there is no such file.
     """
-    if not os.path.isfile(config_file):
+    path = recipe_path(os.fspath(config_file))
+    if not os.path.isfile(path):
         raise ValueError(f"--config-file: expected a YAML or LazyConfig file, got {config_file!r}")
     cfg = get_cfg()
     add_pskd_config(cfg)
-    cfg.merge_from_other_cfg(CfgNode(_RecipeNode.load_yaml_with_base(os.fspath(config_file))))
+    cfg.merge_from_other_cfg(CfgNode(_RecipeNode.load_yaml_with_base(path)))
     cfg.merge_from_list(list(opts))
     return cfg
 

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import os
 import sys
-from pathlib import Path
 
-import detectron2
 from detectron2.config import LazyConfig, instantiate
 from detectron2.data import DatasetMapper, get_detection_dataset_dicts
 from detectron2.engine import default_setup, default_writers, hooks
@@ -21,6 +19,7 @@ from detectron2.utils import comm
 from omegaconf import DictConfig, OmegaConf
 from pskd_detection.results import write_results
 
+from pskd_detectron2.config import recipe_path
 from pskd_detectron2.data import (
     PSKDDatasetMapper,
     count_annotations,
@@ -31,16 +30,13 @@ from pskd_detectron2.hooks import PSKDHook
 from pskd_detectron2.resume import AsideCheckpointer
 from pskd_detectron2.trainer import ddp_options, step_trainer
 
-__all__ = ["RECIPES", "load_recipe", "run_lazy"]
-
-#: Detectron2's own configs, as they are installed with it.
-RECIPES = Path(detectron2.__file__).parent / "model_zoo" / "configs"
+__all__ = ["load_recipe", "run_lazy"]
 
 
 def load_recipe(name: str) -> DictConfig:
     """Load one of Detectron2's own lazy configs, such as
     ``COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.py``."""
-    return LazyConfig.load(str(RECIPES / name))
+    return LazyConfig.load(recipe_path(f"detectron2:{name}"))
 
 
 def run_lazy(args) -> None:

@@ -123,6 +123,14 @@ def test_a_config_file_that_is_not_there(spec, tmp_path):
         tiny.run(str(tmp_path / "none.yaml"), tmp_path, train=spec)
 
 
+def test_a_recipe_of_detectron2s_own_by_its_name(spec, tmp_path):
+    words = tiny.arguments("fpn", tmp_path, train=spec)
+    words[1] = "detectron2:COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml"
+    words += ["MODEL.PSKD.ENABLED", "True", "MODEL.ROI_HEADS.NAME", "PSKDROIHeads"]
+    tiny.train_net.main(tiny.train_net.parse([*words, "SOLVER.MAX_ITER", "2"]))
+    assert (tmp_path / "model_final.pth").exists()
+
+
 def test_the_hook_wants_a_model_with_pskd_heads(spec, tmp_path):
     cfg = tiny.config("fpn", tmp_path, tiny.stock("fpn"), train=spec)
     with pytest.raises(ValueError, match="expected a model with PSKD ROI heads, got Standard"):
