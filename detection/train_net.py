@@ -6,8 +6,8 @@
     python detection/train_net.py --config-file configs/detection/bccd_pskd.yaml \\
         --train voc:BCCD:train --test voc:BCCD:test OUTPUT_DIR runs/bccd
 
-The options are those of Detectron2's own train_net.py. --config-file also takes the configs that are
-installed with Detectron2, as detectron2:COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml; a ``.py`` is a
+The options are those of Detectron2's own train_net.py. --config-file also takes the configs that
+come with Detectron2, as detectron2:COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml; a ``.py`` is a
 LazyConfig. --train and --test give any data set without code.
 """
 
