@@ -271,6 +271,18 @@ def test_ways_to_save_a_checkpoint(small, tmp_path, wrap):
     assert all(torch.equal(content["model"][key], value) for key, value in expected.items())
 
 
+def test_reading_leaves_torchs_allow_list_as_it_was(small, tmp_path):
+    path = tmp_path / "in.pth"
+    torch.save({"model": small, "args": argparse.Namespace(lr=0.1)}, path)
+    before = torch.serialization.get_safe_globals()
+    for known in ([], [argparse.Namespace]):  # which an adapter may have listed
+        torch.serialization.clear_safe_globals()
+        torch.serialization.add_safe_globals(known)
+        convert_backbone.read_state_dict(path)
+        assert torch.serialization.get_safe_globals() == known
+    torch.serialization.add_safe_globals(before)
+
+
 def test_half_precision_is_widened(small):
     weights, _ = convert_backbone.convert(
         {
