@@ -1,7 +1,7 @@
 """Progressive self-knowledge distillation: a model's targets softened by its own past predictions.
 
-The core needs torch and numpy only. The adapters are packages of their own: ``pskd_fairseq``
-(machine translation).
+The core needs torch and numpy only. The adapters are packages of their own: ``pskd_detectron2`` and
+``pskd_torchvision`` (object detection), ``pskd_fairseq`` (machine translation).
 
 A name is imported when it is first used, so that ``pskd doctor`` can tell of a torch that does not
 load.

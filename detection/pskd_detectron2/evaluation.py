@@ -43,7 +43,7 @@ class ConfidenceEvaluator(DatasetEvaluator):
     def process(self, inputs: list[dict], outputs: list[dict]) -> None:
         for image, output in zip(inputs, outputs, strict=True):
             instances = output["instances"].to("cpu")
-            self._detections[self._ids[image["file_name"]]] = Detections(
+            self._detections[self._ids[os.path.normpath(image["file_name"])]] = Detections(
                 instances.pred_boxes.tensor.numpy(),
                 instances.scores.numpy(),
                 instances.pred_classes.numpy(),
@@ -98,9 +98,9 @@ def build_evaluators(dataset_name: str, output_dir: str) -> list[DatasetEvaluato
 
 
 def image_ids(dataset: DetectionDataset) -> dict[str, object]:
-    """Return the ids of the images by their path."""
+    """Return the ids of the images by their normalised path."""
     return {
-        os.path.join(dataset.image_dir, image["file_name"]): image["id"]
+        os.path.normpath(os.path.join(dataset.image_dir, image["file_name"])): image["id"]
         for image in dataset.coco["images"]
     }
 
@@ -122,7 +122,7 @@ def ground_truth_rois(model: nn.Module, loader, dataset_name: str) -> dict[str, 
     totals = torch.zeros(3, dtype=torch.float64)
     for inputs in loader:
         images = model.preprocess_image(inputs)
-        truth = [boxes[ids[image["file_name"]]] for image in inputs]
+        truth = [boxes[ids[os.path.normpath(image["file_name"])]] for image in inputs]
         proposals = [
             scaled(truth_i[0], image, size).to(images.tensor.device)
             for truth_i, image, size in zip(truth, inputs, images.image_sizes, strict=True)

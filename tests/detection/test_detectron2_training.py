@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 pytest.importorskip(
     "detectron2",
@@ -24,7 +25,10 @@ pytest.importorskip(
 
 import detectron2_tiny as tiny  # noqa: E402
 from detectron2.data import DatasetCatalog  # noqa: E402
+from detectron2.data.datasets import register_pascal_voc  # noqa: E402
+from detectron2.structures import Boxes, Instances  # noqa: E402
 from pskd_detectron2 import register_spec  # noqa: E402
+from pskd_detectron2.evaluation import build_evaluators  # noqa: E402
 
 ITERATIONS, EPOCH = 8, 3
 SCHEDULED = f"MODEL.PSKD.ALPHA_FINAL 0.6 MODEL.PSKD.EPOCH_ITERS {EPOCH}"
@@ -373,7 +377,8 @@ def test_a_voc_set_has_voc_ap_too(tmp_path):
     coco = json.loads((tmp_path / "set.json").read_text())
     for image in coco["images"]:
         name = f"img{image['id']}"
-        shutil.copy(tmp_path / "set" / image["file_name"], root / "JPEGImages" / f"{name}.png")
+        with Image.open(tmp_path / "set" / image["file_name"]) as picture:
+            picture.save(root / "JPEGImages" / f"{name}.jpg")
         objects = "".join(
             f"<object><name>{tiny.CLASSES[a['category_id'] - 1]}</name><pose>x</pose>"
             "<truncated>0</truncated><difficult>0</difficult><bndbox>"
@@ -394,6 +399,17 @@ def test_a_voc_set_has_voc_ap_too(tmp_path):
     results = json.loads((out / "results.json").read_text())
     assert results["voc"].keys() == {"AP", "AP50", "AP75"}
     assert set(results["bbox"]) > {"AP-ring", "AP-square"}
+    # The same folder as Detectron2 itself registers it, classes in another order.
+    register_pascal_voc("made_voc", f"{root}/", "all", 2007, ("square", "ring"))
+    evaluators = build_evaluators("made_voc", str(tmp_path / "made"))
+    assert [type(e).__name__ for e in evaluators] == ["VOCEvaluator", "ConfidenceEvaluator"]
+    first = DatasetCatalog.get("made_voc")[0]
+    found = Instances((80, 64))
+    found.pred_boxes = Boxes(torch.tensor([a["bbox"] for a in first["annotations"]]))
+    found.scores = torch.full((len(found.pred_boxes),), 0.9)
+    found.pred_classes = torch.tensor([a["category_id"] for a in first["annotations"]])
+    evaluators[1].process([first], [{"instances": found}])
+    assert evaluators[1].evaluate()["confidence"]["num_matched"] == 2
     assert results["ground_truth_rois"]["num_rois"] == 14
 
 
