@@ -1,0 +1,637 @@
+"""detection/train_torchvision.py from the command line on: training, resume, processes, errors.
+
+Runs that several tests look at are made once. A process of its own is started only where that is
+the point: a kill, torchrun, the exit status.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from pskd_detection import load_dataset
+from pskd_torchvision import DetectionImages, build_detector, checkpoint
+from pskd_torchvision.data import collate
+from pskd_torchvision.training import Trainer, seed_epoch
+from torch.utils.data import DistributedSampler
+from torchvision_toys import CLASSES, ROOT, same, write_images
+
+import train_torchvision as program  # isort: skip
+
+SCRIPT = ROOT / "detection" / "train_torchvision.py"
+EPOCHS, ITERATIONS = 3, 4  # of 2 images each
+ALPHA = 0.7
+TIMEOUT_S = 120
+FLAGS = (
+    f"--model fasterrcnn_tiny_fpn --min-size 96 --epochs {EPOCHS} --batch-size 2 --lr 0.01 "
+    "--lr-steps 2 --warmup-iters 2 --workers 0 --print-freq 1 --seed 3 --device cpu"
+).split()
+PSKD = ["--pskd-alpha-final", str(ALPHA)]
+
+
+class Run:
+    """A finished run and what it left."""
+
+    def __init__(self, folder: Path, code: int, output: str, error: str = "") -> None:
+        self.folder, self.code, self.output, self.error = folder, code, output, error
+
+    def lines(self) -> list[dict]:
+        """The lines of metrics.json, as strict JSON."""
+
+        def refuse(constant):
+            raise ValueError(f"not JSON: {constant}")
+
+        text = (self.folder / "metrics.json").read_text()
+        return [json.loads(line, parse_constant=refuse) for line in text.splitlines()]
+
+    def training(self) -> list[dict]:
+        """The lines of training, without what depends on the clock."""
+        timing = "seconds_per_iteration"
+        return [
+            {k: v for k, v in line.items() if k != timing}
+            for line in self.lines()
+            if "total_loss" in line
+        ]
+
+    def results(self) -> dict:
+        return json.loads((self.folder / "results.json").read_text())
+
+    def checkpoint(self) -> dict:
+        return torch.load(self.folder / checkpoint.NAME, map_location="cpu", weights_only=True)
+
+    def expect_success(self) -> Run:
+        assert self.code == 0, self.output + self.error
+        return self
+
+
+class Tool:
+    """Runs the script's main in this process, as the command line would."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.folder, self._monkeypatch = folder, monkeypatch
+        self.data = write_images(folder / "data", 8)
+        self.test = write_images(folder / "test", 5, seed=1)
+
+    def flags(self, name: str, *flags: str) -> list[str]:
+        given = ["--train", self.data, "--test", self.test, "--output-dir", str(self.folder / name)]
+        return [*given, *FLAGS, *flags]
+
+    def run(self, name: str, *flags: str) -> Run:
+        argv = self.flags(name, *flags)
+        self._monkeypatch.setattr(sys, "argv", [str(SCRIPT), *argv])
+        return Run(self.folder / name, program.main(argv), "")
+
+    def stopped(self, name: str, *flags: str, after: int = 1) -> Run:
+        """Run until an epoch's end, and stop in the middle of the next one."""
+
+        def train_epoch(trainer, epoch):
+            if epoch > after:
+                raise KeyboardInterrupt
+            original(trainer, epoch)
+
+        original = Trainer.train_epoch
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(Trainer, "train_epoch", train_epoch)
+            self.run(name, *flags)
+        return Run(self.folder / name, 0, "")
+
+
+def start(folder: Path, command: list[str]) -> subprocess.Popen:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.Popen(
+        [sys.executable, "-W", "ignore", *command],
+        cwd=folder,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.fixture(scope="module")
+def tool(tmp_path_factory):
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        yield Tool(tmp_path_factory.mktemp("torchvision"), monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def baseline(tool) -> Run:
+    return tool.run("baseline", "--eval-period", "2").expect_success()
+
+
+@pytest.fixture(scope="module")
+def straight(tool) -> Run:
+    return tool.run("straight", *PSKD).expect_success()
+
+
+# ---- what a run leaves ---------------------------------------------------------------------------
+
+
+def test_results_tell_the_command_and_every_metric(tool, straight):
+    results = straight.results()
+    assert results["command"] == [str(SCRIPT), *tool.flags("straight", *PSKD)]
+    assert results["seed"] == 3
+    assert 0.0 < results["seconds_per_iteration"] < 60.0
+    names = {"AP", "AP50", "AP75", "APs", "APm", "APl", "AP-red", "AP-green"}
+    assert results["bbox"].keys() == names
+    names = {"d_ece", "la_ece", "aurc", "excess_aurc", "num_detections", "num_matched"}
+    assert results["confidence"].keys() == names | {"iou_threshold", "score_threshold", "bins"}
+    rois = results["ground_truth_rois"]
+    assert rois["num_rois"] == 8 and rois["nll"] > 0.0 and 0.0 <= rois["accuracy"] <= 1.0
+
+
+def test_detections_and_plots_lie_beside_the_results(tool, straight):
+    folder = straight.folder / "inference"
+    assert (folder / "reliability.png").stat().st_size > 1000
+    assert (folder / "risk_coverage.png").stat().st_size > 1000
+    rows = json.loads((folder / "coco_instances_results.json").read_text())
+    kept = [row for row in rows if row["score"] >= 0.05]
+    assert len(kept) == straight.results()["confidence"]["num_detections"]
+    assert {row["category_id"] for row in rows} <= {1, 2}
+    assert all(set(row) == {"image_id", "category_id", "bbox", "score"} for row in rows)
+
+
+def test_every_iteration_is_logged_with_what_the_teacher_did(straight, baseline):
+    lines = straight.training()
+    assert [line["iteration"] for line in lines] == list(range(EPOCHS * ITERATIONS))
+    teacher = {"pskd/teacher_nll", "pskd/teacher_agreement", "pskd/gradient_rescaling"}
+    for line in lines:
+        epoch = line["epoch"]
+        # The paper's schedule; in the first epoch there is nothing to learn from.
+        assert line["pskd/alpha"] == pytest.approx(ALPHA * epoch / EPOCHS if epoch > 1 else 0.0)
+        assert (line.keys() >= teacher) == (epoch > 1)
+        parts = [line[name] for name in line if name.startswith("loss_")]
+        assert line["total_loss"] == pytest.approx(sum(parts), rel=1e-5) and len(parts) == 4
+    assert not any(name.startswith("pskd/") for line in baseline.training() for name in line)
+    assert lines[-1]["lr"] == pytest.approx(0.001) and lines[0]["lr"] == pytest.approx(1e-5)
+
+
+def test_tensorboard_gets_the_same_numbers(straight):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(straight.folder))
+    events.Reload()
+    tags = events.Tags()["scalars"]
+    assert {"total_loss", "loss_classifier", "lr", "bbox/AP", "ground_truth_rois/nll"} <= set(tags)
+    for name in ("pskd/alpha", "pskd/teacher_nll", "total_loss"):
+        points = [(event.step, event.value) for event in events.Scalars(name)]
+        logged = [(line["iteration"], line[name]) for line in straight.lines() if name in line]
+        assert points == [(step, pytest.approx(value)) for step, value in logged]
+
+
+def test_the_first_epoch_is_the_baselines_bit_for_bit_and_the_second_is_not(straight, baseline):
+    own, other = (
+        [{k: v for k, v in line.items() if not k.startswith("pskd/")} for line in run.training()]
+        for run in (straight, baseline)
+    )
+    assert own[:ITERATIONS] == other[:ITERATIONS]
+    assert own[ITERATIONS]["loss_box_reg"] == other[ITERATIONS]["loss_box_reg"]
+    assert own[ITERATIONS]["loss_classifier"] != other[ITERATIONS]["loss_classifier"]
+
+
+def test_an_evaluation_in_between(baseline):
+    evaluated = [line for line in baseline.lines() if "bbox/AP50" in line]
+    assert [(line["epoch"], line["iteration"]) for line in evaluated] == [(2, 7), (3, 11)]
+    assert evaluated[-1]["bbox/AP"] == baseline.results()["bbox"]["AP"]
+    assert evaluated[-1]["ground_truth_rois/nll"] == baseline.results()["ground_truth_rois"]["nll"]
+
+
+def test_training_learns(straight):
+    losses = [line["loss_objectness"] for line in straight.training()]
+    assert losses[-1] < losses[0]
+
+
+# ---- resume --------------------------------------------------------------------------------------
+
+
+def expect_the_same_end(resumed: Run, straight: Run) -> None:
+    own, other = resumed.checkpoint(), straight.checkpoint()
+    assert same(own["model"], other["model"])
+    momenta, expected = own["optimizer"]["state"], other["optimizer"]["state"]
+    assert momenta.keys() == expected.keys() and len(momenta) > 10
+    assert all(same(momenta[key], expected[key]) for key in momenta)
+    assert own["epoch"] == other["epoch"] == EPOCHS
+    assert resumed.training() == straight.training()
+    drop = {"command", "seconds_per_iteration"}
+    pairs = (run.results() for run in (resumed, straight))
+    left, right = ({k: v for k, v in pair.items() if k not in drop} for pair in pairs)
+    assert left == right
+
+
+def test_killed_in_the_middle_of_an_epoch_it_ends_as_if_it_had_not_been(tool, straight):
+    """The run that goes on reads its images in a worker: their number changes nothing."""
+    process = start(tool.folder, [str(SCRIPT), *tool.flags("killed", *PSKD)])
+    killed = Run(tool.folder / "killed", 0, "")
+    deadline = time.monotonic() + TIMEOUT_S
+    reached = 0
+    while reached <= ITERATIONS and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.005)
+        path = killed.folder / "metrics.json"
+        reached = path.read_text().count("\n") if path.exists() else 0
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    assert killed.checkpoint()["epoch"] == 1
+    assert not (killed.folder / "results.json").exists()
+    tool.run("killed", *PSKD, "--resume", "--workers", "1").expect_success()
+    expect_the_same_end(killed, straight)
+
+
+VARIANTS = {
+    "baseline": [],
+    "rest": [*PSKD, "--amp", "--opt", "adamw", "--lr", "0.001", "--pskd-foreground-only",
+             "--pskd-alpha-schedule", "cosine", "--pskd-label-smoothing", "0.1"],
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def rest(tool) -> Run:
+    """Everything that the other runs do not use: bfloat16, AdamW, foreground only, smoothing."""
+    return tool.run("rest", *VARIANTS["rest"]).expect_success()
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_stopped_at_an_epochs_end_it_ends_as_if_it_had_not_been(tool, name, request):
+    straight = request.getfixturevalue(name)
+    flags = VARIANTS[name] + (["--eval-period", "2"] if name == "baseline" else [])
+    stopped = tool.stopped(f"{name}_stopped", *flags, after=2)
+    assert stopped.checkpoint()["epoch"] == 2
+    expect_the_same_end(tool.run(f"{name}_stopped", *flags, "--resume"), straight)
+
+
+def test_mixed_precision_trains_with_a_teacher(rest, straight):
+    lines = rest.training()
+    assert lines[-1]["pskd/alpha"] == pytest.approx(ALPHA)
+    assert all(isinstance(line["pskd/teacher_nll"], float) for line in lines[ITERATIONS:])
+    assert lines[0]["total_loss"] != straight.training()[0]["total_loss"]
+    dtypes = {value.dtype for value in rest.checkpoint()["model"].values()}
+    assert torch.bfloat16 not in dtypes
+
+
+def test_under_mixed_precision_boxes_are_computed_in_float32(tool, monkeypatch):
+    kinds = []
+    original = program.build_trainer
+
+    def spy(job):
+        trainer, done = original(job)
+        heads = job.model.roi_heads
+        heads.box_roi_pool.register_forward_pre_hook(
+            lambda _module, args: kinds.append((args[0]["0"].dtype, args[1][0].dtype))
+        )
+        return trainer, done
+
+    monkeypatch.setattr(program, "build_trainer", spy)
+    tool.run("boxes", "--amp", "--epochs", "1").expect_success()
+    in_training = kinds[:ITERATIONS]
+    assert set(in_training) == {(torch.bfloat16, torch.float32)}
+
+
+def test_a_finished_run_is_evaluated_again(tool, straight):
+    folder = tool.folder / "again"
+    shutil.copytree(straight.folder, folder)
+    (folder / "results.json").unlink()
+    again = tool.run("again", *PSKD, "--resume").expect_success()
+    assert again.results()["seconds_per_iteration"] is None
+    assert again.results()["bbox"] == straight.results()["bbox"]
+    assert same(again.checkpoint()["model"], straight.checkpoint()["model"])
+
+
+def test_resume_without_a_checkpoint_starts_from_the_beginning(tool, baseline, caplog):
+    caplog.set_level("INFO")
+    run = tool.run("fresh", "--resume", "--epochs", "1").expect_success()
+    assert "checkpoint.pth, so from the start" in caplog.text
+    assert run.training() == baseline.training()[:ITERATIONS]
+
+
+def test_a_failing_write_leaves_the_last_checkpoint(tool, straight, monkeypatch):
+    folder = tool.folder / "full"
+    shutil.copytree(straight.folder, folder)
+    before = (folder / checkpoint.NAME).read_bytes()
+
+    def full(content, path):
+        Path(path).write_bytes(b"half")
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    flags = [*PSKD, "--epochs", "4", "--pskd-allow-schedule-change", "--resume"]
+    assert tool.run("full", *flags).code == 1
+    assert (folder / checkpoint.NAME).read_bytes() == before
+    assert not [path for path in folder.iterdir() if path.name.endswith(".part")]
+
+
+# ---- evaluation of given weights -----------------------------------------------------------------
+
+
+def test_a_checkpoint_is_evaluated_without_training(tool, straight):
+    folder = tool.folder / "tested"
+    folder.mkdir()
+    shutil.copy(straight.folder / checkpoint.NAME, folder)
+    flags = ["--test", tool.test, "--output-dir", str(folder), *FLAGS, "--test-only", "--resume"]
+    assert program.main(flags) == 0  # the classes are those in the checkpoint
+    expected = straight.results()
+    results = Run(folder, 0, "").results()
+    assert {k: results[k] for k in results if k != "command"} == {
+        k: v for k, v in expected.items() if k in results and k != "command"
+    }
+    assert not (folder / "metrics.json").exists()
+
+
+def test_a_weights_file_is_evaluated_and_trained_on(tool, straight):
+    weights = ["--weights", str(straight.folder / checkpoint.NAME)]
+    tested = tool.run("weights", *weights, "--test-only").expect_success()
+    assert tested.results()["ground_truth_rois"] == straight.results()["ground_truth_rois"]
+    tuned = tool.run("tuned", *weights, "--epochs", "1", "--lr", "0").expect_success()
+    parameters = dict(build_detector("fasterrcnn_tiny_fpn", len(CLASSES)).named_parameters())
+    own, other = tuned.checkpoint()["model"], straight.checkpoint()["model"]
+    assert all(torch.equal(own[name], other[name]) for name in parameters)
+
+
+# ---- masks ---------------------------------------------------------------------------------------
+
+
+def test_a_mask_builder_trains_on_polygons(tool):
+    flags = ["--model", "maskrcnn_tiny_fpn", "--epochs", "2", *PSKD]
+    run = tool.run("masks", *flags).expect_success()
+    assert all(line["loss_mask"] > 0.0 for line in run.training())
+    assert run.training()[-1]["pskd/teacher_nll"] > 0.0
+    assert run.results()["bbox"]["AP"] is not None
+
+
+# ---- two processes -------------------------------------------------------------------------------
+
+DRIVER = """
+import sys
+import torch
+sys.path.insert(0, {folder!r})
+import train_torchvision as program
+
+original = program.train
+
+def train(job):
+    results = original(job)
+    teacher = job.model.roi_heads.pskd.snapshot.model
+    state = {{"model": job.model.state_dict(), "teacher": teacher.state_dict()}}
+    torch.save(state, f"rank{{job.world.rank}}.pt")
+    return results
+
+program.train = train
+sys.exit(program.main(sys.argv[1:]))
+"""
+
+
+@pytest.fixture(scope="module")
+def pair(tool) -> Run:
+    """Two processes of one image each, four iterations an epoch."""
+    driver = tool.folder / "driver.py"
+    driver.write_text(DRIVER.format(folder=str(ROOT / "detection")))
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    flags = tool.flags("pair", *PSKD, "--epochs", "2", "--batch-size", "1")
+    process = start(tool.folder, [*launcher, str(driver), *flags])
+    try:
+        output, error = process.communicate(timeout=TIMEOUT_S)
+    finally:
+        if process.poll() is None:
+            process.kill()
+    return Run(tool.folder / "pair", process.returncode, output, error).expect_success()
+
+
+def test_two_processes_end_with_the_same_model_and_teacher(tool, pair):
+    first, second = (
+        torch.load(tool.folder / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)
+    )
+    # Batch norm's statistics too, which each process gathers on its own images.
+    assert same(first["model"], second["model"])
+    assert same(first["teacher"], second["teacher"])
+    assert same(first["model"], pair.checkpoint()["model"])
+    assert not same(
+        {k: v for k, v in first["model"].items() if k.startswith("backbone.")},
+        {k: v for k, v in first["teacher"].items() if k.startswith("backbone.")},
+    )
+
+
+def test_two_processes_log_once_and_the_mean_of_what_each_does(tool, pair):
+    """One process makes the first two steps of both: the mean of gradients, and of losses."""
+    lines = pair.training()
+    assert [line["iteration"] for line in lines] == list(range(2 * ITERATIONS))
+    assert pair.output.count("epoch 2 of 2") == 1
+    images = DetectionImages(load_dataset(tool.data), hflip=0.5, seed=3)
+    images.set_epoch(1)
+    torch.manual_seed(3)
+    model = build_detector("fasterrcnn_tiny_fpn", len(CLASSES), min_size=[96]).train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=1e-4)
+    random_states, orders = [], []
+    for rank in (0, 1):
+        seed_epoch(3, 1, rank)
+        random_states.append(torch.get_rng_state())
+        sampler = DistributedSampler(images, 2, rank, seed=3)
+        sampler.set_epoch(1)
+        orders.append(list(sampler))
+    assert sorted(orders[0] + orders[1]) == list(range(8))
+    for i, rate in enumerate((1e-5, 0.005005)):
+        losses = []
+        optimizer.zero_grad()
+        for rank in (0, 1):
+            torch.set_rng_state(random_states[rank])
+            parts = model(*collate([images[orders[rank][i]]]))
+            random_states[rank] = torch.get_rng_state()
+            losses.append(sum(parts.values()))
+            (losses[-1] / 2).backward()
+        assert lines[i]["lr"] == pytest.approx(rate)
+        assert lines[i]["total_loss"] == pytest.approx(float(sum(losses).detach()) / 2, rel=1e-5)
+        optimizer.param_groups[0]["lr"] = rate
+        optimizer.step()
+
+
+def test_two_processes_evaluate_every_image_once(tool, pair):
+    """Five images: padded to equal shares, one would count twice."""
+    alone = ["--resume", "--test-only", "--batch-size", "1"]
+    results = pair.results()
+    tested = tool.run("pair", *PSKD, *alone, "--epochs", "2").expect_success().results()
+    assert results["ground_truth_rois"]["num_rois"] == 8
+    assert results["bbox"] == tested["bbox"]
+    assert results["confidence"] == tested["confidence"]
+
+
+# ---- what is refused -----------------------------------------------------------------------------
+
+
+def expect_refusal(tool, capsys, name: str, flags: list[str], *parts: str) -> None:
+    """One line on the standard error, status 1, and nothing written."""
+    before = sorted(tool.folder.rglob(f"{name}/*"))
+    capsys.readouterr()
+    assert tool.run(name, *flags).code == 1
+    error = capsys.readouterr().err
+    assert error.startswith("train_torchvision: ") and error.count("\n") == 1, error
+    missing = [part for part in parts if part not in error]
+    assert not missing, f"not in the error: {missing}\n{error}"
+    assert sorted(tool.folder.rglob(f"{name}/*")) == before
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ("--pskd-alpha-final 1.5", "--pskd-alpha-final: expected a number in [0, 1], got 1.5"),
+        ("--pskd-alpha-final nan", "--pskd-alpha-final: expected a number in [0, 1], got nan"),
+        ("--pskd-label-smoothing -1", "--pskd-label-smoothing: expected 0 to 1, got -1.0"),
+        ("--model yolo", "--model: expected one of fasterrcnn_mobilenet"),
+        ("--epochs 0", "--epochs: expected 1 or more, got 0"),
+        ("--batch-size 0", "--batch-size: expected 1 or more, got 0"),
+        ("--lr nan", "--lr: expected 0 or more, got nan"),
+        ("--hflip 2", "--hflip: expected 0 to 1, got 2.0"),
+        ("--min-size 96 0", "--min-size: expected 1 or more, got 0"),
+        ("--anchor-sizes 16 32", "--anchor-sizes: expected 4 sizes for this model"),
+        ("--seed -1", "--seed: expected 0 to"),
+        ("--device tpu", "--device: expected cpu, cuda or cuda:NUMBER, got 'tpu'"),
+        ("--device cuda:99", "--device: expected one that torch finds, got cuda:99"),
+        ("--train voc", "dataset: expected coco:ANNOTATIONS.json:IMAGE_DIR or voc:ROOT:SPLIT"),
+        ("--test-only", "--test-only: expected --weights FILE or --resume, got neither"),
+        ("--test-only --resume", "--resume: expected a checkpoint to evaluate, got no"),
+        ("--weights absent.pth", "absent.pth: expected a state dict, got FileNotFoundError"),
+    ],
+)
+def test_bad_options_are_refused_before_anything_is_written(tool, capsys, flags, message):
+    expect_refusal(tool, capsys, "refused", flags.split(), message)
+
+
+def test_a_set_is_missed(capsys):
+    for flags, message in (
+        ([], "--train: expected a training set, got none"),
+        (["--test-only", "--resume"], "--test: expected a test set with --test-only"),
+        (["--train", "coco:a:b", "--eval-period", "1"], "--test: expected a test set"),
+    ):
+        assert program.main(flags) == 1
+        assert message in capsys.readouterr().err
+
+
+def test_a_test_set_with_other_classes_is_refused(tool, capsys):
+    spec = write_images(tool.folder / "other_classes", 4)
+    path = tool.folder / "other_classes" / "set.json"
+    path.write_text(path.read_text().replace('"green"', '"blue"'))
+    expect_refusal(tool, capsys, "refused", ["--test", spec], "(red, green), got also blue")
+
+
+def test_a_mask_builder_on_boxes_alone_is_refused(tool, capsys):
+    spec = write_images(tool.folder / "boxes_only", 4, segmentation=False)
+    flags = ["--model", "maskrcnn_tiny_fpn", "--train", spec]
+    message = "annotation 1 of image 1: for a model with masks expected 'segmentation'"
+    expect_refusal(tool, capsys, "refused", flags, message)
+
+
+def test_checkpoints_of_another_run_are_refused(tool, straight, capsys):
+    shutil.copytree(straight.folder, tool.folder / "mismatched")
+    other = write_images(tool.folder / "other_data", 8, seed=9)
+    names = write_images(tool.folder / "other_names", 8)
+    path = tool.folder / "other_names" / "set.json"
+    path.write_text(path.read_text().replace('"green"', '"blue"'))
+    cases = [
+        (
+            ["--model", "maskrcnn_tiny_fpn"],
+            "expected model 'maskrcnn_tiny_fpn' as in this run, got",
+        ),
+        (["--anchor-sizes", "8", "16", "32", "64"], "expected anchor_sizes [8, 16, 32, 64] as in"),
+        (["--frozen-bn"], "expected frozen_bn True as in this run, got False"),
+        (["--train", names, "--test", names], "expected the classes red, blue, got red, green"),
+        (["--train", other], "expected fingerprint"),
+        (["--opt", "adamw"], "expected opt 'adamw' as in this run, got 'sgd'"),
+        (["--pskd-alpha-final", "0.5"], "alpha_final: expected 0.7, with which"),
+        (["--pskd-alpha-final", "0"], "alpha_final: expected 0.7, with which"),
+        (["--pskd-alpha-schedule", "cosine"], "schedule: expected 'linear', with which"),
+        (["--epochs", "5"], "num_epochs: expected 3, with which"),
+        (["--epochs", "2"], "--epochs: expected at least 3, as in"),
+    ]
+    for flags, message in cases:
+        expect_refusal(
+            tool, capsys, "mismatched", [*PSKD, "--resume", *flags], checkpoint.NAME, message
+        )
+
+
+def test_a_changed_schedule_is_allowed_and_told_when_asked_for(tool, straight, caplog):
+    shutil.copytree(straight.folder, tool.folder / "longer")
+    flags = ["--pskd-alpha-final", "0.4", "--epochs", "4", "--pskd-allow-schedule-change"]
+    changed = ["--lr", "0.002", "--weight-decay", "0.001"]
+    run = tool.run("longer", *flags, "--resume", *changed).expect_success()
+    assert run.training()[-1]["pskd/alpha"] == pytest.approx(0.4)
+    assert run.training()[-1]["lr"] == pytest.approx(0.0002)
+    assert run.checkpoint()["optimizer"]["param_groups"][0]["weight_decay"] == 0.001
+    assert "trained with lr 0.01, goes on with 0.002" in caplog.text
+    assert "trained with epochs 3, goes on with 4" in caplog.text
+
+
+def test_damaged_and_foreign_checkpoints_are_named(tool, straight, capsys):
+    folder = tool.folder / "damaged"
+    folder.mkdir()
+    path = folder / checkpoint.NAME
+    whole = (straight.folder / checkpoint.NAME).read_bytes()
+    for content in (whole[: len(whole) // 2], b"", b"text"):
+        path.write_bytes(content)
+        message = f"{path}: expected a checkpoint of this program, got"
+        expect_refusal(tool, capsys, "damaged", [*PSKD, "--resume"], message)
+    torch.save({"model": {}}, path)
+    expect_refusal(tool, capsys, "damaged", [*PSKD, "--resume"], f"{path}: expected a checkpoint")
+
+
+class Payload:
+    """Runs a command where a pickle is trusted."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self):
+        return os.system, (f"touch '{self.marker}'",)
+
+
+def test_no_code_in_a_checkpoint_is_run(tool, tmp_path, capsys):
+    folder = tool.folder / "hostile"
+    folder.mkdir()
+    torch.save({"model": Payload(tmp_path / "ran")}, folder / checkpoint.NAME)
+    expect_refusal(tool, capsys, "hostile", ["--resume"], "expected a checkpoint of this program")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(tool, capsys):
+    capsys.readouterr()
+    run = tool.run("diverged", "--lr", "1e20", "--warmup-iters", "0", "--print-freq", "3")
+    error = capsys.readouterr().err
+    assert run.code == 1 and error.count("\n") == 1
+    assert "train_torchvision: iteration 1: expected finite losses, got total_loss" in error
+    assert not (run.folder / checkpoint.NAME).exists()
+
+
+def test_an_image_that_cannot_be_read_by_a_worker_is_named_in_one_line(tool, capsys):
+    spec = write_images(tool.folder / "broken", 4)
+    (tool.folder / "broken" / "2.png").write_bytes(b"no image")
+    capsys.readouterr()
+    assert tool.run("unread", "--train", spec, "--workers", "1").code == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "2.png: expected an image, got" in error
+
+
+WATCHED = """
+import json, runpy, sys
+script = sys.argv[1]
+sys.argv = sys.argv[1:]
+try:
+    runpy.run_path(script, run_name="__main__")
+finally:
+    print(json.dumps(sorted({name.partition(".")[0] for name in sys.modules})))
+"""
+
+
+def test_the_process_ends_with_the_status_and_has_loaded_no_other_adapter(tool):
+    process = start(tool.folder, ["-c", WATCHED, str(SCRIPT), "--train", "coco:absent.json:."])
+    output, error = process.communicate(timeout=TIMEOUT_S)
+    assert process.returncode == 1
+    assert error.startswith("train_torchvision: absent.json: expected") and error.count("\n") == 1
+    loaded = set(json.loads(output))
+    assert {"pskd", "pskd_detection", "pskd_torchvision"} <= loaded
+    others = {"detectron2", "fairseq", "pskd_detectron2", "pskd_fairseq", "demo", "matplotlib"}
+    assert not loaded & others
