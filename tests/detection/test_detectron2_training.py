@@ -242,7 +242,7 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(straight, spec, tmp_path, m
     before = {path.name: path.read_bytes() for path in out.iterdir()}
 
     def full(obj, file, *args, **kwargs):
-        target = Path(file.name if hasattr(file, "name") else file)
+        target = Path(file if isinstance(file, str | os.PathLike) else file.name)
         target.write_bytes(b"half")
         raise OSError(28, "No space left on device", str(target))
 

@@ -1,0 +1,6 @@
+#!/bin/sh
+# demo_torchvision.sh with PS-KD.
+#
+#     configs/detection/demo_torchvision_pskd.sh --train SPEC --test SPEC [any flag]
+set -eu
+exec "$(dirname "$0")/demo_torchvision.sh" --pskd-alpha-final 0.7 "$@"

@@ -1,0 +1,130 @@
+"""The one place that learns that an epoch began: there alpha is set and the teacher refreshed."""
+
+from __future__ import annotations
+
+import logging
+
+from torch import nn
+
+from pskd.schedule import SCHEDULES, check_alpha
+from pskd_torchvision.distributed import take_buffers_of_first_process
+from pskd_torchvision.state import PSKDState
+
+__all__ = ["PSKDEpochs"]
+
+logger = logging.getLogger(__name__)
+
+
+class PSKDEpochs:
+    """Drives PS-KD in any training loop that says when an epoch begins.
+
+    Checkpoints are written at an epoch's end, when the model *is* the next teacher: beside the
+    model they need nothing but this object's state.
+
+    Args:
+        model: has gone through `add_pskd`; may be wrapped in DDP.
+        num_epochs: of the whole training.
+        alpha_final: weight of the teacher at the end of training (the paper's alpha_T); 0 trains as
+            torchvision does.
+        schedule: ``"linear"``, ``"constant"`` or ``"cosine"``.
+        allow_schedule_change: resume with other options than those of the checkpoint.
+
+    Raises:
+        ValueError: for an option out of range, or a model without PSKD heads.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        num_epochs: int,
+        alpha_final: float = 0.7,
+        schedule: str = "linear",
+        allow_schedule_change: bool = False,
+    ) -> None:
+        self._model = getattr(model, "module", model)
+        heads = getattr(self._model, "roi_heads", None)
+        if not isinstance(getattr(heads, "pskd", None), PSKDState):
+            raise ValueError("model: expected one that has gone through add_pskd, got another")
+        if num_epochs < 1:
+            raise ValueError(f"num_epochs: expected 1 or more, got {num_epochs}")
+        if schedule not in SCHEDULES:
+            raise ValueError(f"schedule: expected one of {', '.join(SCHEDULES)}, got {schedule!r}")
+        self._pskd: PSKDState = heads.pskd
+        self._alpha_final = check_alpha(alpha_final, "alpha_final")
+        self._num_epochs, self._schedule = num_epochs, schedule
+        self._allow_schedule_change = allow_schedule_change
+        self._epoch = 0  # none yet
+
+    def begin_epoch(self, epoch: int) -> None:
+        """Set alpha, and take the present weights as the teacher's; in every process of DDP.
+
+        Args:
+            epoch: from 1 to the number of epochs.
+
+        Raises:
+            ValueError: if it is none of them, or not the one after the last.
+        """
+        if not 1 <= epoch <= self._num_epochs:
+            raise ValueError(f"epoch: expected one of 1 to {self._num_epochs}, got {epoch}")
+        if self._epoch and epoch != self._epoch + 1:
+            raise ValueError(f"epoch: expected {self._epoch + 1} after the last, got {epoch}")
+        self._epoch = epoch
+        if not self._alpha_final:
+            return
+        # There is nothing to learn from in the first epoch.
+        if epoch > 1:
+            self._refresh()
+            schedule = SCHEDULES[self._schedule]
+            self._pskd.alpha = schedule(epoch, self._num_epochs, self._alpha_final)
+        logger.info("PS-KD: epoch %d of %d, alpha %.4f", epoch, self._num_epochs, self._pskd.alpha)
+
+    def _refresh(self) -> None:
+        # Batch norm's statistics differ between processes, and one teacher is the same in all.
+        take_buffers_of_first_process(self._model)
+        # The RPN of the teacher is never asked for.
+        student = {"backbone": self._model.backbone, "roi_heads": self._model.roi_heads}
+        self._pskd.snapshot.refresh(nn.ModuleDict(student))
+
+    def take_means(self) -> dict[str, float]:
+        """Return ``pskd/alpha`` and what the teacher did since the last call, for a log.
+
+        ``pskd/teacher_nll`` (nats) and ``pskd/teacher_agreement`` (a fraction) are means over the
+        ROIs that have a teacher, ``pskd/gradient_rescaling`` is the factor on their gradients. Of
+        the baseline there is nothing to tell.
+        """
+        if not self._alpha_final:
+            return {}
+        return {"pskd/alpha": self._pskd.alpha} | self._pskd.means.take()
+
+    def _options(self) -> dict[str, object]:
+        """Return what makes two trainings different ones; of the baseline all but one is unused."""
+        options: dict[str, object] = {
+            "alpha_final": self._alpha_final,
+            "label_smoothing": self._pskd.label_smoothing,
+        }
+        if self._alpha_final:
+            options["schedule"] = self._schedule
+            options["num_epochs"] = self._num_epochs
+            options["foreground_only"] = self._pskd.foreground_only
+        return options
+
+    def state_dict(self) -> dict:
+        """Return what a run that is resumed after this epoch needs beside the model."""
+        return {"epoch": self._epoch, "options": self._options()}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Go on after the epoch of the state; the model's weights must be loaded too.
+
+        Raises:
+            ValueError: if the options changed.
+        """
+        trained = state["options"]
+        for name, value in self._options().items():
+            expected = trained.get(name, value)
+            if value != expected and not self._allow_schedule_change:
+                raise ValueError(
+                    f"{name}: expected {expected!r}, with which the checkpoint was trained, got "
+                    f"{value!r} (--pskd-allow-schedule-change allows it)"
+                )
+        self._epoch = state["epoch"]

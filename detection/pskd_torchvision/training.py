@@ -1,0 +1,224 @@
+"""The training loop: an epoch follows from the state at its start, the seed and its number alone.
+
+That is what makes a resumed run equal to one that was not stopped: all random states are set anew
+at each epoch's start, and the learning rate is a function of progress.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import random
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import median
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, DistributedSampler
+
+from pskd_torchvision.data import DetectionImages, collate
+from pskd_torchvision.distributed import World, take_buffers_of_first_process
+from pskd_torchvision.epoch import PSKDEpochs
+from pskd_torchvision.log import MetricsLog
+from pskd_torchvision.means import Means
+
+__all__ = ["LearningRate", "Trainer", "seed_epoch"]
+
+logger = logging.getLogger(__name__)
+
+WARMUP_START = 1e-3  # of the learning rate, as in torchvision's reference
+
+
+@dataclass(frozen=True)
+class LearningRate:
+    """Linear warm-up within the first epoch, then a factor at some epochs' ends.
+
+    Attributes:
+        base: the learning rate after the warm-up.
+        warmup_iters: iterations of the warm-up; it ends with the first epoch at the latest.
+        steps: after how many epochs the rate is multiplied by ``gamma``.
+        gamma: the factor.
+
+    Source: torchvision's references/detection/train.py (LinearLR and MultiStepLR).
+    """
+
+    base: float
+    warmup_iters: int = 0
+    steps: Sequence[int] = ()
+    gamma: float = 0.1
+
+    def at(self, epoch: int, iteration: int, epoch_iters: int) -> float:
+        """Return the rate of an iteration, counted from 0 in its epoch, which counts from 1."""
+        rate = self.base * self.gamma ** sum(step < epoch for step in self.steps)
+        warmup = min(self.warmup_iters, epoch_iters - 1)
+        if epoch > 1 or iteration >= warmup:
+            return rate
+        return rate * (WARMUP_START + (1.0 - WARMUP_START) * iteration / warmup)
+
+
+def seed_epoch(seed: int, epoch: int, rank: int) -> None:
+    """Set the random states of Python, numpy and torch for one process and epoch."""
+    # Mixed: neighbouring seeds, epochs and ranks must not share a stream.
+    mixed = int(np.random.SeedSequence((seed, epoch, rank)).generate_state(1)[0])
+    random.seed(mixed)
+    np.random.seed(mixed)
+    torch.manual_seed(mixed)
+
+
+class Trainer:
+    """Trains a detector with PS-KD, in one process or several.
+
+    Args:
+        model: bare and on the device; has gone through `add_pskd`.
+        images: the training set.
+        optimizer: of the model's parameters.
+        epochs: alpha and the teacher.
+        learning_rate: of all parameters.
+        world: the processes; each takes ``batch_size`` images an iteration.
+        batch_size: images of an iteration and process.
+        workers: that read images, a process.
+        amp: mixed precision: float16 with a loss scale on a GPU, bfloat16 on a CPU.
+        seed: of the order of images and of all sampling.
+        print_freq: in iterations; how often losses are logged.
+
+    Attributes:
+        log: where they are logged; nowhere unless it is set.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        images: DetectionImages,
+        optimizer: torch.optim.Optimizer,
+        epochs: PSKDEpochs,
+        *,
+        learning_rate: LearningRate,
+        world: World,
+        batch_size: int = 2,
+        workers: int = 0,
+        amp: bool = False,
+        seed: int = 0,
+        print_freq: int = 20,
+    ) -> None:
+        self.model, self.optimizer, self.epochs = model, optimizer, epochs
+        self._images, self._learning_rate, self._world = images, learning_rate, world
+        self._amp, self._seed, self._print_freq = amp, seed, print_freq
+        self.log = MetricsLog(None)
+        on_gpu = world.device.type == "cuda"
+        self.scaler = torch.amp.GradScaler(world.device.type, enabled=amp and on_gpu)
+        if amp:
+            _keep_boxes_in_float32(model)
+        self._wrapped = model
+        if world.size > 1:
+            devices = [world.device] if on_gpu else None
+            self._wrapped = DistributedDataParallel(model, device_ids=devices)
+        self._sampler = DistributedSampler(images, world.size, world.rank, seed=seed)
+        self._loader = DataLoader(
+            images,
+            batch_size=batch_size,
+            sampler=self._sampler,
+            num_workers=workers,
+            collate_fn=collate,
+            pin_memory=on_gpu,
+            generator=torch.Generator(),  # the seeds of workers do not come from the global one
+        )
+        self._losses = Means()
+        self._seconds: list[float] = []
+
+    def train_epoch(self, epoch: int) -> None:
+        """Train one epoch, counted from 1; afterwards all processes have the same model.
+
+        Raises:
+            FloatingPointError: if a loss is not finite.
+            ValueError: for an image that cannot be read.
+        """
+        seed_epoch(self._seed, epoch, self._world.rank)
+        self._sampler.set_epoch(epoch)
+        self._images.set_epoch(epoch)
+        self.epochs.begin_epoch(epoch)
+        self._wrapped.train()
+        start = time.perf_counter()
+        for i, (images, targets) in enumerate(self._loader):
+            rate = self._learning_rate.at(epoch, i, len(self._loader))
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate
+            losses = self._step(images, targets)
+            now = time.perf_counter()
+            self._seconds.append(now - start)
+            start = now
+            self._report(epoch, i + 1, losses, rate)
+        take_buffers_of_first_process(self.model)
+
+    def _step(self, images: list[Tensor], targets: list[dict]) -> dict[str, Tensor]:
+        """Make one step; return the losses that it was made on."""
+        device = self._world.device
+        images = [image.to(device, non_blocking=True) for image in images]
+        targets = [{k: v.to(device, non_blocking=True) for k, v in t.items()} for t in targets]
+        dtype = torch.float16 if device.type == "cuda" else torch.bfloat16
+        with torch.autocast(device.type, dtype=dtype, enabled=self._amp):
+            losses = self._wrapped(images, targets)
+            loss = sum(losses.values())
+        self.optimizer.zero_grad()
+        self.scaler.scale(loss).backward()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        return {"total_loss": loss} | losses
+
+    def _report(self, epoch: int, done: int, losses: dict[str, Tensor], rate: float) -> None:
+        for name, value in losses.items():
+            self._losses.add(name, value)
+        total = len(self._loader)
+        reported = done % self._print_freq == 0 or done == total
+        if not reported and self._world.device.type != "cpu":
+            return  # to look at a loss would be to wait for the device
+        iteration = (epoch - 1) * total + done - 1  # from 0, as Detectron2 counts
+        if not reported:
+            _check_finite({k: v.item() for k, v in losses.items()}, iteration, 1)
+            return
+        means = self._losses.take()
+        _check_finite(means, iteration, (done - 1) % self._print_freq + 1)
+        means |= self.epochs.take_means()
+        seconds = median(self._seconds[-self._print_freq :])
+        values = {"epoch": epoch, "iteration": iteration, "lr": rate} | means
+        self.log.write(values | {"seconds_per_iteration": seconds})
+
+    def report_test(self, epoch: int, results: Mapping[str, Mapping]) -> None:
+        """Log the numbers of a test set at an epoch's end, as ``part/name``."""
+        flat = {f"{part}/{k}": v for part, values in results.items() for k, v in values.items()}
+        if flat:
+            self.log.write({"epoch": epoch, "iteration": epoch * len(self._loader) - 1} | flat)
+
+    def seconds_per_iteration(self) -> float | None:
+        """Return the median over the iterations of this run; None if there were none."""
+        return median(self._seconds) if self._seconds else None
+
+
+def _check_finite(losses: dict[str, float], iteration: int, count: int) -> None:
+    bad = [f"{name} {value}" for name, value in losses.items() if not math.isfinite(value)]
+    if bad:
+        first = f"{iteration - count + 1} to " if count > 1 else ""
+        raise FloatingPointError(
+            f"iteration {first}{iteration}: expected finite losses, got {', '.join(bad)} (often "
+            "--lr is too high)"
+        )
+
+
+def _keep_boxes_in_float32(model: nn.Module) -> None:
+    """Keep what boxes are computed from out of half precision.
+
+    torchvision adds deltas to boxes in the precision of the deltas. A coordinate of 100 pixels in
+    bfloat16 is off by up to a quarter of one, of 1000 by up to two.
+    """
+    model.rpn.head.register_forward_hook(_as_float32)
+    model.roi_heads.box_predictor.register_forward_hook(_as_float32)
+
+
+def _as_float32(_module: nn.Module, _args: tuple, output: tuple) -> tuple:
+    return tuple(
+        value.float() if isinstance(value, Tensor) else [level.float() for level in value]
+        for value in output
+    )
