@@ -19,7 +19,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def load_module():
     spec = importlib.util.spec_from_file_location(
-        "pskd_demo_locale_pairs", ROOT / "demo" / "locale_pairs.py")
+        "pskd_demo_locale_pairs", ROOT / "demo" / "locale_pairs.py"
+    )
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
@@ -45,23 +46,33 @@ def test_no_held_out_sentence_or_combination_is_in_another_part(corpus):
         for other in {"train", "valid", "test"} - {part}:
             assert not combinations(corpus[part]) & combinations(corpus[other])
             for language in ("en", "de"):
-                assert not ({getattr(pair, language) for pair in corpus[part]}
-                            & {getattr(pair, language) for pair in corpus[other]})
+                assert not (
+                    {getattr(pair, language) for pair in corpus[part]}
+                    & {getattr(pair, language) for pair in corpus[other]}
+                )
 
 
 def test_held_out_days_are_not_written_in_the_training_text(corpus):
     """The same promise, read from the text alone and not from what the generator says of it."""
-    english = {match.groups() for pair in corpus["train"]
-               for pattern in (r"\b([A-Z][a-z]+) (\d+)\b", r"\b(\d+)/(\d+)/\d")
-               for match in re.finditer(pattern, pair.en)}
-    german = {match.groups() for pair in corpus["train"]
-              for match in re.finditer(r"\b(\d\d)\.(\d\d)\.\d", pair.de)}
+    english = {
+        match.groups()
+        for pair in corpus["train"]
+        for pattern in (r"\b([A-Z][a-z]+) (\d+)\b", r"\b(\d+)/(\d+)/\d")
+        for match in re.finditer(pattern, pair.en)
+    }
+    german = {
+        match.groups()
+        for pair in corpus["train"]
+        for match in re.finditer(r"\b(\d\d)\.(\d\d)\.\d", pair.de)
+    }
     held_out = seen = 0
     for number in range(366):
         day = datetime.date(2000, 1, 1) + datetime.timedelta(days=number)
-        found = [(f"{day:%B}", str(day.day)) in english,
-                 (str(day.month), str(day.day)) in english,
-                 (f"{day:%d}", f"{day:%m}") in german]
+        found = [
+            (f"{day:%B}", str(day.day)) in english,
+            (str(day.month), str(day.day)) in english,
+            (f"{day:%d}", f"{day:%m}") in german,
+        ]
         if locale_pairs.split_of(("date", day.month, day.day)) == "train":
             seen += any(found)
         else:
@@ -83,8 +94,10 @@ def test_held_out_quantities_are_not_written_in_the_training_text(corpus):
 
 def test_every_held_out_word_is_known_from_training(corpus):
     """What is new in the test text is the combination, hardly ever a word (given enough text)."""
-    words = {part: {word for pair in corpus[part] for word in re.findall(r"[^\W\d_]+", pair.de)}
-             for part in ("train", "test")}
+    words = {
+        part: {word for pair in corpus[part] for word in re.findall(r"[^\W\d_]+", pair.de)}
+        for part in ("train", "test")
+    }
     assert len(words["test"] - words["train"]) <= 0.05 * len(words["test"])
 
 
@@ -107,8 +120,11 @@ def test_text_has_plain_spaces_only(corpus):
 
 def test_both_sides_say_the_same_number_of_digits_in_quantities(corpus):
     """English 1,234.5 is German 1.234,5: separators swap, digits stay."""
-    alone = [pair for pair in corpus["train"]
-             if len(pair.combinations) == 1 and pair.combinations[0][0] in ("quantity", "money")]
+    alone = [
+        pair
+        for pair in corpus["train"]
+        if len(pair.combinations) == 1 and pair.combinations[0][0] in ("quantity", "money")
+    ]
     assert len(alone) > 100
     for pair in alone:
         numbers = [re.search(r"\d[\d.,]*", text).group() for text in (pair.en, pair.de)]
@@ -121,11 +137,23 @@ def test_same_seed_same_bytes_in_another_process(tmp_path):
     locale_pairs.write_pairs(tmp_path / "other", seed=8, **sizes)
     options = [f"--{name.replace('_', '-')}={size}" for name, size in sizes.items()]
     subprocess.run(
-        [sys.executable, "-m", "demo.locale_pairs", "--out", tmp_path / "two", "--seed", "7",
-         *options],
-        cwd=ROOT, check=True, env={**os.environ, "PYTHONHASHSEED": "123", "TZ": "Asia/Tokyo"})
-    names = sorted(f"{part}.{language}" for part in ("train", "valid", "test")
-                   for language in ("en", "de"))
+        [
+            sys.executable,
+            "-m",
+            "demo.locale_pairs",
+            "--out",
+            tmp_path / "two",
+            "--seed",
+            "7",
+            *options,
+        ],
+        cwd=ROOT,
+        check=True,
+        env={**os.environ, "PYTHONHASHSEED": "123", "TZ": "Asia/Tokyo"},
+    )
+    names = sorted(
+        f"{part}.{language}" for part in ("train", "valid", "test") for language in ("en", "de")
+    )
     assert sorted(path.name for path in (tmp_path / "one").iterdir()) == names
     for name in names:
         text = (tmp_path / "one" / name).read_bytes()

@@ -50,9 +50,7 @@ def variants(fairseq, straight):
         "--decoder-hidden-size 32 --decoder-out-embed-dim 32"
     ).split()
     return {
-        "alpha_0": fairseq.start(
-            "alpha_0", "--max-epoch", str(EPOCHS), "--pskd-alpha-final", "0"
-        ),
+        "alpha_0": fairseq.start("alpha_0", "--max-epoch", str(EPOCHS), "--pskd-alpha-final", "0"),
         "hydra": fairseq.submit(hydra_train, fairseq),
         "one_update": fairseq.start("one_update", *whole, "--batch-size", "24"),
         "two_halves": fairseq.start(
@@ -262,8 +260,9 @@ def test_hydra_trains_bit_for_bit_like_the_command_line(variants, straight):
 
 
 def test_update_freq_2_equals_one_batch_of_double_size(variants):
-    whole, halves = (variants[name].result().expect_success()
-                     for name in ("one_update", "two_halves"))
+    whole, halves = (
+        variants[name].result().expect_success() for name in ("one_update", "two_halves")
+    )
     for name in ("loss", "nll_loss", *STATISTICS[:2]):
         values = [run.column(name) for run in (whole, halves)]
         assert values[0] == pytest.approx(values[1], abs=1.5e-3), name

@@ -20,8 +20,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-for _module, _package in (("fairseq_cli", "fairseq-fixed"), ("sacremoses", "sacremoses"),
-                          ("subword_nmt", "subword-nmt")):
+for _module, _package in (
+    ("fairseq_cli", "fairseq-fixed"),
+    ("sacremoses", "sacremoses"),
+    ("subword_nmt", "subword-nmt"),
+):
     pytest.importorskip(_module, reason=f"{_package} is not installed: pip install {_package}")
 
 SCRIPT = Path(__file__).resolve().parents[2] / "translation" / "prepare.py"
@@ -40,12 +43,23 @@ prepare = load_script()
 
 # ---- made-up parallel text with what tokenisers stumble over ------------------------------------
 
-NOUNS = [("Hund", "dog"), ("Ball", "ball"), ("Turm", "tower"), ("Zug", "train"), ("Berg", "hill"),
-         ("Baum", "tree"), ("Fluss", "river"), ("Tisch", "table"), ("Wald", "wood")]
+NOUNS = [
+    ("Hund", "dog"),
+    ("Ball", "ball"),
+    ("Turm", "tower"),
+    ("Zug", "train"),
+    ("Berg", "hill"),
+    ("Baum", "tree"),
+    ("Fluss", "river"),
+    ("Tisch", "table"),
+    ("Wald", "wood"),
+]
 COLOURS = [("rote", "red"), ("grüne", "green"), ("weiße", "white"), ("blau-graue", "blue-grey")]
 PHRASES = [
-    ("Der {0} {1} kostet 1.234,50 € (z. B. am 3. Mai).",
-     "The {0} {1} costs €1,234.50 (e.g. on May 3rd)."),
+    (
+        "Der {0} {1} kostet 1.234,50 € (z. B. am 3. Mai).",
+        "The {0} {1} costs €1,234.50 (e.g. on May 3rd).",
+    ),
     ('"Der {0} {1}", sagte Dr. Groß, "ist hier!"', '"The {0} {1}", said Dr. Gross, "is here!"'),
     ("Ist's der {0} {1} & {2} Freunde?", "Isn't it the {0} {1} & {2} friends?"),
     ("Der {0} {1} fährt um 10:{2:02d} Uhr ab...", "The {0} {1} leaves at 10:{2:02d} a.m..."),
@@ -73,17 +87,24 @@ def write(path, lines, end="\n"):
 def bitext(folder, name, number, seed=0, suffix=""):
     """Two text files; returns their paths as strings."""
     german, english = sentences(number, seed)
-    return [str(write(folder / f"{name}.{language}{suffix}", side))
-            for language, side in (("de", german), ("en", english))]
+    return [
+        str(write(folder / f"{name}.{language}{suffix}", side))
+        for language, side in (("de", german), ("en", english))
+    ]
 
 
 LANGUAGES = ["--source-lang", "de", "--target-lang", "en"]
 
 
 def cli(arguments, cwd):
-    return subprocess.run([sys.executable, str(SCRIPT), *map(str, arguments)], cwd=cwd,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True,
-                          text=True, timeout=300)
+    return subprocess.run(
+        [sys.executable, str(SCRIPT), *map(str, arguments)],
+        cwd=cwd,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -93,12 +114,29 @@ def prepared(tmp_path_factory):
     texts = [*bitext(folder, "a", 500, seed=1, suffix=".gz"), *bitext(folder, "b", 200, seed=2)]
     test = bitext(folder, "given", 60, seed=3)
     write(folder / "given.en", sentences(60, seed=3)[1], end="\r\n")
-    done = cli([*(Path(text).name for text in texts), *LANGUAGES, "--test",
-                *(Path(text).name for text in test), "--bpe-size", 300, "--workers", 2,
-                "--out", "made/here"], cwd=folder)
+    done = cli(
+        [
+            *(Path(text).name for text in texts),
+            *LANGUAGES,
+            "--test",
+            *(Path(text).name for text in test),
+            "--bpe-size",
+            300,
+            "--workers",
+            2,
+            "--out",
+            "made/here",
+        ],
+        cwd=folder,
+    )
     assert done.returncode == 0, done.stderr
-    return Namespace(dir=folder / "made" / "here", texts=texts, test=test, log=done.stderr,
-                     record=json.loads((folder / "made" / "here" / "prepare.json").read_text()))
+    return Namespace(
+        dir=folder / "made" / "here",
+        texts=texts,
+        test=test,
+        log=done.stderr,
+        record=json.loads((folder / "made" / "here" / "prepare.json").read_text()),
+    )
 
 
 @pytest.fixture(scope="module")
@@ -123,8 +161,10 @@ def read_back(folder, dictionary, part, language):
     from sacremoses import MosesDetokenizer
 
     detokenize = MosesDetokenizer(language).detokenize
-    lines = [dictionary.string(ids, bpe_symbol="@@ ")
-             for ids in binaries(folder, dictionary, part, language)]
+    lines = [
+        dictionary.string(ids, bpe_symbol="@@ ")
+        for ids in binaries(folder, dictionary, part, language)
+    ]
     return [detokenize(line.split()) for line in lines]
 
 
@@ -133,14 +173,28 @@ def read_back(folder, dictionary, part, language):
 
 def test_folder_holds_what_fairseq_and_scoring_need(prepared, dictionary):
     names = {path.name for path in prepared.dir.iterdir()}
-    assert names == {"bpe.codes", "dict.de.txt", "dict.en.txt", "prepare.json", "preprocess.log",
-                     "raw"} | {f"{part}.de-en.{language}.{kind}"
-                               for part in ("train", "valid", "test")
-                               for language in ("de", "en") for kind in ("bin", "idx")}
+    assert names == {
+        "bpe.codes",
+        "dict.de.txt",
+        "dict.en.txt",
+        "prepare.json",
+        "preprocess.log",
+        "raw",
+    } | {
+        f"{part}.de-en.{language}.{kind}"
+        for part in ("train", "valid", "test")
+        for language in ("de", "en")
+        for kind in ("bin", "idx")
+    }
     assert {path.name for path in (prepared.dir / "raw").iterdir()} == {
-        "valid.de", "valid.en", "test.de", "test.en"}
+        "valid.de",
+        "valid.en",
+        "test.de",
+        "test.en",
+    }
     assert (prepared.dir / "dict.de.txt").read_bytes() == (
-        prepared.dir / "dict.en.txt").read_bytes()
+        prepared.dir / "dict.en.txt"
+    ).read_bytes()
     assert prepared.record["dictionary_size"] == len(dictionary)
     assert [path.name for path in prepared.dir.parent.iterdir()] == ["here"]
 
@@ -152,8 +206,10 @@ def test_binaries_and_raw_text_are_aligned(prepared, dictionary):
             data = binaries(prepared.dir, dictionary, part, language)
             assert len(data) == note["pairs"]
             assert sum(len(ids) - 1 for ids in data) == note["pieces"][language]
-            assert sum(int((ids == dictionary.unk()).sum()) for ids in data) == (
-                note["unknown"][language])
+            assert (
+                sum(int((ids == dictionary.unk()).sum()) for ids in data)
+                == (note["unknown"][language])
+            )
             if part != "train":
                 assert len(raw(prepared.dir, part, language)) == note["pairs"]
 
@@ -178,11 +234,18 @@ def test_detokenised_pieces_are_the_raw_text(prepared, dictionary):
 def test_fairseq_interactive_makes_the_same_pieces_from_raw_text(prepared, dictionary):
     from fairseq.data import encoders
 
-    moses = encoders.build_tokenizer(Namespace(tokenizer="moses", source_lang="de",
-                                               target_lang="en", moses_no_dash_splits=False,
-                                               moses_no_escape=False))
-    bpe = encoders.build_bpe(Namespace(bpe="subword_nmt", bpe_separator="@@",
-                                       bpe_codes=str(prepared.dir / "bpe.codes")))
+    moses = encoders.build_tokenizer(
+        Namespace(
+            tokenizer="moses",
+            source_lang="de",
+            target_lang="en",
+            moses_no_dash_splits=False,
+            moses_no_escape=False,
+        )
+    )
+    bpe = encoders.build_bpe(
+        Namespace(bpe="subword_nmt", bpe_separator="@@", bpe_codes=str(prepared.dir / "bpe.codes"))
+    )
     for part in ("valid", "test"):
         stored = binaries(prepared.dir, dictionary, part, "de")
         for line, ids in zip(raw(prepared.dir, part, "de"), stored, strict=True):
@@ -196,7 +259,8 @@ def test_drawn_sentences_left_the_training_part(prepared, dictionary):
     assert len(valid) == len(set(valid)) == prepared.record["parts"]["valid"]["pairs"]
     assert not train & set(valid)
     assert not {prepare.sentence_key(line) for line in raw(prepared.dir, "valid", "de")} & {
-        prepare.sentence_key(line) for line in raw(prepared.dir, "test", "de")}
+        prepare.sentence_key(line) for line in raw(prepared.dir, "test", "de")
+    }
 
 
 def test_record_says_how_it_was_made(prepared):
@@ -206,8 +270,10 @@ def test_record_says_how_it_was_made(prepared):
     assert set(record["versions"]) >= {"sacremoses", "subword-nmt"}
     assert any(name.startswith("fairseq") for name in record["versions"])
     hashes = [entry["sha256"] for entry in record["inputs"]]
-    assert hashes == [hashlib.sha256(Path(path).read_bytes()).hexdigest()
-                      for path in prepared.texts + prepared.test]
+    assert hashes == [
+        hashlib.sha256(Path(path).read_bytes()).hexdigest()
+        for path in prepared.texts + prepared.test
+    ]
     assert record["parts"]["valid"]["from"] == "drawn"
     assert record["parts"]["test"]["from"] == "given"
 
@@ -226,8 +292,9 @@ def test_help_names_the_flags_for_raw_text(capsys):
     assert "--tokenizer moses --bpe subword_nmt --bpe-codes DIR/bpe.codes" in text
 
 
-@pytest.mark.skipif("PSKD_DATA" not in os.environ,
-                    reason="PSKD_DATA does not name a folder that contains multi30k/")
+@pytest.mark.skipif(
+    "PSKD_DATA" not in os.environ, reason="PSKD_DATA does not name a folder that contains multi30k/"
+)
 def test_multi30k(tmp_path):
     from fairseq.data import Dictionary
 
@@ -236,9 +303,23 @@ def test_multi30k(tmp_path):
     def pair(name):
         return [data / f"{name}.{language}.gz" for language in ("de", "en")]
 
-    done = cli([*pair("train"), *LANGUAGES, "--valid", *pair("val"), "--test",
-                *pair("test_2016_flickr"), "--max-train", 2000, "--bpe-size", 2000,
-                "--out", tmp_path / "out"], cwd=tmp_path)
+    done = cli(
+        [
+            *pair("train"),
+            *LANGUAGES,
+            "--valid",
+            *pair("val"),
+            "--test",
+            *pair("test_2016_flickr"),
+            "--max-train",
+            2000,
+            "--bpe-size",
+            2000,
+            "--out",
+            tmp_path / "out",
+        ],
+        cwd=tmp_path,
+    )
     assert done.returncode == 0, done.stderr
     out = tmp_path / "out"
     record = json.loads((out / "prepare.json").read_text())
@@ -275,16 +356,19 @@ def run_main(arguments, capsys):
 
 
 BAD_TEXTS = {
-    "unequal": (lambda de, en: write(en, ["x"] * 299),
-                ["unequal", "{de} has 300", "{en} has 299"]),
+    "unequal": (lambda de, en: write(en, ["x"] * 299), ["unequal", "{de} has 300", "{en} has 299"]),
     "empty": (lambda de, en: en.write_bytes(b""), ["{en}: empty file"]),
     "missing": (lambda de, en: de.unlink(), ["{de}: No such file"]),
     "folder": (lambda de, en: (de.unlink(), de.mkdir()), ["{de}: Is a directory"]),
-    "latin-1": (lambda de, en: spoil_utf8(de),
-                ["{de}:3: not UTF-8", "0xf6", "offset 3 of the line", "14 of the (unpacked) file"]),
+    "latin-1": (
+        lambda de, en: spoil_utf8(de),
+        ["{de}:3: not UTF-8", "0xf6", "offset 3 of the line", "14 of the (unpacked) file"],
+    ),
     "all blank": (lambda de, en: write(en, [" "] * 300), ["no training pair is left"]),
-    "no merges": (lambda de, en: (write(de, map(chr, range(0x4E00, 0x4E00 + 300))),
-                                  write(en, ["a"] * 300)), ["too small for BPE"]),
+    "no merges": (
+        lambda de, en: (write(de, map(chr, range(0x4E00, 0x4E00 + 300))), write(en, ["a"] * 300)),
+        ["too small for BPE"],
+    ),
 }
 
 
@@ -316,23 +400,27 @@ def test_blank_line_in_held_out_text_is_an_error(part, tmp_path, capsys):
     texts = bitext(tmp_path, "train", 300)
     de, en = bitext(tmp_path, "held", 30, seed=5)
     write(Path(en), [*sentences(30, seed=5)[1][:-1], "\x01 \t"])
-    status, error = run_main([*texts, *LANGUAGES, f"--{part}", de, en, "--out", tmp_path / "out"],
-                             capsys)
+    status, error = run_main(
+        [*texts, *LANGUAGES, f"--{part}", de, en, "--out", tmp_path / "out"], capsys
+    )
     assert status == 2
     assert f"{en}:30: empty sentence" in error
 
 
-@pytest.mark.parametrize(("arguments", "wanted"), [
-    ([], "texts come in pairs SRC_TEXT TGT_TEXT, but 0 were given"),
-    (["one"], "but 1 was given"),
-    (["a", "b", "c"], "but 3 were given"),
-    (["a", "b", "--target-lang", "de"], "both 'de'"),
-    (["a", "b", "--target-lang", "en-US"], "'en-US'"),
-    (["a", "b", "--bpe-size", "0"], "--bpe-size must be at least 1, not 0"),
-    (["a", "b", "--test-size", "-4"], "--test-size must be at least 1, not -4"),
-    (["a", "b", "--workers", "0"], "--workers must be at least 1"),
-    (["a", "b", "--valid", "c", "d", "--valid-size", "9"], "--valid-size has no meaning"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "wanted"),
+    [
+        ([], "texts come in pairs SRC_TEXT TGT_TEXT, but 0 were given"),
+        (["one"], "but 1 was given"),
+        (["a", "b", "c"], "but 3 were given"),
+        (["a", "b", "--target-lang", "de"], "both 'de'"),
+        (["a", "b", "--target-lang", "en-US"], "'en-US'"),
+        (["a", "b", "--bpe-size", "0"], "--bpe-size must be at least 1, not 0"),
+        (["a", "b", "--test-size", "-4"], "--test-size must be at least 1, not -4"),
+        (["a", "b", "--workers", "0"], "--workers must be at least 1"),
+        (["a", "b", "--valid", "c", "d", "--valid-size", "9"], "--valid-size has no meaning"),
+    ],
+)
 def test_bad_options_are_named(arguments, wanted, tmp_path, capsys):
     status, error = run_main([*LANGUAGES, "--out", tmp_path / "out", *arguments], capsys)
     assert (status, wanted in error) == (2, True), error
@@ -346,8 +434,10 @@ def test_unknown_option_is_refused_by_the_parser(tmp_path):
 
 def test_too_few_pairs_to_hold_out(tmp_path, capsys):
     texts = bitext(tmp_path, "train", 40)
-    status, error = run_main([*texts, *LANGUAGES, "--out", tmp_path / "out", "--valid-size", 30,
-                              "--test-size", 10], capsys)
+    status, error = run_main(
+        [*texts, *LANGUAGES, "--out", tmp_path / "out", "--valid-size", 30, "--test-size", 10],
+        capsys,
+    )
     assert status == 2
     assert "40 distinct source sentences" in error and "30 valid and 10 test" in error
 
@@ -361,13 +451,16 @@ def no_fairseq(monkeypatch):
     seen = {}
 
     def stand_in(job, text, data):
-        pieces = {language: (text / f"train.{language}").read_text(encoding="utf-8")
-                  for language in job.languages}
+        pieces = {
+            language: (text / f"train.{language}").read_text(encoding="utf-8")
+            for language in job.languages
+        }
         seen.update(pieces)
         known = dict.fromkeys(" ".join(pieces.values()).split())
         for language in job.languages:
             (data / f"dict.{language}.txt").write_text(
-                "".join(f"{piece} 1\n" for piece in known), encoding="utf-8")
+                "".join(f"{piece} 1\n" for piece in known), encoding="utf-8"
+            )
 
     monkeypatch.setattr(prepare, "binarise", stand_in)
     return seen
@@ -427,8 +520,10 @@ def test_empty_training_pairs_are_dropped_and_counted(no_fairseq, tmp_path, caps
 def test_given_text_that_is_in_training_too_is_said(no_fairseq, tmp_path, capsys, caplog):
     texts = bitext(tmp_path, "train", 300)
     test = bitext(tmp_path, "test", 5)
-    status, error = run_main([*texts, *LANGUAGES, "--test", *test, "--out", tmp_path / "out",
-                              "--valid-size", 290], capsys)
+    status, error = run_main(
+        [*texts, *LANGUAGES, "--test", *test, "--out", tmp_path / "out", "--valid-size", 290],
+        capsys,
+    )
     assert status == 0, error
     assert "5 source sentences of the test text are in the training text too" in caplog.text
     # Nor may the validation text be drawn from sentences of the test text.
@@ -441,8 +536,16 @@ def test_byte_order_mark_and_stray_carriage_returns_do_no_harm(tmp_path):
     assert prepare.read_lines(path) == ["eins", "zwei drei", "vier\u2028fünf"]
 
 
-@given(st.lists(st.tuples(st.text("aB \u2009", max_size=4), st.text("xy", max_size=2)), min_size=4,
-                max_size=60), st.integers(0, 3), st.integers(1, 3), st.integers(1, 3))
+@given(
+    st.lists(
+        st.tuples(st.text("aB \u2009", max_size=4), st.text("xy", max_size=2)),
+        min_size=4,
+        max_size=60,
+    ),
+    st.integers(0, 3),
+    st.integers(1, 3),
+    st.integers(1, 3),
+)
 @settings(max_examples=60, deadline=None)
 def test_held_out_parts_are_disjoint_whatever_the_text(pairs, seed, valid, test):
     sizes = {"valid": valid, "test": test}
@@ -474,8 +577,9 @@ def test_a_sentence_that_is_not_empty_has_tokens_that_fairseq_counts_alike(text)
 
 
 def everything_in(folder):
-    return {path.relative_to(folder): path.read_bytes()
-            for path in folder.rglob("*") if path.is_file()}
+    return {
+        path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()
+    }
 
 
 def test_a_prepared_set_is_not_replaced_without_being_asked(no_fairseq, tmp_path, capsys):
@@ -503,8 +607,9 @@ def test_overwrite_spares_files_of_somebody_else(marked, no_fairseq, tmp_path, c
     (out / "checkpoints").mkdir()
     (out / "checkpoints" / "best.pt").write_bytes(b"a week of work")
     before = everything_in(out)
-    status, error = run_main([*bitext(tmp_path, "train", 300), *LANGUAGES, "--out", out,
-                              "--overwrite"], capsys)
+    status, error = run_main(
+        [*bitext(tmp_path, "train", 300), *LANGUAGES, "--out", out, "--overwrite"], capsys
+    )
     assert status == 2
     assert ("checkpoints/best.pt" if marked else "not a prepared set") in error
     assert everything_in(out) == before
@@ -513,8 +618,10 @@ def test_overwrite_spares_files_of_somebody_else(marked, no_fairseq, tmp_path, c
 def test_a_record_that_cannot_be_read_is_not_overwritten(tmp_path, capsys):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "prepare.json").write_text("[]")
-    status, error = run_main([*bitext(tmp_path, "train", 300), *LANGUAGES, "--out",
-                              tmp_path / "out", "--overwrite"], capsys)
+    status, error = run_main(
+        [*bitext(tmp_path, "train", 300), *LANGUAGES, "--out", tmp_path / "out", "--overwrite"],
+        capsys,
+    )
     assert status == 2 and "prepare.json: cannot be read as a record" in error
 
 
@@ -524,8 +631,9 @@ def test_an_empty_folder_may_be_filled(no_fairseq, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("error", [prepare.ToolError("it broke"), OSError(28, "No space left")])
-def test_failure_leaves_nothing_and_keeps_the_old_set(error, no_fairseq, tmp_path, capsys,
-                                                      monkeypatch):
+def test_failure_leaves_nothing_and_keeps_the_old_set(
+    error, no_fairseq, tmp_path, capsys, monkeypatch
+):
     make(tmp_path, capsys)
     before = everything_in(tmp_path)
 
@@ -570,8 +678,9 @@ def test_what_a_killed_run_left_is_named(tmp_path, caplog):
 
 def test_a_failing_tool_is_quoted(tmp_path):
     with pytest.raises(prepare.ToolError, match=r"(?s)exit status 3:.*the reason"):
-        prepare.run_quietly([sys.executable, "-c", "print('the reason'); raise SystemExit(3)"],
-                            tmp_path)
+        prepare.run_quietly(
+            [sys.executable, "-c", "print('the reason'); raise SystemExit(3)"], tmp_path
+        )
 
 
 def test_a_killed_worker_is_an_error_and_not_a_wait(tmp_path):
@@ -588,10 +697,21 @@ def test_a_killed_run_leaves_no_folder(kill, tmp_path):
     (tmp_path / "sets").mkdir()
     texts = bitext(tmp_path, "train", 300)
     process = subprocess.Popen(
-        [sys.executable, str(SCRIPT), *texts, *LANGUAGES, "--out", str(tmp_path / "sets" / "out"),
-         "--bpe-size", "100"], stderr=subprocess.PIPE, text=True,
+        [
+            sys.executable,
+            str(SCRIPT),
+            *texts,
+            *LANGUAGES,
+            "--out",
+            str(tmp_path / "sets" / "out"),
+            "--bpe-size",
+            "100",
+        ],
+        stderr=subprocess.PIPE,
+        text=True,
         # A shell starts what it runs in the background with this signal ignored.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     try:
         for line in process.stderr:  # until fairseq-preprocess, its longest part by far, runs
             if "running fairseq-preprocess" in line:
