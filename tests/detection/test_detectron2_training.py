@@ -421,8 +421,10 @@ def test_a_lazy_config_trains_and_resumes(teacher, spec, tmp_path):
     register_spec(spec, tmp_path)
     assert spec in DatasetCatalog.list()
     words = [
+        "train.seed=1",
         f"dataloader.train.dataset.names={json.dumps(spec)}",
-        "dataloader.train.total_batch_size=2",
+        # Two of them are the eight images: the second epoch meets again what the first one saw.
+        "dataloader.train.total_batch_size=4",
         "dataloader.train.num_workers=0",
         "dataloader.train.mapper.augmentations.0.short_edge_length=[64]",
         f"dataloader.test.dataset.names={json.dumps(spec)}",
