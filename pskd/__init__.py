@@ -15,14 +15,16 @@ from typing import TYPE_CHECKING
 from pskd.version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from pskd import calibration, loss, plots, schedule, targets, teacher  # noqa: F401
+    from pskd import calibration, loss, memory, plots, schedule, targets, teacher  # noqa: F401
     from pskd.loss import PSKDStats, gradient_rescaling, pskd_cross_entropy
+    from pskd.memory import PredictionMemory
     from pskd.schedule import constant_alpha, cosine_alpha, linear_alpha
     from pskd.targets import TopK, mix_targets
     from pskd.teacher import SnapshotTeacher
 
 __all__ = [
     "PSKDStats",
+    "PredictionMemory",
     "SnapshotTeacher",
     "TopK",
     "constant_alpha",
@@ -33,9 +35,10 @@ __all__ = [
     "pskd_cross_entropy",
 ]
 
-_MODULES = ("calibration", "loss", "plots", "schedule", "targets", "teacher")
+_MODULES = ("calibration", "loss", "memory", "plots", "schedule", "targets", "teacher")
 _MODULE_OF = {
     "PSKDStats": "loss",
+    "PredictionMemory": "memory",
     "SnapshotTeacher": "teacher",
     "TopK": "targets",
     "constant_alpha": "schedule",

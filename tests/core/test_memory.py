@@ -1,0 +1,511 @@
+"""PredictionMemory: what is read is last epoch's, whole, and no file is half of one."""
+
+from __future__ import annotations
+
+import errno
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import given
+from hypothesis import strategies as st
+
+import pskd
+from pskd import _table
+
+FORMS = [None, 1, 3, 7]  # k of 7 classes
+M, C = 20, 7
+
+
+def predictions(rows: int, classes: int = C, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return (3 * torch.randn(rows, classes, generator=generator)).softmax(dim=1)
+
+
+def dense(past: torch.Tensor | pskd.TopK, classes: int = C) -> torch.Tensor:
+    return past.dense(classes) if isinstance(past, pskd.TopK) else past
+
+
+def kept(probs: torch.Tensor, k: int | None) -> torch.Tensor:
+    """What a memory of k classes can know of a prediction."""
+    if k is None:
+        return probs
+    values, indices = probs.topk(k, dim=1)
+    return pskd.TopK(indices, values).dense(probs.size(1))
+
+
+@pytest.fixture(params=["ram", "file"])
+def path(request, tmp_path):
+    return None if request.param == "ram" else tmp_path / "memory"
+
+
+@pytest.mark.parametrize("k", FORMS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_what_is_read_is_what_the_last_epoch_wrote(k, dtype, path):
+    memory = pskd.PredictionMemory(M, C, top_k=k, dtype=dtype, path=path)
+    rows, probs = torch.arange(0, M, 2), predictions(M // 2)
+    memory.next_epoch()
+    assert not memory.read(rows)[1].any()
+    memory.write(rows.flip(0), probs.flip(0))
+    assert not memory.read(rows)[1].any(), "this epoch's own predictions"
+    memory.next_epoch()
+    memory.write(rows, predictions(M // 2, seed=1))
+    past, seen = memory.read(torch.arange(M))
+    assert isinstance(past, pskd.TopK) == (k is not None)
+    assert seen.tolist() == [True, False] * (M // 2)
+    atol = 1e-3 if dtype == torch.float16 else 1e-6
+    torch.testing.assert_close(dense(past)[seen], kept(probs, k), rtol=0, atol=atol)
+    memory.next_epoch()
+    past, _ = memory.read(rows)
+    torch.testing.assert_close(dense(past), kept(predictions(M // 2, seed=1), k), rtol=0, atol=atol)
+    memory.next_epoch()
+    assert not memory.read(rows)[1].any(), "two epochs old"
+    memory.close()
+
+
+@given(k=st.one_of(st.none(), st.integers(1, C)), seed=st.integers(0, 2**32 - 1))
+def test_a_target_always_sums_to_one(k, seed):
+    memory = pskd.PredictionMemory(M, C, top_k=k)
+    memory.next_epoch()
+    memory.write(torch.arange(M), predictions(M, seed=seed))
+    memory.next_epoch()
+    past, _ = memory.read(torch.arange(M))
+    total = dense(past).sum(dim=1)
+    torch.testing.assert_close(total, torch.ones(M), rtol=0, atol=1e-6)
+
+
+def test_unseen_rows_train_like_cross_entropy():
+    memory = pskd.PredictionMemory(M, C, top_k=3)
+    rows, logits = torch.arange(M), torch.randn(M, C)
+    target = torch.randint(C, (M,))
+    memory.next_epoch()
+    past, seen = memory.read(rows)
+    loss = pskd.pskd_cross_entropy(logits, target, past, 0.7 * seen)
+    torch.testing.assert_close(loss, torch.nn.functional.cross_entropy(logits, target))
+
+
+def test_the_sizes_of_records():
+    size = {
+        (k, classes, dtype): pskd.PredictionMemory(1, classes, top_k=k, dtype=dtype).bytes_per_row
+        for k in (None, 16)
+        for classes in (100, 1 << 16, (1 << 16) + 1)
+        for dtype in (torch.float16, torch.float32)
+    }
+    assert size[None, 100, torch.float16] == 201
+    assert size[None, 100, torch.float32] == 401
+    assert size[16, 1 << 16, torch.float16] == 65
+    assert size[16, 1 << 16, torch.float32] == 97
+    assert size[16, (1 << 16) + 1, torch.float16] == 97
+
+
+@pytest.mark.parametrize("classes", [1 << 16, (1 << 16) + 1])
+def test_classes_of_sixteen_bits_and_more_come_back(classes):
+    memory = pskd.PredictionMemory(1, classes, top_k=4)
+    indices = torch.tensor([[classes - 1, 0, 1 << 15, (1 << 15) - 1]])
+    memory.write(torch.tensor([0]), pskd.TopK(indices, torch.tensor([[0.5, 0.25, 0.125, 0.0625]])))
+    memory.next_epoch()
+    past, _ = memory.read(torch.tensor([0]))
+    assert past.indices.tolist() == indices.tolist()
+
+
+def test_top_k_of_all_classes_equals_dense():
+    logits, target = torch.randn(M, C), torch.randint(C, (M,))
+    losses = []
+    for k in (None, C):
+        memory = pskd.PredictionMemory(M, C, top_k=k, dtype=torch.float32)
+        memory.write(torch.arange(M), predictions(M))
+        memory.next_epoch()
+        losses.append(pskd.pskd_cross_entropy(logits, target, memory.read(torch.arange(M))[0], 0.7))
+    torch.testing.assert_close(*losses)
+
+
+def test_no_gradient_is_kept():
+    memory = pskd.PredictionMemory(M, C)
+    memory.write(torch.arange(M), predictions(M).requires_grad_())
+    memory.next_epoch()
+    assert not memory.read(torch.arange(M))[0].requires_grad
+
+
+def test_a_prediction_that_is_not_finite_is_not_kept():
+    probs = predictions(3)
+    probs[1, 2] = float("nan")
+    memory = pskd.PredictionMemory(3, C)
+    memory.write(torch.arange(3), probs)
+    memory.next_epoch()
+    assert memory.read(torch.arange(3))[1].tolist() == [True, False, True]
+
+
+@pytest.mark.parametrize("k", FORMS)
+def test_momentum_averages_what_is_kept(k):
+    memory = pskd.PredictionMemory(M, C, top_k=k, dtype=torch.float32, momentum=0.6)
+    rows = torch.arange(M)
+    first, second = predictions(M), predictions(M, seed=1)
+    memory.write(rows[: M // 2], first[: M // 2])
+    memory.next_epoch()
+    memory.write(rows, second)
+    memory.next_epoch()
+    mean = second.clone()  # a row's first prediction is taken whole
+    old, new = kept(first, k)[: M // 2], kept(second, k)[: M // 2]
+    mean[: M // 2] = 0.6 * old + 0.4 * new
+    torch.testing.assert_close(dense(memory.read(rows)[0]), kept(mean, k))
+
+
+def test_empty_calls():
+    memory = pskd.PredictionMemory(M, C, top_k=2)
+    none = torch.empty(0, dtype=torch.int64)
+    memory.write(none, torch.empty(0, C))
+    past, seen = memory.read(none)
+    assert past.probs.shape == (0, 2) and seen.shape == (0,)
+
+
+# ---- stop and resume ---------------------------------------------------------------------------
+
+
+def epoch_of_writes(memory, epoch: int, start: int = 0, end: int = M) -> None:
+    for row in range(start, end):
+        memory.write(torch.tensor([row]), predictions(M, seed=epoch)[row : row + 1])
+
+
+def the_same(memory, other) -> None:
+    rows = torch.arange(M)
+    (past, seen), (expected, expected_seen) = memory.read(rows), other.read(rows)
+    assert torch.equal(seen, expected_seen)
+    assert torch.equal(dense(past), dense(expected))
+
+
+@pytest.mark.parametrize("stop", [0, 7, M])
+@pytest.mark.parametrize("further", [0, 3, "into the next epoch"])
+def test_a_resumed_memory_is_that_of_the_run_that_was_not_stopped(stop, further, path):
+    """Also where the run went on for a while after it saved."""
+    straight = pskd.PredictionMemory(M, C, top_k=3)
+    for epoch in (1, 2, 3):
+        straight.next_epoch()
+        epoch_of_writes(straight, epoch)
+
+    stopped = pskd.PredictionMemory(M, C, top_k=3, path=path)
+    for epoch in (1, 2):
+        stopped.next_epoch()
+        epoch_of_writes(stopped, epoch, end=M if epoch == 1 else stop)
+    state = stopped.state_dict()
+    if further == "into the next epoch":
+        epoch_of_writes(stopped, 2, stop)
+        stopped.next_epoch()
+        epoch_of_writes(stopped, 3, end=5)
+    else:
+        epoch_of_writes(stopped, 2, stop, min(M, stop + further))
+
+    resumed = pskd.PredictionMemory(M, C, top_k=3, path=path)
+    resumed.load_state_dict(state)
+    assert resumed.epoch == 2
+    epoch_of_writes(resumed, 2, stop)
+    resumed.next_epoch()
+    epoch_of_writes(resumed, 3)
+    the_same(resumed, straight)
+    resumed.next_epoch()
+    straight.next_epoch()
+    the_same(resumed, straight)
+
+
+KILLED = """
+import sys, torch, pskd
+torch.set_num_threads(1)
+memory = pskd.PredictionMemory(50, 200, top_k=64, path=sys.argv[1])
+rows = torch.arange(50)
+while True:
+    memory.next_epoch()
+    torch.save(memory.state_dict(), sys.argv[2] + ".new")
+    __import__("os").replace(sys.argv[2] + ".new", sys.argv[2])
+    print(memory.epoch, flush=True)
+    for _ in range(50):
+        # All of a row's values tell the epoch: of a torn row they would not.
+        probs = torch.full((50, 64), 1 / (64 + memory.epoch))
+        memory.write(rows, pskd.TopK(torch.arange(64).expand(50, 64), probs))
+"""
+
+
+@pytest.mark.parametrize("moment", range(10))
+def test_a_kill_at_any_moment_loses_nothing_that_was_saved(moment, tmp_path):
+    state = tmp_path / "state.pt"
+    process = subprocess.Popen(
+        [sys.executable, "-c", KILLED, str(tmp_path / "memory"), str(state)],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    for _ in range(2):
+        process.stdout.readline()  # until the second epoch has begun
+    time.sleep(0.013 * moment)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    memory = pskd.PredictionMemory(50, 200, top_k=64, path=tmp_path / "memory")
+    memory.load_state_dict(torch.load(state, weights_only=True))
+    epoch = memory.epoch
+    assert epoch >= 2
+    past, seen = memory.read(torch.arange(50))
+    assert seen.all()
+    torch.testing.assert_close(past.probs, torch.full((50, 64), 1 / (63 + epoch)).half().float())
+    # What was begun is there as far as it came, each row whole or not at all.
+    memory.next_epoch()
+    past, seen = memory.read(torch.arange(50))
+    written = torch.full((50, 64), 1 / (64 + epoch)).half().float()
+    torch.testing.assert_close(past.probs[seen], written[seen])
+
+
+def test_files_are_kept_for_as_long_as_the_saved_state_needs_them(tmp_path):
+    memory = pskd.PredictionMemory(M, C, path=tmp_path)
+
+    def files():
+        return sorted(int(f.name[6:11]) for f in tmp_path.glob("*.pskd"))
+
+    for _ in range(3):
+        memory.next_epoch()
+    assert files() == [2]
+    memory.state_dict()  # in the third epoch, which reads the second
+    for _ in range(3):
+        memory.next_epoch()
+    assert files() == [2, 3, 4, 5]
+    memory.state_dict()
+    memory.next_epoch()
+    assert files() == [5, 6]
+
+
+# ---- files that are not ours -------------------------------------------------------------------
+
+
+def saved(tmp_path, **changes) -> tuple[dict, Path]:
+    options = {"top_k": 3, "fingerprint": "data"} | changes
+    memory = pskd.PredictionMemory(M, C, path=tmp_path, **options)
+    for epoch in (1, 2):
+        memory.next_epoch()
+        epoch_of_writes(memory, epoch)
+    return memory.state_dict(), tmp_path / "epoch_00001.pskd"
+
+
+def resume(tmp_path, state, rows: int = M, **changes) -> None:
+    options = {"top_k": 3, "fingerprint": "data"} | changes
+    pskd.PredictionMemory(rows, C, path=tmp_path, **options).load_state_dict(state)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rows": M + 1}, "expected rows 21, got 20"),
+        ({"top_k": 2}, "expected top_k 2, got 3"),
+        ({"top_k": None}, "expected top_k None, got 3"),
+        ({"dtype": torch.float32}, "expected dtype 'float32', got 'float16'"),
+        ({"fingerprint": "other"}, "expected fingerprint 'other', got 'data'"),
+    ],
+)
+def test_the_state_of_another_memory_is_refused(changes, message, tmp_path):
+    state, _ = saved(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        resume(tmp_path, state, **changes)
+
+
+def damage_byte(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[-2] ^= 1
+    file.write_bytes(content)
+
+
+def of_another_run(file: Path) -> None:
+    folder = file.parent / "other"
+    saved(folder)
+    (folder / file.name).replace(file)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda file: file.unlink(), "expected the predictions of epoch 1, got none"),
+        (lambda file: os.truncate(file, 4100), "bytes, got 4,100: cut off"),
+        (lambda file: os.truncate(file, 0), "expected a file of 'pskd memory 1'"),
+        (lambda file: file.write_bytes(b"\x80\x02" * 4000), "expected a file of 'pskd memory 1'"),
+        (lambda file: file.write_text("[1]"), "expected a file of 'pskd memory 1'"),
+        (damage_byte, "damaged: expected CRC-32"),
+        (of_another_run, "expected run "),
+        (lambda file: file.with_suffix(".pskd").write_bytes(
+            (file.parent / "epoch_00002.pskd.part").read_bytes()), "expected epoch 1, got 2"),
+    ],
+)  # fmt: skip
+def test_a_file_that_cannot_be_used_is_named(damage, message, tmp_path):
+    state, file = saved(tmp_path)
+    damage(file)
+    with pytest.raises(ValueError, match=message) as caught:
+        resume(tmp_path, state)
+    assert str(file) in str(caught.value)
+
+
+def test_an_epoch_that_has_not_ended_is_not_read(tmp_path):
+    state, file = saved(tmp_path)
+    header = _table._read_header(file)
+    del header["crc32"]
+    with open(file, "r+b") as stream:
+        stream.write(_table._encode(header))
+    with pytest.raises(ValueError, match="expected a complete epoch"):
+        resume(tmp_path, state)
+
+
+def test_a_full_disk_is_an_error_and_the_last_epoch_stays(tmp_path, monkeypatch):
+    memory = pskd.PredictionMemory(M, C, top_k=3, path=tmp_path)
+    memory.next_epoch()
+    epoch_of_writes(memory, 1)
+    state = memory.state_dict()
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_table, "_allocate", full)
+        with pytest.raises(OSError, match="no room for an epoch's predictions: expected 4,") as e:
+            memory.next_epoch()
+    assert e.value.errno == errno.ENOSPC and "epoch_00002" in str(e.value)
+    assert [file.name for file in tmp_path.iterdir()] == ["epoch_00001.pskd"]
+    memory = pskd.PredictionMemory(M, C, top_k=3, path=tmp_path)
+    memory.load_state_dict(state)
+    memory.next_epoch()
+    assert memory.read(torch.arange(M))[1].all()
+
+
+def test_room_is_taken_before_an_epoch_begins(tmp_path):
+    """A hole in a mapped file would be a SIGBUS where the disk is full."""
+    memory = pskd.PredictionMemory(1 << 16, C, top_k=3, path=tmp_path)
+    memory.next_epoch()
+    (file,) = tmp_path.iterdir()
+    assert file.stat().st_blocks * 512 >= memory.bytes_per_row << 16
+
+
+RESIDENT = """
+import resource, sys, torch, pskd
+from pskd import _table
+torch.set_num_threads(1)
+_table._RESIDENT_BYTES = int(sys.argv[2])
+memory = pskd.PredictionMemory(500_000, 1000, top_k=16, path=sys.argv[1])
+probs = pskd.TopK(torch.arange(16).expand(64, 16), torch.full((64, 16), 0.01))
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize() >> 20
+before = most = 0
+for epoch in range(2):
+    memory.next_epoch()
+    before = before or resident()
+    for rows in torch.randint(memory.num_rows, (200, 64)):
+        memory.read(rows)
+        memory.write(rows, probs)
+        most = max(most, resident())
+print(most - before)
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="needs Linux's /proc")
+def test_resident_memory_does_not_grow_with_the_rows_of_a_file(tmp_path):
+    """12,800 random rows touch nearly all of two files of 32 MB."""
+    grown = {}
+    for limit in (1 << 22, 1 << 40):
+        line = [sys.executable, "-c", RESIDENT, str(tmp_path), str(limit)]
+        grown[limit] = int(subprocess.run(line, capture_output=True, text=True, check=True).stdout)
+    assert grown[1 << 22] < 24 < 48 < grown[1 << 40]
+
+
+# ---- processes ---------------------------------------------------------------------------------
+
+
+def one_process(rank: int, size: int, folder: Path) -> None:
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=size
+    )
+    memory = pskd.PredictionMemory(M, C, top_k=3, path=folder / "memory")
+    for epoch in (1, 2, 3):
+        memory.next_epoch()
+        shift = epoch  # another process has the row in every epoch
+        rows = torch.arange(M)[(torch.arange(M) + shift) % size == rank]
+        memory.write(rows, predictions(M, seed=epoch)[rows])
+        if epoch == 2:
+            state = memory.state_dict()
+            dist.barrier()
+            memory.close()
+            memory = pskd.PredictionMemory(M, C, top_k=3, path=folder / "memory")
+            memory.load_state_dict(state)
+    past, seen = memory.read(torch.arange(M))
+    torch.save((past, seen), folder / f"read_{rank}.pt")
+    try:
+        pskd.PredictionMemory(M, C, path=folder / "memory").load_state_dict(state)
+    except (ValueError, RuntimeError) as error:
+        (folder / f"error_{rank}").write_text(str(error))
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_processes_read_what_one_process_would(size, tmp_path):
+    context = multiprocessing.get_context("spawn")
+    processes = [
+        context.Process(target=one_process, args=(rank, size, tmp_path)) for rank in range(size)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+        assert process.exitcode == 0
+    alone = pskd.PredictionMemory(M, C, top_k=3)
+    for epoch in (1, 2, 3):
+        alone.next_epoch()
+        alone.write(torch.arange(M), predictions(M, seed=epoch))
+    expected, _ = alone.read(torch.arange(M))
+    for rank in range(size):
+        past, seen = torch.load(tmp_path / f"read_{rank}.pt", weights_only=False)
+        assert seen.all()
+        assert torch.equal(past[0], expected.indices) and torch.equal(past[1], expected.probs)
+        assert "expected top_k None, got 3" in (tmp_path / f"error_{rank}").read_text()
+
+
+# ---- bad input ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_rows": 0}, "num_rows: expected at least 1, got 0"),
+        ({"num_classes": 0}, "num_classes: expected at least 1, got 0"),
+        ({"top_k": 8}, "top_k: expected 1 to 7 classes, got 8"),
+        ({"top_k": 0}, "top_k: expected 1 to 7 classes, got 0"),
+        ({"dtype": torch.bfloat16}, "dtype: expected torch.float16 or torch.float32, got"),
+        ({"momentum": 1.0}, r"momentum: expected a number in \[0, 1\), got 1.0"),
+        ({"momentum": float("nan")}, "momentum: expected a number"),
+        ({"path": "memory", "device": "cuda"}, "device: expected cpu for a memory in a file"),
+    ],
+)
+def test_a_memory_of_no_size_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        pskd.PredictionMemory(**({"num_rows": M, "num_classes": C} | options))
+
+
+@pytest.mark.parametrize(
+    ("rows", "probs", "message"),
+    [
+        (torch.tensor([0, M]), predictions(2), r"rows: expected numbers in \[0, 19\], got \[0, 20"),
+        (torch.tensor([-1]), predictions(1), r"got \[-1, -1\]"),
+        (torch.tensor([0.0]), predictions(1), r"rows: expected int64 of shape \(N,\), got torch.f"),
+        (torch.tensor([[0]]), predictions(1), r"of \(1, 1\)"),
+        (torch.tensor([0]), predictions(2), r"probs: expected \(1, 7\) probabilities or TopK of"),
+        (torch.tensor([0]), predictions(1, C + 1), r"got Tensor of \(1, 8\)"),
+        (
+            torch.tensor([0]),
+            pskd.TopK(torch.zeros(1, 2, dtype=torch.int64), torch.zeros(1, 2)),
+            r"TopK of \(1, 3\), got TopK of \(1, 2\)",
+        ),
+    ],
+)
+def test_rows_and_predictions_that_do_not_fit_are_refused(rows, probs, message):
+    with pytest.raises(ValueError, match=message):
+        pskd.PredictionMemory(M, C, top_k=3).write(rows, probs)
+
+
+@pytest.mark.parametrize("state", [None, {}, {"epoch": 1}])
+def test_what_is_no_state_is_refused(state):
+    with pytest.raises(ValueError, match="expected a memory's state with 'header' and 'epoch'"):
+        pskd.PredictionMemory(M, C).load_state_dict(state)
