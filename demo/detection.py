@@ -49,8 +49,18 @@ PRINT_EVERY = 100  # iterations
 
 
 def default_framework() -> str:
-    """Return the first framework that is installed; the demo's own environment has torchvision."""
-    return next(name for name in FRAMEWORKS if importlib.util.find_spec(name))
+    """Return the first framework that can be imported; the demo's own environment has torchvision.
+
+    A Detectron2 that was built for another torch is found but does not load.
+    """
+    try:
+        import torch  # noqa: F401  (whose libraries the extension needs)
+        from detectron2 import _C  # noqa: F401
+    except ImportError as error:
+        if importlib.util.find_spec("detectron2"):
+            print(f"Detectron2 is installed but cannot be imported: {error}", file=sys.stderr)
+        return "torchvision"
+    return "detectron2"
 
 
 def command(framework: str, run: str, specs: dict[str, str], out: Path) -> list[str | Path]:

@@ -19,13 +19,13 @@ import sys
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 from detectron2.engine import default_argument_parser, default_setup, launch
+from detectron2.evaluation import verify_results
 from detectron2.utils import comm
-from pskd_detection import add_dataset_arguments
-from pskd_detection.results import write_results
-from pskd_detectron2 import Trainer, check_pskd_config, load_config, register_spec
+from pskd_detection import add_dataset_arguments, write_results
+from pskd_detectron2 import Trainer, load_config, register_spec
 from pskd_detectron2.config import recipe_path
-from pskd_detectron2.data import check_datasets
 from pskd_detectron2.lazy import run_lazy
+from pskd_detectron2.trainer import check_config
 
 
 def setup(args) -> CfgNode:
@@ -41,18 +41,29 @@ def setup(args) -> CfgNode:
         register_spec(args.test, cfg.OUTPUT_DIR, class_names)
         cfg.DATASETS.TEST = (args.test,)
     cfg.freeze()
-    check_pskd_config(cfg)
-    check_datasets(cfg)
+    check_config(cfg)
     default_setup(cfg, args)
     return cfg
 
 
 def evaluate(cfg: CfgNode, resume: bool) -> dict:
-    """Evaluate MODEL.WEIGHTS, or with --resume the last checkpoint."""
+    """Evaluate MODEL.WEIGHTS, or with --resume the last checkpoint.
+
+    Raises:
+        ValueError: if there is neither, since random weights were evaluated.
+    """
     model = Trainer.build_model(cfg)
     checkpointer = DetectionCheckpointer(model, save_dir=cfg.OUTPUT_DIR)
+    if not cfg.MODEL.WEIGHTS and not (resume and checkpointer.has_checkpoint()):
+        raise ValueError(
+            "--eval-only: expected MODEL.WEIGHTS, or --resume and a checkpoint in "
+            f"{cfg.OUTPUT_DIR}, got neither"
+        )
     checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
-    return Trainer.test(cfg, model)
+    results = Trainer.test(cfg, model)
+    if comm.is_main_process():
+        verify_results(cfg, results)  # TEST.EXPECTED_RESULTS
+    return results
 
 
 def main(args) -> None:
@@ -70,7 +81,7 @@ def main(args) -> None:
         trainer.train()  # its last hook evaluates
         results |= trainer.results()
     if comm.is_main_process():
-        write_results(cfg.OUTPUT_DIR, results)
+        write_results(cfg.OUTPUT_DIR, results, evaluation=args.eval_only)
 
 
 def parse(argv: list[str] | None = None):

@@ -66,7 +66,7 @@ def run(args: argparse.Namespace, world: World) -> None:
     results = {"command": sys.argv, "seed": args.seed}
     results |= test(job) if args.test_only else train(job)
     if world.is_first:
-        path = write_results(args.output_dir, results)
+        path = write_results(args.output_dir, results, evaluation=args.test_only)
         row = results.get("bbox", {}) | results.get("confidence", {})
         logger.info("%s\n%s", path, format_table({args.model: row}))
 

@@ -8,6 +8,7 @@ from pskd_detection.datasets import DetectionDataset, add_dataset_arguments, loa
 from pskd_detection.detections import Detections
 from pskd_detection.evaluation import average_precision
 from pskd_detection.results import format_table, write_json, write_results
+from pskd_detection.voc_format import write_voc
 
 __all__ = [
     "DetectionConfidence",
@@ -19,4 +20,5 @@ __all__ = [
     "load_dataset",
     "write_json",
     "write_results",
+    "write_voc",
 ]

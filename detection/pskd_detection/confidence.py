@@ -18,7 +18,10 @@ from pskd.calibration import ReliabilityBins, aurc, excess_aurc, reliability_bin
 from pskd_detection.datasets import DetectionDataset
 from pskd_detection.detections import Detections, check_image, checked_detections, to_xywh
 
-__all__ = ["DetectionConfidence", "match_detections"]
+__all__ = ["SCORE_THRESHOLD", "DetectionConfidence", "match_detections"]
+
+#: The least score of a detection that is looked at: what both frameworks keep by default.
+SCORE_THRESHOLD = 0.05
 
 
 class _Objects(NamedTuple):
@@ -97,7 +100,7 @@ class DetectionConfidence:
         dataset: DetectionDataset,
         *,
         iou_threshold: float = 0.5,
-        score_threshold: float = 0.05,
+        score_threshold: float = SCORE_THRESHOLD,
         bins: int = 15,
     ) -> None:
         if not 0 < iou_threshold <= 1:

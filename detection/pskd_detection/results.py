@@ -38,11 +38,25 @@ def write_json(path: str | os.PathLike, value: object, *, indent: int | None = N
     return path
 
 
-def write_results(output_dir: str | os.PathLike, results: Mapping) -> Path:
-    """Write a run's numbers to ``output_dir/results.json``; the folder is made if there is none."""
+def write_results(
+    output_dir: str | os.PathLike, results: Mapping, *, evaluation: bool = False
+) -> Path:
+    """Write a run's numbers to its folder, which is made if there is none.
+
+    Args:
+        output_dir: the run's folder.
+        results: a training's go to ``results.json``. If it had nothing left to train, the seconds
+            of an iteration are those of the file that is there.
+        evaluation: whether nothing was to be trained; then they go to ``evaluation.json``.
+    """
     folder = Path(output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    return write_json(folder / "results.json", results, indent=2)
+    path = folder / ("evaluation.json" if evaluation else "results.json")
+    trained_nothing = results.get("seconds_per_iteration", 0.0) is None
+    if trained_nothing and path.exists():
+        before = json.loads(path.read_text(encoding="utf-8"))
+        results = {**results, "seconds_per_iteration": before.get("seconds_per_iteration")}
+    return write_json(path, results, indent=2)
 
 
 def _plain(value: object) -> object:

@@ -1,4 +1,4 @@
-"""Annotations in PASCAL VOC's XML, read into COCO's format."""
+"""Annotations in PASCAL VOC's XML, read into COCO's format and written from it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from pskd_detection.coco_format import RawAnnotations
 
-__all__ = ["read_voc"]
+__all__ = ["read_voc", "write_voc"]
 
 _SUFFIXES = (".jpg", ".png", ".jpeg")
 
@@ -69,6 +69,45 @@ def read_voc(root: Path, split: str) -> RawAnnotations:
         [{"id": number, "name": name} for name, number in number_of.items()],
         lambda i: objects[i][1].where,
     )
+
+
+def write_voc(coco: dict, root: Path, split: str) -> None:
+    """Write what VOC's evaluation reads: ``ImageSets/Main/SPLIT.txt`` and ``Annotations``.
+
+    Corners are rounded to whole pixels, as VOC's are. Crowds become difficult objects.
+
+    Args:
+        coco: checked annotations in COCO's format.
+        root: the folder, which is made if there is none.
+        split: names the list of the images.
+    """
+    found: dict[int, list[dict]] = {image["id"]: [] for image in coco["images"]}
+    for annotation in coco["annotations"]:
+        found[annotation["image_id"]].append(annotation)
+    names = {category["id"]: category["name"] for category in coco["categories"]}
+    listing = root / "ImageSets" / "Main" / f"{split}.txt"
+    for folder in (listing.parent, root / "Annotations"):
+        folder.mkdir(parents=True, exist_ok=True)
+    stems = []
+    for image in coco["images"]:
+        stems.append(Path(image["file_name"]).stem)
+        tree = ElementTree.Element("annotation")
+        for annotation in found[image["id"]]:
+            _write_object(tree, annotation, names[annotation["category_id"]])
+        ElementTree.ElementTree(tree).write(root / "Annotations" / f"{stems[-1]}.xml")
+    listing.write_text("".join(f"{stem}\n" for stem in stems), encoding="utf-8")
+
+
+def _write_object(tree: ElementTree.Element, annotation: dict, name: str) -> None:
+    x, y, w, h = annotation["bbox"]
+    corners = {"xmin": x + 1, "ymin": y + 1, "xmax": x + w, "ymax": y + h}
+    element = ElementTree.SubElement(tree, "object")
+    texts = {"name": name, "pose": "Unspecified", "truncated": 0}
+    for key, value in (texts | {"difficult": annotation["iscrowd"]}).items():
+        ElementTree.SubElement(element, key).text = str(value)
+    box = ElementTree.SubElement(element, "bndbox")
+    for key, value in corners.items():
+        ElementTree.SubElement(box, key).text = str(round(value))
 
 
 def _parsed(path: Path) -> ElementTree.Element:

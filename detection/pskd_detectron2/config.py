@@ -79,7 +79,9 @@ def load_config(config_file: str | os.PathLike, opts: list[str] = ()) -> CfgNode
         raise ValueError(f"--config-file: expected a YAML or LazyConfig file, got {config_file!r}")
     cfg = get_cfg()
     add_pskd_config(cfg)
-    cfg.merge_from_other_cfg(CfgNode(_RecipeNode.load_yaml_with_base(path)))
+    # As `merge_from_file` does: some of Detectron2's own recipes hold Python expressions.
+    loaded = _RecipeNode.load_yaml_with_base(path, allow_unsafe=True)
+    cfg.merge_from_other_cfg(CfgNode(loaded))
     cfg.merge_from_list(list(opts))
     return cfg
 

@@ -10,21 +10,27 @@ import hashlib
 import itertools
 import json
 import os
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
-from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
-from pskd_detection import DetectionDataset, load_dataset
+from detectron2.data.datasets.coco import convert_to_coco_dict
+from detectron2.structures import BoxMode
+from detectron2.utils import comm
+from pskd_detection import DetectionDataset, load_dataset, write_voc
 from pskd_detection.results import write_json
 
 from pskd_detectron2.fast_rcnn import ROW_FIELD
 
 __all__ = [
     "PSKDDatasetMapper",
-    "check_datasets",
+    "check_classes",
+    "check_records",
+    "check_registered",
+    "check_test_sets",
     "count_annotations",
     "detection_dataset",
     "number_annotations",
@@ -88,8 +94,10 @@ def register_spec(
 ) -> DetectionDataset:
     """Register ``coco:ANNOTATIONS.json:IMAGE_DIR`` or ``voc:ROOT:SPLIT`` under the spec's own name.
 
-    Whatever the format, Detectron2 reads the checked annotations as COCO JSON, which is written to
-    ``output_dir/datasets``.
+    Whatever the format, Detectron2 reads the checked annotations, as COCO JSON, which is written to
+    ``output_dir/datasets``. Those of a VOC set are there once more as VOC's XML, for VOC AP:
+    Detectron2 wants keys and whole numbers in it that a user's files may not have. It is the AP of
+    2007 (11 points) if ``2007`` is in the name of ROOT, else that of 2010 to 2012 (all points).
 
     Args:
         spec: the dataset, as on the command line.
@@ -113,7 +121,11 @@ def register_spec(
     metadata.thing_classes = list(dataset.class_names)
     if spec.startswith("voc:"):
         _, root, split = spec.split(":", 2)
-        metadata.set(dirname=root, split=split, year=2012)
+        written = path.with_suffix("")
+        if comm.is_main_process():  # which evaluates
+            write_voc(dataset.coco, written, split)
+        year = 2007 if "2007" in Path(root).name else 2012
+        metadata.set(dirname=str(written), split=split, year=year)
     return dataset
 
 
@@ -121,36 +133,100 @@ def detection_dataset(name: str) -> DetectionDataset:
     """Return the annotations of a registered dataset, whoever registered it.
 
     Raises:
-        ValueError: if its metadata names neither a COCO file nor a VOC folder.
+        ValueError: for anything in it that could not be evaluated on (`load_dataset`).
     """
-    if name in _DATASETS:
-        return _DATASETS[name]
-    metadata = MetadataCatalog.get(name)
-    if metadata.get("json_file"):
-        spec = f"coco:{metadata.json_file}:{metadata.image_root}"
-    elif metadata.get("dirname"):
-        spec = f"voc:{metadata.dirname}:{metadata.split}"
-    else:
-        raise ValueError(f"dataset {name!r}: expected COCO or VOC format, got neither")
-    _DATASETS[name] = load_dataset(spec, metadata.get("thing_classes"))
+    if name not in _DATASETS:
+        metadata = MetadataCatalog.get(name)
+        class_names = metadata.get("thing_classes")
+        if metadata.get("json_file"):
+            spec = f"coco:{metadata.json_file}:{metadata.image_root}"
+            _DATASETS[name] = load_dataset(spec, class_names)
+        elif metadata.get("dirname"):
+            _DATASETS[name] = load_dataset(f"voc:{metadata.dirname}:{metadata.split}", class_names)
+        else:
+            _DATASETS[name] = _from_records(name)
     return _DATASETS[name]
 
 
-def check_datasets(cfg: CfgNode) -> None:
-    """Refuse datasets that do not exist or whose classes the model's head does not have.
+def _from_records(name: str) -> DetectionDataset:
+    """Return a dataset that is known by its function only, by the conversion of COCOEvaluator."""
+    coco = convert_to_coco_dict(name)
+    with tempfile.TemporaryDirectory() as folder:
+        path = write_json(Path(folder) / "dataset.json", coco)
+        return load_dataset(f"coco:{path}:.", MetadataCatalog.get(name).get("thing_classes"))
 
-    Raises:
-        ValueError: naming the dataset, what was expected and what came.
-    """
-    for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
+
+def check_registered(names: Iterable[str]) -> None:
+    """Raise ValueError for a dataset that does not exist."""
+    for name in names:
         if name not in DatasetCatalog.list():
             raise ValueError(
                 f"dataset {name!r}: expected a registered one, or --train/--test with a "
                 "coco:... or voc:... spec"
             )
+
+
+def check_classes(names: Iterable[str], num_classes: int) -> None:
+    """Raise ValueError for a dataset whose classes the model's head does not have.
+
+    The classes of many datasets are known only when these have been loaded.
+    """
+    for name in names:
         classes = MetadataCatalog.get(name).get("thing_classes")
-        if classes is not None and len(classes) != cfg.MODEL.ROI_HEADS.NUM_CLASSES:
+        if classes is not None and len(classes) != num_classes:
             raise ValueError(
                 f"MODEL.ROI_HEADS.NUM_CLASSES: expected {len(classes)}, the classes of {name}, got "
-                f"{cfg.MODEL.ROI_HEADS.NUM_CLASSES}"
+                f"{num_classes}"
             )
+
+
+def check_test_sets(names: Iterable[str], num_classes: int) -> None:
+    """Read the test sets before training and not at its end.
+
+    Raises:
+        ValueError: for anything in them that could not be evaluated on, or other classes.
+    """
+    for name in names:
+        found = len(detection_dataset(name).class_names)
+        check_classes([name], num_classes)
+        if found != num_classes:
+            raise ValueError(
+                f"MODEL.ROI_HEADS.NUM_CLASSES: expected {found}, the classes of {name}, got "
+                f"{num_classes}"
+            )
+
+
+def check_records(records: Iterable[dict], num_classes: int, *, masks: bool = False) -> None:
+    """Refuse training data that Detectron2 would stumble on later, or train on as something else.
+
+    Boxes that reach over their image's border are cut there, as Detectron2 does; those of --train
+    were looked at more closely.
+
+    Args:
+        records: images and annotations in Detectron2's format.
+        num_classes: K.
+        masks: whether the model learns masks.
+
+    Raises:
+        ValueError: naming the image of a class that is none of K, of a box that does not touch its
+            image, or of an annotation without the mask that it must have.
+    """
+    for record in records:
+        for annotation in record.get("annotations", ()):
+            problem = _problem(record, annotation, num_classes, masks)
+            if problem:
+                raise ValueError(f"{record['file_name']}: {problem}")
+
+
+def _problem(record: dict, annotation: dict, num_classes: int, masks: bool) -> str | None:
+    if not 0 <= annotation["category_id"] < num_classes:
+        return f"expected classes in [0, {num_classes - 1}], got {annotation['category_id']}"
+    if masks and not annotation.get("segmentation"):
+        return "expected a segmentation of every annotation (MODEL.MASK_ON), got one without"
+    mode, size = annotation["bbox_mode"], (record.get("width"), record.get("height"))
+    if mode not in (BoxMode.XYXY_ABS, BoxMode.XYWH_ABS) or None in size:
+        return None  # rotated boxes, images whose size is not known
+    x1, y1, x2, y2 = BoxMode.convert(list(annotation["bbox"]), mode, BoxMode.XYXY_ABS)
+    if x1 < size[0] and y1 < size[1] and x2 > 0 and y2 > 0:
+        return None
+    return f"expected boxes in an image of {size[0]} x {size[1]}, got {annotation['bbox']}"

@@ -80,21 +80,21 @@ class VOCEvaluator(PascalVOCDetectionEvaluator):
         return results and {"voc": dict(results["bbox"])}
 
 
-def build_evaluators(dataset_name: str, output_dir: str) -> list[DatasetEvaluator]:
-    """Return the evaluators of a registered dataset.
+def build_evaluators(dataset_name: str, output_dir: str, **options) -> list[DatasetEvaluator]:
+    """Return the evaluators of a registered dataset: COCO AP or VOC AP, and confidence.
 
-    Raises:
-        ValueError: if it is in neither COCO nor VOC format.
+    Args:
+        dataset_name: a registered one.
+        output_dir: where they write their files.
+        options: of `pskd_detection.DetectionConfidence`.
     """
+    confidence = ConfidenceEvaluator(dataset_name, output_dir, **options)
     metadata = MetadataCatalog.get(dataset_name)
-    evaluators: list[DatasetEvaluator] = []
-    if metadata.get("json_file"):
-        evaluators.append(COCOEvaluator(dataset_name, output_dir=output_dir))
-    if metadata.get("split") and metadata.get("dirname"):
-        evaluators.append(VOCEvaluator(dataset_name))
-    if not evaluators:
-        raise ValueError(f"dataset {dataset_name!r}: expected COCO or VOC format, got neither")
-    return [*evaluators, ConfidenceEvaluator(dataset_name, output_dir)]
+    is_voc = metadata.get("split") and metadata.get("dirname")
+    evaluators: list[DatasetEvaluator] = [VOCEvaluator(dataset_name)] if is_voc else []
+    if metadata.get("json_file") or not is_voc:  # which it makes of any dataset
+        evaluators.insert(0, COCOEvaluator(dataset_name, output_dir=output_dir))
+    return [*evaluators, confidence]
 
 
 def image_ids(dataset: DetectionDataset) -> dict[str, object]:

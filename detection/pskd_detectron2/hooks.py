@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from detectron2.engine import HookBase
 from detectron2.utils import comm
 from torch import nn
@@ -74,6 +75,8 @@ class PSKDHook(HookBase):
         if not isinstance(getattr(heads, "pskd", None), PSKDState):
             raise ValueError(f"expected a model with PSKD ROI heads, got {type(heads).__name__}")
         self._pskd: PSKDState = heads.pskd
+        if not self._pskd.enabled:
+            raise ValueError("PSKDHook: expected heads with MODEL.PSKD.ENABLED True, got False")
         self._options: dict[str, object] = {
             "epoch_iters": epoch_iters,
             "alpha_final": float(alpha_final),
@@ -81,6 +84,8 @@ class PSKDHook(HookBase):
             "teacher": teacher,
             "num_classes": heads.num_classes,
             "training_set": fingerprint,
+            "label_smoothing": self._pskd.label_smoothing,
+            "foreground_only": self._pskd.foreground_only,
         }
         self._loaded_options: dict[str, object] = {}
         self._memory_loaded = False
@@ -113,6 +118,8 @@ class PSKDHook(HookBase):
         self._check_unchanged("num_epochs", num_epochs)
         options["num_epochs"] = num_epochs
         logger.info("PS-KD: %s", ", ".join(f"{name} {value}" for name, value in options.items()))
+        if num_epochs == 1:
+            logger.warning("PS-KD: the training is one epoch long, and the first has no teacher")
         if options["alpha_final"] and not self._has_teacher(start):
             raise ValueError(
                 f"iteration {start} is in epoch {start // options['epoch_iters'] + 1}: expected a "
@@ -147,6 +154,10 @@ class PSKDHook(HookBase):
             self._pskd.memory.next_epoch()
         elif self._options["alpha_final"]:
             self._pskd.snapshot.refresh(self._student())
+            if comm.get_world_size() > 1:
+                # Detectron2 lets the statistics of batch norm drift apart, and saves the first's.
+                for buffer in self._pskd.snapshot.model.buffers():
+                    dist.broadcast(buffer, src=0)
 
     def after_step(self) -> None:
         if self._pskd.memory is not None and self._checkpoint_follows():

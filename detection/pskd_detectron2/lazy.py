@@ -2,7 +2,7 @@
 
 Such a config is one of Detectron2's with ``model.roi_heads._target_`` set to a PSKD head, and with
 ``train.pskd``: the options of `PSKDHook` by name. Without ``epoch_iters`` an epoch is as long as
-``dataloader.train`` has images.
+``dataloader.train`` has images. A resume starts the stream of images anew, as Detectron2's does.
 """
 
 from __future__ import annotations
@@ -14,21 +14,27 @@ from detectron2.config import LazyConfig, instantiate
 from detectron2.data import DatasetMapper, get_detection_dataset_dicts
 from detectron2.engine import default_setup, default_writers, hooks
 from detectron2.engine.defaults import create_ddp_model
-from detectron2.evaluation import inference_on_dataset, print_csv_format
+from detectron2.evaluation import DatasetEvaluators, inference_on_dataset, print_csv_format
 from detectron2.utils import comm
 from omegaconf import DictConfig, OmegaConf
-from pskd_detection.results import write_results
+from pskd_detection import write_results
 
 from pskd_detectron2.config import recipe_path
 from pskd_detectron2.data import (
     PSKDDatasetMapper,
+    check_classes,
+    check_records,
+    check_registered,
+    check_test_sets,
     count_annotations,
     number_annotations,
+    register_spec,
     training_fingerprint,
 )
+from pskd_detectron2.evaluation import ConfidenceEvaluator, ground_truth_rois
 from pskd_detectron2.hooks import PSKDHook
-from pskd_detectron2.resume import AsideCheckpointer
-from pskd_detectron2.trainer import ddp_options, step_trainer
+from pskd_detectron2.resume import AsideCheckpointer, same_random_state_after
+from pskd_detectron2.trainer import ddp_options, seconds_per_iteration, step_trainer
 
 __all__ = ["load_recipe", "run_lazy"]
 
@@ -46,30 +52,71 @@ def run_lazy(args) -> None:
         ValueError: for options that PS-KD does not have.
     """
     cfg = LazyConfig.apply_overrides(LazyConfig.load(args.config_file), args.opts)
+    use_specs(cfg, args.train, args.test)
+    check_data(cfg)
     default_setup(cfg, args)
     model = instantiate(cfg.model).to(cfg.train.device)
     if args.eval_only:
+        if not cfg.train.init_checkpoint:
+            raise ValueError("--eval-only: expected train.init_checkpoint, got none")
         AsideCheckpointer(model).load(cfg.train.init_checkpoint)
         results = evaluate(cfg, model)
     else:
         results = train(args, cfg, model)
     if comm.is_main_process():
         seed = OmegaConf.select(cfg, "train.seed", default=-1)
-        write_results(cfg.train.output_dir, {"command": sys.argv, "seed": seed} | results)
+        results = {"command": sys.argv, "seed": seed} | results
+        write_results(cfg.train.output_dir, results, evaluation=args.eval_only)
+
+
+def use_specs(cfg: DictConfig, train: str | None, test: str | None) -> None:
+    """Let --train and --test be the config's data sets, in place, as they are in a YAML config."""
+    class_names = None
+    if train:
+        class_names = register_spec(train, cfg.train.output_dir).class_names
+        cfg.dataloader.train.dataset.names = train
+        cfg.model.roi_heads.num_classes = len(class_names)
+    if test:
+        register_spec(test, cfg.train.output_dir, class_names)
+        cfg.dataloader.test.dataset.names = test
+
+
+def check_data(cfg: DictConfig) -> None:
+    """Refuse data sets that would stop the run later.
+
+    Raises:
+        ValueError: naming the set, what was expected and what came.
+    """
+    for part, check in (("train", check_classes), ("test", check_test_sets)):
+        names = _names(cfg, part)
+        check_registered(names)
+        check(names, cfg.model.roi_heads.num_classes)
+
+
+def _names(cfg: DictConfig, part: str) -> list[str]:
+    names = OmegaConf.select(cfg, f"dataloader.{part}.dataset.names", default=[])
+    return [names] if isinstance(names, str) else list(names)
 
 
 def evaluate(cfg: DictConfig, model) -> dict:
-    """Run the config's evaluator, if it has one."""
+    """Run the config's evaluator, if it has one, and PS-KD's own on a single test set."""
     if "evaluator" not in cfg.dataloader:
         return {}
-    loader = instantiate(cfg.dataloader.test)
-    results = inference_on_dataset(model, loader, instantiate(cfg.dataloader.evaluator))
-    print_csv_format(results)
+    evaluators, names = [instantiate(cfg.dataloader.evaluator)], _names(cfg, "test")
+    if len(names) == 1:
+        folder = os.path.join(cfg.train.output_dir, "inference")
+        evaluators.append(ConfidenceEvaluator(names[0], folder))
+    with same_random_state_after():
+        loader = instantiate(cfg.dataloader.test)
+        results = inference_on_dataset(model, loader, DatasetEvaluators(evaluators))
+        print_csv_format(results)
+        if len(names) == 1:
+            results["ground_truth_rois"] = ground_truth_rois(model, loader, names[0])
     return results
 
 
 def train(args, cfg: DictConfig, model) -> dict:
-    """Train, and return the last evaluation."""
+    """Train, and return the seconds of an iteration and the last evaluation."""
     cfg.optimizer.params.model = model
     optimizer = instantiate(cfg.optimizer)
     if OmegaConf.select(cfg, "train.pskd.teacher") == "memory":
@@ -99,7 +146,7 @@ def train(args, cfg: DictConfig, model) -> dict:
     checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=args.resume)
     resumed = args.resume and checkpointer.has_checkpoint()
     trainer.train(trainer.iter + 1 if resumed else 0, cfg.train.max_iter)
-    return results
+    return {"seconds_per_iteration": seconds_per_iteration(trainer.storage), **results}
 
 
 def numbered_dicts(**kwargs) -> list[dict]:
@@ -137,6 +184,9 @@ def pskd_hook(cfg: DictConfig, model) -> PSKDHook | None:
         return None
     options = OmegaConf.to_container(options)
     dicts = instantiate(cfg.dataloader.train.dataset)
+    heads = cfg.model.roi_heads
+    check_classes(_names(cfg, "train"), heads.num_classes)  # known when the data is loaded
+    check_records(dicts, heads.num_classes, masks=bool(heads.get("mask_head")))
     if not options.get("epoch_iters"):
         options["epoch_iters"] = max(1, len(dicts) // cfg.dataloader.train.total_batch_size)
     try:

@@ -6,6 +6,7 @@ seen again and others not at all.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import random
@@ -17,7 +18,12 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.data.samplers import TrainingSampler
 from detectron2.engine import HookBase
 
-__all__ = ["AsideCheckpointer", "RandomStateHook", "ResumableTrainingSampler"]
+__all__ = [
+    "AsideCheckpointer",
+    "RandomStateHook",
+    "ResumableTrainingSampler",
+    "same_random_state_after",
+]
 
 
 class ResumableTrainingSampler(TrainingSampler):
@@ -50,28 +56,48 @@ class RandomStateHook(HookBase):
         self._loaded: dict | None = None
 
     def state_dict(self) -> dict:
-        kind, keys, *rest = np.random.get_state()
-        return {
-            "python": random.getstate(),
-            "numpy": [kind, torch.from_numpy(keys.astype(np.int64)), *rest],
-            "torch": torch.get_rng_state(),
-            "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-        }
+        return _random_state()
 
     def load_state_dict(self, state: dict) -> None:
         self._loaded = state
 
     def before_step(self) -> None:
-        if self._loaded is None:
-            return
-        state, self._loaded = self._loaded, None
-        version, words, gauss = state["python"]
-        random.setstate((version, tuple(words), gauss))
-        kind, keys, *rest = state["numpy"]
-        np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
-        torch.set_rng_state(state["torch"])
-        if len(state["cuda"]) == torch.cuda.device_count():
-            torch.cuda.set_rng_state_all(state["cuda"])
+        if self._loaded is not None:
+            _set_random_state(self._loaded)
+            self._loaded = None
+
+
+@contextlib.contextmanager
+def same_random_state_after() -> Iterator[None]:
+    """Leave the random states as they were: an evaluation draws numbers too.
+
+    It follows the checkpoint of its iteration, and a run that is resumed there skips it.
+    """
+    state = _random_state()
+    try:
+        yield
+    finally:
+        _set_random_state(state)
+
+
+def _random_state() -> dict:
+    kind, keys, *rest = np.random.get_state()
+    return {
+        "python": random.getstate(),
+        "numpy": [kind, torch.from_numpy(keys.astype(np.int64)), *rest],
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def _set_random_state(state: dict) -> None:
+    version, words, gauss = state["python"]
+    random.setstate((version, tuple(words), gauss))
+    kind, keys, *rest = state["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(state["torch"])
+    if len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state["cuda"])
 
 
 class AsideCheckpointer(DetectionCheckpointer):

@@ -65,7 +65,13 @@ class _PSKDHeads:
         proposals: list[Instances],
         targets: list[Instances] | None = None,
     ):
-        """As the stock heads; in training the teacher's backbone sees the same images first."""
+        """As the stock heads; in training the teacher's backbone sees the same images first.
+
+        Raises:
+            ValueError: if the memory is the teacher and the annotations do not tell their rows.
+        """
+        if self.training and self.pskd.memory is not None:
+            _check_rows(targets)
         if self.training and self.pskd.alpha and self.pskd.snapshot.available:
             with torch.no_grad():
                 self._teacher_features = self.pskd.snapshot.model["backbone"](images.tensor)
@@ -83,6 +89,15 @@ class _PSKDHeads:
         scores = class_logits(heads, self._teacher_features, proposals, stage)
         for image, part in zip(proposals, scores.split([len(p) for p in proposals]), strict=True):
             image.set(TEACHER_FIELD, part)
+
+
+def _check_rows(targets: list[Instances]) -> None:
+    # An image without annotations may lack the field; to others row 0 would be given in silence.
+    if any(len(target) and not target.has(ROW_FIELD) for target in targets):
+        raise ValueError(
+            f"MODEL.PSKD.TEACHER memory: expected annotations with {ROW_FIELD}, from "
+            "PSKDDatasetMapper on data of number_annotations, got some without"
+        )
 
 
 class _ScoresSampledProposals(_PSKDHeads):

@@ -5,11 +5,13 @@ from __future__ import annotations
 import logging
 import os
 import weakref
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import build_detection_train_loader, get_detection_dataset_dicts
+from detectron2.data.common import ToIterableDataset
 from detectron2.engine import (
     AMPTrainer,
     DefaultTrainer,
@@ -19,18 +21,28 @@ from detectron2.engine import (
 )
 from detectron2.evaluation import DatasetEvaluators
 from detectron2.utils import comm
+from detectron2.utils.events import EventStorage
+from pskd_detection.confidence import SCORE_THRESHOLD
 
 from pskd_detectron2.config import check_pskd_config
 from pskd_detectron2.data import (
     PSKDDatasetMapper,
-    check_datasets,
+    check_classes,
+    check_records,
+    check_registered,
+    check_test_sets,
     count_annotations,
     number_annotations,
     training_fingerprint,
 )
 from pskd_detectron2.evaluation import build_evaluators, ground_truth_rois
 from pskd_detectron2.hooks import PSKDHook
-from pskd_detectron2.resume import AsideCheckpointer, RandomStateHook, ResumableTrainingSampler
+from pskd_detectron2.resume import (
+    AsideCheckpointer,
+    RandomStateHook,
+    ResumableTrainingSampler,
+    same_random_state_after,
+)
 
 __all__ = ["CPUAMPTrainer", "Trainer", "epoch_iters", "step_trainer"]
 
@@ -69,16 +81,17 @@ class Trainer(DefaultTrainer):
     """
 
     def __init__(self, cfg: CfgNode) -> None:
-        # `DefaultTrainer.__init__` loads the images where nobody else sees them, and cannot wrap a
-        # model on the CPU; its parts are called here in its order.
+        # `DefaultTrainer.__init__` cannot wrap a model on the CPU; its parts are called here in its
+        # order.
         TrainerBase.__init__(self)
         cfg = self.auto_scale_workers(cfg, comm.get_world_size())
-        check_pskd_config(cfg)
-        check_datasets(cfg)
-        self._dataset_dicts = number_annotations(training_dicts(cfg))
+        check_config(cfg)
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
-        loader = self._build_loader(cfg)
+        loader = self.build_train_loader(cfg)
+        self._sampler, self._records = _source(cfg, loader)
+        check_classes(cfg.DATASETS.TRAIN, cfg.MODEL.ROI_HEADS.NUM_CLASSES)
+        check_records(self._records, cfg.MODEL.ROI_HEADS.NUM_CLASSES, masks=cfg.MODEL.MASK_ON)
         model = create_ddp_model(model, broadcast_buffers=False, **ddp_options(cfg.MODEL.DEVICE))
         step = step_trainer(cfg.MODEL.DEVICE, cfg.SOLVER.AMP.ENABLED)
         self._trainer = step(model, loader, optimizer)
@@ -87,17 +100,34 @@ class Trainer(DefaultTrainer):
         self.start_iter, self.max_iter, self.cfg = 0, cfg.SOLVER.MAX_ITER, cfg
         self.register_hooks(self.build_hooks())
 
-    def _build_loader(self, cfg: CfgNode):
+    @classmethod
+    def build_model(cls, cfg: CfgNode):
+        """As `DefaultTrainer`; a model without ROI heads is refused."""
+        model = super().build_model(cfg)
+        if not hasattr(model, "roi_heads"):
+            raise ValueError(
+                "MODEL.META_ARCHITECTURE: expected a model with ROI heads, such as "
+                f"GeneralizedRCNN, got {cfg.MODEL.META_ARCHITECTURE}"
+            )
+        return model
+
+    @classmethod
+    def build_train_loader(cls, cfg: CfgNode):
+        """As `DefaultTrainer`, with the resumable sampler and what the memory teacher needs.
+
+        An override with a mapper of its own derives it, for that teacher, from `PSKDDatasetMapper`
+        and numbers its annotations (`number_annotations`).
+        """
+        dicts = number_annotations(training_dicts(cfg))
         options: dict = {}
-        self._sampler = None
         if cfg.DATALOADER.SAMPLER_TRAIN == ResumableTrainingSampler.__name__:
-            self._sampler = ResumableTrainingSampler(len(self._dataset_dicts), seed=cfg.SEED)
             # Seeds for the workers from a generator of their own: the global one is then where
             # it was at the stop.
-            options = {"sampler": self._sampler, "seed": cfg.SEED}
+            sampler = ResumableTrainingSampler(len(dicts), seed=cfg.SEED)
+            options = {"sampler": sampler, "seed": cfg.SEED}
         if uses_memory(cfg):
             options["mapper"] = PSKDDatasetMapper(cfg, is_train=True)
-        return build_detection_train_loader(cfg, dataset=self._dataset_dicts, **options)
+        return build_detection_train_loader(cfg, dataset=dicts, **options)
 
     def build_hooks(self) -> list:
         """As `DefaultTrainer`, with PS-KD's first: it acts before a checkpoint is written."""
@@ -107,13 +137,13 @@ class Trainer(DefaultTrainer):
             ours.append(
                 PSKDHook(
                     self.model,
-                    epoch_iters=epoch_iters(cfg, len(self._dataset_dicts)),
+                    epoch_iters=epoch_iters(cfg, len(self._records)),
                     alpha_final=options.ALPHA_FINAL,
                     schedule=options.ALPHA_SCHEDULE,
                     teacher=options.TEACHER,
                     output_dir=cfg.OUTPUT_DIR,
-                    num_annotations=count_annotations(self._dataset_dicts),
-                    fingerprint=training_fingerprint(self._dataset_dicts),
+                    num_annotations=count_annotations(self._records),
+                    fingerprint=training_fingerprint(self._records),
                     checkpoint_period=cfg.SOLVER.CHECKPOINT_PERIOD,
                     allow_schedule_change=options.ALLOW_SCHEDULE_CHANGE,
                 )
@@ -132,17 +162,20 @@ class Trainer(DefaultTrainer):
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str, output_folder: str | None = None):
         """COCO AP, VOC AP for a VOC set, and the confidence of the detections."""
         output_folder = output_folder or os.path.join(cfg.OUTPUT_DIR, "inference")
-        return DatasetEvaluators(build_evaluators(dataset_name, output_folder))
+        least = max(SCORE_THRESHOLD, cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST)
+        evaluators = build_evaluators(dataset_name, output_folder, score_threshold=least)
+        return DatasetEvaluators(evaluators)
 
     @classmethod
     def test(cls, cfg: CfgNode, model, evaluators=None) -> dict:
         """As `DefaultTrainer.test`, and the head's NLL on the ground-truth boxes."""
-        results = super().test(cfg, model, evaluators)
-        for name in cfg.DATASETS.TEST:
-            scores = ground_truth_rois(model, cls.build_test_loader(cfg, name), name)
-            part = results if len(cfg.DATASETS.TEST) == 1 else results[name]
-            part["ground_truth_rois"] = scores
-            logger.info("Scores of the ground-truth ROIs of %s: %s", name, scores)
+        with same_random_state_after():
+            results = super().test(cfg, model, evaluators)
+            for name in cfg.DATASETS.TEST:
+                scores = ground_truth_rois(model, cls.build_test_loader(cfg, name), name)
+                part = results if len(cfg.DATASETS.TEST) == 1 else results[name]
+                part["ground_truth_rois"] = scores
+                logger.info("Scores of the ground-truth ROIs of %s: %s", name, scores)
         return results
 
     def results(self) -> dict:
@@ -151,9 +184,42 @@ class Trainer(DefaultTrainer):
         The seconds are None where there were not more iterations than the three that Detectron2
         does not time.
         """
-        times = self.storage.histories().get("time")
-        seconds = None if times is None else float(np.median([t for t, _ in times.values()]))
+        seconds = seconds_per_iteration(self.storage)
         return {"seconds_per_iteration": seconds, **getattr(self, "_last_eval_results", {})}
+
+
+def seconds_per_iteration(storage: EventStorage) -> float | None:
+    """Return the median of what `hooks.IterationTimer` logged; None where it logged nothing."""
+    times = storage.histories().get("time")
+    return None if times is None else float(np.median([t for t, _ in times.values()]))
+
+
+def check_config(cfg: CfgNode) -> None:
+    """Refuse a config or test sets that would stop the run later, before anything is built.
+
+    Raises:
+        ValueError: naming what was expected and what came.
+    """
+    check_pskd_config(cfg)
+    if cfg.TEST.AUG.ENABLED:
+        raise ValueError(
+            "TEST.AUG.ENABLED: expected False, got True; Detectron2's own tools/train_net.py "
+            "evaluates the weights with test-time augmentation"
+        )
+    check_registered((*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST))
+    check_classes(cfg.DATASETS.TRAIN, cfg.MODEL.ROI_HEADS.NUM_CLASSES)
+    check_test_sets(cfg.DATASETS.TEST, cfg.MODEL.ROI_HEADS.NUM_CLASSES)
+
+
+def _source(cfg: CfgNode, loader) -> tuple[ResumableTrainingSampler | None, Sequence[dict]]:
+    """Return a loader's sampler, if it can be set, and the images that it draws from."""
+    part = loader
+    while part is not None and not isinstance(part, ToIterableDataset):
+        part = getattr(part, "dataset", None)
+    if part is None:  # an override's own
+        return None, training_dicts(cfg)
+    sampler = part.sampler if isinstance(part.sampler, ResumableTrainingSampler) else None
+    return sampler, part.dataset._dataset
 
 
 def uses_memory(cfg: CfgNode) -> bool:

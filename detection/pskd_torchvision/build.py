@@ -176,6 +176,7 @@ def load_weights(model: nn.Module, path: str | os.PathLike) -> list[str]:
     is_detector = any(key.startswith("backbone.") for key in state)
     target = model if is_detector else getattr(model.backbone, "body", model.backbone)
     own = target.state_dict()
+    prefix = "" if target is model else "backbone.body."
     state = {key: value for key, value in state.items() if not key.startswith("fc.")}
     left_out = {
         key
@@ -186,7 +187,8 @@ def load_weights(model: nn.Module, path: str | os.PathLike) -> list[str]:
     state = {key: value for key, value in state.items() if key not in left_out}
     _check_fits(path, state, own, allowed_to_lack=left_out)
     target.load_state_dict(state, strict=False)
-    return sorted(key for key in own if key not in state and not _is_counter(key))
+    loaded = {prefix + key for key in state}
+    return sorted(key for key in model.state_dict() if key not in loaded and not _is_counter(key))
 
 
 def _read_state(path: str | os.PathLike) -> dict[str, Tensor]:

@@ -74,6 +74,11 @@ def prepare(args: argparse.Namespace, world: World) -> Job:
         checkpoint.load_model(path, saved, model, options, class_names)
     elif args.weights:
         random = load_weights(model, args.weights)
+        if args.test_only and random:
+            raise ValueError(
+                f"--weights: expected all weights of a detector of {len(class_names)} classes to "
+                f"evaluate, got a file that lacks {len(random)} of them: {random[0]}, ..."
+            )
         logger.info("%s: loaded; random values stay in %d tensors", args.weights, len(random))
     model.to(world.device)
     return Job(args, world, class_names, train, test, model, options, saved, path)

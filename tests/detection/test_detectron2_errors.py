@@ -13,6 +13,8 @@ pytest.importorskip(
 
 import detectron2_tiny as tiny  # noqa: E402
 from detectron2.config import LazyConfig  # noqa: E402
+from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog  # noqa: E402
+from detectron2.data.datasets import register_coco_instances  # noqa: E402
 from pskd_detectron2 import PSKDHook, Trainer, register_spec  # noqa: E402
 from pskd_detectron2.lazy import carry_rows, pskd_hook  # noqa: E402
 
@@ -66,6 +68,7 @@ def test_values_of_pskd(opts, message, spec, tmp_path):
             "MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE True MODEL.PSKD.LABEL_SMOOTHING 0.1",
             "LABEL_SMOOTHING: expected 0 with ROI_BOX_HEAD.USE_SIGMOID_CE, got 0.1",
         ),
+        ("TEST.AUG.ENABLED True", "TEST.AUG.ENABLED: expected False, got True"),
         ("SOLVER.MAX_ITER 0", "SOLVER.MAX_ITER: expected 1 or more, got 0"),
         (
             "DATALOADER.SAMPLER_TRAIN RepeatFactorTrainingSampler DATALOADER.REPEAT_THRESHOLD 0.1",
@@ -88,6 +91,109 @@ def test_a_class_count_that_is_not_the_datasets(spec, tmp_path):
     opts = f"DATASETS.TRAIN ('{spec}',) MODEL.ROI_HEADS.NUM_CLASSES 5"
     message = "NUM_CLASSES: expected 2, the classes of coco:.*, got 5"
     refused("fpn", tmp_path, message, opts, train=None)
+
+
+def registered(name: str, spec: str, folder, change=lambda content: None) -> str:
+    """Register a COCO file as Detectron2's users do: its classes are known when it was read."""
+    folder.mkdir(exist_ok=True)
+    _, path, images = changed(spec, folder, change).split(":")
+    if name in DatasetCatalog.list():
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
+    register_coco_instances(name, {}, path, images)
+    return name
+
+
+@pytest.mark.parametrize("part", ["TRAIN", "TEST"])
+def test_a_class_count_that_is_not_a_registered_sets(part, spec, tmp_path):
+    name = registered(f"late_{part}", spec, tmp_path)
+    opts = f"DATASETS.{part} ('{name}',) MODEL.ROI_HEADS.NUM_CLASSES 1"
+    train = None
+    if part == "TEST":
+        register_spec(spec, tmp_path)
+        other = registered("one_class", spec, tmp_path / "one", only_squares)
+        opts += f" DATASETS.TRAIN ('{other}',)"
+    message = f"NUM_CLASSES: expected 2, the classes of {name}, got 1"
+    refused("fpn", tmp_path / "run", message, opts, train=train)
+
+
+def only_squares(content: dict) -> None:
+    content["categories"] = content["categories"][:1]
+    content["annotations"] = [a for a in content["annotations"] if a["category_id"] == 1]
+
+
+def test_a_registered_test_set_with_a_box_outside(spec, tmp_path):
+    outside = lambda c: c["annotations"][0].update(bbox=[60, 60, 40, 40])  # noqa: E731
+    name = registered("outside", spec, tmp_path, outside)
+    message = "expected every box .* inside its image"
+    refused("fpn", tmp_path / "run", message, f"DATASETS.TEST ('{name}',)", train=spec)
+
+
+@pytest.mark.parametrize(
+    "kind, change, message",
+    [
+        ("fpn", {"bbox": [200, 200, 5, 5]}, r"0.png: expected boxes in an image of 64 x 80, got"),
+        ("mask", {"segmentation": []}, "0.png: expected a segmentation of every annotation"),
+    ],
+)
+def test_a_registered_training_set_that_would_fail_later(kind, change, message, spec, tmp_path):
+    name = registered("later", spec, tmp_path, lambda c: c["annotations"][0].update(change))
+    opts = f"DATASETS.TRAIN ('{name}',) MODEL.ROI_HEADS.NUM_CLASSES 2"
+    refused(kind, tmp_path / "run", message, opts, train=None)
+
+
+def test_a_model_without_roi_heads(spec, tmp_path):
+    words = tiny.arguments("fpn", tmp_path, train=spec)
+    words[1] = "detectron2:COCO-Detection/retinanet_R_50_FPN_1x.yaml"  # with a Python expression
+    with pytest.raises(ValueError, match="META_ARCHITECTURE: expected a model with ROI heads"):
+        tiny.train_net.main(tiny.train_net.parse(words))
+
+
+def test_the_memory_wants_annotations_that_tell_their_rows(spec, tmp_path, monkeypatch):
+    monkeypatch.setattr("pskd_detectron2.trainer.PSKDDatasetMapper", DatasetMapper)
+    with pytest.raises(ValueError, match="expected annotations with gt_pskd_row, from PSKDDataset"):
+        tiny.run("fpn", tmp_path, "MODEL.PSKD.TEACHER memory", train=spec)
+
+
+def test_the_hook_wants_heads_that_listen(spec, tmp_path):
+    cfg = tiny.config("fpn", tmp_path, "MODEL.PSKD.ENABLED False", train=spec)
+    with pytest.raises(ValueError, match="expected heads with MODEL.PSKD.ENABLED True, got False"):
+        PSKDHook(Trainer.build_model(cfg), epoch_iters=3)
+
+
+def test_a_loader_of_ones_own_is_trained_from(spec, tmp_path):
+    built = []
+
+    class Own(Trainer):
+        @classmethod
+        def build_train_loader(cls, cfg):
+            built.append(super().build_train_loader(cfg))
+            return built[-1]
+
+    opts = "DATALOADER.SAMPLER_TRAIN ResumableTrainingSampler TEST.PRECISE_BN.ENABLED True"
+    cfg = tiny.config("fpn", tmp_path, opts, "MODEL.PSKD.TEACHER memory", train=spec)
+    trainer = Own(cfg)
+    assert trainer.data_loader is built[0] and len(built) == 2  # precise BN has one of its own
+    assert trainer._sampler is not None
+
+
+def test_the_first_process_tells_all_teachers_the_statistics(spec, tmp_path, monkeypatch):
+    told = []
+    monkeypatch.setattr("pskd_detectron2.hooks.comm.get_world_size", lambda: 2)
+    monkeypatch.setattr(
+        "pskd_detectron2.hooks.dist.broadcast", lambda t, src: told.append((t, src))
+    )
+    model = Trainer.build_model(tiny.config("fpn", tmp_path, train=spec))
+    hook = PSKDHook(model, epoch_iters=3)
+    hook._refresh()
+    buffers = list(model.roi_heads.pskd.snapshot.model.buffers())
+    assert len(told) == len(buffers) > 0 and all(src == 0 for _, src in told)
+    assert all(t is b for (t, _), b in zip(told, buffers, strict=True))
+
+
+def test_a_training_of_one_epoch_says_that_it_has_no_teacher(spec, tmp_path):
+    out = tiny.run("fpn", tmp_path, "MODEL.PSKD.EPOCH_ITERS 8", train=spec)
+    assert "the first has no teacher" in (out / "log.txt").read_text()
 
 
 def test_a_dataset_that_is_not_registered(tmp_path):
@@ -141,9 +247,33 @@ def test_lazy_options(spec, tmp_path):
     register_spec(spec, tmp_path)
     cfg = LazyConfig.load(str(tiny.CONFIGS / "mask_rcnn_R_50_FPN_1x_pskd.py"))
     cfg.dataloader.train.dataset.names = spec
+    cfg.model.roi_heads.num_classes = 2
     cfg.train.pskd.alpha = 0.5
     with pytest.raises(ValueError, match="train.pskd: expected options of PSKDHook: .*'alpha'"):
         pskd_hook(cfg, None)
     cfg.dataloader.train.mapper._target_ = "somewhere.OtherMapper"
     with pytest.raises(ValueError, match="mapper: with the memory.*expected .*DatasetMapper, got"):
         carry_rows(cfg)
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (("dataloader.train.dataset.names=nowhere",), "dataset 'nowhere': expected a registered"),
+        (("dataloader.test.dataset.names=nowhere",), "dataset 'nowhere': expected a registered"),
+        (("model.roi_heads.num_classes=5",), "NUM_CLASSES: expected 2, the classes of lazily, got"),
+        (("--eval-only", "train.init_checkpoint="), "--eval-only: expected train.init_checkpoint"),
+    ],
+)
+def test_bad_input_to_a_lazy_config(words, message, spec, tmp_path):
+    name = registered("lazily", spec, tmp_path)
+    flags = [word for word in words if word.startswith("--")]
+    line = ["--config-file", str(tiny.CONFIGS / "mask_rcnn_R_50_FPN_1x_pskd.py"), *flags]
+    for part in ("train", "test"):
+        line.append(f"dataloader.{part}.dataset.names={name}")
+    line += ["dataloader.train.num_workers=0", "train.device=cpu", "model.roi_heads.num_classes=2"]
+    line += [f"train.output_dir={tmp_path / 'run'}", "train.init_checkpoint="]
+    line += [word for word in words if not word.startswith("--")]
+    with pytest.raises(ValueError, match=message):
+        tiny.train_net.main(tiny.train_net.parse(line))
+    assert not (tmp_path / "run" / "metrics.json").exists()

@@ -24,9 +24,9 @@ pytest.importorskip(
 )
 
 import detectron2_tiny as tiny  # noqa: E402
-from detectron2.data import DatasetCatalog  # noqa: E402
+from detectron2.data import DatasetCatalog, MetadataCatalog  # noqa: E402
 from detectron2.data.datasets import register_pascal_voc  # noqa: E402
-from detectron2.structures import Boxes, Instances  # noqa: E402
+from detectron2.structures import Boxes, BoxMode, Instances  # noqa: E402
 from pskd_detectron2 import register_spec  # noqa: E402
 from pskd_detectron2.evaluation import build_evaluators  # noqa: E402
 
@@ -110,6 +110,18 @@ def test_a_resumed_run_equals_the_straight_one(teacher, iterations, straight, sp
     assert scalars[0]["pskd/alpha"] == scalars[1]["pskd/alpha"] == 0.6
 
 
+@pytest.mark.parametrize("kind, teacher", [("c4", "snapshot"), ("cascade", "memory")])
+def test_the_other_heads_resume_too(kind, teacher, spec, tmp_path):
+    """An evaluation that follows the checkpoint leaves no trace either."""
+    options = (tiny.EXACT, SCHEDULED, f"MODEL.PSKD.TEACHER {teacher} SOLVER.CHECKPOINT_PERIOD 1")
+    evaluation = "TEST.EVAL_PERIOD 5"
+    whole = tiny.run(kind, tmp_path / "whole", *options, evaluation, train=spec, test=spec)
+    out = stopped_after(whole, 5, tmp_path / "stopped")
+    tiny.run(kind, out, *options, evaluation, flags=("--resume",), train=spec, test=spec)
+    model = [tiny.checkpoint(folder)["model"] for folder in (whole, out)]
+    assert tiny.differing(*model) == []
+
+
 def test_the_teacher_travels_only_where_the_model_is_not_the_teacher(straight):
     for done in range(1, ITERATIONS + 1):
         state = tiny.checkpoint(straight["snapshot"], f"model_{done - 1:07d}")
@@ -173,6 +185,8 @@ def test_the_sampler_goes_on_where_it_stood_with_workers_too(spec, tmp_path):
         ("MODEL.PSKD.EPOCH_ITERS 4", "epoch_iters: expected 3.*got 4"),
         ("SOLVER.MAX_ITER 20", "num_epochs: expected 3.*got 7"),
         ("MODEL.PSKD.TEACHER memory", "teacher: expected 'snapshot'.*got 'memory'"),
+        ("MODEL.PSKD.LABEL_SMOOTHING 0.1", "label_smoothing: expected 0.0.*got 0.1"),
+        ("MODEL.PSKD.FOREGROUND_ONLY True", "foreground_only: expected False.*got True"),
     ],
 )
 def test_a_changed_schedule_is_refused_on_resume(opts, message, straight, spec, tmp_path):
@@ -357,7 +371,8 @@ def test_eval_only_gives_the_same_results(evaluated, spec, tmp_path):
     trained = json.loads((evaluated / "results.json").read_text())
     weights = f"MODEL.WEIGHTS {evaluated / 'model_final.pth'}"
     out = tiny.run("fpn", tmp_path, weights, flags=("--eval-only",), train=spec, test=spec)
-    alone = json.loads((out / "results.json").read_text())
+    alone = json.loads((out / "evaluation.json").read_text())
+    assert not (out / "results.json").exists()
     for part in ("bbox", "confidence", "ground_truth_rois"):
         assert alone[part] == trained[part]
 
@@ -365,26 +380,65 @@ def test_eval_only_gives_the_same_results(evaluated, spec, tmp_path):
 def test_a_stock_model_reads_the_checkpoint(evaluated, spec, tmp_path):
     opts = (tiny.stock("fpn"), f"MODEL.WEIGHTS {evaluated / 'model_final.pth'}")
     out = tiny.run("fpn", tmp_path, *opts, flags=("--eval-only",), train=spec, test=spec)
-    results = [json.loads((folder / "results.json").read_text()) for folder in (out, evaluated)]
-    assert results[0]["bbox"] == results[1]["bbox"]
+    stock = json.loads((out / "evaluation.json").read_text())
+    assert stock["bbox"] == json.loads((evaluated / "results.json").read_text())["bbox"]
 
 
-def test_a_voc_set_has_voc_ap_too(tmp_path):
-    root = tmp_path / "voc"
-    for folder in ("Annotations", "JPEGImages", "ImageSets/Main"):
-        (root / folder).mkdir(parents=True)
-    tiny.make_images(tmp_path)
-    coco = json.loads((tmp_path / "set.json").read_text())
+def test_eval_only_wants_weights(spec, tmp_path):
+    with pytest.raises(ValueError, match="--eval-only: expected MODEL.WEIGHTS, or --resume and a"):
+        tiny.run("fpn", tmp_path, flags=("--eval-only", "--resume"), train=spec, test=spec)
+
+
+def test_a_finished_run_that_is_resumed_keeps_its_seconds(evaluated, spec, tmp_path):
+    out = tmp_path / "again"
+    shutil.copytree(evaluated, out)
+    tiny.run("fpn", out, SCHEDULED, LONGER, flags=("--resume",), train=spec, test=spec)
+    before, after = (json.loads((f / "results.json").read_text()) for f in (evaluated, out))
+    assert after["seconds_per_iteration"] == before["seconds_per_iteration"] > 0
+    assert after["bbox"] == before["bbox"]
+
+
+def test_the_threshold_that_is_told_is_the_one_that_held(evaluated, spec, tmp_path):
+    opts = f"MODEL.WEIGHTS {evaluated / 'model_final.pth'} MODEL.ROI_HEADS.SCORE_THRESH_TEST 0.3"
+    out = tiny.run("fpn", tmp_path, opts, flags=("--eval-only",), train=spec, test=spec)
+    confidence = json.loads((out / "evaluation.json").read_text())["confidence"]
+    assert confidence["score_threshold"] == 0.3
+
+
+def test_a_dataset_that_is_known_by_its_function_only(evaluated, spec, tmp_path):
+    """As Detectron2's guide registers them; COCOEvaluator converts it."""
+    name = "made_by_function"
+    register_spec(spec, tmp_path)
+    records = DatasetCatalog.get(spec)
+    DatasetCatalog.register(name, lambda: records)
+    MetadataCatalog.get(name).thing_classes = list(tiny.CLASSES)
+    opts = f"MODEL.WEIGHTS {evaluated / 'model_final.pth'} DATASETS.TEST ('{name}',)"
+    out = tiny.run("fpn", tmp_path / "run", opts, flags=("--eval-only",), train=spec)
+    results = json.loads((out / "evaluation.json").read_text())
+    trained = json.loads((evaluated / "results.json").read_text())
+    assert results["bbox"]["AP"] == pytest.approx(trained["bbox"]["AP"])
+    assert results["confidence"] == pytest.approx(trained["confidence"])
+
+
+def make_voc(folder: Path, name: str, *, minimal: bool) -> Path:
+    """Write the made images in VOC's layout; ``minimal`` as other tools write it, with fractions
+    and without the keys that only VOC's own files have."""
+    root = folder / name
+    for part in ("Annotations", "JPEGImages", "ImageSets/Main"):
+        (root / part).mkdir(parents=True)
+    tiny.make_images(folder)
+    coco = json.loads((folder / "set.json").read_text())
+    keys = "" if minimal else "<pose>x</pose><truncated>0</truncated><difficult>0</difficult>"
+    dot = ".0" if minimal else ""
     for image in coco["images"]:
         name = f"img{image['id']}"
-        with Image.open(tmp_path / "set" / image["file_name"]) as picture:
+        with Image.open(folder / "set" / image["file_name"]) as picture:
             picture.save(root / "JPEGImages" / f"{name}.jpg")
         objects = "".join(
-            f"<object><name>{tiny.CLASSES[a['category_id'] - 1]}</name><pose>x</pose>"
-            "<truncated>0</truncated><difficult>0</difficult><bndbox>"
-            f"<xmin>{a['bbox'][0] + 1}</xmin><ymin>{a['bbox'][1] + 1}</ymin>"
-            f"<xmax>{a['bbox'][0] + a['bbox'][2]}</xmax>"
-            f"<ymax>{a['bbox'][1] + a['bbox'][3]}</ymax></bndbox></object>"
+            f"<object><name>{tiny.CLASSES[a['category_id'] - 1]}</name>{keys}<bndbox>"
+            f"<xmin>{a['bbox'][0] + 1}{dot}</xmin><ymin>{a['bbox'][1] + 1}{dot}</ymin>"
+            f"<xmax>{a['bbox'][0] + a['bbox'][2]}{dot}</xmax>"
+            f"<ymax>{a['bbox'][1] + a['bbox'][3]}{dot}</ymax></bndbox></object>"
             for a in coco["annotations"]
             if a["image_id"] == image["id"]
         )
@@ -394,23 +448,50 @@ def test_a_voc_set_has_voc_ap_too(tmp_path):
         )
     names = "\n".join(f"img{image['id']}" for image in coco["images"])
     (root / "ImageSets" / "Main" / "all.txt").write_text(names)
-    voc = f"voc:{root}:all"
+    return root
+
+
+def as_detected(record: dict) -> dict:
+    """What a perfect detector would find in an image."""
+    boxes = [
+        BoxMode.convert(a["bbox"], a["bbox_mode"], BoxMode.XYXY_ABS) for a in record["annotations"]
+    ]
+    found = Instances((record["height"], record["width"]))
+    found.pred_boxes = Boxes(torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4))
+    found.scores = torch.full((len(boxes),), 0.9)
+    found.pred_classes = torch.tensor([a["category_id"] for a in record["annotations"]])
+    return {"instances": found}
+
+
+@pytest.mark.parametrize("year", [2007, 2012])
+def test_a_voc_set_has_voc_ap_too(year, tmp_path):
+    voc = f"voc:{make_voc(tmp_path, f'VOC{year}', minimal=True)}:all"
     out = tiny.run("fpn", tmp_path / "run", SCHEDULED, LONGER, train=voc, test=voc)
     results = json.loads((out / "results.json").read_text())
     assert results["voc"].keys() == {"AP", "AP50", "AP75"}
     assert set(results["bbox"]) > {"AP-ring", "AP-square"}
-    # The same folder as Detectron2 itself registers it, classes in another order.
+    assert results["ground_truth_rois"]["num_rois"] == 14
+    _, evaluator, _ = build_evaluators(voc, str(tmp_path / "made"))
+    evaluator.reset()
+    records = DatasetCatalog.get(voc)
+    evaluator.process(records, [as_detected(record) for record in records])
+    assert evaluator.evaluate()["voc"] == pytest.approx({"AP": 100, "AP50": 100, "AP75": 100})
+    # Of the objects 4 in 7 are found: that is the area under the curve, and 6 of its 11 points.
+    evaluator.reset()
+    part = [r if r["image_id"] % 2 else r | {"annotations": []} for r in records]
+    evaluator.process(records, [as_detected(record) for record in part])
+    area = 6 / 11 if year == 2007 else 4 / 7
+    assert evaluator.evaluate()["voc"]["AP50"] == pytest.approx(100 * area)
+
+
+def test_a_voc_set_that_detectron2_registered(tmp_path):
+    root = make_voc(tmp_path, "voc", minimal=False)
     register_pascal_voc("made_voc", f"{root}/", "all", 2007, ("square", "ring"))
     evaluators = build_evaluators("made_voc", str(tmp_path / "made"))
     assert [type(e).__name__ for e in evaluators] == ["VOCEvaluator", "ConfidenceEvaluator"]
     first = DatasetCatalog.get("made_voc")[0]
-    found = Instances((80, 64))
-    found.pred_boxes = Boxes(torch.tensor([a["bbox"] for a in first["annotations"]]))
-    found.scores = torch.full((len(found.pred_boxes),), 0.9)
-    found.pred_classes = torch.tensor([a["category_id"] for a in first["annotations"]])
-    evaluators[1].process([first], [{"instances": found}])
+    evaluators[1].process([first], [as_detected(first)])
     assert evaluators[1].evaluate()["confidence"]["num_matched"] == 2
-    assert results["ground_truth_rois"]["num_rois"] == 14
 
 
 # ---- LazyConfig --------------------------------------------------------------------------------
@@ -418,23 +499,18 @@ def test_a_voc_set_has_voc_ap_too(tmp_path):
 
 @pytest.mark.parametrize("teacher", TEACHERS)
 def test_a_lazy_config_trains_and_resumes(teacher, spec, tmp_path):
-    register_spec(spec, tmp_path)
-    assert spec in DatasetCatalog.list()
     words = [
         "train.seed=1",
-        f"dataloader.train.dataset.names={json.dumps(spec)}",
         # Two of them are the eight images: the second epoch meets again what the first one saw.
         "dataloader.train.total_batch_size=4",
         "dataloader.train.num_workers=0",
         "dataloader.train.mapper.augmentations.0.short_edge_length=[64]",
-        f"dataloader.test.dataset.names={json.dumps(spec)}",
         "dataloader.test.mapper.augmentations.0.short_edge_length=64",
         "dataloader.test.num_workers=0",
         "model.backbone.bottom_up.freeze_at=0",
         "model.backbone.bottom_up.stem.norm=BN",  # FrozenBN diverges from random weights
         "model.backbone.bottom_up.stages.norm=BN",
         "model.pixel_std=[57.0,57.0,57.0]",
-        "model.roi_heads.num_classes=2",
         "train.init_checkpoint=",
         "train.device=cpu",
         f"train.output_dir={tmp_path / 'run'}",
@@ -445,14 +521,16 @@ def test_a_lazy_config_trains_and_resumes(teacher, spec, tmp_path):
         f"train.pskd.teacher={teacher}",
     ]
     config = str(tiny.CONFIGS / "mask_rcnn_R_50_FPN_1x_pskd.py")
-    line = ["--config-file", config, *words]
+    line = ["--config-file", config, "--train", spec, "--test", spec, *words]
     tiny.train_net.main(tiny.train_net.parse(line))
     out = tmp_path / "run"
     log = (out / "log.txt").read_text()
     assert "PS-KD: epoch 2 of 2, alpha 0.7000" in log
     # The last line holds the evaluation.
     assert any(line.get("pskd/teacher_nll", 0) > 0 for line in tiny.metrics(out))
-    assert "bbox" in json.loads((out / "results.json").read_text())
+    results = json.loads((out / "results.json").read_text())
+    assert {"bbox", "confidence", "seconds_per_iteration"} <= results.keys()
+    assert results["ground_truth_rois"]["num_rois"] == 14
     (out / "last_checkpoint").write_text("model_0000002.pth")  # inside the second epoch
     tiny.train_net.main(tiny.train_net.parse(["--resume", *line]))
     assert "Starting training from iteration 3" in (out / "log.txt").read_text()

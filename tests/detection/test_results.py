@@ -64,6 +64,16 @@ def test_results_go_to_their_place(tmp_path):
     assert list(path.parent.iterdir()) == [path]
 
 
+def test_an_evaluation_leaves_the_trainings_numbers(tmp_path):
+    write_results(tmp_path, {"AP": 1.0, "seconds_per_iteration": 0.5})
+    write_results(tmp_path, {"AP": 3.0}, evaluation=True)
+    assert strict(tmp_path / "results.json") == {"AP": 1.0, "seconds_per_iteration": 0.5}
+    assert strict(tmp_path / "evaluation.json") == {"AP": 3.0}
+    # A finished training that is resumed has nothing left to time.
+    write_results(tmp_path, {"AP": 2.0, "seconds_per_iteration": None})
+    assert strict(tmp_path / "results.json") == {"AP": 2.0, "seconds_per_iteration": 0.5}
+
+
 def test_the_table_tells_what_the_confidence_was_measured_on():
     run = {"AP": 12.345, "AP50": 30.0, "d_ece": 0.12345, "aurc": None}
     run |= {"iou_threshold": 0.5, "score_threshold": 0.05, "num_detections": 321}

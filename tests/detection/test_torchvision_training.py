@@ -61,8 +61,8 @@ class Run:
             if "total_loss" in line
         ]
 
-    def results(self) -> dict:
-        return json.loads((self.folder / "results.json").read_text())
+    def results(self, name: str = "results.json") -> dict:
+        return json.loads((self.folder / name).read_text())
 
     def checkpoint(self) -> dict:
         return torch.load(self.folder / checkpoint.NAME, map_location="cpu", weights_only=True)
@@ -338,7 +338,7 @@ def test_a_checkpoint_is_evaluated_without_training(tool, straight):
     flags = ["--test", tool.test, "--output-dir", str(folder), *FLAGS, "--test-only", "--resume"]
     assert program.main(flags) == 0  # the classes are those in the checkpoint
     expected = straight.results()
-    results = Run(folder, 0, "").results()
+    results = Run(folder, 0, "").results("evaluation.json")
     assert {k: results[k] for k in results if k != "command"} == {
         k: v for k, v in expected.items() if k in results and k != "command"
     }
@@ -348,7 +348,8 @@ def test_a_checkpoint_is_evaluated_without_training(tool, straight):
 def test_a_weights_file_is_evaluated_and_trained_on(tool, straight):
     weights = ["--weights", str(straight.folder / checkpoint.NAME)]
     tested = tool.run("weights", *weights, "--test-only").expect_success()
-    assert tested.results()["ground_truth_rois"] == straight.results()["ground_truth_rois"]
+    scores = tested.results("evaluation.json")["ground_truth_rois"]
+    assert scores == straight.results()["ground_truth_rois"]
     tuned = tool.run("tuned", *weights, "--epochs", "1", "--lr", "0").expect_success()
     parameters = dict(build_detector("fasterrcnn_tiny_fpn", len(CLASSES)).named_parameters())
     own, other = tuned.checkpoint()["model"], straight.checkpoint()["model"]
@@ -455,7 +456,8 @@ def test_two_processes_evaluate_every_image_once(tool, pair):
     """Five images: padded to equal shares, one would count twice."""
     alone = ["--resume", "--test-only", "--batch-size", "1"]
     results = pair.results()
-    tested = tool.run("pair", *PSKD, *alone, "--epochs", "2").expect_success().results()
+    tested = tool.run("pair", *PSKD, *alone, "--epochs", "2").expect_success()
+    tested = tested.results("evaluation.json")
     assert results["ground_truth_rois"]["num_rois"] == 8
     assert results["bbox"] == tested["bbox"]
     assert results["confidence"] == tested["confidence"]
@@ -510,6 +512,18 @@ def test_a_set_is_missed(capsys):
     ):
         assert program.main(flags) == 1
         assert message in capsys.readouterr().err
+
+
+def test_random_weights_are_not_evaluated(tool, capsys):
+    """Of another number of classes, or of a ResNet."""
+    other = build_detector("fasterrcnn_tiny_fpn", 7)
+    resnet = other.backbone.body.state_dict()
+    for name, state, count in (("seven", other.state_dict(), 4), ("resnet", resnet, None)):
+        path = tool.folder / f"{name}.pth"
+        torch.save(state, path)
+        message = "--weights: expected all weights of a detector of 2 classes to evaluate, got a "
+        message += "file that lacks" + (f" {count} of them" if count else "")
+        expect_refusal(tool, capsys, "random", ["--test-only", "--weights", str(path)], message)
 
 
 def test_a_test_set_with_other_classes_is_refused(tool, capsys):
