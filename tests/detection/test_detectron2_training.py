@@ -313,7 +313,38 @@ def test_two_processes_resume(two_processes, spec, tmp_path):
     assert 0.7 < counts[0] / counts[1] < 1.4
 
 
-@pytest.mark.parametrize("kind", ["fpn", "cascade"])
+def test_two_processes_have_a_snapshot(spec, tmp_path):
+    options = (tiny.EXACT, "MODEL.PSKD.TEACHER snapshot MODEL.PSKD.EPOCH_ITERS 4")
+    words = tiny.arguments("fpn", tmp_path, *options, "SOLVER.MAX_ITER 6", train=spec)
+    process = launch("--num-gpus", "2", "--dist-url", "auto", *words)
+    output = process.communicate(timeout=240)[0]
+    assert process.returncode == 0, output[-4000:]
+    last = tiny.metrics(tmp_path)[-1]
+    assert last["pskd/alpha"] == pytest.approx(0.7) and last["pskd/teacher_nll"] > 0
+    # In the middle of the second epoch, next to the model that the first one ended with.
+    hook = tiny.checkpoint(tmp_path)["trainer"]["hooks"]["PSKDHook"]
+    assert hook["snapshot"]["model"].keys() < tiny.checkpoint(tmp_path)["model"].keys()
+
+
+@pytest.mark.parametrize("teacher", TEACHERS)
+def test_a_sigmoid_head_trains(teacher, spec, tmp_path):
+    sigmoid = "MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE True MODEL.PSKD.EPOCH_ITERS 4"
+    runs = {
+        alpha: tiny.run(
+            "fpn",
+            tmp_path / str(alpha),
+            sigmoid,
+            f"MODEL.PSKD.TEACHER {teacher} MODEL.PSKD.ALPHA_FINAL {alpha}",
+            train=spec,
+        )
+        for alpha in (0.0, 0.7)
+    }
+    hard, soft = (tiny.metrics(out)[-1] for out in runs.values())
+    assert soft["pskd/teacher_nll"] > 0 and "pskd/teacher_nll" not in hard
+    assert soft["loss_cls"] != hard["loss_cls"]
+
+
+@pytest.mark.parametrize("kind", ["fpn", "c4", "cascade"])
 def test_mixed_precision_on_the_cpu(kind, spec, tmp_path):
     out = tiny.run(kind, tmp_path, SCHEDULED, "SOLVER.AMP.ENABLED True", train=spec)
     plain = tiny.run(kind, tmp_path / "plain", SCHEDULED, train=spec)
@@ -507,6 +538,7 @@ def test_a_lazy_config_trains_and_resumes(teacher, spec, tmp_path):
         "dataloader.train.mapper.augmentations.0.short_edge_length=[64]",
         "dataloader.test.mapper.augmentations.0.short_edge_length=64",
         "dataloader.test.num_workers=0",
+        "model.roi_heads.box_head.fc_dims=[16,16]",
         "model.backbone.bottom_up.freeze_at=0",
         "model.backbone.bottom_up.stem.norm=BN",  # FrozenBN diverges from random weights
         "model.backbone.bottom_up.stages.norm=BN",
