@@ -538,7 +538,9 @@ def test_a_lazy_config_trains_and_resumes(teacher, spec, tmp_path):
         "dataloader.train.mapper.augmentations.0.short_edge_length=[64]",
         "dataloader.test.mapper.augmentations.0.short_edge_length=64",
         "dataloader.test.num_workers=0",
-        "model.roi_heads.box_head.fc_dims=[16,16]",
+        "model.roi_heads.box_head.fc_dims=[16]",
+        "model.roi_heads.box_predictor.input_shape.channels=16",
+        "model.roi_heads.mask_head.conv_dims=[8,8]",
         "model.backbone.bottom_up.freeze_at=0",
         "model.backbone.bottom_up.stem.norm=BN",  # FrozenBN diverges from random weights
         "model.backbone.bottom_up.stages.norm=BN",
