@@ -221,12 +221,15 @@ def check_records(records: Iterable[dict], num_classes: int, *, masks: bool = Fa
 def _problem(record: dict, annotation: dict, num_classes: int, masks: bool) -> str | None:
     if not 0 <= annotation["category_id"] < num_classes:
         return f"expected classes in [0, {num_classes - 1}], got {annotation['category_id']}"
-    if masks and not annotation.get("segmentation"):
+    is_trained = not annotation.get("iscrowd", 0)
+    if masks and is_trained and not annotation.get("segmentation"):
         return "expected a segmentation of every annotation (MODEL.MASK_ON), got one without"
     mode, size = annotation["bbox_mode"], (record.get("width"), record.get("height"))
     if mode not in (BoxMode.XYXY_ABS, BoxMode.XYWH_ABS) or None in size:
         return None  # rotated boxes, images whose size is not known
-    x1, y1, x2, y2 = BoxMode.convert(list(annotation["bbox"]), mode, BoxMode.XYXY_ABS)
-    if x1 < size[0] and y1 < size[1] and x2 > 0 and y2 > 0:
+    left, top, right, bottom = annotation["bbox"]
+    if mode == BoxMode.XYWH_ABS:
+        right, bottom = left + right, top + bottom
+    if left < size[0] and top < size[1] and right > 0 and bottom > 0:
         return None
     return f"expected boxes in an image of {size[0]} x {size[1]}, got {annotation['bbox']}"
