@@ -324,6 +324,7 @@ def build_criterion(task, save_dir, **changes):
         label_smoothing=0.1, sentence_avg=False, max_epoch=EPOCHS, max_update=0,
         save_dir=str(save_dir), restore_file="checkpoint_last.pt", reset_dataloader=False,
         train_subset="train", ddp_backend="pytorch_ddp", path=None, continue_once=None,
+        checkpoint_suffix="", keep_best_checkpoints=-1,
     )  # fmt: skip
     for name, value in changes.items():
         setattr(config, name, value)

@@ -27,6 +27,8 @@ from conftest import (  # noqa: E402
     entry,
     same,
 )
+from fairseq import checkpoint_utils  # noqa: E402
+from fairseq.dataclass.configs import CheckpointConfig  # noqa: E402
 from pskd_fairseq import checkpoint  # noqa: E402
 
 TO_THE_END = ["--max-epoch", str(EPOCHS)]
@@ -48,8 +50,15 @@ WRONG_OPTIONS = {
     "label_smoothing_2": (
         [*TO_THE_END, "--label-smoothing", "2"], ["--label-smoothing", "[0, 1", "2.0"]
     ),
+    "ignore_prefix_-1": (
+        [*TO_THE_END, "--ignore-prefix-size", "-1"], ["--ignore-prefix-size", "at least 0", "-1"]
+    ),
     "no_restore_file": (
         [*TO_THE_END, "--restore-file", "nowhere.pt"], ["--restore-file", "nowhere.pt", "got none"]
+    ),
+    "no_suffixed_restore_file": (
+        [*TO_THE_END, "--restore-file", "nowhere.pt", "--checkpoint-suffix", "_a"],
+        ["--restore-file", "--checkpoint-suffix", "nowhere_a.pt", "got none"],
     ),
 }  # fmt: skip
 
@@ -68,7 +77,20 @@ WRONG_CHECKPOINTS = {
         [*TO_THE_END, "--reset-optimizer"],
         ["checkpoint_last.pt", "middle of epoch 3", "teacher", "got none", "--reset-dataloader"],
     ),
+    "suffix": (
+        [*TO_THE_END, "--reset-optimizer", "--checkpoint-suffix", "_a"],
+        ["checkpoint_last_a.pt", "middle of epoch 3", "teacher", "got none", "--reset-dataloader"],
+    ),
+    "suffix_and_file": (
+        [
+            "--max-epoch", "9", "--checkpoint-suffix", "_a",
+            "--restore-file", "wrong_suffix_and_file/older.pt",
+        ],
+        ["older_a.pt", "'total': 4", "'total': 9", "--pskd-allow-schedule-change"],
+    ),
 }  # fmt: skip
+#: The checkpoint's name where it is not checkpoint_last.pt.
+NAMES = {"suffix": "checkpoint_last_a.pt", "suffix_and_file": "older_a.pt"}
 
 
 def flip_teacher(path) -> None:
@@ -86,12 +108,14 @@ def flip_teacher(path) -> None:
 def wrong_checkpoints(fairseq, straight, stock):
     """Save folders that no training may continue from, by name."""
     source = straight.save_dir / "checkpoint_3_16.pt"
-    foreign = {"no_teacher": stock.save_dir / "checkpoint_3_16.pt"}
+    foreign = dict.fromkeys(["no_teacher", "suffix"], stock.save_dir / "checkpoint_3_16.pt")
     folders = {
         name: continued_from(foreign.get(name, source), fairseq.folder / f"wrong_{name}")
         for name in WRONG_CHECKPOINTS
     }
     last = {name: folder / "checkpoint_last.pt" for name, folder in folders.items()}
+    for name, file in NAMES.items():
+        last[name].rename(folders[name] / file)
     os.truncate(last["cut_off"], source.stat().st_size // 2)
     shutil.copyfile(source, folders["cut_off"] / "checkpoint_3_16.pt")
     flip_teacher(last["flipped_teacher"])
@@ -168,6 +192,11 @@ def test_an_allowed_schedule_change_takes_the_new_schedule(ways_out):
 def test_alpha_must_be_a_weight(task, tmp_path, alpha):
     with pytest.raises(ValueError, match=r"--pskd-alpha-final: expected a number in \[0, 1\]"):
         build_criterion(task, tmp_path, pskd_alpha_final=alpha)
+
+
+def test_a_prefix_must_not_be_negative(task, tmp_path):
+    with pytest.raises(ValueError, match="--ignore-prefix-size: expected .* at least 0, got -1"):
+        build_criterion(task, tmp_path, ignore_prefix_size=-1)
 
 
 @pytest.mark.parametrize("smoothing", [-0.1, 1.5, float("nan")])
@@ -340,6 +369,66 @@ def test_the_first_epoch_and_an_epochs_end_need_no_teacher(check, last, position
     check()
 
 
+@pytest.mark.parametrize("suffix", ["", "_a", "-rank-0"])
+@pytest.mark.parametrize("restore_file", ["checkpoint_last.pt", "a.pt.folder/older.pt"])
+def test_the_file_that_is_checked_is_the_one_that_fairseq_reads(
+    tmp_path, monkeypatch, restore_file, suffix
+):
+    class Asked(Exception):
+        """Ends fairseq's reading before it begins."""
+
+    def asked(path, *_, **__):
+        raise Asked(path)
+
+    monkeypatch.chdir(tmp_path)
+    config = CheckpointConfig(save_dir=str(tmp_path), restore_file=restore_file)
+    trainer = SimpleNamespace(
+        cfg=SimpleNamespace(checkpoint=config), checkpoint_suffix=suffix, load_checkpoint=asked,
+        data_parallel_rank=0, data_parallel_process_group=None,
+    )  # fmt: skip
+    with pytest.raises(Asked) as read:
+        checkpoint_utils.load_checkpoint(config, trainer)
+    (path,) = read.value.args
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    (tmp_path / path).touch()
+    plan = checkpoint.ResumePlan(str(tmp_path), restore_file, False, suffix=suffix)
+    assert plan.path() == path
+
+
+def begin(task, model, epoch: int, batches: int) -> None:
+    """Begin an epoch as fairseq's trainer does where its iterator stands after some batches."""
+    task.load_dataset("train")
+    iterator = SimpleNamespace(iterations_in_epoch=batches)
+    task.dataset_to_epoch_iter[task.dataset("train")] = iterator
+    task.begin_epoch(epoch, model)
+
+
+def test_whatever_was_read_the_middle_of_an_epoch_needs_its_teacher(task, tmp_path):
+    """The model of the middle would be another teacher, in silence."""
+    model = torch.nn.Linear(2, 2)
+    criterion = build_criterion(task, tmp_path)
+    with pytest.raises(ValueError, match=r"after 4 batches of epoch 3: expected the teacher .* no"):
+        begin(task, model, epoch=3, batches=4)
+    assert not criterion.epoch_state.teacher.available
+
+    no_teacher = checkpoint.make_entry(epoch=3, schedule={}, vocabulary={}, teacher={"model": None})
+    task.set_checkpoint_dict({checkpoint.ENTRY: no_teacher})
+    with pytest.raises(ValueError, match="after 4 batches of epoch 3"):
+        begin(task, model, epoch=3, batches=4)
+
+    task.set_checkpoint_dict(
+        {checkpoint.ENTRY: {**no_teacher, "teacher": {"model": model.state_dict()}}}
+    )
+    begin(task, model, epoch=3, batches=4)
+    assert criterion.epoch_state.teacher.available
+
+
+@pytest.mark.parametrize("epoch, batches, alpha", [(1, 4, 0.7), (3, 0, 0.7), (3, 4, 0.0)])
+def test_elsewhere_an_epoch_begins_with_what_there_is(task, tmp_path, epoch, batches, alpha):
+    build_criterion(task, tmp_path, pskd_alpha_final=alpha)
+    begin(task, torch.nn.Linear(2, 2), epoch, batches)
+
+
 # --- a full disk ------------------------------------------------------------------------------
 
 #: Bytes a file system keeps for folders and rounds files up by.
@@ -377,6 +466,8 @@ def full_disks(fairseq, sizes):
         "first_epoch": (2.5 * sizes.end, TO_THE_END),
         "copy_to_best": (with_teacher + 0.5 * sizes.growth, [*TO_THE_END, *inside]),
         "copy_to_last": (with_teacher + 1.5 * sizes.growth, [*TO_THE_END, *inside]),
+        # Two epochs leave six files, the third adds its own and half of one more of the best.
+        "one_of_the_best": (7.5 * sizes.end, [*TO_THE_END, "--keep-best-checkpoints", "2"]),
     }
     folders = [fairseq.folder / f"disk_{name}" for name in plans]
     try:
@@ -436,6 +527,20 @@ def test_a_disk_too_small_for_the_teacher_leaves_no_checkpoint_cut_off(full_disk
     assert {"checkpoint_best.pt", "checkpoint_last.pt"} <= set(expect_whole(run.save_dir))
 
 
+def test_a_disk_too_small_for_one_more_of_the_best_leaves_none_cut_off(full_disks):
+    """--keep-best-checkpoints copies the whole file once more, under a name of its own."""
+    run = full_disks["one_of_the_best"].result()
+    assert run.code != 0
+    best, others = [], []
+    for name in expect_whole(run.save_dir):
+        (best if name.startswith("checkpoint.best_loss_") else others).append(name)
+    assert len(best) == 2
+    assert others == [
+        "checkpoint1.pt", "checkpoint2.pt", "checkpoint_best.pt", "checkpoint_last.pt"
+    ]  # fmt: skip
+    assert "no room for the next checkpoint" in run.output and str(run.save_dir) in run.output
+
+
 def test_a_write_that_fails_leaves_no_file_under_a_final_name(fairseq, sizes):
     """Without a file system of its own: files may grow to a size below that of the second one."""
     limit = (sizes.end + sizes.growth // 2,) * 2
@@ -451,18 +556,29 @@ def test_a_write_that_fails_leaves_no_file_under_a_final_name(fairseq, sizes):
 
 
 def test_free_space_is_compared_with_the_last_checkpoint(tmp_path, monkeypatch):
+    plan = checkpoint.SavePlan(str(tmp_path))
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=999))
-    checkpoint.check_free_space(str(tmp_path))  # nothing is known of a first one's size
+    checkpoint.check_free_space(plan)  # nothing is known of a first one's size
     (tmp_path / "checkpoint_last.pt").write_bytes(b"x" * 1000)
     (tmp_path / "checkpoint_best.pt").write_bytes(b"x" * 1000)
     with pytest.raises(OSError, match="expected 1,000 free bytes, got 999") as raised:
-        checkpoint.check_free_space(str(tmp_path))
+        checkpoint.check_free_space(plan)
     assert raised.value.errno == errno.ENOSPC
     assert raised.value.filename == str(tmp_path)
+
+
+def test_free_space_is_that_for_one_more_of_the_best_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1999))
+    for name in ("checkpoint_last_a.pt", "checkpoint_best_a.pt"):
+        (tmp_path / name).write_bytes(b"x" * 1000)
+    checkpoint.check_free_space(checkpoint.SavePlan(str(tmp_path), "_a"))
+    checkpoint.check_free_space(checkpoint.SavePlan(str(tmp_path), keep_best=1))  # none to go by
+    with pytest.raises(OSError, match="expected 2,000 free bytes, got 1,999"):
+        checkpoint.check_free_space(checkpoint.SavePlan(str(tmp_path), "_a", keep_best=1))
 
 
 def test_enough_space_is_enough(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
     for name in ("checkpoint_last.pt", "checkpoint_best.pt"):
         (tmp_path / name).write_bytes(b"x" * 1000)
-    checkpoint.check_free_space(str(tmp_path))
+    checkpoint.check_free_space(checkpoint.SavePlan(str(tmp_path)))

@@ -120,35 +120,52 @@ def size_of(teacher: dict) -> int:
     return sum(value.nbytes for value in values if isinstance(value, torch.Tensor))
 
 
-def check_free_space(save_dir: str, *, first: int = 0, growth: int = 0) -> None:
+@dataclass(frozen=True)
+class SavePlan:
+    """What the command line says about the files of a checkpoint, as fairseq reads it.
+
+    Attributes:
+        save_dir: the folder of the checkpoints.
+        suffix: ends the name of every checkpoint, before ``.pt``.
+        keep_best: how many of the best stay beside checkpoint_best.pt, each a file of its own.
+    """
+
+    save_dir: str
+    suffix: str = ""
+    keep_best: int = 0
+
+
+def check_free_space(plan: SavePlan, *, first: int = 0, growth: int = 0) -> None:
     """Stop before a checkpoint is written where it does not fit.
 
-    fairseq writes one file aside and renames it, but *copies* it to checkpoint_best.pt and
-    checkpoint_last.pt, which a full disk would leave cut off. What is needed is estimated from
-    above, by the size of the last checkpoint.
+    fairseq writes one file aside and renames it, but *copies* it to checkpoint_best.pt, to
+    checkpoint_last.pt and to one more of the best that are kept, which a full disk would leave cut
+    off. What is needed is estimated from above, by the size of the last checkpoint.
 
     Args:
-        save_dir: the folder of the checkpoints.
+        plan: the files that are written.
         first: bytes of a checkpoint, for as long as there is none to go by; 0 if not known.
         growth: bytes by which the next one may exceed the last.
 
     Raises:
         OSError: ENOSPC, naming the folder, the bytes needed and the bytes free.
     """
-    names = ("checkpoint_best.pt", "checkpoint_last.pt")
-    paths = [os.path.join(save_dir, name) for name in names]
+    names = (f"checkpoint_{kind}{plan.suffix}.pt" for kind in ("best", "last"))
+    paths = [os.path.join(plan.save_dir, name) for name in names]
     there = [os.path.getsize(path) if os.path.isfile(path) else 0 for path in paths]
     if not (there[-1] or first):
         return
     size = (there[-1] or first) + growth + (_OVERHEAD if growth or not there[-1] else 0)
     needed = size + sum(max(0, size - old) for old in there)
-    free = shutil.disk_usage(save_dir).free
+    # The worst of the best is removed only after the new one was written.
+    needed += size if plan.keep_best > 0 else 0
+    free = shutil.disk_usage(plan.save_dir).free
     if free < needed:
         raise OSError(
             errno.ENOSPC,
             f"no room for the next checkpoint: expected {needed:,} free bytes, got {free:,}; the "
             "checkpoints that are there stay as they are",
-            save_dir,
+            plan.save_dir,
         )
 
 
@@ -160,6 +177,7 @@ class ResumePlan:
     restore_file: str
     reset_dataloader: bool
     continue_once: str | None = None
+    suffix: str = ""
 
     def path(self) -> str | None:
         """Return the checkpoint whose *training state* will be continued, or None.
@@ -167,17 +185,18 @@ class ResumePlan:
         Raises:
             FileNotFoundError: if a file was named that is not there; fairseq would start afresh.
         """
+        name = self.restore_file.replace(".pt", f"{self.suffix}.pt")
         if self.restore_file != "checkpoint_last.pt":
-            if not os.path.isfile(self.restore_file):
+            if not os.path.isfile(name):
                 raise FileNotFoundError(
                     errno.ENOENT,
-                    "--restore-file: expected a checkpoint (a path from the working directory), "
-                    "got none",
-                    self.restore_file,
+                    "--restore-file: expected a checkpoint (a path from the working directory, "
+                    "which --checkpoint-suffix is added to), got none",
+                    name,
                 )
-            path = self.restore_file
+            path = name
         else:
-            path = os.path.join(self.save_dir, self.restore_file)
+            path = os.path.join(self.save_dir, name)
             if not os.path.isfile(path) and self.continue_once is not None:
                 path = self.continue_once
         return path if os.path.isfile(path) and not self.reset_dataloader else None

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from pskd import PSKDStats, pskd_cross_entropy
 from pskd.schedule import SCHEDULES
-from pskd_fairseq.checkpoint import ResumePlan, check_resume
+from pskd_fairseq.checkpoint import ResumePlan, SavePlan, check_resume
 from pskd_fairseq.epoch import AlphaSchedule, EpochState
 
 
@@ -55,6 +55,8 @@ class PSKDCriterionConfig(LabelSmoothedCrossEntropyCriterionConfig):
     restore_file: str = II("checkpoint.restore_file")
     reset_dataloader: bool = II("checkpoint.reset_dataloader")
     continue_once: Optional[str] = II("checkpoint.continue_once")
+    checkpoint_suffix: str = II("checkpoint.checkpoint_suffix")
+    keep_best_checkpoints: int = II("checkpoint.keep_best_checkpoints")
     train_subset: str = II("dataset.train_subset")
     ddp_backend: str = II("distributed_training.ddp_backend")
     # The model to evaluate: fairseq-validate, which builds the criterion too, writes it here.
@@ -83,6 +85,11 @@ class PSKDCriterion(LabelSmoothedCrossEntropyCriterion):
         schedule = AlphaSchedule.build(
             str(cfg.pskd_alpha_schedule), cfg.pskd_alpha_final, cfg.max_epoch, cfg.max_update
         )
+        # It would cut tokens off the end of the target, and others off the end of the scores.
+        if ignore_prefix_size < 0:
+            raise ValueError(
+                f"--ignore-prefix-size: expected a number of at least 0, got {ignore_prefix_size}"
+            )
         # From there on fairseq's smoothing would make the label the least likely type.
         types = len(task.target_dictionary)
         if not 0.0 <= label_smoothing <= 1.0 - 1.0 / types:
@@ -94,15 +101,16 @@ class PSKDCriterion(LabelSmoothedCrossEntropyCriterion):
                 "--pskd-teacher snapshot copies the whole model: expected --ddp-backend "
                 "legacy_ddp or pytorch_ddp, got fully_sharded"
             )
-        self.epoch_state = EpochState(schedule, cfg.save_dir, cfg.train_subset)
+        self.epoch_state = EpochState(schedule, cfg.train_subset)
         self._step_statistics: dict[str, Tensor] = {}
         self._output_is_logits: Optional[bool] = None  # known from the first batch
         if cfg.path is None:
+            suffix = cfg.checkpoint_suffix
             plan = ResumePlan(
-                cfg.save_dir, cfg.restore_file, cfg.reset_dataloader, cfg.continue_once
+                cfg.save_dir, cfg.restore_file, cfg.reset_dataloader, cfg.continue_once, suffix
             )
             check_resume(plan, task, asdict(schedule), cfg.pskd_allow_schedule_change)
-            self.epoch_state.attach(task)
+            self.epoch_state.attach(task, SavePlan(cfg.save_dir, suffix, cfg.keep_best_checkpoints))
 
     def forward(self, model, sample, reduce=True):
         """As `LabelSmoothedCrossEntropyCriterion.forward`, with PS-KD's sums in the log output."""

@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import logging
 from dataclasses import asdict, dataclass
+from functools import partial
 
+from fairseq.data.iterators import EpochBatchIterator
 from fairseq.models import BaseFairseqModel
 from fairseq.tasks import FairseqTask
 
@@ -64,31 +66,30 @@ class AlphaSchedule:
 class EpochState:
     """The alpha and the teacher of the running epoch, kept true by the task's own calls."""
 
-    def __init__(self, schedule: AlphaSchedule, save_dir: str, train_subset: str) -> None:
+    def __init__(self, schedule: AlphaSchedule, train_subset: str) -> None:
         self.schedule = schedule
         self.teacher = SnapshotTeacher()
         self.alpha = 0.0
         self._epoch = 0
         self._checkpoint_bytes = 0
-        self._save_dir = save_dir
         self._train_subset = train_subset
         self._restored: dict | None = None
 
-    def attach(self, task: FairseqTask) -> None:
+    def attach(self, task: FairseqTask, plan: checkpoint.SavePlan) -> None:
         """Let the task's calls from fairseq's trainer reach this object."""
         extend = _Extension(task)
-        extend.after("begin_epoch", self._begin_epoch)
+        extend.after("begin_epoch", partial(self._begin_epoch, task))
         extend.after("set_checkpoint_dict", self._set_checkpoint_dict)
         extend.before("train_step", self._before_train_step)
         original = getattr(task, "get_checkpoint_dict", dict)
-        task.get_checkpoint_dict = lambda: self._get_checkpoint_dict(task, original())
+        task.get_checkpoint_dict = lambda: self._get_checkpoint_dict(task, plan, original())
 
     @property
     def active(self) -> bool:
         """Whether this step has a teacher to learn from."""
         return self.teacher.available and self.alpha > 0.0
 
-    def _begin_epoch(self, epoch: int, model: BaseFairseqModel) -> None:
+    def _begin_epoch(self, task: FairseqTask, epoch: int, model: BaseFairseqModel) -> None:
         restored, self._restored = self._restored, None
         self._epoch = epoch
         # fairseq saves the model, and Adam its two averages, in float32.
@@ -97,13 +98,33 @@ class EpochState:
             self.alpha = self.schedule.alpha(epoch)
         if self.schedule.alpha_final == 0.0:
             return
-        if restored is not None and restored["epoch"] == epoch:
+        resumed = restored is not None and restored["epoch"] == epoch
+        if resumed:
             # In the middle of an epoch the model is no longer the one that ended the last.
             self.teacher.load_state_dict(restored["teacher"], student=model)
-            if self.teacher.available:
-                logger.info("PS-KD: restored the teacher of epoch %d", epoch)
+        if resumed and self.teacher.available:
+            logger.info("PS-KD: restored the teacher of epoch %d", epoch)
         elif epoch > 1:
+            self._refuse_the_middle(task, epoch)
             self.teacher.refresh(model)
+
+    def _refuse_the_middle(self, task: FairseqTask, epoch: int) -> None:
+        """Stop where the model would become the teacher of the rest of an epoch.
+
+        `checkpoint.check_resume` looks at the file that will be read; this at what was read, so
+        that no way of fairseq to name a checkpoint leads past both.
+
+        Raises:
+            ValueError: if batches of this epoch were trained on before the resume.
+        """
+        iterator = self._iterator(task)
+        batches = 0 if iterator is None else iterator.iterations_in_epoch
+        if batches > 0:
+            raise ValueError(
+                f"resumed after {batches} batches of epoch {epoch}: expected the teacher of this "
+                "epoch in the checkpoint, got none; resume from a checkpoint of an epoch's end, "
+                "or start over with --reset-dataloader"
+            )
 
     def _before_train_step(
         self, sample, model, criterion, optimizer, update_num, ignore_grad=False, **_
@@ -111,12 +132,14 @@ class EpochState:
         if self.schedule.unit == "update":
             self.alpha = self.schedule.alpha(update_num + 1)
 
-    def _get_checkpoint_dict(self, task: FairseqTask, state: dict) -> dict:
+    def _get_checkpoint_dict(
+        self, task: FairseqTask, plan: checkpoint.SavePlan, state: dict
+    ) -> dict:
         # At an epoch's end the model in the checkpoint is the next teacher.
         at_end = self._at_end_of_epoch(task)
         teacher = {"model": None} if at_end else self.teacher.state_dict()
         checkpoint.check_free_space(
-            self._save_dir, first=self._checkpoint_bytes, growth=checkpoint.size_of(teacher)
+            plan, first=self._checkpoint_bytes, growth=checkpoint.size_of(teacher)
         )
         entry = checkpoint.make_entry(
             epoch=self._epoch,
@@ -131,8 +154,11 @@ class EpochState:
 
     def _at_end_of_epoch(self, task: FairseqTask) -> bool:
         # Sharded data has no cached iterator; the teacher is then always saved.
-        iterator = task.dataset_to_epoch_iter.get(task.dataset(self._train_subset))
+        iterator = self._iterator(task)
         return iterator is not None and iterator.end_of_epoch()
+
+    def _iterator(self, task: FairseqTask) -> EpochBatchIterator | None:
+        return task.dataset_to_epoch_iter.get(task.datasets.get(self._train_subset))
 
 
 class _Extension:
