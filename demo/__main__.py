@@ -5,6 +5,7 @@ python -m demo    the same as: make demo
 
 from __future__ import annotations
 
+import argparse
 import sys
 from pathlib import Path
 
@@ -14,10 +15,16 @@ from demo import detection, translation
 from demo.steps import StepFailed
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m demo",
+        description=__doc__.split("\n")[0],
+        epilog="Options: those of python -m demo.translation and python -m demo.detection.",
+    )
+    parser.parse_args(argv)
     try:
         reports = [half.run(half.parse([])) for half in (translation, detection)]
-    except StepFailed as error:
+    except (StepFailed, ValueError) as error:
         print(f"demo: error: {error}", file=sys.stderr)
         return 1
     results = Path("runs/demo/results.json")

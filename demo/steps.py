@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-__all__ = ["ROOT", "Step", "StepFailed", "environment", "run_all"]
+__all__ = ["ROOT", "Step", "StepFailed", "check_folder", "environment", "fresh_folder", "run_all"]
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -31,6 +32,40 @@ def environment() -> dict[str, str]:
         "MALLOC_TRIM_THRESHOLD_": str(1 << 32),
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
     }
+
+
+def check_folder(path: Path, log_name: str = "train.log") -> None:
+    """Refuse a folder whose files are not the demo's own to delete.
+
+    Args:
+        path: where a step of the demo will write; absent and empty are fine.
+        log_name: the file by which a folder of the demo is known.
+
+    Raises:
+        ValueError: if it holds other files, or is none.
+    """
+    if not path.is_symlink() and not path.exists():
+        return
+    if path.is_symlink() or not path.is_dir():
+        raise ValueError(f"{path}: expected a folder, got something else; choose another --out")
+    if any(path.iterdir()) and not (path / log_name).is_file():
+        raise ValueError(
+            f"{path}: expected a folder that the demo made (with {log_name}), got other files, "
+            "which it would delete; choose another --out"
+        )
+
+
+def fresh_folder(path: Path, log_name: str = "train.log") -> Path:
+    """Delete what an earlier run of the demo left in a folder, and return the folder, empty.
+
+    Raises:
+        ValueError: as `check_folder`; nothing was deleted.
+    """
+    check_folder(path, log_name)
+    if path.exists():
+        shutil.rmtree(path)
+    path.mkdir(parents=True)
+    return path
 
 
 class Step:
@@ -76,13 +111,15 @@ def run_all(steps: list[Step], watch: Callable[[Step], None] = lambda step: None
         StepFailed: for the first that failed.
     """
     try:
-        while any(step.running() for step in steps):
+        while True:
+            ended = [step for step in steps if not step.running()]
             for step in steps:
                 watch(step)
+            for step in ended:
+                step.finish()
+            if len(ended) == len(steps):
+                return
             time.sleep(0.5)
-        for step in steps:
-            watch(step)
-            step.finish()
     finally:
         for step in steps:
             step.stop()

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import sys
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from pskd_detection import write_json
 
 from demo.locale_pairs import write_pairs
 from demo.report import Report
-from demo.steps import ROOT, Step, StepFailed, run_all
+from demo.steps import ROOT, Step, StepFailed, check_folder, fresh_folder, run_all
 from pskd.plots import reliability_diagram, risk_coverage_plot
 
 OUT = Path("runs/demo/translation")
@@ -54,9 +53,9 @@ def prepare(args: argparse.Namespace, out: Path) -> Path:
 
 
 def epoch_records(log: Path) -> list[dict]:
-    """Return the end-of-epoch lines of a fairseq json log."""
+    """Return the end-of-epoch lines of a fairseq json log, which may still be written."""
     records = []
-    for line in log.read_text(encoding="utf-8").split("\n"):
+    for line in log.read_text(encoding="utf-8").split("\n")[:-1]:
         _, mark, record = line.partition("| train | ")
         if mark and record.startswith("{"):
             records.append(json.loads(record))
@@ -88,10 +87,9 @@ def folder(out: Path, name: str) -> Path:
 def train(args: argparse.Namespace, data: Path, out: Path) -> None:
     """Train baseline and PS-KD side by side, from the same seed."""
     steps = []
-    for name, recipe in RECIPES.items():
-        run = folder(out, name)
-        shutil.rmtree(run, ignore_errors=True)
-        command = [ROOT / "configs" / "translation" / recipe, data, run]
+    runs = {name: fresh_folder(folder(out, name)) for name in RECIPES}
+    for name, run in runs.items():
+        command = [ROOT / "configs" / "translation" / RECIPES[name], data, run]
         steps.append(Step(name, [*command, *args.train_flags], run / "train.log"))
     logs = " and ".join(str(step.log) for step in steps)
     say(2, f"training both side by side, one thread each, log files {logs}")
@@ -187,6 +185,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if bool(args.src) != bool(args.tgt):
         parser.error("expected --src and --tgt together, got one of them")
+    for option in ("bpe_size", "pairs", "held_out"):
+        if (number := getattr(args, option)) < 1:
+            parser.error(f"--{option.replace('_', '-')}: expected at least 1, got {number}")
     return args
 
 
@@ -195,8 +196,12 @@ def run(args: argparse.Namespace) -> Report:
 
     Raises:
         StepFailed: naming the step and its log.
+        ValueError: if the output folder holds what the demo would delete, or the embedded corpus
+            is too small.
     """
     out = args.out.resolve()
+    for name in RECIPES:
+        check_folder(folder(out, name))
     out.mkdir(parents=True, exist_ok=True)
     data = prepare(args, out)
     train(args, data, out)
@@ -209,7 +214,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     try:
         print(f"\n{run(args).table()}")
-    except StepFailed as error:
+    except (StepFailed, ValueError) as error:
         print(f"demo: error: {error}", file=sys.stderr)
         return 1
     return 0
