@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import itertools
 
+import torch
 from torch import Tensor, nn
 
 __all__ = ["SnapshotTeacher"]
@@ -43,12 +45,13 @@ class SnapshotTeacher:
         """Take the student's present weights and buffers as the teacher's.
 
         The first call copies the module, later ones its state only, so the teacher's memory is
-        allocated once and an ever longer chain of copies cannot arise.
+        allocated once and an ever longer chain of copies cannot arise. A student that has since
+        changed its dtype or device is copied anew.
 
         Args:
             student: the bare module; unwrap DDP first (``model.module``).
         """
-        if self._model is None:
+        if self._model is None or _kinds(self._model) != _kinds(student):
             self._model = self._frozen_copy(student)
             return
         self._model.load_state_dict(student.state_dict())
@@ -97,3 +100,9 @@ class SnapshotTeacher:
     def _frozen_copy(self, student: nn.Module) -> nn.Module:
         # A student that carries this teacher does not take the old copy into the new one.
         return copy.deepcopy(student, {id(self): SnapshotTeacher()}).eval().requires_grad_(False)
+
+
+def _kinds(module: nn.Module) -> list[tuple[torch.dtype, torch.device]]:
+    """Return what copying values into a module leaves as it is: each tensor's dtype and device."""
+    tensors = itertools.chain(module.parameters(), module.buffers())
+    return [(tensor.dtype, tensor.device) for tensor in tensors]

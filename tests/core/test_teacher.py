@@ -151,6 +151,31 @@ def test_the_teacher_is_of_the_students_type():
     assert teacher.model.embed.weight.dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("change", [{"dtype": torch.float16}, {"device": "meta"}], ids=str)
+def test_a_student_that_changed_its_type_or_device_is_followed(student, change):
+    teacher = refreshed(student)
+    student.to(**change)
+    for _ in range(2):
+        teacher.refresh(student)
+        model = teacher.model
+        for own, new in zip(
+            model.state_dict().values(), student.state_dict().values(), strict=True
+        ):
+            assert (own.dtype, own.device) == (new.dtype, new.device)
+        assert model.unsaved.device == student.unsaved.device
+        assert not model.training and not any(p.requires_grad for p in model.parameters())
+    if "dtype" in change:
+        assert_same(everything(teacher.model), everything(student))
+
+
+def test_the_copy_is_made_once_while_the_type_stays(student):
+    teacher = refreshed(student)
+    model = teacher.model
+    train_a_step(student)
+    teacher.refresh(student)
+    assert teacher.model is model
+
+
 # -- Not a part of what holds it -------------------------------------------------------------------
 
 
