@@ -6,7 +6,8 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-_BUILD_TOOLS = "pip install torch numpy cython 'setuptools<82' wheel"
+# pskd's own licence line needs setuptools 77; from 82 on Detectron2 misses pkg_resources.
+_BUILD_TOOLS = "pip install torch numpy cython 'setuptools>=77,<82' wheel"
 _FAIRSEQ = f"{_BUILD_TOOLS} && pip install --no-build-isolation fairseq-fixed==0.12.3.1"
 _TOOLS = {"sacrebleu": "sacrebleu", "sacremoses": "sacremoses", "subword_nmt": "subword-nmt"}
 INSTALL_FAIRSEQ = f"{_FAIRSEQ} && pip install {' '.join(_TOOLS.values())}"

@@ -8,6 +8,8 @@ import json
 import os
 import subprocess
 import sys
+import tomllib
+from pathlib import Path
 
 import pytest
 
@@ -15,7 +17,7 @@ from pskd import cli, doctor
 from pskd.doctor import Attempt, Environment, Probe, diagnose
 from pskd.doctor.environment import UNSAFE_LOAD
 from pskd.doctor.probes import installed_versions, run_probes
-from pskd.doctor.steps import STEPS
+from pskd.doctor.steps import INSTALL_FAIRSEQ, STEPS
 
 GOOD_VERSIONS = {
     "pskd": "0.1.0",
@@ -225,6 +227,18 @@ def test_python_outside_the_range_matters_only_where_translation_is_wanted():
 def test_old_pycocotools_that_works_is_no_finding():
     assert not found(made({"pycocotools": "2.0.7"}), "pycocotools")
     assert diagnose(without("pycocotools")).ok
+
+
+def test_the_build_tools_it_names_build_pskd_itself():
+    """README.md follows them with an installation of pskd without build isolation."""
+    root = Path(__file__).resolve().parents[2]
+    if not (root / "pyproject.toml").is_file():
+        pytest.skip("needs a checkout of pskd")
+    asked = tomllib.loads((root / "pyproject.toml").read_text())["build-system"]["requires"]
+    # An older one refuses the licence as an SPDX expression.
+    assert asked == ["setuptools>=77"]
+    for text in (INSTALL_FAIRSEQ, (root / "README.md").read_text()):
+        assert "pip install torch numpy cython 'setuptools>=77,<82' wheel" in text
 
 
 def test_omegaconf_does_not_matter_without_its_users():
