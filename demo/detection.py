@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-import shutil
 import sys
 from pathlib import Path
 
@@ -30,7 +29,7 @@ from pskd_detection import (
 from demo.detection_picture import detections_picture
 from demo.digits import write_digits
 from demo.report import Report
-from demo.steps import ROOT, Step, StepFailed, run_all
+from demo.steps import ROOT, Step, StepFailed, check_folder, fresh_folder, run_all
 from pskd.plots import reliability_diagram, risk_coverage_plot
 
 OUT = Path("runs/demo/detection")
@@ -120,10 +119,10 @@ def folder(out: Path, run: str) -> Path:
 def train(args: argparse.Namespace, specs: dict[str, str], out: Path) -> None:
     """Train and evaluate baseline and PS-KD side by side, from the same seed."""
     steps = []
-    for run in RUNS:
-        shutil.rmtree(folder(out, run), ignore_errors=True)
-        line = [*command(args.framework, run, specs, folder(out, run)), *args.train_flags]
-        steps.append(Step(run, line, folder(out, run) / "train.log"))
+    folders = {run: fresh_folder(folder(out, run)) for run in RUNS}
+    for run, path in folders.items():
+        line = [*command(args.framework, run, specs, path), *args.train_flags]
+        steps.append(Step(run, line, path / "train.log"))
     logs = " and ".join(str(step.log) for step in steps)
     say(2, f"training both side by side in {NAMES[args.framework]}, log files {logs}")
     run_all(steps, IterationPrinter())
@@ -215,9 +214,12 @@ def run(args: argparse.Namespace) -> Report:
 
     Raises:
         StepFailed: naming the step and its log.
-        ValueError: for a data set that cannot be used.
+        ValueError: for a data set that cannot be used, or an output folder that holds what the demo
+            would delete.
     """
     out = args.out.resolve()
+    for name in RUNS:
+        check_folder(folder(out, name))
     out.mkdir(parents=True, exist_ok=True)
     specs = prepare(args, out)
     train(args, specs, out)
