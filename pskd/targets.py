@@ -30,6 +30,14 @@ class TopK(NamedTuple):
     indices: Tensor
     probs: Tensor
 
+    @classmethod
+    def from_logits(cls, logits: Tensor, k: int) -> TopK:
+        """Return the k largest of ``softmax(logits)``, of (N, C) logits, in falling order."""
+        values, indices = logits.topk(k, dim=1)
+        return cls(
+            indices, (_upcast(values) - _upcast(logits).logsumexp(dim=1, keepdim=True)).exp()
+        )
+
     def tail(self, num_classes: int) -> Tensor:
         """Return the (N,) float32 or float64 probability of each class that is not listed."""
         others = num_classes - self.indices.size(1)

@@ -156,9 +156,9 @@ class Fairseq:
         """As `train`, without waiting."""
         return self._pool.submit(self.train, name, *flags)
 
-    def train(self, name: str, *flags: str) -> Run:
+    def train(self, name: str, *flags: str, limit_s: float = TIMEOUT_S) -> Run:
         """Train in the folder ``name`` and wait; the last of equal flags wins."""
-        return self.forked("train", *self.train_flags(name, *flags), name=name)
+        return self.forked("train", *self.train_flags(name, *flags), name=name, limit_s=limit_s)
 
     def train_flags(self, name: str, *flags: str) -> list[str]:
         data = [] if flags and not flags[0].startswith("-") else [str(self.data)]
@@ -167,13 +167,13 @@ class Fairseq:
         save_dir = ["--save-dir", str(self.folder / name)]
         return [*data, *model, *TRAINING, *criterion, *save_dir, *flags]
 
-    def forked(self, command: str, *flags: str, name: str) -> Run:
+    def forked(self, command: str, *flags: str, name: str, limit_s: float = TIMEOUT_S) -> Run:
         """Run a command in a fork of a process that has imported fairseq."""
         server = self._servers.get() or self.popen(PYTHON + [str(HERE / "fork_server.py")])
         output = self.folder / f"{name}.{uuid.uuid4().hex}.log"
         job = {"module": f"fairseq_cli.{command}", "flags": flags, "output": str(output)}
         try:
-            server.stdin.write(json.dumps({**job, "limit_s": TIMEOUT_S}) + "\n")
+            server.stdin.write(json.dumps({**job, "limit_s": limit_s}) + "\n")
             server.stdin.flush()
             while not re.fullmatch(r"-?\d+\n", answer := server.stdout.readline()):
                 assert answer, "the fork server has ended"  # other lines are imports' messages

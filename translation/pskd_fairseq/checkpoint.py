@@ -73,7 +73,9 @@ def _omegaconf_types() -> list:
     ]
 
 
-def make_entry(*, epoch: int, schedule: dict, vocabulary: dict, teacher: dict) -> dict:
+def make_entry(
+    *, epoch: int, schedule: dict, vocabulary: dict, teacher: dict, memory: dict | None = None
+) -> dict:
     """Return what a checkpoint keeps of PS-KD: plain values and tensors only.
 
     Args:
@@ -81,6 +83,7 @@ def make_entry(*, epoch: int, schedule: dict, vocabulary: dict, teacher: dict) -
         schedule: the fields of the alpha schedule.
         vocabulary: number of types of each dictionary, by language.
         teacher: a `pskd.SnapshotTeacher` state; without a model at an epoch's end.
+        memory: a `TokenMemory` state, which names files; None with a snapshot.
     """
     return {
         "format": _FORMAT,
@@ -89,6 +92,7 @@ def make_entry(*, epoch: int, schedule: dict, vocabulary: dict, teacher: dict) -
         "vocabulary": vocabulary,
         "teacher": teacher,
         "teacher_sha256": _digest(teacher),
+        "memory": memory,
     }
 
 
@@ -249,7 +253,9 @@ def _check_state(
     entry = extra_state.get(type(task).__name__, {}).get(ENTRY)
     if entry is not None:
         _check_entry(path, entry, vocabulary_sizes(task), schedule, allow_change)
-    has_teacher = entry is not None and entry["teacher"]["model"] is not None
+    has_teacher = entry is not None and (
+        entry["teacher"]["model"] is not None or bool(entry.get("memory"))
+    )
     in_the_middle = position["iterations_in_epoch"] > 0 and position["epoch"] > 1
     if in_the_middle and not has_teacher and schedule["alpha_final"] > 0:
         raise ValueError(

@@ -4,8 +4,9 @@ Shapes: B sentences, T target positions, V types in the target dictionary, N = B
 """
 
 import math
+import os
 from dataclasses import asdict, dataclass, field
-from typing import Optional
+from typing import NamedTuple, Optional, Union
 
 import torch
 from fairseq import utils
@@ -19,10 +20,11 @@ from fairseq.logging import metrics
 from omegaconf import II
 from torch import Tensor
 
-from pskd import PSKDStats, pskd_cross_entropy
+from pskd import PSKDStats, TopK, pskd_cross_entropy
 from pskd.schedule import SCHEDULES
 from pskd_fairseq.checkpoint import ResumePlan, SavePlan, check_resume
 from pskd_fairseq.epoch import AlphaSchedule, EpochState
+from pskd_fairseq.memory import TokenMemory
 
 
 @dataclass
@@ -38,12 +40,28 @@ class PSKDCriterionConfig(LabelSmoothedCrossEntropyCriterionConfig):
             "alone, with the updates)"
         },
     )
-    pskd_teacher: ChoiceEnum(["snapshot"]) = field(
+    pskd_teacher: ChoiceEnum(["snapshot", "memory"]) = field(
         default="snapshot",
         metadata={
             "help": "where last epoch's predictions come from; snapshot: a frozen copy of "
-            "the model as the last epoch ended scores the same batch"
+            "the model as the last epoch ended scores the same batch; memory: what the model said "
+            "of each target token when it was trained on, kept in a file"
         },
+    )
+    pskd_top_k: int = field(
+        default=16,
+        metadata={"help": "types that the memory keeps of a prediction; the others share the rest"},
+    )
+    pskd_memory: str = field(
+        default="",
+        metadata={"help": "folder of the memory's files (default: SAVE_DIR/pskd_memory)"},
+    )
+    pskd_start_epoch: int = field(
+        default=1, metadata={"help": "the first epoch with a teacher; before it alpha is 0"}
+    )
+    pskd_skip_wrong_teacher: bool = field(
+        default=False,
+        metadata={"help": "keep the hard target of tokens where the teacher prefers another type"},
     )
     pskd_allow_schedule_change: bool = field(
         default=False,
@@ -83,7 +101,11 @@ class PSKDCriterion(LabelSmoothedCrossEntropyCriterion):
     ):
         super().__init__(task, sentence_avg, label_smoothing, ignore_prefix_size, report_accuracy)
         schedule = AlphaSchedule.build(
-            str(cfg.pskd_alpha_schedule), cfg.pskd_alpha_final, cfg.max_epoch, cfg.max_update
+            str(cfg.pskd_alpha_schedule),
+            cfg.pskd_alpha_final,
+            cfg.max_epoch,
+            cfg.max_update,
+            cfg.pskd_start_epoch,
         )
         # It would cut tokens off the end of the target, and others off the end of the scores.
         if ignore_prefix_size < 0:
@@ -96,12 +118,15 @@ class PSKDCriterion(LabelSmoothedCrossEntropyCriterion):
             raise ValueError(
                 f"--label-smoothing: expected a number in [0, 1 - 1/{types}], got {label_smoothing}"
             )
-        if cfg.ddp_backend == "fully_sharded":
+        has_memory = str(cfg.pskd_teacher) == "memory"
+        if cfg.ddp_backend == "fully_sharded" and not has_memory:
             raise ValueError(
                 "--pskd-teacher snapshot copies the whole model: expected --ddp-backend "
                 "legacy_ddp or pytorch_ddp, got fully_sharded"
             )
-        self.epoch_state = EpochState(schedule, cfg.train_subset)
+        memory = _build_memory(cfg, task) if has_memory else None
+        self.epoch_state = EpochState(schedule, cfg.train_subset, memory)
+        self._skip_wrong_teacher = cfg.pskd_skip_wrong_teacher
         self._step_statistics: dict[str, Tensor] = {}
         self._output_is_logits: Optional[bool] = None  # known from the first batch
         if cfg.path is None:
@@ -122,33 +147,59 @@ class PSKDCriterion(LabelSmoothedCrossEntropyCriterion):
 
     def compute_loss(self, model, net_output, sample, reduce=True):
         """Return the loss that is trained and the hard NLL, sums over tokens (or (N, 1) each)."""
-        if not self.training or not self.epoch_state.active:
-            self._step_statistics = _no_statistics() if self.training else {}
+        state = self.epoch_state
+        self._step_statistics = _no_statistics() if self.training else {}
+        if not self.training or not (state.active or state.records):
             return super().compute_loss(model, net_output, sample, reduce=reduce)
 
         scores, target = self._scores_and_target(model, net_output, sample)
-        teacher_scores = self._teacher_scores(sample)
+        is_token = target != self.padding_idx
+        rows = None
+        if state.memory is not None:
+            rows = self._token_rows(model, net_output, sample)
+        past = self._past(sample, target, is_token, rows) if state.active else None
+        if state.records:
+            state.memory.write(rows[0], scores)
+        if past is None:
+            return super().compute_loss(model, net_output, sample, reduce=reduce)
         types = scores.size(-1)
         loss, stats = pskd_cross_entropy(
             scores,
             target,
-            None,
-            self.epoch_state.alpha,
-            teacher_logits=teacher_scores,
+            past.top_k,
+            past.alpha,
+            teacher_logits=past.scores,
             ignore_index=self.padding_idx,
             # fairseq spreads epsilon over the other V - 1 types, torch over all V.
             label_smoothing=self.eps * types / (types - 1),
             reduction="sum" if reduce else "none",
             return_stats=True,
         )
-        self._step_statistics = _statistics(
-            scores.detach(),
-            teacher_scores,
-            target != self.padding_idx,
-            stats,
-            self.epoch_state.alpha,
-        )
+        self._step_statistics = _statistics(scores.detach(), past, is_token, stats, state.alpha)
         return (loss, stats.nll.sum()) if reduce else (loss[:, None], stats.nll[:, None])
+
+    def _token_rows(self, model, net_output, sample) -> tuple[Tensor, Tensor]:
+        """Return the memory's rows of a batch's tokens, (N,), and the mask of those that count."""
+        target = model.get_targets(sample, net_output)
+        parts = self.epoch_state.memory.rows(sample, target, self.padding_idx)
+        rows, valid = (part[:, self.ignore_prefix_size :].reshape(-1) for part in parts)
+        return rows, valid
+
+    def _past(
+        self, sample, target: Tensor, is_token: Tensor, rows: tuple[Tensor, Tensor] | None
+    ) -> "_Past":
+        """Return what the teacher says of a batch, and which tokens learn from it."""
+        scores, top_k, taught = None, None, is_token
+        if rows is None:
+            scores = self._teacher_scores(sample)
+        else:
+            top_k, taught = self.epoch_state.memory.read(*rows)
+        past = _Past(scores, top_k, taught, self.epoch_state.alpha)
+        if self._skip_wrong_teacher:
+            past = past._replace(taught=taught & (past.preferred(slice(None)) == target))
+        if rows is not None or self._skip_wrong_teacher:
+            past = past._replace(alpha=past.taught * self.epoch_state.alpha)
+        return past
 
     def _scores_and_target(self, model, net_output, sample) -> tuple[Tensor, Tensor]:
         """Return scores whose softmax is the model's distribution, (N, V), and labels, (N,).
@@ -189,8 +240,12 @@ class PSKDCriterion(LabelSmoothedCrossEntropyCriterion):
             metrics.log_scalar("alpha", 0.0, 1, round=4)
             return
         metrics.log_scalar("alpha", total["pskd_alpha"] / tokens, tokens, round=4)
+        taught = total["pskd_taught"]
+        metrics.log_scalar("teacher_coverage", taught / tokens, tokens, round=4)
+        if taught == 0:  # no token of these batches has a past
+            return
         metrics.log_scalar(
-            "teacher_nll", total["pskd_teacher_nll"] / tokens / math.log(2), tokens, round=3
+            "teacher_nll", total["pskd_teacher_nll"] / taught / math.log(2), taught, round=3
         )
         compared = max(total["pskd_compared"], 1.0)
         metrics.log_scalar("teacher_agreement", total["pskd_agree"] / compared, compared, round=4)
@@ -202,6 +257,7 @@ class PSKDCriterion(LabelSmoothedCrossEntropyCriterion):
 _STATISTICS = (
     "pskd_tokens",
     "pskd_alpha",
+    "pskd_taught",
     "pskd_teacher_nll",
     "pskd_compared",
     "pskd_agree",
@@ -214,8 +270,39 @@ def _no_statistics() -> dict[str, float]:
     return dict.fromkeys(_STATISTICS, 0.0)
 
 
+class _Past(NamedTuple):
+    """What the teacher says of a batch's tokens, in one of two forms.
+
+    Attributes:
+        scores: (N, V) a snapshot's scores, or None.
+        top_k: a memory's predictions, or None.
+        taught: (N,) bool, the tokens that learn from the teacher.
+        alpha: its weight, one for all or (N,).
+    """
+
+    scores: Optional[Tensor]
+    top_k: Optional[TopK]
+    taught: Tensor
+    alpha: Union[float, Tensor]
+
+    def preferred(self, part: slice) -> Tensor:
+        """Return the most likely type of some tokens."""
+        if self.top_k is not None:
+            return self.top_k.indices[part, 0]
+        return self.scores[part].argmax(1)
+
+
+def _build_memory(cfg: PSKDCriterionConfig, task) -> TokenMemory:
+    types = len(task.target_dictionary)
+    if not 1 <= cfg.pskd_top_k <= types:
+        raise ValueError(f"--pskd-top-k: expected 1 to {types}, got {cfg.pskd_top_k}")
+    shards = utils.split_paths(getattr(task.cfg, "data", None) or "")
+    folder = cfg.pskd_memory or os.path.join(cfg.save_dir, "pskd_memory")
+    return TokenMemory(folder, types, cfg.pskd_top_k, max(1, len(shards)))
+
+
 def _statistics(
-    scores: Tensor, teacher_scores: Tensor, keep: Tensor, stats: PSKDStats, alpha: float
+    scores: Tensor, past: _Past, is_token: Tensor, stats: PSKDStats, alpha: float
 ) -> dict[str, Tensor]:
     """Return what one step adds to the log, as sums over tokens, so that ranks can be summed.
 
@@ -224,25 +311,27 @@ def _statistics(
 
     Args:
         scores: (N, V) the student's scores.
-        teacher_scores: (N, V) the teacher's.
-        keep: (N,) False in padding.
+        past: what the teacher says.
+        is_token: (N,) False in padding.
         stats: what the loss says of each row.
         alpha: weight of the teacher.
     """
-    tokens = keep.sum()
+    tokens, taught = is_token.sum(), past.taught
     # A float32 softmax rounds what is very unlikely to 0, and its logarithm would spoil the sum.
     teacher_at_label = stats.teacher_probs_at_label.clamp_min(torch.finfo(torch.float32).tiny)
     # Finding the largest of V scores costs as much as a softmax: every eighth token tells enough.
     part = slice(None, None, 8)
-    agree = (scores[part].argmax(1) == teacher_scores[part].argmax(1)) & keep[part]
+    agree = (scores[part].argmax(1) == past.preferred(part)) & taught[part]
+    student_error = 1.0 - stats.nll.neg().exp()
     sums = {
         "pskd_tokens": tokens,
         "pskd_alpha": alpha * tokens,
-        "pskd_teacher_nll": -teacher_at_label.log().sum(),
-        "pskd_compared": keep[part].sum(),
+        "pskd_taught": taught.sum(),
+        "pskd_teacher_nll": -(teacher_at_label.log() * taught).sum(),
+        "pskd_compared": taught[part].sum(),
         "pskd_agree": agree.sum(),
-        "pskd_student_error": (1.0 - stats.nll.neg().exp()).sum(),
-        "pskd_teacher_error": alpha * (1.0 - teacher_at_label).sum(),
+        "pskd_student_error": (student_error * taught).sum(),
+        "pskd_teacher_error": alpha * ((1.0 - teacher_at_label) * taught).sum(),
     }
     return {key: sums[key].float() for key in _STATISTICS}
 

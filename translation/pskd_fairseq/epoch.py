@@ -20,6 +20,7 @@ from fairseq.tasks import FairseqTask
 from pskd import SnapshotTeacher
 from pskd.schedule import SCHEDULES, check_alpha
 from pskd_fairseq import checkpoint
+from pskd_fairseq.memory import TokenMemory
 
 logger = logging.getLogger(__name__)
 
@@ -33,32 +34,41 @@ class AlphaSchedule:
         alpha_final: alpha at the end of training, in [0, 1].
         unit: what progress is counted in, ``epoch`` or ``update``.
         total: the number of those in the whole training.
+        start_epoch: the first epoch with a teacher; before it alpha is 0.
     """
 
     name: str
     alpha_final: float
     unit: str
     total: int
+    start_epoch: int = 1
 
     @classmethod
-    def build(cls, name: str, alpha_final: float, max_epoch: int, max_update: int):
+    def build(
+        cls, name: str, alpha_final: float, max_epoch: int, max_update: int, start_epoch: int = 1
+    ):
         """Choose the unit of progress from fairseq's two limits, of which 0 means none.
 
         Raises:
             ValueError: if alpha is no weight or training has no end to make progress towards.
         """
         check_alpha(alpha_final, "--pskd-alpha-final")
+        if start_epoch < 1 or (0 < max_epoch < start_epoch):
+            end = f" to --max-epoch {max_epoch}" if max_epoch > 0 else " or more"
+            raise ValueError(f"--pskd-start-epoch: expected 1{end}, got {start_epoch}")
         if max_epoch > 0:
-            return cls(name, alpha_final, "epoch", max_epoch)
+            return cls(name, alpha_final, "epoch", max_epoch, start_epoch)
         if max_update > 0:
-            return cls(name, alpha_final, "update", max_update)
+            return cls(name, alpha_final, "update", max_update, start_epoch)
         raise ValueError(
             "PS-KD grows alpha towards the end of training: expected --max-epoch or --max-update, "
             f"got --max-epoch {max_epoch} --max-update {max_update} (no end)"
         )
 
-    def alpha(self, progress: int) -> float:
+    def alpha(self, progress: int, epoch: int) -> float:
         """Return alpha for an epoch or update, counted from 1; past the end it stays final."""
+        if epoch < self.start_epoch:
+            return 0.0
         # A finished run that is started again makes one more step before fairseq stops it.
         return SCHEDULES[self.name](min(progress, self.total), self.total, self.alpha_final)
 
@@ -66,10 +76,14 @@ class AlphaSchedule:
 class EpochState:
     """The alpha and the teacher of the running epoch, kept true by the task's own calls."""
 
-    def __init__(self, schedule: AlphaSchedule, train_subset: str) -> None:
+    def __init__(
+        self, schedule: AlphaSchedule, train_subset: str, memory: TokenMemory | None = None
+    ) -> None:
         self.schedule = schedule
         self.teacher = SnapshotTeacher()
+        self.memory = memory  # in place of the snapshot
         self.alpha = 0.0
+        self.is_dummy = False  # a batch that stands in where a process has none left
         self._epoch = 0
         self._checkpoint_bytes = 0
         self._train_subset = train_subset
@@ -87,7 +101,13 @@ class EpochState:
     @property
     def active(self) -> bool:
         """Whether this step has a teacher to learn from."""
-        return self.teacher.available and self.alpha > 0.0
+        teacher = self.teacher if self.memory is None else self.memory
+        return teacher.available and self.alpha > 0.0
+
+    @property
+    def records(self) -> bool:
+        """Whether this step's predictions are kept for the next epoch."""
+        return self.memory is not None and self.schedule.alpha_final > 0.0 and not self.is_dummy
 
     def _begin_epoch(self, task: FairseqTask, epoch: int, model: BaseFairseqModel) -> None:
         restored, self._restored = self._restored, None
@@ -95,8 +115,11 @@ class EpochState:
         # fairseq saves the model, and Adam its two averages, in float32.
         self._checkpoint_bytes = 3 * 4 * sum(p.numel() for p in model.parameters())
         if self.schedule.unit == "epoch":
-            self.alpha = self.schedule.alpha(epoch)
+            self.alpha = self.schedule.alpha(epoch, epoch)
         if self.schedule.alpha_final == 0.0:
+            return
+        if self.memory is not None:
+            self._begin_memory(task, epoch, (restored or {}).get("memory"))
             return
         resumed = restored is not None and restored["epoch"] == epoch
         if resumed:
@@ -107,6 +130,13 @@ class EpochState:
         elif epoch > 1:
             self._refuse_the_middle(task, epoch)
             self.teacher.refresh(model)
+
+    def _begin_memory(self, task: FairseqTask, epoch: int, restored: dict | None) -> None:
+        if restored:
+            self.memory.load_state_dict(restored)
+        elif epoch > 1:
+            self._refuse_the_middle(task, epoch)
+        self.memory.begin_epoch(epoch, task.dataset(self._train_subset))
 
     def _refuse_the_middle(self, task: FairseqTask, epoch: int) -> None:
         """Stop where the model would become the teacher of the rest of an epoch.
@@ -129,8 +159,9 @@ class EpochState:
     def _before_train_step(
         self, sample, model, criterion, optimizer, update_num, ignore_grad=False, **_
     ) -> None:
+        self.is_dummy = ignore_grad
         if self.schedule.unit == "update":
-            self.alpha = self.schedule.alpha(update_num + 1)
+            self.alpha = self.schedule.alpha(update_num + 1, self._epoch)
 
     def _get_checkpoint_dict(
         self, task: FairseqTask, plan: checkpoint.SavePlan, state: dict
@@ -146,6 +177,7 @@ class EpochState:
             schedule=asdict(self.schedule),
             vocabulary=checkpoint.vocabulary_sizes(task),
             teacher=teacher,
+            memory=None if self.memory is None else self.memory.state_dict(),
         )
         return checkpoint.with_entry(state, task, entry)
 

@@ -1,0 +1,211 @@
+"""The memory teacher through fairseq-train: what an epoch said is what the next one learns from."""
+
+from __future__ import annotations
+
+import random
+import shutil
+import signal
+
+import pytest
+
+pytest.importorskip("fairseq", reason="needs fairseq: pip install 'pskd[translation]'")
+
+import torch  # noqa: E402
+from conftest import (  # noqa: E402
+    EPOCHS,
+    build_criterion,
+    continued_from,
+    same,
+)
+
+# The 40 words of the toy corpus and fairseq's four: the past is kept whole.
+MEMORY = ["--pskd-teacher", "memory", "--pskd-top-k", "44", "--max-epoch", str(EPOCHS)]
+SAVES = ["--save-interval-updates", "4"]
+
+
+def resumed(fairseq, run, checkpoint: str, name: str):
+    """Continue a copy of a run's folder, its memory included, from one of its checkpoints."""
+    folder = continued_from(run.save_dir / checkpoint, fairseq.folder / name)
+    shutil.copytree(run.save_dir / "pskd_memory", folder / "pskd_memory")
+    return fairseq.start(name, *MEMORY, *SAVES)
+
+
+@pytest.fixture(scope="module")
+def whole(fairseq):
+    """A run that keeps the memory of every epoch, as checkpoints of all of them need it."""
+    return fairseq.train("memory", *MEMORY, *SAVES).expect_success()
+
+
+@pytest.fixture(scope="module")
+def runs(fairseq, whole):
+    sharded = [f"{fairseq.data}:{fairseq.data}", *MEMORY, *SAVES]
+    return {
+        "workers": fairseq.start("memory_workers", *MEMORY, "--num-workers", "2"),
+        "late": fairseq.start(
+            "memory_late", *MEMORY, "--pskd-start-epoch", "3", "--pskd-skip-wrong-teacher"
+        ),
+        "shards": fairseq.start("memory_shards", *sharded),
+        "prefix": fairseq.start("memory_prefix", *MEMORY, "--ignore-prefix-size", "1"),
+    }
+
+
+def test_the_teachers_nll_is_that_of_the_last_epoch(whole):
+    """What the student said in training, with its dropout, to half precision."""
+    nll, teacher = whole.column("nll_loss"), whole.column("teacher_nll")
+    assert teacher == pytest.approx(nll[:-1], abs=1e-2)
+    assert whole.column("alpha") == pytest.approx([0.0, 0.35, 0.525, 0.7], abs=1e-4)
+    assert whole.column("teacher_coverage") == [1.0] * (EPOCHS - 1)
+
+
+def test_only_the_files_that_a_resume_may_need_are_left(whole):
+    files = sorted(path.name for path in (whole.save_dir / "pskd_memory" / "shard_0").iterdir())
+    # The last checkpoint before the fourth epoch began has the end of the third.
+    assert files == ["epoch_00002.pskd", "epoch_00003.pskd", "epoch_00004.pskd.part"]
+
+
+def test_workers_change_nothing(whole, runs):
+    assert same(runs["workers"].result().expect_success().model(), whole.model())
+
+
+def test_ignored_prefixes_have_no_past(runs):
+    run = runs["prefix"].result().expect_success()
+    # fairseq divides by all tokens, of which there are 15.5 in a sentence.
+    nll = [15.5 / 14.5 * value for value in run.column("nll_loss")]
+    assert run.column("teacher_nll") == pytest.approx(nll[:-1], abs=1e-2)
+
+
+def test_a_shard_learns_from_its_own_last_epoch(runs):
+    run = runs["shards"].result().expect_success()
+    nll, teacher = run.column("nll_loss"), run.column("teacher_nll")
+    assert teacher == pytest.approx(nll[:2], abs=1e-2)  # of epochs 3 and 4, two epochs before
+    assert "no predictions of an earlier epoch" not in run.output
+
+
+def test_a_teacher_may_start_late_and_be_believed_only_where_it_is_right(runs, whole):
+    run = runs["late"].result().expect_success()
+    assert run.column("alpha") == pytest.approx([0.0, 0.0, 0.525, 0.7], abs=1e-4)
+    coverage = run.column("teacher_coverage")
+    assert len(coverage) == 2 and all(0.0 < part < 1.0 for part in coverage)
+    assert max(run.column("teacher_nll")) < min(whole.column("teacher_nll"))
+
+
+# ---- resume ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("checkpoint", ["checkpoint_4_20.pt", "checkpoint3.pt"])
+def test_a_resumed_run_ends_as_the_straight_run(fairseq, whole, checkpoint):
+    run = resumed(fairseq, whole, checkpoint, f"memory_from_{checkpoint}").result()
+    assert same(run.expect_success().model(), whole.model())
+    assert run.column("teacher_nll")[-1] == whole.column("teacher_nll")[-1]
+    assert run.column("teacher_coverage")[-1] == 1.0
+
+
+def test_a_run_that_is_killed_ten_times_goes_on_to_the_same_end(fairseq, whole):
+    draw = random.Random(5)
+    flags = ["memory_killed", *MEMORY, "--save-interval-updates", "1"]
+    codes = [fairseq.train(*flags, limit_s=draw.uniform(0.4, 1.6)).code for _ in range(10)]
+    assert -signal.SIGALRM in codes and set(codes) <= {0, -signal.SIGALRM}
+    run = fairseq.train(*flags).expect_success()
+    assert same(run.model(), whole.model())
+
+
+@pytest.mark.parametrize(
+    "damage, parts",
+    [
+        (lambda file: file.unlink(), ["expected the predictions of epoch 3, got none"]),
+        (lambda file: file.write_bytes(file.read_bytes()[:-9]), ["bytes, got", "cut off"]),
+        (
+            lambda file: file.write_bytes(file.read_bytes()[:-9] + b"damaged!!"),
+            ["damaged: expected CRC-32"],
+        ),
+    ],
+)
+def test_a_memory_file_that_cannot_be_used_is_refused(fairseq, whole, damage, parts, tmp_path):
+    name = f"memory_{tmp_path.name}"
+    folder = continued_from(whole.save_dir / "checkpoint_4_20.pt", fairseq.folder / name)
+    shutil.copytree(whole.save_dir / "pskd_memory", folder / "pskd_memory")
+    file = folder / "pskd_memory" / "shard_0" / "epoch_00003.pskd"
+    damage(file)
+    fairseq.train(name, *MEMORY, *SAVES).expect_refusal(str(file), *parts)
+
+
+def test_inside_an_epoch_the_memory_must_be_there(fairseq, straight):
+    name = "memory_from_snapshot"
+    continued_from(straight.save_dir / "checkpoint2.pt", fairseq.folder / name)
+    run = fairseq.train(name, *MEMORY).expect_success()
+    assert "no predictions of an earlier epoch: hard targets in this one" in run.output
+    assert run.column("teacher_coverage") == [1.0]  # of the epoch after
+
+
+# ---- processes ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_ranks_learn_what_one_process_learns(fairseq, ranks):
+    """With five batches the last update of an epoch has dummy batches."""
+    flags = [*MEMORY, "--dropout", "0", "--batch-size", "5"]
+    name = f"memory_{ranks}"
+    one = fairseq.start(f"{name}_alone", *flags, "--update-freq", str(ranks))
+    several = fairseq.train_ranks(f"{name}_ranks", *flags, ranks=ranks)
+    assert [run.code for run in several] == [0] * ranks, several[0].output[-3000:]
+    one, first = one.result().expect_success(), several[0]
+    for figure in ("loss", "nll_loss", "alpha", "teacher_nll", "teacher_coverage"):
+        assert first.column(figure) == pytest.approx(one.column(figure), abs=2e-3), figure
+    for key, weight in one.model().items():
+        torch.testing.assert_close(first.model()[key], weight, rtol=1e-3, atol=1e-4)
+
+
+# ---- parts and bad input -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ({"pskd_top_k": 0}, "--pskd-top-k: expected 1 to "),
+        ({"pskd_top_k": 1000}, "--pskd-top-k: expected 1 to "),
+        ({"pskd_start_epoch": 0}, f"--pskd-start-epoch: expected 1 to --max-epoch {EPOCHS}, got 0"),
+        ({"pskd_start_epoch": 9}, f"--pskd-start-epoch: expected 1 to --max-epoch {EPOCHS}, got 9"),
+    ],
+)
+def test_wrong_options(task, tmp_path, flags, message):
+    with pytest.raises(ValueError, match=message):
+        build_criterion(task, tmp_path, pskd_teacher="memory", **flags)
+
+
+class Sizes:
+    def __init__(self, *sizes: int) -> None:
+        self.tgt_sizes = sizes
+
+
+def test_rows_of_a_batch(tmp_path):
+    from pskd_fairseq.memory import TokenMemory
+
+    memory = TokenMemory(str(tmp_path), 50, 4)
+    memory.begin_epoch(1, Sizes(3, 2, 4))
+    pad = 1
+    target = torch.tensor([[5, 6, 2, 1], [1, 1, 7, 2], [5, 6, 7, 2], [5, 6, 2, 1]])
+    sample = {"id": torch.tensor([0, 1, 1, 7])}  # a sentence of another length, an id of elsewhere
+    rows, valid = memory.rows(sample, target, pad)
+    assert rows.tolist() == [[0, 1, 2, 9], [9, 9, 3, 4], [9] * 4, [9] * 4]
+    assert valid.tolist() == [[True] * 3 + [False], [False] * 2 + [True] * 2, [False] * 4] + [
+        [False] * 4
+    ]
+
+
+def test_a_data_set_without_target_lengths(tmp_path):
+    from pskd_fairseq.memory import TokenMemory
+
+    with pytest.raises(ValueError, match="expected a data set of sentence pairs with tgt_sizes"):
+        TokenMemory(str(tmp_path), 50, 4).begin_epoch(1, object())
+
+
+def test_processes_of_several_machines_are_refused(tmp_path, monkeypatch):
+    from pskd_fairseq import memory
+
+    monkeypatch.setattr(memory.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(memory.dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(
+        memory.dist, "all_gather_object", lambda names, _: names.__setitem__(slice(None), "ab")
+    )
+    with pytest.raises(ValueError, match=r"processes of one machine, got processes on \['a', 'b'"):
+        memory.TokenMemory(str(tmp_path), 50, 4).begin_epoch(1, Sizes(3))

@@ -1,0 +1,170 @@
+"""Last epoch's predictions of the target tokens: a teacher that costs no second forward.
+
+A row is a target token: the tokens of a sentence lie side by side, sentences in the order of the
+data set, in whatever order and batches they are trained. Shapes: B sentences, T target positions,
+N = B * T, M tokens of the data set, k kept types.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from pskd import PredictionMemory, TopK
+
+logger = logging.getLogger(__name__)
+
+
+class TokenMemory:
+    """A `PredictionMemory` a data shard, and the rows that a batch has in it.
+
+    fairseq trains on the shards of ``DATA1:DATA2`` in turns, an epoch each, and numbers the
+    sentences of each from 0; the last prediction of a token is then as many epochs old.
+
+    Args:
+        folder: where the files are kept.
+        num_types: V, the types of the target dictionary.
+        top_k: k.
+        num_shards: the folders of ``DATA``.
+    """
+
+    def __init__(self, folder: str, num_types: int, top_k: int, num_shards: int = 1) -> None:
+        self._folder, self._num_types, self._top_k = folder, num_types, top_k
+        self._num_shards = num_shards
+        self._shards: dict[int, _Shard] = {}
+        self._current: _Shard | None = None
+        self._restored: dict[str, dict] = {}
+
+    @property
+    def available(self) -> bool:
+        """Whether the running epoch has an earlier one to read."""
+        return self._current is not None and self._current.memory.epoch > 1
+
+    def begin_epoch(self, epoch: int, dataset) -> None:
+        """Turn to an epoch, or once more to the one that is running after a resume.
+
+        Args:
+            epoch: from 1.
+            dataset: that of this epoch's shard.
+
+        Raises:
+            ValueError: if the data set does not tell its target lengths, or the files that the
+                restored state names cannot be used.
+            OSError: ENOSPC where the disk has no room for an epoch.
+        """
+        index = (epoch - 1) % self._num_shards
+        if index not in self._shards:
+            self._shards[index] = self._open(index, epoch, dataset)
+        shard = self._shards[index]
+        if shard.epoch != epoch:
+            shard.memory.next_epoch()
+            shard.epoch = epoch
+        self._current = shard
+
+    def rows(self, sample: dict, target: Tensor, padding_idx: int) -> tuple[Tensor, Tensor]:
+        """Return the rows of a batch's target tokens.
+
+        Args:
+            sample: with (B,) ``id``, the sentences' places in the data set.
+            target: (B, T) its padded targets.
+
+        Returns:
+            (B, T) int64 rows and the (B, T) bool mask of those that count: no padding, and no
+            sentence whose length is not that of the data set (a task may cut or extend it). The
+            others have the last row, which nobody reads.
+        """
+        starts = self._current.starts = self._current.starts.to(target.device)
+        is_token = target != padding_idx
+        ids = sample["id"].clamp(0, len(starts) - 2)
+        first, end = starts[ids], starts[ids + 1]
+        fits = (is_token.sum(dim=1) == end - first) & (ids == sample["id"])
+        valid = is_token & fits[:, None]
+        place = is_token.cumsum(dim=1) - 1  # whichever side the padding is on
+        return torch.where(valid, first[:, None] + place, starts[-1]), valid
+
+    def read(self, rows: Tensor, valid: Tensor) -> tuple[TopK, Tensor]:
+        """Return the past predictions of (N,) rows and the (N,) mask of those that have one."""
+        past, seen = self._current.memory.read(rows)
+        return past, seen & valid
+
+    def write(self, rows: Tensor, scores: Tensor) -> None:
+        """Keep the predictions of (N,) rows, the softmax of (N, V) scores, for the next epoch."""
+        self._current.memory.write(rows, TopK.from_logits(scores.detach(), self._top_k))
+
+    def state_dict(self) -> dict[str, dict]:
+        """Return what a checkpoint keeps; the predictions stay in their files."""
+        # A shard that this run has not come to since it was resumed is as it was.
+        return self._restored | {
+            str(index): {"epoch": shard.epoch, "memory": shard.memory.state_dict()}
+            for index, shard in self._shards.items()
+        }
+
+    def load_state_dict(self, state: dict[str, dict]) -> None:
+        """Go on, from the next `begin_epoch`, where `state_dict` was called."""
+        self._restored = dict(state)
+
+    def _open(self, index: int, epoch: int, dataset) -> _Shard:
+        sizes = _target_sizes(dataset)
+        starts = torch.from_numpy(np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)]))
+        memory = PredictionMemory(
+            int(starts[-1]) + 1,  # the last row takes what has no row
+            self._num_types,
+            top_k=self._top_k,
+            path=Path(self._folder) / f"shard_{index}",
+            fingerprint=hashlib.sha256(sizes.tobytes()).hexdigest()[:16],
+        )
+        _check_one_machine()
+        shard = _Shard(memory, starts)
+        restored = self._restored.pop(str(index), None)
+        if restored is not None:
+            memory.load_state_dict(restored["memory"])
+            shard.epoch = restored["epoch"]
+            logger.info("PS-KD: restored the predictions that epoch %d reads", shard.epoch)
+        elif epoch > self._num_shards:
+            logger.warning("PS-KD: no predictions of an earlier epoch: hard targets in this one")
+        logger.info(
+            "PS-KD: memory of %s target tokens, %d bytes each, %.2f GB an epoch, in %s",
+            f"{memory.num_rows - 1:,}", memory.bytes_per_row,
+            memory.num_rows * memory.bytes_per_row / 1e9, memory.path,
+        )  # fmt: skip
+        return shard
+
+
+@dataclass
+class _Shard:
+    memory: PredictionMemory
+    #: (sentences + 1,) int64 the first row of each sentence, and the number of rows.
+    starts: Tensor
+    #: The training's epoch that is being written, from 1; 0 before the first.
+    epoch: int = 0
+
+
+def _target_sizes(dataset) -> np.ndarray:
+    """Return the (sentences,) int64 target lengths, end of sentence included."""
+    sizes = getattr(dataset, "tgt_sizes", None)
+    if sizes is None:
+        raise ValueError(
+            "--pskd-teacher memory: expected a data set of sentence pairs with tgt_sizes, got "
+            f"{type(dataset).__name__}; --pskd-teacher snapshot takes any"
+        )
+    return np.asarray(sizes, dtype=np.int64)
+
+
+def _check_one_machine() -> None:
+    if not (dist.is_available() and dist.is_initialized()):
+        return
+    names: list = [None] * dist.get_world_size()
+    dist.all_gather_object(names, socket.gethostname())
+    if len(set(names)) > 1:
+        raise ValueError(
+            "--pskd-teacher memory: its file is shared by the processes of one machine, got "
+            f"processes on {sorted(set(names))}; expected --pskd-teacher snapshot there"
+        )
