@@ -13,12 +13,14 @@ tokens.npz (confidence and correctness of every token) and two plots.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import logging
 import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +28,9 @@ import pskd_fairseq  # noqa: F401  torch's allow-list for fairseq checkpoints
 import sacrebleu
 import torch
 from fairseq import checkpoint_utils, utils
+from fairseq.models import BaseFairseqModel
+from fairseq.tasks import FairseqTask
+from omegaconf import DictConfig
 from sacremoses import MosesDetokenizer
 
 from pskd.calibration import ConfidenceAccumulator
@@ -53,6 +58,39 @@ def read_preparation(data: Path) -> dict:
             f"{data}: expected a folder that translation/prepare.py made, got no {path.name}"
         )
     return json.loads(path.read_text(encoding="utf-8"))
+
+
+@contextlib.contextmanager
+def written_aside(path: Path) -> Iterator[Path]:
+    """Give a path to write to, which becomes ``path`` if all goes well and is removed if not."""
+    aside = path.with_name(f"{path.stem}.{os.getpid()}.part{path.suffix}")
+    try:
+        yield aside
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def load(args: argparse.Namespace) -> tuple[BaseFairseqModel, DictConfig, FairseqTask]:
+    """Return the checkpoint's model, configuration and task, with the dictionaries of the data.
+
+    Raises:
+        UserError: if the file is no whole checkpoint or does not fit the data.
+        OSError: if a file cannot be read.
+    """
+    try:
+        models, config, task = checkpoint_utils.load_model_ensemble_and_task(
+            [str(args.checkpoint)], arg_overrides={"data": str(args.data)}
+        )
+    except OSError:
+        raise
+    except Exception as error:  # a damaged pickle can fail in any way
+        reason = str(error).partition("\n")[0]
+        raise UserError(
+            f"{args.checkpoint}: expected a whole fairseq checkpoint that fits {args.data}, got "
+            f"{type(error).__name__}: {reason}"
+        ) from error
+    return models[0].eval(), config, task
 
 
 def generate(args: argparse.Namespace, preparation: dict) -> tuple[list[str], str]:
@@ -91,11 +129,18 @@ def _last_line(lines: list[str]) -> str:
     return next((line for line in reversed(lines) if line.strip()), "no output")
 
 
-def score(tokenised: list[str], args: argparse.Namespace, preparation: dict) -> dict:
-    """Return BLEU and chrF of the detokenised translations, with their sacreBLEU signatures."""
+def detokenised(tokenised: list[str], preparation: dict) -> list[str]:
+    detokenizer = MosesDetokenizer(preparation["target_lang"])
+    return [detokenizer.detokenize(line.split()) for line in tokenised]
+
+
+def score(translations: list[str], args: argparse.Namespace, preparation: dict) -> dict:
+    """Return BLEU and chrF of the detokenised translations, with their sacreBLEU signatures.
+
+    Raises:
+        UserError: if the reference is of another length.
+    """
     language, lowercase = preparation["target_lang"], preparation["lowercase"]
-    detokenizer = MosesDetokenizer(language)
-    translations = [detokenizer.detokenize(line.split()) for line in tokenised]
     reference_file = args.data / "raw" / f"{args.split}.{language}"
     references = reference_file.read_text(encoding="utf-8").split("\n")[:-1]
     if len(translations) != len(references):
@@ -103,7 +148,6 @@ def score(tokenised: list[str], args: argparse.Namespace, preparation: dict) -> 
             f"{reference_file}: expected as many sentences as were translated, "
             f"{len(translations)}, got {len(references)}"
         )
-    (args.out / "translations.txt").write_text("\n".join(translations) + "\n", encoding="utf-8")
     # A model of lower-cased text is scored without case; the signature says so.
     bleu = sacrebleu.BLEU(lowercase=lowercase)
     chrf = sacrebleu.CHRF(lowercase=lowercase)
@@ -117,13 +161,10 @@ def score(tokenised: list[str], args: argparse.Namespace, preparation: dict) -> 
 
 
 @torch.no_grad()
-def measure_confidence(args: argparse.Namespace) -> ConfidenceAccumulator:
+def measure_confidence(
+    args: argparse.Namespace, model: BaseFairseqModel, config: DictConfig, task: FairseqTask
+) -> ConfidenceAccumulator:
     """Score every reference token under teacher forcing."""
-    overrides = {"data": str(args.data)}
-    models, config, task = checkpoint_utils.load_model_ensemble_and_task(
-        [str(args.checkpoint)], arg_overrides=overrides
-    )
-    model = models[0].eval()
     use_cuda = torch.cuda.is_available() and not args.cpu
     model = model.cuda() if use_cuda else model
     task.load_dataset(args.split, task_cfg=config.task)
@@ -144,44 +185,53 @@ def measure_confidence(args: argparse.Namespace) -> ConfidenceAccumulator:
 
 
 def evaluate(args: argparse.Namespace) -> dict:
-    """Measure one checkpoint and write everything to ``args.out``; returns evaluation.json."""
+    """Measure one checkpoint and write everything to ``args.out``; returns evaluation.json.
+
+    Raises:
+        UserError: if something that the user gave is wrong.
+        OSError: if a file cannot be read or written; none is left half written but the log.
+    """
     preparation = read_preparation(args.data)
     if not args.checkpoint.is_file():
         raise UserError(f"{args.checkpoint}: expected a checkpoint, got no such file")
-    args.out.mkdir(parents=True, exist_ok=True)
     if args.user_dir:
         utils.import_user_module(argparse.Namespace(user_dir=args.user_dir))
+    model, config, task = load(args)
+    args.out.mkdir(parents=True, exist_ok=True)
     logger.info("scoring the reference tokens of %s under teacher forcing", args.split)
-    tokens = measure_confidence(args)
+    tokens = measure_confidence(args, model, config, task)
     tokenised, bleu_line = generate(args, preparation)
+    translations = detokenised(tokenised, preparation)
     confidence = tokens.compute()
     result = {
         "checkpoint": str(args.checkpoint),
         "split": args.split,
         "beam": args.beam,
         "lenpen": args.lenpen,
-        **score(tokenised, args, preparation),
+        **score(translations, args, preparation),
         "tokenised_bleu_line": bleu_line,
         "tokenised_bleu": float(re.search(r"BLEU4 = ([\d.]+)", bleu_line)[1]),
         "tokens": confidence.pop("count"),
         "nll_bits": confidence["nll"] / np.log(2.0),
         **confidence,
     }
-    _write_outputs(args, result, tokens)
+    _write_outputs(args, result, translations, tokens)
     return result
 
 
-def _write_outputs(args: argparse.Namespace, result: dict, tokens: ConfidenceAccumulator) -> None:
-    np.savez_compressed(
-        args.out / "tokens.npz", confidence=tokens.confidence, correct=tokens.correct
-    )
+def _write_outputs(
+    args: argparse.Namespace, result: dict, translations: list[str], tokens: ConfidenceAccumulator
+) -> None:
+    with written_aside(args.out / "translations.txt") as aside:
+        aside.write_text("\n".join(translations) + "\n", encoding="utf-8")
+    with written_aside(args.out / "tokens.npz") as aside:
+        np.savez_compressed(aside, confidence=tokens.confidence, correct=tokens.correct)
     runs = {args.name or args.checkpoint.parent.name: (tokens.confidence, tokens.correct)}
     reliability_diagram(runs, args.out / "reliability.png")
     risk_coverage_plot(runs, args.out / "risk_coverage.png")
     path = args.out / "evaluation.json"
-    aside = path.with_suffix(".json.tmp")
-    aside.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    os.replace(aside, path)
+    with written_aside(path) as aside:
+        aside.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     logger.info("wrote %s", path)
 
 
@@ -192,7 +242,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("checkpoint", type=Path, help="any fairseq translation checkpoint")
     parser.add_argument("--data", type=Path, required=True, help="folder of translation/prepare.py")
     parser.add_argument("--out", type=Path, required=True, help="folder for the results")
-    parser.add_argument("--split", default="test", help="test or valid (default: test)")
+    parser.add_argument(
+        "--split", choices=("test", "valid"), default="test", help="default: %(default)s"
+    )
     parser.add_argument("--name", help="of the run in plots (default: the checkpoint's folder)")
     parser.add_argument("--beam", type=int, default=5, help="beam size (default: 5)")
     parser.add_argument("--lenpen", type=float, default=1.0, help="length penalty (default: 1)")
@@ -203,6 +255,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Run the command line.
+
+    Returns:
+        The exit status: 0, 2 where the user can mend it, 1 where the disk failed.
+    """
     args = parse(argv)
     # force: importing fairseq configures the root logger, at DEBUG.
     logging.basicConfig(
@@ -215,6 +272,9 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         print(f"evaluate.py: error: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        print(f"evaluate.py: error: {error}", file=sys.stderr)
+        return 1
     keys = ("bleu", "chrf", "tokenised_bleu", "nll", "ece", "aurc", "accuracy")
     print(" ".join(f"{key}={result[key]:.4g}" for key in keys), result["bleu_signature"])
     return 0

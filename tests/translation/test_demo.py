@@ -1,6 +1,10 @@
 """The demo and evaluate.py from end to end, on a corpus that trains in seconds."""
 
+import errno
 import json
+import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,9 +20,11 @@ import sacrebleu  # noqa: E402
 from pskd.calibration import aurc, reliability_bins  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "translation"))
+sys.path[:0] = [str(ROOT), str(ROOT / "translation")]
 
 import evaluate  # noqa: E402
+
+from demo import translation  # noqa: E402
 
 
 def run(*command: str | Path) -> subprocess.CompletedProcess:
@@ -36,6 +42,8 @@ def demo(tmp_path_factory):
     """The demo's output folder and what it printed, after two short epochs on 400 pairs."""
     out = tmp_path_factory.mktemp("demo")
     small = ["--encoder-layers", "1", "--decoder-layers", "1", "--max-epoch", "2"]
+    # Enough updates to translate some words: a score of nothing would show no mistake in scoring.
+    small += ["--max-tokens", "192", "--warmup-updates", "20"]
     done = run(
         "-m",
         "demo.translation",
@@ -88,6 +96,31 @@ def test_evaluation_scores_every_sentence_against_the_raw_reference(demo):
     assert result["sentences"] == len(reference) == len(lines) == 40
     assert result["bleu"] == pytest.approx(sacrebleu.corpus_bleu(lines, [reference]).score)
     assert "tok:13a" in result["bleu_signature"]
+    assert result["chrf"] == pytest.approx(sacrebleu.corpus_chrf(lines, [reference]).score)
+    assert result["chrf"] > 0.0
+
+
+def test_tokenised_bleu_is_that_of_the_tokens_of_all_sentences(demo):
+    out, _ = demo
+    folder = out / "pskd" / "evaluation"
+    log = (folder / "generate.log").read_text(encoding="utf-8")
+    sides = []
+    for pattern in (r"^H-(\d+)\t[^\t]*\t(.*)$", r"^T-(\d+)\t(.*)$"):
+        found = re.findall(pattern, log, re.M)
+        sides.append([text for _, text in sorted((int(key), text) for key, text in found)])
+    translations, references = sides
+    assert len(translations) == len(references) == 40
+    bleu = sacrebleu.BLEU(tokenize="none", smooth_method="none", force=True)
+    expected = bleu.corpus_score(translations, [references])
+    result = json.loads((folder / "evaluation.json").read_text())
+    assert result["tokenised_bleu"] == pytest.approx(expected.score, abs=0.006)
+    # Two epochs bring no four words in a row, so the parts of the score tell more.
+    line = result["tokenised_bleu_line"]
+    precisions, lengths = re.search(r", ([\d./]+) \(", line)[1], re.findall(r"len=(\d+)", line)
+    precisions = [float(precision) for precision in precisions.split("/")]
+    assert precisions == pytest.approx(expected.precisions, abs=0.051)
+    assert [int(length) for length in lengths] == [expected.sys_len, expected.ref_len]
+    assert precisions[0] > 0.0
 
 
 def test_evaluation_measures_confidence_over_every_reference_token(demo):
@@ -108,7 +141,8 @@ def test_teacher_forced_nll_is_that_of_fairseqs_own_validation(demo, tmp_path):
     out, _ = demo
     words = [out / "pskd" / "checkpoint_last.pt", "--data", out / "data", "--out", tmp_path]
     args = evaluate.parse([str(word) for word in [*words, "--split", "valid"]])
-    bits = evaluate.measure_confidence(args).compute()["nll"] / np.log(2.0)
+    tokens = evaluate.measure_confidence(args, *evaluate.load(args))
+    bits = tokens.compute()["nll"] / np.log(2.0)
     log = (out / "pskd" / "train.log").read_text().splitlines()
     valid = [json.loads(line.split("| valid | ")[1]) for line in log if "| valid | {" in line]
     assert bits == pytest.approx(float(valid[-1]["valid_nll_loss"]), abs=2e-3)
@@ -128,6 +162,94 @@ def test_evaluate_names_what_is_missing(demo, tmp_path, capsys, change, message)
     assert evaluate.main([str(word) for word in words]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def evaluation(demo, out: Path, **changes: Path) -> list[str]:
+    """Return evaluate.py's words for the demo's PS-KD model."""
+    folder, _ = demo
+    given = {"checkpoint": folder / "pskd" / "checkpoint_last.pt", "data": folder / "data"}
+    given |= changes
+    return [str(given["checkpoint"]), "--data", str(given["data"]), "--out", str(out)]
+
+
+def test_evaluate_names_a_damaged_checkpoint(demo, tmp_path, capsys):
+    damaged = tmp_path / "damaged.pt"
+    data = (demo[0] / "pskd" / "checkpoint_last.pt").read_bytes()
+    damaged.write_bytes(data[: len(data) // 2])
+    assert evaluate.main(evaluation(demo, tmp_path / "out", checkpoint=damaged)) == 2
+    assert f"error: {damaged}: expected a whole fairseq checkpoint" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_evaluate_names_a_checkpoint_of_other_data(demo, tmp_path, capsys):
+    data = shutil.copytree(demo[0] / "data", tmp_path / "data")
+    for words in data.glob("dict.*.txt"):
+        words.write_text(words.read_text(encoding="utf-8") + "more 1\n", encoding="utf-8")
+    assert evaluate.main(evaluation(demo, tmp_path / "out", data=data)) == 2
+    shown = capsys.readouterr().err
+    assert f"checkpoint_last.pt: expected a whole fairseq checkpoint that fits {data}" in shown
+
+
+def test_evaluate_knows_the_splits_of_a_prepared_set(demo, tmp_path, capsys):
+    with pytest.raises(SystemExit) as ended:
+        evaluate.main([*evaluation(demo, tmp_path / "out"), "--split", "test2"])
+    assert ended.value.code == 2
+    shown = capsys.readouterr().err
+    assert "--split: invalid choice: 'test2'" in shown and "valid" in shown
+
+
+@pytest.mark.parametrize("file", ["translations.txt", "tokens.npz", "evaluation.json"])
+def test_a_disk_that_fills_up_leaves_the_last_evaluation_whole(
+    demo, tmp_path, monkeypatch, capsys, file
+):
+    def fills_up(path, *_, **__):
+        with open(path, "wb") as output:
+            output.write(b"half")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    for name in ("translations.txt", "tokens.npz", "evaluation.json"):
+        (tmp_path / name).write_text("old")
+    line = "Generate test with beam=5: BLEU4 = 1.00, 1.0/1.0/1.0/1.0"
+    monkeypatch.setattr(evaluate, "generate", lambda *_: (["ein Wort"] * 40, line))
+    if file == "tokens.npz":
+        monkeypatch.setattr(np, "savez_compressed", fills_up)
+    else:
+        write = Path.write_text
+        monkeypatch.setattr(
+            Path,
+            "write_text",
+            lambda path, *words, **more: (
+                fills_up(path)
+                if path.name.startswith(file.partition(".")[0])
+                else write(path, *words, **more)
+            ),
+        )
+    assert evaluate.main(evaluation(demo, tmp_path)) == 1
+    assert "evaluate.py: error: [Errno 28] No space left on device" in capsys.readouterr().err
+    assert (tmp_path / file).read_text() == "old"
+    assert not list(tmp_path.glob("*.part*"))
+
+
+def test_an_out_that_is_a_file_is_an_error_that_names_it(demo, tmp_path, capsys):
+    out = tmp_path / "out"
+    out.write_text("mine")
+    assert evaluate.main(evaluation(demo, out)) == 1
+    assert f"evaluate.py: error: [Errno 17] File exists: '{out}'" in capsys.readouterr().err
+    assert out.read_text() == "mine"
+
+
+def test_the_demo_prepares_own_text_in_its_own_languages(tmp_path):
+    """What follows is the embedded corpus's path, which the tests above run to its end."""
+    source, target = tmp_path / "a.en", tmp_path / "a.fr"
+    source.write_text("".join(f"one {number} word\n" for number in range(60)), encoding="utf-8")
+    target.write_text("".join(f"un {number} mot\n" for number in range(60)), encoding="utf-8")
+    words = ["--src", source, "--tgt", target, "--target-lang", "fr", "--bpe-size", "40"]
+    args = translation.parse([str(word) for word in [*words, "--out", tmp_path / "out"]])
+    data = translation.prepare(args, tmp_path / "out")
+    record = json.loads((data / "prepare.json").read_text(encoding="utf-8"))
+    assert (record["source_lang"], record["target_lang"]) == ("en", "fr")
+    assert sum(part["pairs"] for part in record["parts"].values()) == 60
+    assert (data / "test.en-fr.fr.bin").stat().st_size > 0
 
 
 def test_demo_of_own_text_names_the_step_and_log_that_failed(tmp_path):
