@@ -51,7 +51,9 @@ def variants(fairseq, straight):
     ).split()
     return {
         "alpha_0": fairseq.start("alpha_0", "--max-epoch", str(EPOCHS), "--pskd-alpha-final", "0"),
-        "hydra": fairseq.submit(hydra_train, fairseq),
+        "hydra": fairseq.submit(hydra_train, fairseq, "hydra"),
+        "bf16": fairseq.submit(hydra_train_in_bf16, fairseq),
+        "cosine": fairseq.start("cosine", *epochs, "--pskd-alpha-schedule", "cosine"),
         "one_update": fairseq.start("one_update", *whole, "--batch-size", "24"),
         "two_halves": fairseq.start(
             "two_halves", *whole, "--batch-size", "12", "--update-freq", "2"
@@ -93,8 +95,18 @@ def validations(fairseq, straight):
     return {"pskd": fairseq.submit(validate, teacher), "stock": fairseq.submit(validate, stock)}
 
 
-def hydra_train(fairseq):
-    """Do the straight run with `fairseq-hydra-train` and a YAML file."""
+def hydra_train_in_bf16(fairseq):
+    """Train in bfloat16, which the command line of fairseq takes for a TPU; Hydra does not."""
+    return hydra_train(
+        fairseq,
+        "bf16",
+        common={"bf16": True, "memory_efficient_bf16": True},
+        checkpoint={"save_interval_updates": 4},
+    )
+
+
+def hydra_train(fairseq, name: str, **changes):
+    """Do the straight run with `fairseq-hydra-train` and a YAML file, changed by section."""
     side = {"layers": 1, "embed_dim": 32, "ffn_embed_dim": 64, "attention_heads": 2}
     config = {
         "common": {
@@ -107,19 +119,21 @@ def hydra_train(fairseq):
         "lr_scheduler": {"_name": "fixed"},
         "dataset": {"batch_size": 4, "required_batch_size_multiple": 1, "num_workers": 0},
         "optimization": {"max_epoch": EPOCHS, "lr": [5e-3]},
-        "checkpoint": {"save_dir": str(fairseq.folder / "hydra")},
+        "checkpoint": {"save_dir": str(fairseq.folder / name)},
         "model": {
             "_name": "transformer", "dropout": 0.3, "share_decoder_input_output_embed": True,
             "encoder": side, "decoder": side,
         },
     }  # fmt: skip
-    folder = fairseq.folder / "hydra_config"
+    for section, values in changes.items():
+        config[section] |= values
+    folder = fairseq.folder / f"{name}_config"
     folder.mkdir()
     text = "# @package _group_\n" + json.dumps(config)  # a JSON object is YAML
     (folder / "tiny.yaml").write_text(text, encoding="utf-8")
-    output = f"hydra.run.dir={fairseq.folder / 'hydra_output'}"
+    output = f"hydra.run.dir={fairseq.folder / f'{name}_output'}"
     return fairseq.command(
-        "hydra_train", "--config-dir", str(folder), "--config-name", "tiny", output, name="hydra"
+        "hydra_train", "--config-dir", str(folder), "--config-name", "tiny", output, name=name
     )
 
 
@@ -257,6 +271,29 @@ def test_hydra_trains_bit_for_bit_like_the_command_line(variants, straight):
     run = variants["hydra"].result().expect_success()
     assert same(run.model(), straight.model())
     assert run.column("alpha") == straight.column("alpha")
+
+
+def test_in_bf16_the_teacher_is_the_model_of_the_epoch_before(variants):
+    run = variants["bf16"].result().expect_success()
+    assert run.column("alpha") == pytest.approx([0.0, 0.35, 0.525, 0.7], abs=1e-4)
+    assert all(math.isfinite(loss) for loss in run.column("loss"))
+    for inside, end in (
+        ("checkpoint_2_8.pt", "checkpoint1.pt"),
+        ("checkpoint_3_16.pt", "checkpoint2.pt"),
+    ):
+        teacher = run.teacher(inside)
+        assert "torch.bfloat16" in {str(weight.dtype) for weight in teacher.values()}
+        # fairseq raises the model of a checkpoint to float32, which changes no value.
+        raised = {name: weight.float() for name, weight in teacher.items()}
+        assert same(raised, run.model(end))
+        assert not same(raised, run.model(inside))
+
+
+def test_a_cosine_schedule_trains(variants):
+    run = variants["cosine"].result().expect_success()
+    expected = [0.0, *(ALPHA_FINAL * (1 - math.cos(math.pi * epoch / 3)) / 2 for epoch in (2, 3))]
+    assert run.column("alpha") == pytest.approx(expected, abs=1e-4)
+    assert entry(run.checkpoint())["schedule"]["name"] == "cosine"
 
 
 def test_update_freq_2_equals_one_batch_of_double_size(variants):
