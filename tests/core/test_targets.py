@@ -251,9 +251,9 @@ def test_an_alpha_without_a_dimension_is_one_number():
 
 def test_top_k_of_logits_is_that_of_their_softmax():
     logits = torch.randn(5, 9)
-    top = pskd.TopK.from_logits(logits, 3)
+    top = TopK.from_logits(logits, 3)
     probs, indices = logits.softmax(dim=1).topk(3, dim=1)
     assert torch.equal(top.indices, indices)
     torch.testing.assert_close(top.probs, probs)
-    torch.testing.assert_close(pskd.TopK.from_logits(logits, 9).dense(9), logits.softmax(dim=1))
-    assert pskd.TopK.from_logits(logits.half(), 3).probs.dtype == torch.float32
+    torch.testing.assert_close(TopK.from_logits(logits, 9).dense(9), logits.softmax(dim=1))
+    assert TopK.from_logits(logits.half(), 3).probs.dtype == torch.float32
