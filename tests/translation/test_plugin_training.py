@@ -532,7 +532,7 @@ def test_in_evaluation_the_criterion_is_the_stock_one_to_the_bit(task, models, t
 @pytest.mark.parametrize("name", ["linear", "constant", "cosine"])
 def test_alpha_stays_final_past_the_end(name):
     schedule = AlphaSchedule.build(name, 0.7, 10, 0)
-    assert schedule.alpha(10) == schedule.alpha(11) == pytest.approx(0.7)
+    assert schedule.alpha(10, 10) == schedule.alpha(11, 11) == pytest.approx(0.7)
     assert schedule.unit == "epoch"
 
 
@@ -540,7 +540,7 @@ def test_epochs_come_before_updates_as_the_unit_of_progress():
     assert AlphaSchedule.build("linear", 0.7, 10, 500).unit == "epoch"
     by_update = AlphaSchedule.build("linear", 0.7, 0, 500)
     assert (by_update.unit, by_update.total) == ("update", 500)
-    assert by_update.alpha(250) == pytest.approx(0.35)
+    assert by_update.alpha(250, 3) == pytest.approx(0.35)
 
 
 # --- evaluating a checkpoint ------------------------------------------------------------------
