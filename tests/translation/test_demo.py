@@ -37,6 +37,12 @@ def run(*command: str | Path) -> subprocess.CompletedProcess:
     )
 
 
+@pytest.fixture(autouse=True)
+def _no_log(monkeypatch):
+    """evaluate.py would leave a root handler on a stream that pytest closes with the test."""
+    monkeypatch.setattr(evaluate.logging, "basicConfig", lambda **_: None)
+
+
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
     """The demo's output folder and what it printed, after two short epochs on 400 pairs."""

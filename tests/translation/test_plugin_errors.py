@@ -32,7 +32,9 @@ from fairseq.dataclass.configs import CheckpointConfig  # noqa: E402
 from pskd_fairseq import checkpoint  # noqa: E402
 
 TO_THE_END = ["--max-epoch", str(EPOCHS)]
-SCHEDULE = {"name": "linear", "alpha_final": ALPHA_FINAL, "unit": "epoch", "total": EPOCHS}
+SCHEDULE = {
+    "name": "linear", "alpha_final": ALPHA_FINAL, "unit": "epoch", "total": EPOCHS, "start_epoch": 1
+}  # fmt: skip
 
 #: By name: the flags, and what the error must say (the flag or file, what it expected, what came).
 WRONG_OPTIONS = {
@@ -310,7 +312,14 @@ def test_the_allow_list_lets_no_payload_run(last, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "changed", [{"alpha_final": 0.6}, {"name": "cosine"}, {"unit": "update"}, {"total": 5}]
+    "changed",
+    [
+        {"alpha_final": 0.6},
+        {"name": "cosine"},
+        {"unit": "update"},
+        {"total": 5},
+        {"start_epoch": 2},
+    ],
 )
 def test_another_schedule_is_refused_unless_it_is_allowed(check, last, changed):
     with pytest.raises(ValueError, match="alpha schedule .*--pskd-allow-schedule-change"):

@@ -254,8 +254,8 @@ def test_a_student_without_any_error_is_logged():
     """Every token learned to the last bit: no error to weight the gradient rescaling with."""
     log = dict(
         loss=2.0, nll_loss=0.0, ntokens=4, sample_size=4, pskd_tokens=4.0, pskd_alpha=2.0,
-        pskd_teacher_nll=0.1, pskd_compared=1.0, pskd_agree=1.0, pskd_student_error=0.0,
-        pskd_teacher_error=0.0,
+        pskd_taught=4.0, pskd_teacher_nll=0.1, pskd_compared=1.0, pskd_agree=1.0,
+        pskd_student_error=0.0, pskd_teacher_error=0.0,
     )  # fmt: skip
     with metrics.aggregate(new_root=True) as logged:
         PSKDCriterion.reduce_metrics([log])
