@@ -280,11 +280,12 @@ def _check_entry(
             f"{path}: the teacher's weights are damaged: expected SHA-256 "
             f"{entry['teacher_sha256']}, got {_digest(entry['teacher'])}"
         )
-    if entry["schedule"] == schedule:
+    trained = {"start_epoch": 1} | entry["schedule"]  # which older checkpoints do not tell
+    if trained == schedule:
         return
     if not allow_change:
         raise ValueError(
-            f"{path}: expected the alpha schedule it was trained with, {entry['schedule']}, got "
+            f"{path}: expected the alpha schedule it was trained with, {trained}, got "
             f"{schedule}; --pskd-allow-schedule-change continues with the new one"
         )
-    logger.warning("PS-KD: the schedule changes from %s to %s", entry["schedule"], schedule)
+    logger.warning("PS-KD: the schedule changes from %s to %s", trained, schedule)
