@@ -5,10 +5,8 @@ from __future__ import annotations
 import errno
 import multiprocessing
 import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -214,47 +212,50 @@ def test_a_resumed_memory_is_that_of_the_run_that_was_not_stopped(stop, further,
 
 
 KILLED = """
-import sys, torch, pskd
+import os, pathlib, signal, sys, time
+import torch, pskd
 torch.set_num_threads(1)
-memory = pskd.PredictionMemory(50, 200, top_k=64, path=sys.argv[1])
 rows = torch.arange(50)
-while True:
-    memory.next_epoch()
-    torch.save(memory.state_dict(), sys.argv[2] + ".new")
-    __import__("os").replace(sys.argv[2] + ".new", sys.argv[2])
-    print(memory.epoch, flush=True)
-    for _ in range(50):
-        # All of a row's values tell the epoch: of a torn row they would not.
-        probs = torch.full((50, 64), 1 / (64 + memory.epoch))
-        memory.write(rows, pskd.TopK(torch.arange(64).expand(50, 64), probs))
+def train(folder):
+    memory = pskd.PredictionMemory(50, 200, top_k=64, path=folder / "memory")
+    while True:
+        memory.next_epoch()
+        torch.save(memory.state_dict(), folder / "new")
+        os.replace(folder / "new", folder / f"state_{memory.epoch}.pt")
+        for _ in range(50):
+            # All of a row's values tell the epoch: of a torn row they would not.
+            probs = torch.full((50, 64), 1 / (64 + memory.epoch))
+            memory.write(rows, pskd.TopK(torch.arange(64).expand(50, 64), probs))
+for moment in range(10):
+    folder = pathlib.Path(sys.argv[1]) / str(moment)
+    folder.mkdir()
+    child = os.fork()
+    if child == 0:
+        train(folder)
+    while not (folder / "state_2.pt").exists():
+        time.sleep(0.001)
+    time.sleep(0.013 * moment)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
 """
 
 
-@pytest.mark.parametrize("moment", range(10))
-def test_a_kill_at_any_moment_loses_nothing_that_was_saved(moment, tmp_path):
-    state = tmp_path / "state.pt"
-    process = subprocess.Popen(
-        [sys.executable, "-c", KILLED, str(tmp_path / "memory"), str(state)],
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    for _ in range(2):
-        process.stdout.readline()  # until the second epoch has begun
-    time.sleep(0.013 * moment)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    memory = pskd.PredictionMemory(50, 200, top_k=64, path=tmp_path / "memory")
-    memory.load_state_dict(torch.load(state, weights_only=True))
-    epoch = memory.epoch
-    assert epoch >= 2
-    past, seen = memory.read(torch.arange(50))
-    assert seen.all()
-    torch.testing.assert_close(past.probs, torch.full((50, 64), 1 / (63 + epoch)).half().float())
-    # What was begun is there as far as it came, each row whole or not at all.
-    memory.next_epoch()
-    past, seen = memory.read(torch.arange(50))
-    written = torch.full((50, 64), 1 / (64 + epoch)).half().float()
-    torch.testing.assert_close(past.probs[seen], written[seen])
+def test_a_kill_at_any_moment_loses_nothing_that_was_saved(tmp_path):
+    subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], check=True, timeout=120)
+    for folder in sorted(tmp_path.iterdir()):
+        last = max(int(path.stem[6:]) for path in folder.glob("state_*.pt"))
+        memory = pskd.PredictionMemory(50, 200, top_k=64, path=folder / "memory")
+        memory.load_state_dict(torch.load(folder / f"state_{last}.pt", weights_only=True))
+        assert memory.epoch == last >= 2
+        past, seen = memory.read(torch.arange(50))
+        assert seen.all()
+        expected = torch.full((50, 64), 1 / (63 + last)).half().float()
+        torch.testing.assert_close(past.probs, expected)
+        # What was begun is there as far as it came, each row whole or not at all.
+        memory.next_epoch()
+        past, seen = memory.read(torch.arange(50))
+        expected = torch.full((50, 64), 1 / (64 + last)).half().float()
+        torch.testing.assert_close(past.probs[seen], expected[seen])
 
 
 def test_files_are_kept_for_as_long_as_the_saved_state_needs_them(tmp_path):

@@ -386,7 +386,7 @@ def test_the_rows_survive_flips_crops_and_filters(spec, tmp_path):
     )
     trainer = Trainer(tiny.config("fpn", tmp_path, opts, train=spec))
     classes = {}
-    for record in trainer._dataset_dicts:
+    for record in trainer._records:
         for annotation in record["annotations"]:
             classes[annotation["pskd_row"]] = annotation["category_id"]
     stream, found, fewest = iter(trainer.data_loader), {}, 2
