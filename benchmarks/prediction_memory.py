@@ -97,7 +97,7 @@ def main() -> None:
     )
     print(
         "| rows | form | bytes a row | GB an epoch | M rows/s written | M rows/s read "
-        "| s between epochs | MB resident |"
+        "| s between epochs | MB of RAM added |"
     )
     print("| ---: | --- " + "| ---: " * 6 + "|")
     for rows in args.rows:

@@ -93,3 +93,21 @@ def test_the_step_and_log_that_failed_are_named(tmp_path):
 def test_train_and_test_come_together(tmp_path):
     done = run("--train", "voc:somewhere:train")
     assert done.returncode == 2 and "--train and --test together" in done.stderr
+
+
+def test_files_that_the_demo_did_not_make_are_not_deleted(tmp_path):
+    mine = tmp_path / "pskd" / "loss.py"
+    mine.parent.mkdir()
+    mine.write_text("mine")
+    done = run("--num-train", 8, "--num-test", 4, "--out", tmp_path)
+    assert done.returncode == 1 and f"{mine.parent}: expected a folder that the demo made" in (
+        done.stderr
+    )
+    assert mine.read_text() == "mine" and list(tmp_path.iterdir()) == [mine.parent]
+
+
+def test_a_detectron2_that_does_not_load_is_not_used(monkeypatch):
+    from demo import detection
+
+    monkeypatch.setitem(sys.modules, "detectron2", None)
+    assert detection.default_framework() == "torchvision"
