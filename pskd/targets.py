@@ -31,12 +31,15 @@ class TopK(NamedTuple):
     probs: Tensor
 
     @classmethod
-    def from_logits(cls, logits: Tensor, k: int) -> TopK:
-        """Return the k largest of ``softmax(logits)``, of (N, C) logits, in falling order."""
+    def from_logits(cls, logits: Tensor, k: int, *, logsumexp: Tensor | None = None) -> TopK:
+        """Return the k largest of ``softmax(logits)``, of (N, C) logits, in falling order.
+
+        ``logsumexp`` is the (N,) ``logits.logsumexp(dim=1)``, for whom it is known already.
+        """
         values, indices = logits.topk(k, dim=1)
-        return cls(
-            indices, (_upcast(values) - _upcast(logits).logsumexp(dim=1, keepdim=True)).exp()
-        )
+        if logsumexp is None:
+            logsumexp = _upcast(logits).logsumexp(dim=1)
+        return cls(indices, (_upcast(values) - logsumexp[:, None]).exp())
 
     def tail(self, num_classes: int) -> Tensor:
         """Return the (N,) float32 or float64 probability of each class that is not listed."""

@@ -257,3 +257,5 @@ def test_top_k_of_logits_is_that_of_their_softmax():
     torch.testing.assert_close(top.probs, probs)
     torch.testing.assert_close(TopK.from_logits(logits, 9).dense(9), logits.softmax(dim=1))
     assert TopK.from_logits(logits.half(), 3).probs.dtype == torch.float32
+    known = TopK.from_logits(logits, 3, logsumexp=logits.logsumexp(dim=1))
+    assert torch.equal(known.probs, top.probs)

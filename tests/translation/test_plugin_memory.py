@@ -18,8 +18,8 @@ from conftest import (  # noqa: E402
     same,
 )
 
-# The 40 words of the toy corpus and fairseq's four: the past is kept whole.
-MEMORY = ["--pskd-teacher", "memory", "--pskd-top-k", "44", "--max-epoch", str(EPOCHS)]
+# The toy corpus's 40 words, fairseq's four and its filling to a multiple of 8: the past is whole.
+MEMORY = ["--pskd-teacher", "memory", "--pskd-top-k", "48", "--max-epoch", str(EPOCHS)]
 SAVES = ["--save-interval-updates", "4"]
 
 
@@ -45,6 +45,7 @@ def runs(fairseq, whole):
             "memory_late", *MEMORY, "--pskd-start-epoch", "3", "--pskd-skip-wrong-teacher"
         ),
         "shards": fairseq.start("memory_shards", *sharded),
+        "few": fairseq.start("memory_few", *MEMORY, "--pskd-top-k", "3"),
         "prefix": fairseq.start("memory_prefix", *MEMORY, "--ignore-prefix-size", "1"),
     }
 
@@ -55,6 +56,7 @@ def test_the_teachers_nll_is_that_of_the_last_epoch(whole):
     assert teacher == pytest.approx(nll[:-1], abs=1e-2)
     assert whole.column("alpha") == pytest.approx([0.0, 0.35, 0.525, 0.7], abs=1e-4)
     assert whole.column("teacher_coverage") == [1.0] * (EPOCHS - 1)
+    assert whole.column("top_k_mass") == pytest.approx([1.0] * (EPOCHS - 1), abs=1e-3)
 
 
 def test_only_the_files_that_a_resume_may_need_are_left(whole):
@@ -87,6 +89,12 @@ def test_a_teacher_may_start_late_and_be_believed_only_where_it_is_right(runs, w
     coverage = run.column("teacher_coverage")
     assert len(coverage) == 2 and all(0.0 < part < 1.0 for part in coverage)
     assert max(run.column("teacher_nll")) < min(whole.column("teacher_nll"))
+
+
+def test_the_mass_that_few_types_hold_is_logged(runs, straight):
+    mass = runs["few"].result().expect_success().column("top_k_mass")
+    assert len(mass) == EPOCHS - 1 and all(3 / 48 < part < 0.9 for part in mass)
+    assert straight.column("top_k_mass") == []  # a snapshot keeps all
 
 
 # ---- resume ------------------------------------------------------------------------------------

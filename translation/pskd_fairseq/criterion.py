@@ -158,9 +158,9 @@ class PSKDCriterion(LabelSmoothedCrossEntropyCriterion):
         if state.memory is not None:
             rows = self._token_rows(model, net_output, sample)
         past = self._past(sample, target, is_token, rows) if state.active else None
-        if state.records:
-            state.memory.write(rows[0], scores)
         if past is None:
+            if state.records:
+                state.memory.write(rows[0], scores)
             return super().compute_loss(model, net_output, sample, reduce=reduce)
         types = scores.size(-1)
         loss, stats = pskd_cross_entropy(
@@ -175,6 +175,9 @@ class PSKDCriterion(LabelSmoothedCrossEntropyCriterion):
             reduction="sum" if reduce else "none",
             return_stats=True,
         )
+        if state.records:
+            label = scores.detach().gather(1, target[:, None]).squeeze(1)
+            state.memory.write(rows[0], scores, stats.nll + label)
         self._step_statistics = _statistics(scores.detach(), past, is_token, stats, state.alpha)
         return (loss, stats.nll.sum()) if reduce else (loss[:, None], stats.nll[:, None])
 
@@ -247,6 +250,8 @@ class PSKDCriterion(LabelSmoothedCrossEntropyCriterion):
         metrics.log_scalar(
             "teacher_nll", total["pskd_teacher_nll"] / taught / math.log(2), taught, round=3
         )
+        if total["pskd_top_k_mass"] > 0:  # of a memory
+            metrics.log_scalar("top_k_mass", total["pskd_top_k_mass"] / taught, taught, round=4)
         compared = max(total["pskd_compared"], 1.0)
         metrics.log_scalar("teacher_agreement", total["pskd_agree"] / compared, compared, round=4)
         metrics.log_scalar(
@@ -259,6 +264,7 @@ _STATISTICS = (
     "pskd_alpha",
     "pskd_taught",
     "pskd_teacher_nll",
+    "pskd_top_k_mass",
     "pskd_compared",
     "pskd_agree",
     "pskd_student_error",
@@ -290,6 +296,12 @@ class _Past(NamedTuple):
         if self.top_k is not None:
             return self.top_k.indices[part, 0]
         return self.scores[part].argmax(1)
+
+    def listed_mass(self) -> Tensor:
+        """Return the sum over the tokens of the probability that the kept types hold."""
+        if self.top_k is None:
+            return self.taught.new_zeros((), dtype=torch.float32)
+        return (self.top_k.probs.sum(dim=1) * self.taught).sum()
 
 
 def _build_memory(cfg: PSKDCriterionConfig, task) -> TokenMemory:
@@ -328,6 +340,7 @@ def _statistics(
         "pskd_alpha": alpha * tokens,
         "pskd_taught": taught.sum(),
         "pskd_teacher_nll": -(teacher_at_label.log() * taught).sum(),
+        "pskd_top_k_mass": past.listed_mass(),
         "pskd_compared": taught[part].sum(),
         "pskd_agree": agree.sum(),
         "pskd_student_error": (student_error * taught).sum(),

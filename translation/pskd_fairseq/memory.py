@@ -95,9 +95,10 @@ class TokenMemory:
         past, seen = self._current.memory.read(rows)
         return past, seen & valid
 
-    def write(self, rows: Tensor, scores: Tensor) -> None:
+    def write(self, rows: Tensor, scores: Tensor, logsumexp: Tensor | None = None) -> None:
         """Keep the predictions of (N,) rows, the softmax of (N, V) scores, for the next epoch."""
-        self._current.memory.write(rows, TopK.from_logits(scores.detach(), self._top_k))
+        probs = TopK.from_logits(scores.detach(), self._top_k, logsumexp=logsumexp)
+        self._current.memory.write(rows, probs)
 
     def state_dict(self) -> dict[str, dict]:
         """Return what a checkpoint keeps; the predictions stay in their files."""
