@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Callable
 from typing import TypeVar
 
+import torch
 import torch.distributed as dist
+from torch import Tensor
 
-__all__ = ["barrier", "is_distributed", "is_first", "on_first_process"]
+__all__ = ["Machines", "barrier", "is_distributed", "is_first", "on_first_process"]
 
 Result = TypeVar("Result")
 
@@ -39,16 +42,77 @@ def on_first_process(function: Callable[[], Result]) -> Result:
     """
     if not is_distributed():
         return function()
-    result, error = None, None
-    if is_first():
-        try:
-            result = function()
-        except Exception as caught:
-            error = caught
-    told = [result, None if error is None else f"{type(error).__name__}: {error}"]
+    result, error = _attempt(function) if is_first() else (None, None)
+    told = [result, _message(error)]
     dist.broadcast_object_list(told, src=0)
     if error is not None:
         raise error
     if told[1] is not None:
         raise RuntimeError(f"the first process failed: {told[1]}")
     return told[0]
+
+
+class Machines:
+    """The machines that the processes run on, told apart by their host names.
+
+    Making one is a collective.
+
+    Attributes:
+        count: how many there are.
+        number: which one this is, from 0, in the order of ranks.
+        is_first: whether this process is the first of its machine.
+    """
+
+    def __init__(self) -> None:
+        self.count, self.number, self.is_first = 1, 0, True
+        if not is_distributed():
+            return
+        hosts: list[str] = [""] * dist.get_world_size()
+        dist.all_gather_object(hosts, socket.gethostname())
+        names = list(dict.fromkeys(hosts))
+        own = hosts[dist.get_rank()]
+        self.count, self.number = len(names), names.index(own)
+        self.is_first = hosts.index(own) == dist.get_rank()
+        if self.count > 1:  # gloo: what is exchanged lies in host memory
+            self._firsts = dist.new_group([hosts.index(name) for name in names], backend="gloo")
+
+    def on_each(self, function: Callable[[], None]) -> None:
+        """Call a function on the first process of each machine, and wait for all.
+
+        A collective, which raises everywhere what is raised anywhere.
+
+        Raises:
+            RuntimeError: on the other processes, with the message of the first error.
+        """
+        _, error = _attempt(function) if self.is_first else (None, None)
+        if is_distributed():
+            told: list[str | None] = [None] * dist.get_world_size()
+            dist.all_gather_object(told, _message(error))
+        if error is not None:
+            raise error
+        if is_distributed():
+            for rank, message in enumerate(told):
+                if message is not None:
+                    raise RuntimeError(f"process {rank} failed: {message}")
+
+    def all_gather(self, part: Tensor) -> list[Tensor]:
+        """Return each machine's (n, B) part, of any n; called by the first process of each."""
+        sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.count)]
+        dist.all_gather(sizes, torch.tensor([len(part)]), group=self._firsts)
+        counts = [int(size) for size in sizes]
+        padded = part.new_zeros(max(counts), part.size(1))
+        padded[: len(part)] = part
+        parts = [torch.empty_like(padded) for _ in counts]
+        dist.all_gather(parts, padded, group=self._firsts)
+        return [part[:count] for part, count in zip(parts, counts, strict=True)]
+
+
+def _attempt(function: Callable[[], Result]) -> tuple[Result | None, Exception | None]:
+    try:
+        return function(), None
+    except Exception as error:
+        return None, error
+
+
+def _message(error: Exception | None) -> str | None:
+    return None if error is None else f"{type(error).__name__}: {error}"

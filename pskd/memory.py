@@ -3,8 +3,8 @@
 Shapes: M rows in the memory, N rows of a call, C classes, k kept classes.
 
 A record is the k indices (none where all C classes are kept), the probabilities, and a byte that
-says whether the row was written. It is double-buffered by epoch: what is read is always what the
-last epoch wrote.
+says whether the row was written, here (1) or on another machine (2). It is double-buffered by
+epoch: what is read is always what the last epoch wrote.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pskd._distributed import barrier, is_distributed, on_first_process
+from pskd._distributed import Machines, barrier, is_distributed, on_first_process
 from pskd._table import PART, FileTable, MemoryTable, check_file, create_file, finish_file
 from pskd.targets import TopK
 
@@ -26,6 +26,9 @@ __all__ = ["PredictionMemory"]
 logger = logging.getLogger(__name__)
 
 _DTYPES = {"float16": torch.float16, "float32": torch.float32}
+# The last byte of a record; 0 is a row that nobody wrote.
+_WRITTEN_HERE, _WRITTEN_ELSEWHERE = 1, 2
+_EXCHANGE_BYTES = 1 << 24  # of each machine at a time
 _NAME = re.compile(r"epoch_(\d+)\.pskd")
 
 
@@ -43,8 +46,9 @@ class PredictionMemory:
 
     In RAM it serves one process. With ``path`` it is a file an epoch, mapped into memory, that all
     processes of a machine read and write; then all of them make it, and call `next_epoch` and
-    `load_state_dict` together. A file takes its final name when its epoch is complete, and is kept
-    for as long as the last `state_dict` needs it.
+    `load_state_dict` together. Several machines have a file each, in ``path/machine_0`` and so on,
+    and exchange their rows in `next_epoch`. A file takes its final name when its epoch is complete,
+    and is kept for as long as the first process's last `state_dict` needs it.
 
     Args:
         num_rows: M; rows are numbered from 0.
@@ -90,6 +94,7 @@ class PredictionMemory:
         self._width = num_classes if top_k is None else top_k
         self._index_dtype = torch.uint8 if top_k is None else _index_dtype(num_classes)
         self._run: str | None = None
+        self._machines: Machines | None = None  # known when the processes first meet
         self._past: MemoryTable | FileTable | None = None
         self._present: MemoryTable | FileTable | None = None
         self._saved_epoch: int | None = None
@@ -112,13 +117,18 @@ class PredictionMemory:
             self._past, self._present = self._present, self._new_table()
             self.epoch += 1
             return
+        machines = self._meet()
         if self.epoch == 0:
             self._run = on_first_process(lambda: secrets.token_hex(8))
         if self._present is not None:
             self._present.flush()
-        barrier()  # everybody has written
+            barrier()  # everybody has written
+            if machines.count > 1:
+                machines.on_each(self._exchange)
         self._close_tables()
-        on_first_process(self._turn_files)
+        # A framework asks the first process alone for its state.
+        saved = on_first_process(lambda: self._saved_epoch)
+        machines.on_each(lambda: self._turn_files(saved))
         self.epoch += 1
         self._past = self._open(self._file(self.epoch - 1)) if self.epoch > 1 else None
         self._present = self._open(self._part(self.epoch))
@@ -197,6 +207,8 @@ class PredictionMemory:
         if not isinstance(state, dict) or not {"header", "epoch"} <= state.keys():
             got = sorted(state) if isinstance(state, dict) else type(state).__name__
             raise ValueError(f"expected a memory's state with 'header' and 'epoch', got {got}")
+        if self.path is not None:
+            self._meet()
         run = state["header"].get("run")
         for key, value in (self._header() | {"run": run}).items():
             if state["header"].get(key) != value:
@@ -209,12 +221,12 @@ class PredictionMemory:
         epoch, before = state["epoch"], self._run
         self._run = run
         try:
-            on_first_process(lambda: self._check_files(epoch))
+            self._machines.on_each(lambda: self._check_files(epoch))
         except Exception:
             self._run = before
             raise
         self._close_tables()
-        on_first_process(lambda: self._reopen_part(epoch))
+        self._machines.on_each(lambda: self._reopen_part(epoch))
         self.epoch = self._saved_epoch = epoch
         self._past = self._open(self._file(epoch - 1)) if epoch > 1 else None
         self._present = self._open(self._part(epoch)) if epoch else None
@@ -309,13 +321,24 @@ class PredictionMemory:
             "dtype": str(self.dtype).removeprefix("torch."),
             "fingerprint": self.fingerprint,
             "run": self._run,
+            "machines": 1 if self._machines is None else self._machines.count,
         }
 
+    def _meet(self) -> Machines:
+        """Find the machines that the processes run on; a collective, once."""
+        if self._machines is None:
+            self._machines = Machines()
+        return self._machines
+
+    def _folder(self) -> Path:
+        is_alone = self._machines is None or self._machines.count == 1
+        return self.path if is_alone else self.path / f"machine_{self._machines.number}"
+
     def _file(self, epoch: int) -> Path:
-        return self.path / f"epoch_{epoch:05d}.pskd"
+        return self._folder() / f"epoch_{epoch:05d}.pskd"
 
     def _part(self, epoch: int) -> Path:
-        return self.path / f"epoch_{epoch:05d}.pskd{PART}"
+        return self._folder() / f"epoch_{epoch:05d}.pskd{PART}"
 
     def _new_table(self) -> MemoryTable:
         return MemoryTable(self.num_rows, self.bytes_per_row, self._device)
@@ -329,14 +352,32 @@ class PredictionMemory:
                 table.close()
         self._past = self._present = None
 
-    def _turn_files(self) -> None:
+    def _exchange(self) -> None:
+        """Give each machine the rows that the others wrote.
+
+        A row that several wrote is the last machine's everywhere. A received row is marked, so that
+        after a resume it is not sent back over what its own machine has written since.
+        """
+        table, step = self._present, max(1, _EXCHANGE_BYTES // self.bytes_per_row)
+        for start in range(0, self.num_rows, step):
+            part = table.records[start : start + step]
+            rows = (part[:, -1] == _WRITTEN_HERE).nonzero()
+            sent = torch.cat([_view(rows.int(), torch.uint8), part[rows[:, 0]]], dim=1)
+            for machine, received in enumerate(self._machines.all_gather(sent)):
+                if machine != self._machines.number:
+                    received[:, -1] = _WRITTEN_ELSEWHERE
+                part[_view(received[:, :4], torch.int32)[:, 0].long()] = received[:, 4:]
+            table.touched(step)
+        table.flush()
+
+    def _turn_files(self, saved_epoch: int | None) -> None:
         """Complete this epoch's file, make the next one's, and delete what nobody needs."""
         if self.epoch:
             finish_file(self._part(self.epoch), self._file(self.epoch))
         header = self._header() | {"epoch": self.epoch + 1}
         create_file(self._part(self.epoch + 1), header, self.num_rows, self.bytes_per_row)
-        needed = self.epoch if self._saved_epoch is None else self._saved_epoch - 1
-        for file in self.path.iterdir():
+        needed = self.epoch if saved_epoch is None else saved_epoch - 1
+        for file in self._folder().iterdir():
             name = _NAME.fullmatch(file.name)
             if name and int(name[1]) < min(needed, self.epoch):
                 file.unlink()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import multiprocessing
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ from hypothesis import strategies as st
 
 import pskd
 from pskd import _table
+from pskd import memory as memory_py
 
 FORMS = [None, 1, 3, 7]  # k of 7 classes
 M, C = 20, 7
@@ -385,6 +387,7 @@ def test_room_is_taken_before_an_epoch_begins(tmp_path):
 RESIDENT = """
 import resource, sys, torch, pskd
 from pskd import _table
+from pskd import memory as memory_py
 torch.set_num_threads(1)
 _table._RESIDENT_BYTES = int(sys.argv[2])
 memory = pskd.PredictionMemory(500_000, 1000, top_k=16, path=sys.argv[1])
@@ -416,36 +419,55 @@ def test_resident_memory_does_not_grow_with_the_rows_of_a_file(tmp_path):
 # ---- processes ---------------------------------------------------------------------------------
 
 
-def one_process(rank: int, size: int, folder: Path) -> None:
+def one_process(rank: int, size: int, hosts: int, folder: Path) -> None:
+    host = f"host{rank * hosts // size}"
+    socket.gethostname = lambda: host
     dist.init_process_group(
         "gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=size
     )
-    memory = pskd.PredictionMemory(M, C, top_k=3, path=folder / "memory")
+    memory_py._EXCHANGE_BYTES = 100  # several exchanges an epoch
+    path = folder / "memory" / (host if hosts > 1 else "")  # a disk of its own
+    memory = pskd.PredictionMemory(M, C, top_k=3, path=path)
     for epoch in (1, 2, 3):
         memory.next_epoch()
         shift = epoch  # another process has the row in every epoch
-        rows = torch.arange(M)[(torch.arange(M) + shift) % size == rank]
+        rows = torch.arange(M - 1)[(torch.arange(M - 1) + shift) % size == rank]
         memory.write(rows, predictions(M, seed=epoch)[rows])
         if epoch == 2:
-            state = memory.state_dict()
-            dist.barrier()
+            state = memory.state_dict() if rank == 0 else None
+            # Past the epoch's end, and back to where the state was saved.
+            memory.next_epoch()
+            memory.write(rows, predictions(M, seed=9)[rows])
             memory.close()
-            memory = pskd.PredictionMemory(M, C, top_k=3, path=folder / "memory")
-            memory.load_state_dict(state)
+            memory = pskd.PredictionMemory(M, C, top_k=3, path=path)
+            told = [state]
+            dist.broadcast_object_list(told, src=0)
+            memory.load_state_dict(state := told[0])
+            other = torch.arange(M - 1)[(torch.arange(M - 1) + shift + 1) % size == rank]
+            memory.write(other, predictions(M, seed=2)[other])
     past, seen = memory.read(torch.arange(M))
     torch.save((past, seen), folder / f"read_{rank}.pt")
     try:
-        pskd.PredictionMemory(M, C, path=folder / "memory").load_state_dict(state)
+        pskd.PredictionMemory(M, C, path=path).load_state_dict(state)
     except (ValueError, RuntimeError) as error:
         (folder / f"error_{rank}").write_text(str(error))
+    if rank == size - 1:
+        for file in path.glob("**/epoch_00002.pskd"):
+            file.unlink()
+    dist.barrier()
+    try:
+        memory.load_state_dict(memory.state_dict())
+    except (ValueError, RuntimeError) as error:
+        (folder / f"missing_{rank}").write_text(str(error))
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("size", [2, 4])
-def test_processes_read_what_one_process_would(size, tmp_path):
+@pytest.mark.parametrize(("size", "hosts"), [(2, 1), (4, 1), (4, 2), (3, 3)])
+def test_processes_read_what_one_process_would(size, hosts, tmp_path):
     context = multiprocessing.get_context("spawn")
     processes = [
-        context.Process(target=one_process, args=(rank, size, tmp_path)) for rank in range(size)
+        context.Process(target=one_process, args=(rank, size, hosts, tmp_path))
+        for rank in range(size)
     ]
     for process in processes:
         process.start()
@@ -455,13 +477,25 @@ def test_processes_read_what_one_process_would(size, tmp_path):
     alone = pskd.PredictionMemory(M, C, top_k=3)
     for epoch in (1, 2, 3):
         alone.next_epoch()
-        alone.write(torch.arange(M), predictions(M, seed=epoch))
-    expected, _ = alone.read(torch.arange(M))
+        alone.write(torch.arange(M - 1), predictions(M, seed=epoch)[: M - 1])
+    expected, expected_seen = alone.read(torch.arange(M))
     for rank in range(size):
         past, seen = torch.load(tmp_path / f"read_{rank}.pt", weights_only=False)
-        assert seen.all()
+        assert torch.equal(seen, expected_seen) and not seen[-1]
         assert torch.equal(past[0], expected.indices) and torch.equal(past[1], expected.probs)
         assert "expected top_k None, got 3" in (tmp_path / f"error_{rank}").read_text()
+        missing = (tmp_path / f"missing_{rank}").read_text()
+        assert "expected the predictions of epoch 2, got none" in missing
+    folders = {path.parent for path in tmp_path.glob("memory/**/epoch_00003.pskd.part")}
+    assert len(folders) == hosts
+
+
+@pytest.mark.parametrize("machines", [2, None])
+def test_the_state_of_another_number_of_machines_is_refused(machines, tmp_path):
+    state, _ = saved(tmp_path)
+    state["header"]["machines"] = machines
+    with pytest.raises(ValueError, match=f"memory: expected machines 1, got {machines}"):
+        resume(tmp_path, state)
 
 
 # ---- bad input ---------------------------------------------------------------------------------

@@ -54,6 +54,11 @@ TRAINING = (
     "--required-batch-size-multiple 1 --num-workers 0 --cpu --no-progress-bar --log-format json "
     "--log-interval 1"
 ).split()
+ON_HOST = """
+import runpy, socket
+socket.gethostname = lambda: "{}"
+runpy.run_module("fairseq_cli.train", run_name="__main__")
+"""
 PSKD = ["--criterion", "pskd", "--user-dir", str(PLUGIN)]
 STOCK = ["--criterion", "label_smoothed_cross_entropy"]
 
@@ -204,8 +209,11 @@ class Fairseq:
             **options,
         )
 
-    def train_ranks(self, name: str, *flags: str, ranks: int = 2) -> list[Run]:
-        """Train in several processes that reduce gradients by gloo, as fairseq allows on a CPU."""
+    def train_ranks(self, name: str, *flags: str, ranks: int = 2, machines: int = 1) -> list[Run]:
+        """Train in several processes that reduce gradients by gloo, as fairseq allows on a CPU.
+
+        Of several machines each has the same number of processes and a host name.
+        """
         meeting = self.folder / f"{name}.rendezvous"
         meeting.unlink(missing_ok=True)
         world = (
@@ -215,8 +223,8 @@ class Fairseq:
         processes = [
             self.popen(
                 PYTHON
-                + ["-m", "fairseq_cli.train", *self.train_flags(name, *flags, *world)]
-                + ["--distributed-rank", str(rank)]
+                + ["-c", ON_HOST.format(f"host{rank * machines // ranks}")]
+                + self.train_flags(name, *flags, *world, "--distributed-rank", str(rank))
             )
             for rank in range(ranks)
         ]

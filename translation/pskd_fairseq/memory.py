@@ -9,13 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import socket
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from pskd import PredictionMemory, TopK
@@ -122,7 +120,6 @@ class TokenMemory:
             path=Path(self._folder) / f"shard_{index}",
             fingerprint=hashlib.sha256(sizes.tobytes()).hexdigest()[:16],
         )
-        _check_one_machine()
         shard = _Shard(memory, starts)
         restored = self._restored.pop(str(index), None)
         if restored is not None:
@@ -157,15 +154,3 @@ def _target_sizes(dataset) -> np.ndarray:
             f"{type(dataset).__name__}; --pskd-teacher snapshot takes any"
         )
     return np.asarray(sizes, dtype=np.int64)
-
-
-def _check_one_machine() -> None:
-    if not (dist.is_available() and dist.is_initialized()):
-        return
-    names: list = [None] * dist.get_world_size()
-    dist.all_gather_object(names, socket.gethostname())
-    if len(set(names)) > 1:
-        raise ValueError(
-            "--pskd-teacher memory: its file is shared by the processes of one machine, got "
-            f"processes on {sorted(set(names))}; expected --pskd-teacher snapshot there"
-        )
