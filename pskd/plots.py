@@ -11,7 +11,7 @@ import itertools
 import math
 import os
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["reliability_diagram", "risk_coverage_plot"]
+__all__ = ["epoch_plot", "reliability_diagram", "risk_coverage_plot"]
 
 Runs = Mapping[str, tuple[Array, Array]]
 
@@ -288,4 +288,52 @@ def risk_coverage_plot(runs: Runs, path: str | os.PathLike[str]) -> Path:
         loc="outside lower center", fontsize=9, labelcolor=_INK, frameon=False
     )
     _literal(figure_legend.get_texts())
+    return _save(figure, path)
+
+
+#: What `epoch_plot` draws of a record, and how it is called.
+_EPOCH_CURVES = {
+    "alpha": "alpha, weight of the teacher",
+    "teacher_agreement": "teacher agreement",
+    "gradient_rescaling": "gradient rescaling, all rows",
+    "gradient_rescaling_hard": "gradient rescaling, rows the teacher had wrong",
+}
+
+
+def epoch_plot(records: Sequence[Mapping[str, float]], path: str | os.PathLike[str]) -> Path:
+    """Draw what PS-KD did in each epoch of a run: alpha, teacher agreement, gradient rescaling.
+
+    Args:
+        records: one an epoch, with ``epoch`` and any of ``alpha``, ``teacher_agreement``,
+            ``gradient_rescaling`` and ``gradient_rescaling_hard``; an epoch without a teacher has
+            only some of them.
+        path: where to write; the suffix (.png, .pdf, .svg) is the format.
+
+    Returns:
+        ``path``.
+
+    Raises:
+        ImportError: matplotlib is missing.
+        ValueError: no record has a quantity to draw, or a suffix that matplotlib cannot write.
+
+    Source: Kim et al. 2021, section 3.2, whose factor the rescaling is.
+    """
+    curves = {
+        name: [(record["epoch"], record[name]) for record in records if name in record]
+        for name in _EPOCH_CURVES
+    }
+    if not any(curves.values()):
+        raise ValueError(f"records: expected an epoch with one of {list(curves)}, got none")
+    figure = _new_figure(6.4, 4.8)
+    axes = figure.add_subplot()
+    for (name, points), color in zip(curves.items(), _RUN_COLORS, strict=False):
+        if points:
+            look = {"color": color, "linewidth": 1.8, "marker": "o", "markersize": 3}
+            axes.plot(*zip(*points, strict=True), label=_EPOCH_CURVES[name], **look)
+    axes.set_xlabel("epoch", color=_INK)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.set_ylim(top=1.0)
+    _style(axes)
+    place = {"loc": "outside lower center", "ncols": 2}
+    figure.legend(fontsize=9, labelcolor=_INK, frameon=False, **place)
     return _save(figure, path)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from pskd.calibration import aurc, excess_aurc, reliability_bins
-from pskd.plots import reliability_diagram, risk_coverage_plot
+from pskd.plots import epoch_plot, reliability_diagram, risk_coverage_plot
 
 pytest.importorskip("matplotlib", reason="needs matplotlib: pip install 'pskd[plots]'")
 
@@ -166,3 +166,21 @@ def test_importing_the_module_does_not_import_matplotlib(monkeypatch):
 def test_pyplot_is_never_imported(plot, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
     assert plot({"run": run(0, 50)}, tmp_path / "plot.png").exists()
+
+
+def test_epochs_are_drawn_as_far_as_they_have_a_teacher(texts, tmp_path):
+    records = [
+        {"epoch": 1, "alpha": 0.0},
+        {"epoch": 2, "alpha": 0.35, "teacher_agreement": 0.6, "gradient_rescaling": 0.7},
+        {"epoch": 3, "alpha": 0.7, "teacher_agreement": 0.8, "gradient_rescaling": -0.2},
+    ]
+    assert epoch_plot(records, tmp_path / "epochs.svg").exists()
+    assert {"epoch", "teacher agreement", "gradient rescaling, all rows"} <= set(texts)
+    assert not any("had wrong" in text for text in texts)
+
+
+@pytest.mark.parametrize("records", [[], [{"epoch": 1, "loss": 2.0}]])
+def test_epochs_without_anything_to_draw_are_refused(records, tmp_path):
+    with pytest.raises(ValueError, match="expected an epoch with one of .*'alpha'"):
+        epoch_plot(records, tmp_path / "epochs.png")
+    assert not list(tmp_path.iterdir())

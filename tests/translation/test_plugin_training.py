@@ -247,7 +247,8 @@ def test_a_student_that_is_its_teacher_logs_its_own_hard_nll(variants):
         assert line["train_nll_loss"] == line["train_teacher_nll"]
         assert float(line["train_teacher_agreement"]) == 1.0
         rescaling = 1.0 - float(line["train_alpha"])
-        assert float(line["train_gradient_rescaling"]) == pytest.approx(rescaling, abs=1.5e-4)
+        for name in ("train_gradient_rescaling", "train_gradient_rescaling_hard"):
+            assert float(line[name]) == pytest.approx(rescaling, abs=1.5e-4)
 
 
 def test_a_student_without_any_error_is_logged():
@@ -255,7 +256,8 @@ def test_a_student_without_any_error_is_logged():
     log = dict(
         loss=2.0, nll_loss=0.0, ntokens=4, sample_size=4, pskd_tokens=4.0, pskd_alpha=2.0,
         pskd_taught=4.0, pskd_teacher_nll=0.1, pskd_compared=1.0, pskd_agree=1.0,
-        pskd_student_error=0.0, pskd_teacher_error=0.0,
+        pskd_student_error=0.0, pskd_teacher_error=0.0, pskd_top_k_mass=0.0,
+        pskd_hard_student_error=0.0, pskd_hard_teacher_error=0.0,
     )  # fmt: skip
     with metrics.aggregate(new_root=True) as logged:
         PSKDCriterion.reduce_metrics([log])

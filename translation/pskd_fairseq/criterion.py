@@ -178,7 +178,9 @@ class PSKDCriterion(LabelSmoothedCrossEntropyCriterion):
         if state.records:
             label = scores.detach().gather(1, target[:, None]).squeeze(1)
             state.memory.write(rows[0], scores, stats.nll + label)
-        self._step_statistics = _statistics(scores.detach(), past, is_token, stats, state.alpha)
+        self._step_statistics = _statistics(
+            scores.detach(), target, past, is_token, stats, state.alpha
+        )
         return (loss, stats.nll.sum()) if reduce else (loss[:, None], stats.nll[:, None])
 
     def _token_rows(self, model, net_output, sample) -> tuple[Tensor, Tensor]:
@@ -257,6 +259,10 @@ class PSKDCriterion(LabelSmoothedCrossEntropyCriterion):
         metrics.log_scalar(
             "gradient_rescaling", 1.0 - total["pskd_teacher_error"] / error, error, round=4
         )
+        hard = total["pskd_hard_student_error"]
+        if hard > 0:
+            rescaling = 1.0 - total["pskd_hard_teacher_error"] / hard
+            metrics.log_scalar("gradient_rescaling_hard", rescaling, hard, round=4)
 
 
 _STATISTICS = (
@@ -269,6 +275,8 @@ _STATISTICS = (
     "pskd_agree",
     "pskd_student_error",
     "pskd_teacher_error",
+    "pskd_hard_student_error",
+    "pskd_hard_teacher_error",
 )
 
 
@@ -314,15 +322,22 @@ def _build_memory(cfg: PSKDCriterionConfig, task) -> TokenMemory:
 
 
 def _statistics(
-    scores: Tensor, past: _Past, is_token: Tensor, stats: PSKDStats, alpha: float
+    scores: Tensor,
+    target: Tensor,
+    past: _Past,
+    is_token: Tensor,
+    stats: PSKDStats,
+    alpha: float,
 ) -> dict[str, Tensor]:
     """Return what one step adds to the log, as sums over tokens, so that ranks can be summed.
 
     The mean gradient rescaling weights each token by its plain gradient on the label's logit,
-    1 - p[y]: the factor itself divides by it and has no finite mean over well-learned tokens.
+    1 - p[y]: the factor itself divides by it and has no finite mean over well-learned tokens. Hard
+    tokens are those on which the teacher preferred another type than the label.
 
     Args:
         scores: (N, V) the student's scores.
+        target: (N,) labels.
         past: what the teacher says.
         is_token: (N,) False in padding.
         stats: what the loss says of each row.
@@ -333,8 +348,11 @@ def _statistics(
     teacher_at_label = stats.teacher_probs_at_label.clamp_min(torch.finfo(torch.float32).tiny)
     # Finding the largest of V scores costs as much as a softmax: every eighth token tells enough.
     part = slice(None, None, 8)
-    agree = (scores[part].argmax(1) == past.preferred(part)) & taught[part]
+    preferred = past.preferred(part)
+    agree = (scores[part].argmax(1) == preferred) & taught[part]
+    hard = (preferred != target[part]) & taught[part]
     student_error = 1.0 - stats.nll.neg().exp()
+    teacher_error = alpha * (1.0 - teacher_at_label)
     sums = {
         "pskd_tokens": tokens,
         "pskd_alpha": alpha * tokens,
@@ -344,7 +362,9 @@ def _statistics(
         "pskd_compared": taught[part].sum(),
         "pskd_agree": agree.sum(),
         "pskd_student_error": (student_error * taught).sum(),
-        "pskd_teacher_error": alpha * ((1.0 - teacher_at_label) * taught).sum(),
+        "pskd_teacher_error": (teacher_error * taught).sum(),
+        "pskd_hard_student_error": (student_error[part] * hard).sum(),
+        "pskd_hard_teacher_error": (teacher_error[part] * hard).sum(),
     }
     return {key: sums[key].float() for key in _STATISTICS}
 

@@ -1,0 +1,113 @@
+"""The recipes in configs/translation: fairseq takes every flag, and PS-KD's are the baseline's."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("fairseq", reason="needs fairseq: pip install 'pskd[translation]'")
+
+from conftest import PLUGIN, ROOT  # noqa: E402
+from fairseq import options  # noqa: E402
+from plot_epochs import epoch_records  # noqa: E402
+
+RECIPES = ROOT / "configs" / "translation"
+BASELINES = sorted(
+    path.name for path in RECIPES.glob("*.sh")
+    if not path.stem.endswith("_pskd") and path.name != "iwslt_text.sh"
+)  # fmt: skip
+
+
+def flags_of(recipe: str, folder: Path, *more: str) -> list[str]:
+    """Return what a recipe gives to fairseq-train, which is not run."""
+    tool = folder / "fairseq-train"
+    tool.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    tool.chmod(0o755)
+    path = f"{folder}{os.pathsep}{os.environ['PATH']}"
+    line = [str(RECIPES / recipe), "DATA", "SAVE_DIR", *more]
+    done = subprocess.run(
+        line, env=os.environ | {"PATH": path}, capture_output=True, text=True, check=True
+    )
+    return done.stdout.splitlines()
+
+
+def parsed(flags: list[str]) -> dict:
+    return vars(options.parse_args_and_arch(options.get_training_parser(), input_args=flags))
+
+
+@pytest.mark.parametrize("recipe", BASELINES)
+def test_the_recipe_with_pskd_is_a_small_change_of_its_baseline(recipe, tmp_path):
+    baseline = parsed(flags_of(recipe, tmp_path, "--label-smoothing", "0.2"))
+    assert baseline["criterion"] == "label_smoothed_cross_entropy"
+    assert baseline["label_smoothing"] == 0.2, "the last flag wins"
+    changed = parsed(flags_of(recipe.replace(".sh", "_pskd.sh"), tmp_path, "--pskd-top-k", "5"))
+    assert changed["criterion"] == "pskd" and changed["pskd_top_k"] == 5
+    differing = {
+        key for key in changed if not key.startswith("pskd") and baseline.get(key) != changed[key]
+    }
+    assert differing == {"criterion", "user_dir", "label_smoothing"}
+
+
+def test_the_recipe_for_hydra_trains(fairseq):
+    """With the sizes of a toy."""
+    side = {"embed_dim": 32, "ffn_embed_dim": 64, "layers": 1, "attention_heads": 2}
+    small = [f"model.{part}.{key}={size}" for part in ("encoder", "decoder")
+             for key, size in side.items()]  # fmt: skip
+    run = fairseq.forked(
+        "hydra_train", "--config-dir", str(RECIPES / "hydra"), "--config-name", "iwslt_pskd",
+        f"common.user_dir={PLUGIN}", f"task.data={fairseq.data}",
+        f"checkpoint.save_dir={fairseq.folder / 'recipe'}",
+        f"hydra.run.dir={fairseq.folder / 'recipe_output'}", *small,
+        "model.share_all_embeddings=false", "common.cpu=true", "common.log_format=json",
+        "dataset.max_tokens=100", "dataset.num_workers=0", "optimization.max_epoch=2",
+        name="recipe",
+    ).expect_success()  # fmt: skip
+    assert run.column("alpha") == [0.0, 0.7]
+    assert run.column("teacher_coverage") == [1.0]
+    assert (run.save_dir / "pskd_memory" / "shard_0" / "epoch_00001.pskd").exists()
+
+
+def test_the_text_of_a_ted_release(tmp_path):
+    for language in ("en", "de"):
+        (tmp_path / f"train.tags.en-de.{language}").write_text(
+            f"<url>http://x</url>\n<title>T</title>\n  one {language} \n"
+            "<keywords>a</keywords>\n2 < 3\n"
+        )
+        for part in ("dev2010", "tst2010", "tst2012"):
+            (tmp_path / f"IWSLT15.TED.{part}.en-de.{language}.xml").write_text(
+                f'<doc docid="1">\n<talkid>1</talkid>\n<seg id="1"> {part} {language} 1 </seg>\n'
+                f'  <seg id="2">{part} &amp; 2</seg>\n</doc>\n'
+            )
+    recipe = [str(RECIPES / "iwslt_text.sh"), str(tmp_path), "en", "de", str(tmp_path / "out")]
+    subprocess.run(recipe, check=True)
+    text = {path.name: path.read_text() for path in (tmp_path / "out").iterdir()}
+    assert sorted(text) == ["test.de", "test.en", "train.de", "train.en", "valid.de", "valid.en"]
+    assert text["train.en"] == "one en\n2 < 3\n"
+    assert text["valid.de"] == "dev2010 de 1\ndev2010 &amp; 2\n"
+    assert text["test.en"] == "tst2010 en 1\ntst2010 &amp; 2\ntst2012 en 1\ntst2012 &amp; 2\n"
+
+
+@pytest.mark.parametrize("log_format", ["simple", "json"])
+def test_a_log_becomes_a_plot_of_its_epochs(fairseq, log_format):
+    run = fairseq.train(f"plotted_{log_format}", "--max-epoch", "3", "--log-format", log_format)
+    log = fairseq.folder / f"{log_format}.log"
+    log.write_text(run.expect_success().output)
+    records = epoch_records(log.read_text())
+    assert [record["alpha"] for record in records] == pytest.approx([0.0, 1.4 / 3, 0.7], abs=1e-4)
+    assert ["gradient_rescaling_hard" in record for record in records] == [False, True, True]
+    line = [sys.executable, str(ROOT / "translation" / "plot_epochs.py"), str(log), "--out"]
+    subprocess.run([*line, str(log.with_suffix(".png"))], check=True)
+    assert log.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_is_no_log_is_refused(tmp_path):
+    log = tmp_path / "no.log"
+    log.write_text("epoch 1\n")
+    line = [sys.executable, str(ROOT / "translation" / "plot_epochs.py"), str(log), "--out"]
+    done = subprocess.run([*line, str(tmp_path / "no.png")], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert f"{log}: records: expected an epoch with one of" in done.stderr
