@@ -1,9 +1,11 @@
-"""Seconds per update of PS-KD, with each teacher, over fairseq's own criterion, side by side.
+"""Seconds per update and peak memory of PS-KD, with each teacher, against fairseq's own criterion.
 
 One process, one model, one batch: the updates of the criterions alternate, so that a machine whose
 speed drifts slows all. An update is what fairseq's trainer does for one batch: forward, backward,
 step of the optimizer. The arithmetic limit of the snapshot is 1.33: it adds a forward to a forward
-and a backward of twice its cost. The memory adds none; its file lies in a temporary folder.
+and a backward of twice its cost. The memory adds none; its file lies in a temporary folder. Peak
+memory is that of a process of its own for each criterion: on a CPU what is resident beyond the
+imports (read from Linux's /proc), on a GPU what is allocated.
 
     python benchmarks/translation_step.py [--arch transformer_iwslt_de_en --vocabulary 10000]
 """
@@ -12,11 +14,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import platform
 import statistics
 import tempfile
 import time
 from argparse import Namespace
+from collections.abc import Iterable
 
 import torch
 from fairseq import models, options, tasks, utils
@@ -89,50 +93,80 @@ def made_batch(task, length: int, tokens: int) -> dict:
     }
 
 
-def time_update(task, model, criterion, optimizer, batch: dict) -> float:
-    """Return the seconds of one update."""
-    start = time.perf_counter()
-    criterion.train()
-    optimizer.zero_grad()
-    task.train_step(batch, model, criterion, optimizer, update_num=0)
-    optimizer.step()
-    if batch["target"].is_cuda:
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
+class Bench:
+    """One model and batch, and a criterion with its task for each of some names.
+
+    A criterion of PS-KD listens to its task. Each has trained an epoch, which its memory remembers.
+    """
+
+    def __init__(self, args: argparse.Namespace, names: Iterable[str], save_dir: str) -> None:
+        torch.manual_seed(1)
+        torch.set_num_threads(args.threads)
+        utils.import_user_module(Namespace(user_dir=args.user_dir))
+        configs = {name: training_config(args, CRITERIONS[name], save_dir) for name in names}
+        words = made_dictionary(args.vocabulary)
+        self.tasks = {
+            name: tasks.translation.TranslationTask(cfg.task, words, words)
+            for name, cfg in configs.items()
+        }
+        first = next(iter(configs))
+        self.device = torch.device("cuda" if torch.cuda.is_available() and not args.cpu else "cpu")
+        model = models.build_model(configs[first].model, self.tasks[first])
+        self.model = model.to(self.device)
+        batch = made_batch(self.tasks[first], args.length, args.tokens)
+        self.batch = utils.move_to_cuda(batch) if self.device.type == "cuda" else batch
+        self.optimizer = _Adam(self.model.parameters(), lr=1e-4)
+        self.criterions = {}
+        for name, task in self.tasks.items():
+            task.datasets["train"] = Sentences(len(batch["id"]), args.length)
+            self.criterions[name] = task.build_criterion(configs[name].criterion)
+            task.begin_epoch(1, self.model)
+            self.update(name)
+            task.begin_epoch(2, self.model)
+
+    def update(self, name: str) -> float:
+        """Return the seconds of one update."""
+        start = time.perf_counter()
+        criterion = self.criterions[name].train()
+        self.optimizer.zero_grad()
+        self.tasks[name].train_step(self.batch, self.model, criterion, self.optimizer, update_num=0)
+        self.optimizer.step()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+
+def peak_bytes(args: argparse.Namespace, name: str) -> int:
+    """Return the peak memory that this process adds to its imports in updates with a criterion."""
+    imported = memory_bytes("VmRSS")
+    with tempfile.TemporaryDirectory() as save_dir:
+        bench = Bench(args, [name], save_dir)
+        for _ in range(3):
+            bench.update(name)
+    if bench.device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return memory_bytes("VmHWM") - imported
+
+
+def memory_bytes(name: str) -> int:
+    """Return one of Linux's figures of this process; getrusage's would have the parent's peak."""
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) * 1024 for line in status if line.startswith(name))
 
 
 def run(args: argparse.Namespace, save_dir: str) -> dict:
-    torch.manual_seed(1)
-    utils.import_user_module(Namespace(user_dir=args.user_dir))
-    configs = {name: training_config(args, flags, save_dir) for name, flags in CRITERIONS.items()}
-    words = made_dictionary(args.vocabulary)
-    jobs = {  # a task each, since a criterion of PS-KD listens to its task
-        name: tasks.translation.TranslationTask(cfg.task, words, words)
-        for name, cfg in configs.items()
-    }
-    device = torch.device("cuda" if torch.cuda.is_available() and not args.cpu else "cpu")
-    model = models.build_model(configs["stock"].model, jobs["stock"]).to(device)
-    batch = made_batch(jobs["stock"], args.length, args.tokens)
-    batch = utils.move_to_cuda(batch) if device.type == "cuda" else batch
-    optimizer = _Adam(model.parameters(), lr=1e-4)
-    criterions = {}
-    for name, task in jobs.items():
-        task.datasets["train"] = Sentences(len(batch["id"]), args.length)
-        criterions[name] = task.build_criterion(configs[name].criterion)
-        task.begin_epoch(1, model)
-        time_update(task, model, criterions[name], optimizer, batch)  # what the memory remembers
-        task.begin_epoch(2, model)
-    seconds: dict[str, list[float]] = {name: [] for name in criterions}
+    bench = Bench(args, CRITERIONS, save_dir)
+    seconds: dict[str, list[float]] = {name: [] for name in CRITERIONS}
     for _ in range(args.warmup + args.updates):
-        for name, criterion in criterions.items():
-            seconds[name].append(time_update(jobs[name], model, criterion, optimizer, batch))
+        for name, times in seconds.items():
+            times.append(bench.update(name))
     seconds = {name: times[args.warmup :] for name, times in seconds.items()}
     result = {
-        "machine": f"{platform.machine()} {device}, {torch.get_num_threads()} thread(s)",
+        "machine": f"{platform.machine()} {bench.device}, {torch.get_num_threads()} thread(s)",
         "torch": torch.__version__,
         "arch": args.arch,
-        "vocabulary": len(words),
-        "tokens": batch["ntokens"],
+        "vocabulary": args.vocabulary,
+        "tokens": bench.batch["ntokens"],
         "updates": args.updates,
         "seconds": {name: statistics.median(times) for name, times in seconds.items()},
     }
@@ -140,6 +174,11 @@ def run(args: argparse.Namespace, save_dir: str) -> dict:
         ratios = [b / a for a, b in zip(seconds["stock"], seconds[name], strict=True)]
         result[f"{name}_ratio"] = statistics.median(ratios)
         result[f"{name}_ratio_quartiles"] = statistics.quantiles(ratios, n=4)[::2]
+    fresh = multiprocessing.get_context("spawn")
+    result["peak_mb"] = {}
+    for name in CRITERIONS:
+        with fresh.Pool(1) as process:
+            result["peak_mb"][name] = process.apply(peak_bytes, (args, name)) // 1_000_000
     return result
 
 
@@ -164,7 +203,6 @@ def main() -> None:
     parser.add_argument("--cpu", action="store_true", help="do not use a GPU")
     parser.add_argument("--user-dir", default="translation/pskd_fairseq")
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
     with tempfile.TemporaryDirectory() as save_dir:
         print(json.dumps(run(args, save_dir), indent=2))
 
