@@ -6,7 +6,6 @@ import socket
 from collections.abc import Callable
 from typing import TypeVar
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -85,26 +84,21 @@ class Machines:
             RuntimeError: on the other processes, with the message of the first error.
         """
         _, error = _attempt(function) if self.is_first else (None, None)
+        told = [_message(error)]
         if is_distributed():
-            told: list[str | None] = [None] * dist.get_world_size()
+            told *= dist.get_world_size()
             dist.all_gather_object(told, _message(error))
         if error is not None:
             raise error
-        if is_distributed():
-            for rank, message in enumerate(told):
-                if message is not None:
-                    raise RuntimeError(f"process {rank} failed: {message}")
+        for rank, message in enumerate(told):
+            if message is not None:
+                raise RuntimeError(f"process {rank} failed: {message}")
 
     def all_gather(self, part: Tensor) -> list[Tensor]:
-        """Return each machine's (n, B) part, of any n; called by the first process of each."""
-        sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.count)]
-        dist.all_gather(sizes, torch.tensor([len(part)]), group=self._firsts)
-        counts = [int(size) for size in sizes]
-        padded = part.new_zeros(max(counts), part.size(1))
-        padded[: len(part)] = part
-        parts = [torch.empty_like(padded) for _ in counts]
-        dist.all_gather(parts, padded, group=self._firsts)
-        return [part[:count] for part, count in zip(parts, counts, strict=True)]
+        """Return each machine's tensor, of any size; called by the first process of each."""
+        parts: list[Tensor] = [part] * self.count
+        dist.all_gather_object(parts, part, group=self._firsts)
+        return parts
 
 
 def _attempt(function: Callable[[], Result]) -> tuple[Result | None, Exception | None]:

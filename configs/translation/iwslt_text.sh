@@ -4,16 +4,19 @@
 #     configs/translation/iwslt_text.sh FOLDER SOURCE TARGET OUT
 #
 # writes OUT/train.SOURCE and .TARGET, OUT/valid.* (dev2010) and OUT/test.* (tst2010 to tst2013, those
-# that the release has).
+# that the release has). A line stays a line, empty ones too: the two languages go together by it.
 set -eu
 folder=$1 source=$2 target=$3 out=$4
 mkdir -p "$out"
 pair="$source-$target"
+# Titles, speakers and the like are lines of their own.
+tags='url|title|description|keywords|talkid|speaker|reviewer|translator|transcript|doc'
 for language in "$source" "$target"; do
-    # Titles, speakers and keywords are lines of their own, which begin with a tag.
-    grep -v '^<' "$folder/train.tags.$pair.$language" | sed 's/^ *//; s/ *$//' > "$out/train.$language"
+    sed -E "/^<\/?($tags)[ >]/d; s/^ +//; s/ +\$//" "$folder/train.tags.$pair.$language" \
+        > "$out/train.$language"
     for part in valid:dev2010 test:tst201[0-3]; do
-        cat "$folder"/IWSLT*.TED.${part#*:}."$pair.$language".xml \
-            | sed -n 's/^ *<seg id="[0-9]*"> *\(.*[^ ]\) *<\/seg> *$/\1/p' > "$out/${part%%:*}.$language"
+        # A name that matches no file is an error of sed.
+        sed -E -n '/^ *<seg /{s/^ *<seg [^>]*> *//; s/ *<\/seg> *$//; p;}' \
+            "$folder"/IWSLT*.TED.${part#*:}."$pair.$language".xml > "$out/${part%%:*}.$language"
     done
 done

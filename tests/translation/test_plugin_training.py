@@ -251,6 +251,33 @@ def test_a_student_that_is_its_teacher_logs_its_own_hard_nll(variants):
             assert float(line[name]) == pytest.approx(rescaling, abs=1.5e-4)
 
 
+def test_what_a_step_adds_to_the_log():
+    """Rows 0 and 8 are those of which the largest score is looked for."""
+    from pskd_fairseq.criterion import _Past, _statistics
+
+    from pskd import PSKDStats, TopK
+
+    target, probs = torch.zeros(16, dtype=torch.int64), torch.full((16, 2), 0.25)
+    indices = torch.tensor([[0, 1]]).repeat(16, 1)
+    indices[8] = torch.tensor([2, 0])  # the teacher had it wrong
+    is_token = torch.arange(16) < 12
+    taught = is_token & (torch.arange(16) != 1)
+    past = _Past(None, TopK(indices, probs), taught, 0.5 * taught)
+    student, teacher = torch.full((16,), 0.75), torch.full((16,), 0.5)
+    student[8], teacher[8] = 0.6, 0.2
+    scores = torch.zeros(16, 3)
+    scores[:, 0] = 1.0
+    sums = _statistics(scores, target, past, is_token, PSKDStats(-student.log(), teacher), 0.5)
+    assert {name: float(value) for name, value in sums.items()} == pytest.approx(
+        dict(
+            pskd_tokens=12, pskd_alpha=6, pskd_taught=11, pskd_top_k_mass=5.5,
+            pskd_teacher_nll=10 * math.log(2) + math.log(5), pskd_compared=2, pskd_agree=1,
+            pskd_student_error=10 * 0.25 + 0.4, pskd_teacher_error=0.5 * (10 * 0.5 + 0.8),
+            pskd_hard_student_error=0.4, pskd_hard_teacher_error=0.4,
+        )
+    )  # fmt: skip
+
+
 def test_a_student_without_any_error_is_logged():
     """Every token learned to the last bit: no error to weight the gradient rescaling with."""
     log = dict(

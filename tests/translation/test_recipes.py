@@ -75,20 +75,26 @@ def test_the_text_of_a_ted_release(tmp_path):
     for language in ("en", "de"):
         (tmp_path / f"train.tags.en-de.{language}").write_text(
             f"<url>http://x</url>\n<title>T</title>\n  one {language} \n"
-            "<keywords>a</keywords>\n2 < 3\n"
+            "<keywords>a</keywords>\n\n2 < 3\n<3 you\n<translator href='x'>t</translator>\n"
         )
         for part in ("dev2010", "tst2010", "tst2012"):
             (tmp_path / f"IWSLT15.TED.{part}.en-de.{language}.xml").write_text(
                 f'<doc docid="1">\n<talkid>1</talkid>\n<seg id="1"> {part} {language} 1 </seg>\n'
-                f'  <seg id="2">{part} &amp; 2</seg>\n</doc>\n'
+                f'  <seg id="2">{part} &amp; 2</seg>\n<seg id="3"> </seg>\n'
+                '<seg id="4"> x </seg>\n</doc>\n'
             )
     recipe = [str(RECIPES / "iwslt_text.sh"), str(tmp_path), "en", "de", str(tmp_path / "out")]
     subprocess.run(recipe, check=True)
     text = {path.name: path.read_text() for path in (tmp_path / "out").iterdir()}
     assert sorted(text) == ["test.de", "test.en", "train.de", "train.en", "valid.de", "valid.en"]
-    assert text["train.en"] == "one en\n2 < 3\n"
-    assert text["valid.de"] == "dev2010 de 1\ndev2010 &amp; 2\n"
-    assert text["test.en"] == "tst2010 en 1\ntst2010 &amp; 2\ntst2012 en 1\ntst2012 &amp; 2\n"
+    assert text["train.en"] == "one en\n\n2 < 3\n<3 you\n"
+    assert text["valid.de"] == "dev2010 de 1\ndev2010 &amp; 2\n\nx\n"
+    assert text["test.en"] == "".join(
+        f"{part} en 1\n{part} &amp; 2\n\nx\n" for part in ("tst2010", "tst2012")
+    )
+    (tmp_path / "IWSLT15.TED.dev2010.en-de.de.xml").unlink()
+    done = subprocess.run(recipe, capture_output=True, text=True)
+    assert done.returncode != 0 and "TED.dev2010.en-de.de.xml" in done.stderr
 
 
 @pytest.mark.parametrize("log_format", ["simple", "json"])

@@ -305,8 +305,8 @@ class _Past(NamedTuple):
             return self.top_k.indices[part, 0]
         return self.scores[part].argmax(1)
 
-    def listed_mass(self) -> Tensor:
-        """Return the sum over the tokens of the probability that the kept types hold."""
+    def top_k_mass(self) -> Tensor:
+        """Return the sum over the tokens of the probability that a memory's types hold, else 0."""
         if self.top_k is None:
             return self.taught.new_zeros((), dtype=torch.float32)
         return (self.top_k.probs.sum(dim=1) * self.taught).sum()
@@ -358,7 +358,7 @@ def _statistics(
         "pskd_alpha": alpha * tokens,
         "pskd_taught": taught.sum(),
         "pskd_teacher_nll": -(teacher_at_label.log() * taught).sum(),
-        "pskd_top_k_mass": past.listed_mass(),
+        "pskd_top_k_mass": past.top_k_mass(),
         "pskd_compared": taught[part].sum(),
         "pskd_agree": agree.sum(),
         "pskd_student_error": (student_error * taught).sum(),
