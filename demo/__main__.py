@@ -9,10 +9,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from pskd_detection import write_json
-
 from demo import detection, translation
 from demo.steps import StepFailed
+from pskd.run.files import write_json
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -23,7 +23,6 @@ from pskd_detection import (
     Detections,
     add_dataset_arguments,
     load_dataset,
-    write_json,
 )
 
 from demo.detection_picture import detections_picture
@@ -31,6 +30,7 @@ from demo.digits import write_digits
 from demo.report import Report
 from demo.steps import ROOT, Step, StepFailed, check_folder, fresh_folder, run_all
 from pskd.plots import reliability_diagram, risk_coverage_plot
+from pskd.run.files import write_json
 
 OUT = Path("runs/demo/detection")
 RUNS = ("baseline", "PS-KD")

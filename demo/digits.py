@@ -25,8 +25,9 @@ from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
-from pskd_detection.results import write_json
 from sklearn.datasets import load_digits
+
+from pskd.run.files import write_json
 
 logger = logging.getLogger(__name__)
 

@@ -15,12 +15,12 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from pskd_detection import write_json
 
 from demo.locale_pairs import write_pairs
 from demo.report import Report
 from demo.steps import ROOT, Step, StepFailed, check_folder, fresh_folder, run_all
 from pskd.plots import reliability_diagram, risk_coverage_plot
+from pskd.run.files import write_json
 
 OUT = Path("runs/demo/translation")
 RECIPES = {"baseline": "demo.sh", "PS-KD": "demo_pskd.sh"}

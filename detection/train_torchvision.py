@@ -21,9 +21,10 @@ from pathlib import Path
 
 from pskd_detection import format_table, write_results
 from pskd_torchvision import checkpoint, evaluate
-from pskd_torchvision.distributed import World, join, leave
 from pskd_torchvision.job import Job, build_trainer, prepare
 from pskd_torchvision.options import build_parser
+
+from pskd.distributed import World, join, leave
 
 PROGRAM = "train_torchvision"
 logger = logging.getLogger(PROGRAM)

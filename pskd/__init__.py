@@ -16,17 +16,24 @@ from pskd.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from pskd import calibration, loss, memory, plots, schedule, targets, teacher  # noqa: F401
+    from pskd.criterion import MemoryCriterion, SnapshotCriterion
+    from pskd.examples import ExampleStats
     from pskd.loss import PSKDStats, gradient_rescaling, pskd_cross_entropy
     from pskd.memory import PredictionMemory
+    from pskd.rows import WithRows
     from pskd.schedule import constant_alpha, cosine_alpha, linear_alpha
     from pskd.targets import TopK, mix_targets
     from pskd.teacher import SnapshotTeacher
 
 __all__ = [
+    "ExampleStats",
+    "MemoryCriterion",
     "PSKDStats",
     "PredictionMemory",
+    "SnapshotCriterion",
     "SnapshotTeacher",
     "TopK",
+    "WithRows",
     "constant_alpha",
     "cosine_alpha",
     "gradient_rescaling",
@@ -37,10 +44,14 @@ __all__ = [
 
 _MODULES = ("calibration", "loss", "memory", "plots", "schedule", "targets", "teacher")
 _MODULE_OF = {
+    "ExampleStats": "examples",
+    "MemoryCriterion": "criterion",
     "PSKDStats": "loss",
     "PredictionMemory": "memory",
+    "SnapshotCriterion": "criterion",
     "SnapshotTeacher": "teacher",
     "TopK": "targets",
+    "WithRows": "rows",
     "constant_alpha": "schedule",
     "cosine_alpha": "schedule",
     "gradient_rescaling": "loss",

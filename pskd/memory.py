@@ -17,8 +17,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pskd._distributed import Machines, barrier, is_distributed, on_first_process
 from pskd._table import PART, FileTable, MemoryTable, check_file, create_file, finish_file
+from pskd.distributed import Machines, Processes, barrier, on_first_process
 from pskd.targets import TopK
 
 __all__ = ["PredictionMemory"]
@@ -44,8 +44,9 @@ class PredictionMemory:
                 loss = pskd.pskd_cross_entropy(logits, target, past, alpha * seen)
                 memory.write(rows, logits.softmax(dim=1))
 
-    In RAM it serves one process. With ``path`` it is a file an epoch, mapped into memory, that all
-    processes of a machine read and write; then all of them make it, and call `next_epoch` and
+    In RAM each process holds it all and is sent the others' rows in `next_epoch` and `state_dict`,
+    which all of them call together. With ``path`` it is a file an epoch, mapped into memory, that
+    all processes of a machine read and write; then all of them make it, and call `next_epoch` and
     `load_state_dict` together. Several machines have a file each, in ``path/machine_0`` and so on,
     and exchange their rows in `next_epoch`. A file takes its final name when its epoch is complete,
     and is kept for as long as the first process's last `state_dict` needs it.
@@ -94,7 +95,7 @@ class PredictionMemory:
         self._width = num_classes if top_k is None else top_k
         self._index_dtype = torch.uint8 if top_k is None else _index_dtype(num_classes)
         self._run: str | None = None
-        self._machines: Machines | None = None  # known when the processes first meet
+        self._peers: Machines | Processes | None = None  # known when the processes first meet
         self._past: MemoryTable | FileTable | None = None
         self._present: MemoryTable | FileTable | None = None
         self._saved_epoch: int | None = None
@@ -112,8 +113,8 @@ class PredictionMemory:
             OSError: ENOSPC where the disk has no room for another epoch; the last one stays.
         """
         if self.path is None:
-            if is_distributed():
-                raise ValueError("path: expected a folder in a run of several processes, got None")
+            if self._meet().count > 1 and self._present is not None:
+                self._exchange()
             self._past, self._present = self._present, self._new_table()
             self.epoch += 1
             return
@@ -173,7 +174,9 @@ class PredictionMemory:
             self.next_epoch()
         if self.momentum and self._past is not None:
             probs = self._average(rows, probs)
-        records = self._encode(probs)
+        self._put(rows, self._encode(probs))
+
+    def _put(self, rows: Tensor, records: Tensor) -> None:
         table = self._present.records
         rows, records = rows.to(table.device), records.to(table.device)
         # A process that is killed in between leaves a row that was not written, not a torn one.
@@ -182,11 +185,31 @@ class PredictionMemory:
         table[:, -1].index_copy_(0, rows, records[:, -1])
         self._present.touched(len(rows))
 
+    def carry_over(self, rows: Tensor) -> None:
+        """Keep last epoch's predictions of some rows for another epoch, bit for bit.
+
+        Args:
+            rows: (N,) int64 in [0, M). One that was not written then stays unwritten.
+
+        Raises:
+            ValueError: if a row lies outside of the memory.
+        """
+        self._check_rows(rows)
+        if self._past is None:
+            return
+        rows = rows.to(self._past.records.device)
+        records = self._past.records.index_select(0, rows)
+        records[:, -1].clamp_max_(_WRITTEN_HERE)
+        self._put(rows, records)
+
     def state_dict(self) -> dict:
         """Return what a checkpoint keeps: plain values, and in RAM the records.
 
-        With ``path`` the records stay in their files, which are brought to the disk here.
+        With ``path`` the records stay in their files, which are brought to the disk here. In RAM
+        it is a collective of all processes.
         """
+        if self.path is None and self._meet().count > 1 and self._present is not None:
+            self._exchange()
         state = {"header": self._header(), "epoch": self.epoch}
         if self.path is not None:
             if self._present is not None:
@@ -221,12 +244,12 @@ class PredictionMemory:
         epoch, before = state["epoch"], self._run
         self._run = run
         try:
-            self._machines.on_each(lambda: self._check_files(epoch))
+            self._peers.on_each(lambda: self._check_files(epoch))
         except Exception:
             self._run = before
             raise
         self._close_tables()
-        self._machines.on_each(lambda: self._reopen_part(epoch))
+        self._peers.on_each(lambda: self._reopen_part(epoch))
         self.epoch = self._saved_epoch = epoch
         self._past = self._open(self._file(epoch - 1)) if epoch > 1 else None
         self._present = self._open(self._part(epoch)) if epoch else None
@@ -321,18 +344,23 @@ class PredictionMemory:
             "dtype": str(self.dtype).removeprefix("torch."),
             "fingerprint": self.fingerprint,
             "run": self._run,
-            "machines": 1 if self._machines is None else self._machines.count,
+            "machines": self._peers.count
+            if self.path is not None and self._peers is not None
+            else 1,
         }
 
-    def _meet(self) -> Machines:
-        """Find the machines that the processes run on; a collective, once."""
-        if self._machines is None:
-            self._machines = Machines()
-        return self._machines
+    def _meet(self) -> Machines | Processes:
+        """Find those who hold a table each: machines of files, processes in RAM.
+
+        A collective, once.
+        """
+        if self._peers is None:
+            self._peers = Processes() if self.path is None else Machines()
+        return self._peers
 
     def _folder(self) -> Path:
-        is_alone = self._machines is None or self._machines.count == 1
-        return self.path if is_alone else self.path / f"machine_{self._machines.number}"
+        is_alone = self._peers is None or self._peers.count == 1
+        return self.path if is_alone else self.path / f"machine_{self._peers.number}"
 
     def _file(self, epoch: int) -> Path:
         return self._folder() / f"epoch_{epoch:05d}.pskd"
@@ -353,9 +381,9 @@ class PredictionMemory:
         self._past = self._present = None
 
     def _exchange(self) -> None:
-        """Give each machine the rows that the others wrote.
+        """Give each peer (machine, or process in RAM) the rows that the others wrote.
 
-        A row that several wrote is the last machine's everywhere. A received row is marked, so that
+        A row that several wrote is the last peer's everywhere. A received row is marked, so that
         after a resume it is not sent back over what its own machine has written since.
         """
         table, step = self._present, max(1, _EXCHANGE_BYTES // self.bytes_per_row)
@@ -363,8 +391,8 @@ class PredictionMemory:
             part = table.records[start : start + step]
             rows = (part[:, -1] == _WRITTEN_HERE).nonzero()
             sent = torch.cat([_view(rows.int(), torch.uint8), part[rows[:, 0]]], dim=1)
-            for machine, received in enumerate(self._machines.all_gather(sent)):
-                if machine != self._machines.number:
+            for peer, received in enumerate(self._peers.all_gather(sent)):
+                if peer != self._peers.number:
                     received[:, -1] = _WRITTEN_ELSEWHERE
                 part[_view(received[:, :4], torch.int32)[:, 0].long()] = received[:, 4:]
             table.touched(step)

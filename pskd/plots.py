@@ -10,9 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 import os
-import uuid
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,6 +23,7 @@ from pskd.calibration import (
     reliability_bins,
     risk_coverage_curve,
 )
+from pskd.run.files import written_aside
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -111,13 +110,8 @@ def _save(figure: Figure, path: str | os.PathLike[str]) -> Path:
         raise ValueError(
             f"path: expected a name that ends in one of {', '.join(sorted(known))}, got {path}"
         )
-    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
+    with written_aside(path) as aside:
         figure.savefig(aside, format=suffix)
-        os.replace(aside, path)
-    finally:
-        with suppress(FileNotFoundError):
-            aside.unlink()
     return path
 
 

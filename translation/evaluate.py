@@ -13,14 +13,11 @@ tokens.npz (confidence and correctness of every token) and two plots.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import logging
-import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +32,7 @@ from sacremoses import MosesDetokenizer
 
 from pskd.calibration import ConfidenceAccumulator
 from pskd.plots import reliability_diagram, risk_coverage_plot
+from pskd.run.files import write_json, written_aside
 
 logger = logging.getLogger("evaluate")
 
@@ -58,17 +56,6 @@ def read_preparation(data: Path) -> dict:
             f"{data}: expected a folder that translation/prepare.py made, got no {path.name}"
         )
     return json.loads(path.read_text(encoding="utf-8"))
-
-
-@contextlib.contextmanager
-def written_aside(path: Path) -> Iterator[Path]:
-    """Give a path to write to, which becomes ``path`` if all goes well and is removed if not."""
-    aside = path.with_name(f"{path.stem}.{os.getpid()}.part{path.suffix}")
-    try:
-        yield aside
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 def load(args: argparse.Namespace) -> tuple[BaseFairseqModel, DictConfig, FairseqTask]:
@@ -230,8 +217,7 @@ def _write_outputs(
     reliability_diagram(runs, args.out / "reliability.png")
     risk_coverage_plot(runs, args.out / "risk_coverage.png")
     path = args.out / "evaluation.json"
-    with written_aside(path) as aside:
-        aside.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    write_json(path, result, indent=2)
     logger.info("wrote %s", path)
 
 

@@ -3,39 +3,13 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
 
-import numpy as np
+from pskd.run.files import write_json
 
-__all__ = ["format_table", "write_json", "write_results"]
-
-
-def write_json(path: str | os.PathLike, value: object, *, indent: int | None = None) -> Path:
-    """Write strict JSON aside and rename it, so that a reader never finds half a file.
-
-    NaN and infinity, which JSON does not have, become null; numpy's numbers and arrays become
-    numbers and lists, paths text.
-
-    Args:
-        path: the file; its folder must exist.
-        value: what to write.
-        indent: as of `json.dumps`.
-
-    Raises:
-        TypeError: for what JSON cannot hold; the file is left as it was.
-    """
-    path = Path(path)
-    text = json.dumps(_plain(value), allow_nan=False, indent=indent)
-    aside = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        aside.write_text(text + "\n", encoding="utf-8")
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
-    return path
+__all__ = ["format_table", "write_results"]
 
 
 def write_results(
@@ -57,20 +31,6 @@ def write_results(
         before = json.loads(path.read_text(encoding="utf-8"))
         results = {**results, "seconds_per_iteration": before.get("seconds_per_iteration")}
     return write_json(path, results, indent=2)
-
-
-def _plain(value: object) -> object:
-    if isinstance(value, Mapping):
-        return {key: _plain(entry) for key, entry in value.items()}
-    if isinstance(value, np.ndarray):
-        return _plain(value.tolist())
-    if isinstance(value, (list, tuple)):
-        return [_plain(entry) for entry in value]
-    if isinstance(value, np.generic):
-        return _plain(value.item())
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return str(value) if isinstance(value, os.PathLike) else value
 
 
 def format_table(runs: Mapping[str, Mapping]) -> str:

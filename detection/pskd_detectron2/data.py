@@ -21,8 +21,8 @@ from detectron2.data.datasets.coco import convert_to_coco_dict
 from detectron2.structures import BoxMode
 from detectron2.utils import comm
 from pskd_detection import DetectionDataset, load_dataset, write_voc
-from pskd_detection.results import write_json
 
+from pskd.run.files import write_json
 from pskd_detectron2.fast_rcnn import ROW_FIELD
 
 __all__ = [

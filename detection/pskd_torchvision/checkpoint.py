@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 
+from pskd.run.files import written_aside
 from pskd_torchvision.training import Trainer
 
 __all__ = ["NAME", "load_model", "load_training", "read", "write"]
@@ -35,12 +35,8 @@ def write(path: Path, trainer: Trainer, epoch: int, options: Mapping, class_name
         "options": dict(options),
         "class_names": list(class_names),
     }
-    aside = path.with_name(f"{path.name}.part")  # one name: what a kill leaves is overwritten
-    try:
+    with written_aside(path) as aside:
         torch.save(content, aside)
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 def read(path: Path) -> dict:

@@ -6,8 +6,8 @@ import logging
 
 from torch import nn
 
+from pskd.distributed import take_buffers_of_first_process
 from pskd.schedule import SCHEDULES, check_alpha
-from pskd_torchvision.distributed import take_buffers_of_first_process
 from pskd_torchvision.state import PSKDState
 
 __all__ = ["PSKDEpochs"]

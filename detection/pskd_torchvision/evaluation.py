@@ -17,15 +17,15 @@ from pskd_detection import (
     DetectionDataset,
     Detections,
     average_precision,
-    write_json,
 )
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
+from pskd.distributed import World, gather, sum_over_processes
 from pskd.plots import reliability_diagram, risk_coverage_plot
+from pskd.run.files import write_json
 from pskd_torchvision.capture import captured
 from pskd_torchvision.data import DetectionImages, collate
-from pskd_torchvision.distributed import World, gather, sum_over_processes
 from pskd_torchvision.roi_heads import class_logits
 
 __all__ = ["evaluate"]

@@ -11,12 +11,12 @@ import torch
 from pskd_detection import DetectionDataset, load_dataset
 from torch import nn
 
+from pskd.distributed import World
+from pskd.run.log import MetricsLog
 from pskd_torchvision import checkpoint
 from pskd_torchvision.build import build_detector, has_masks, load_weights
 from pskd_torchvision.data import DetectionImages
-from pskd_torchvision.distributed import World
 from pskd_torchvision.epoch import PSKDEpochs
-from pskd_torchvision.log import MetricsLog
 from pskd_torchvision.options import check, recorded
 from pskd_torchvision.roi_heads import add_pskd
 from pskd_torchvision.training import LearningRate, Trainer

@@ -7,8 +7,8 @@ import math
 
 from pskd_detection import DetectionDataset, add_dataset_arguments
 
+from pskd.distributed import World
 from pskd.schedule import SCHEDULES, check_alpha
-from pskd_torchvision.distributed import World
 
 __all__ = ["build_parser", "check", "recorded"]
 

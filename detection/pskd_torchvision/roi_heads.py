@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from torchvision.models.detection.roi_heads import RoIHeads
 
-from pskd import PSKDStats, pskd_cross_entropy
+from pskd import pskd_cross_entropy
 from pskd_torchvision.capture import captured
 from pskd_torchvision.state import PSKDState
 
@@ -84,27 +84,9 @@ class PSKDRoIHeads(RoIHeads):
             loss, stats = pskd_cross_entropy(
                 scores, labels, past, alpha, return_stats=True, **smoothing
             )
-            self._record(scores, past, alpha, stats)
+            self.pskd.means.add_teacher(scores, past, alpha, stats)
         # An empty batch has the loss 0 and stays in the graph.
         return loss / max(1, len(labels))
-
-    @torch.no_grad()
-    def _record(self, scores: Tensor, past: Tensor, alpha: Tensor, stats: PSKDStats) -> None:
-        """Add to the means what the teacher did, over the ROIs that have one.
-
-        The mean gradient rescaling weights each ROI by its plain gradient on the label's logit,
-        1 - p[y]: the factor itself divides by it and has no finite mean over well-learned ROIs.
-        """
-        rows = alpha > 0
-        tiny = torch.finfo(torch.float32).tiny
-        teacher_nll = -stats.teacher_probs_at_label.clamp_min(tiny).log()
-        agreement = scores.argmax(dim=1) == past.argmax(dim=1)
-        error = (rows * (1.0 - torch.exp(-stats.nll))).sum()
-        removed = (alpha * (1.0 - stats.teacher_probs_at_label)).sum()
-        means = self.pskd.means
-        means.add("pskd/teacher_nll", (rows * teacher_nll).sum(), rows.sum())
-        means.add("pskd/teacher_agreement", (rows & agreement).sum(), rows.sum())
-        means.add("pskd/gradient_rescaling", error - removed, error)
 
 
 def class_logits(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from pskd import SnapshotTeacher
-from pskd_torchvision.means import Means
+from pskd.run.means import Means
 
 __all__ = ["PSKDState"]
 

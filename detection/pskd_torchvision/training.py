@@ -8,25 +8,24 @@ from __future__ import annotations
 
 import logging
 import math
-import random
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler
 
+from pskd.distributed import World, take_buffers_of_first_process
+from pskd.run.log import MetricsLog
+from pskd.run.means import Means
+from pskd.run.seeding import seed_epoch
 from pskd_torchvision.data import DetectionImages, collate
-from pskd_torchvision.distributed import World, take_buffers_of_first_process
 from pskd_torchvision.epoch import PSKDEpochs
-from pskd_torchvision.log import MetricsLog
-from pskd_torchvision.means import Means
 
-__all__ = ["LearningRate", "Trainer", "seed_epoch"]
+__all__ = ["LearningRate", "Trainer"]
 
 logger = logging.getLogger(__name__)
 
@@ -58,15 +57,6 @@ class LearningRate:
         if epoch > 1 or iteration >= warmup:
             return rate
         return rate * (WARMUP_START + (1.0 - WARMUP_START) * iteration / warmup)
-
-
-def seed_epoch(seed: int, epoch: int, rank: int) -> None:
-    """Set the random states of Python, numpy and torch for one process and epoch."""
-    # Mixed: neighbouring seeds, epochs and ranks must not share a stream.
-    mixed = int(np.random.SeedSequence((seed, epoch, rank)).generate_state(1)[0])
-    random.seed(mixed)
-    np.random.seed(mixed)
-    torch.manual_seed(mixed)
 
 
 class Trainer:

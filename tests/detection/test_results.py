@@ -7,7 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from pskd_detection import format_table, write_json, write_results
+from pskd_detection import format_table, write_results
+
+from pskd.run.files import write_json
 
 
 def strict(path: Path) -> object:

@@ -21,15 +21,16 @@ from pskd_torchvision import (
 )
 from pskd_torchvision.capture import captured
 from pskd_torchvision.data import SMALLEST_SIDE, collate
-from pskd_torchvision.distributed import World
-from pskd_torchvision.log import MetricsLog
-from pskd_torchvision.means import Means
-from pskd_torchvision.training import seed_epoch
 from pycocotools import mask as coco_mask
 from torch import nn
 from torch.utils.data import DataLoader
 from torchvision.ops import FrozenBatchNorm2d
 from torchvision_toys import CLASSES, SIZE, same, write_images
+
+from pskd.distributed import World
+from pskd.run.log import MetricsLog
+from pskd.run.means import Means
+from pskd.run.seeding import seed_epoch
 
 
 @pytest.fixture(scope="module")

@@ -20,9 +20,11 @@ import torch
 from pskd_detection import load_dataset
 from pskd_torchvision import DetectionImages, build_detector, checkpoint
 from pskd_torchvision.data import collate
-from pskd_torchvision.training import Trainer, seed_epoch
+from pskd_torchvision.training import Trainer
 from torch.utils.data import DistributedSampler
 from torchvision_toys import CLASSES, ROOT, same, write_images
+
+from pskd.run.seeding import seed_epoch
 
 import train_torchvision as program  # isort: skip
 

@@ -9,6 +9,8 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
+from pskd.run.files import written_aside
+
 __all__ = ["MetricsLog"]
 
 logger = logging.getLogger(__name__)
@@ -43,12 +45,8 @@ class MetricsLog:
     def _drop_lines_after(self, epoch: int) -> int:
         """Rewrite metrics.json; return the last iteration in it."""
         kept = [line for line in _lines(self._path) if line["epoch"] <= epoch]
-        aside = self._path.with_name(f"{self._path.name}.{os.getpid()}.part")
-        try:
+        with written_aside(self._path) as aside:
             aside.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-            os.replace(aside, self._path)
-        finally:
-            aside.unlink(missing_ok=True)
         return max((line["iteration"] for line in kept), default=-1)
 
     def write(self, values: Mapping[str, float | None]) -> None:

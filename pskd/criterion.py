@@ -1,0 +1,378 @@
+"""PS-KD for a training loop: alpha, teacher and loss in one object.
+
+Shapes: N rows of a batch, M samples of the data set, C classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pskd.distributed import take_buffers_of_first_process
+from pskd.examples import ExampleStats
+from pskd.loss import pskd_cross_entropy
+from pskd.memory import PredictionMemory
+from pskd.rows import check_distinct, check_given
+from pskd.run.means import Means
+from pskd.schedule import SCHEDULES, check_alpha
+from pskd.targets import TopK
+from pskd.teacher import SnapshotTeacher
+
+__all__ = ["MemoryCriterion", "SnapshotCriterion"]
+
+
+class _Criterion:
+    """What both forms of the teacher share: the schedule, the loss and what is told of it."""
+
+    def __init__(
+        self,
+        num_epochs: int,
+        alpha_final: float,
+        schedule: str,
+        label_smoothing: float,
+        examples: ExampleStats | None,
+    ) -> None:
+        if num_epochs < 1:
+            raise ValueError(f"num_epochs: expected 1 or more, got {num_epochs}")
+        if schedule not in SCHEDULES:
+            raise ValueError(f"schedule: expected one of {', '.join(SCHEDULES)}, got {schedule!r}")
+        if not 0.0 <= label_smoothing <= 1.0:
+            raise ValueError(f"label_smoothing: expected a number in [0, 1], got {label_smoothing}")
+        self.num_epochs, self.schedule = num_epochs, schedule
+        self.alpha_final = check_alpha(alpha_final, "alpha_final")
+        self.label_smoothing = float(label_smoothing)
+        self.examples = examples
+        #: The epoch that is trained, from 1; 0 before the first.
+        self.epoch = 0
+        #: Weight of the teacher in this epoch; 0 in the first, which has none.
+        self.alpha = 0.0
+        #: What the teacher did, under names ``pskd/...``, until they are taken.
+        self.means = Means()
+
+    def begin_epoch(self, epoch: int) -> None:
+        """Set alpha, and make the epoch that ended the teacher's; in every process.
+
+        Args:
+            epoch: from 1 to the number of epochs.
+
+        Raises:
+            ValueError: if it is none of them, or not the one after the last.
+        """
+        if not 1 <= epoch <= self.num_epochs:
+            raise ValueError(f"epoch: expected one of 1 to {self.num_epochs}, got {epoch}")
+        if epoch != self.epoch + 1:
+            raise ValueError(f"epoch: expected {self.epoch + 1} after the last, got {epoch}")
+        if self.alpha_final:
+            self._turn()
+        self.epoch = epoch
+        if epoch > 1:
+            self.alpha = SCHEDULES[self.schedule](epoch, self.num_epochs, self.alpha_final)
+
+    def _turn(self) -> None:
+        raise NotImplementedError
+
+    def take_means(self) -> dict[str, float]:
+        """Return ``pskd/alpha`` and the means since the last call, for a log; a collective.
+
+        ``pskd/teacher_nll`` (nats) and ``pskd/teacher_agreement`` (a fraction) are means over the
+        rows that have a teacher, ``pskd/gradient_rescaling`` is the factor on their gradients.
+        Of cross-entropy there is nothing to tell.
+        """
+        return {"pskd/alpha": self.alpha} | self.means.take() if self.alpha_final else {}
+
+    def _loss(
+        self,
+        logits: Tensor,
+        target: Tensor,
+        past: Tensor | TopK | None,
+        alpha: Tensor,
+        rows: Tensor | None,
+        *,
+        recorded: bool = True,
+    ) -> Tensor:
+        """Return the mean loss; ``alpha`` is (N,), ``rows`` is where `examples` may be told."""
+        if past is None:
+            loss = pskd_cross_entropy(
+                logits, target, None, 0.0, label_smoothing=self.label_smoothing
+            )
+            if recorded and rows is not None and self.examples is not None:
+                nll = F.cross_entropy(logits.detach().float(), target, reduction="none")
+                self.examples.add(rows, nll, None, torch.zeros_like(nll))
+            return loss
+        loss, stats = pskd_cross_entropy(
+            logits, target, past, alpha, label_smoothing=self.label_smoothing, return_stats=True
+        )
+        if recorded:
+            self.means.add_teacher(logits, past, alpha, stats)
+            if rows is not None and self.examples is not None:
+                self.examples.add(rows, stats.nll, stats.teacher_probs_at_label, alpha)
+        return loss
+
+    def _options(self) -> dict[str, object]:
+        """Return what makes two trainings different ones."""
+        options: dict[str, object] = {
+            "alpha_final": self.alpha_final,
+            "label_smoothing": self.label_smoothing,
+        }
+        if self.alpha_final:
+            options |= {"schedule": self.schedule, "num_epochs": self.num_epochs}
+        return options
+
+    def state_dict(self) -> dict:
+        """Return what a run that goes on after this epoch needs beside the model.
+
+        Plain values and tensors on the CPU; a collective in several processes.
+        """
+        state = {"epoch": self.epoch, "options": self._options()}
+        if self.examples is not None:
+            state["examples"] = self.examples.state_dict()
+        return state
+
+    def load_state_dict(self, state: dict) -> None:
+        """Go on after the epoch of the state; the model's weights must be loaded too.
+
+        Raises:
+            ValueError: if the options or the data changed; nothing is changed then.
+        """
+        if not isinstance(state, dict) or not {"epoch", "options"} <= state.keys():
+            got = sorted(state) if isinstance(state, dict) else type(state).__name__
+            raise ValueError(f"expected a criterion's state with 'epoch' and 'options', got {got}")
+        for name, value in self._options().items():
+            if state["options"].get(name, value) != value:
+                raise ValueError(
+                    f"{name}: expected {state['options'][name]!r}, with which the state was "
+                    f"trained, got {value!r}"
+                )
+        self._load_teacher(state)
+        if self.examples is not None and "examples" in state:
+            self.examples.load_state_dict(state["examples"])
+        self.epoch = state["epoch"]
+
+    def _load_teacher(self, state: dict) -> None:
+        raise NotImplementedError
+
+
+class MemoryCriterion(_Criterion):
+    """Cross-entropy softened by what the model said of each sample one epoch ago.
+
+        criterion = pskd.MemoryCriterion(len(dataset), num_classes, num_epochs=300)
+        loader = DataLoader(pskd.WithRows(dataset), batch_size=128, shuffle=True)
+        for epoch in range(1, 301):
+            criterion.begin_epoch(epoch)
+            for rows, inputs, target in loader:
+                loss = criterion(model(inputs), target, rows)
+
+    The prediction that is kept is that of the training forward, as in the published code. Without
+    autograd (``torch.no_grad()``, a validation) it is the plain cross-entropy and keeps nothing.
+
+    Args:
+        num_rows: M, the size of the data set.
+        num_classes: C.
+        num_epochs: of the whole training.
+        alpha_final: weight of the teacher at the end of training (the paper's alpha_T); 0 is
+            cross-entropy and keeps no memory.
+        schedule: ``"linear"`` (the paper), ``"constant"`` or ``"cosine"``.
+        label_smoothing: torch's, of the hard part of the target, over all C classes.
+        examples: is told of every row, if given.
+        memory: options of `PredictionMemory`: ``top_k``, ``dtype``, ``path``, ``momentum``,
+            ``fingerprint``, ``device``.
+
+    Raises:
+        ValueError: for an option out of range.
+
+    Source: Kim et al. 2021, section 3.1, and its published code's form of the teacher.
+    """
+
+    def __init__(
+        self,
+        num_rows: int,
+        num_classes: int,
+        *,
+        num_epochs: int,
+        alpha_final: float = 0.8,
+        schedule: str = "linear",
+        label_smoothing: float = 0.0,
+        examples: ExampleStats | None = None,
+        **memory,
+    ) -> None:
+        super().__init__(num_epochs, alpha_final, schedule, label_smoothing, examples)
+        #: Last epoch's predictions; None for cross-entropy.
+        self.memory = (
+            PredictionMemory(num_rows, num_classes, **memory) if self.alpha_final else None
+        )
+
+    def __call__(self, logits: Tensor, target: Tensor, rows: Tensor | None) -> Tensor:
+        """Return the mean loss of a batch, and keep its predictions for the next epoch.
+
+        Args:
+            logits: (N, C) float, of the training forward.
+            target: (N,) integer labels.
+            rows: (N,) which samples they are, integers in [0, M), distinct.
+
+        Raises:
+            ValueError: without rows, or with rows that are none of the data set's; labels or
+                shapes that the loss refuses.
+            RuntimeError: if no epoch was begun.
+        """
+        if not torch.is_grad_enabled():
+            return F.cross_entropy(logits.float(), target)
+        rows = check_given(rows, len(logits))
+        check_distinct(rows)
+        loss = self.loss(logits, target, rows)
+        if self.memory is not None:
+            self.memory.write(rows.to(logits.device), logits.detach().float().softmax(dim=1))
+        return loss
+
+    def loss(
+        self, logits: Tensor, target: Tensor, rows: Tensor, *, recorded: bool = True
+    ) -> Tensor:
+        """Return the mean loss and keep nothing; of a mixed image one of its two parts.
+
+        The loss is linear in the target: that of an image mixed of two by lambda is ``lambda *
+        loss(logits, target_a, rows_a) + (1 - lambda) * loss(logits, target_b, rows_b)``.
+
+        Args:
+            logits, target, rows: as of the call.
+            recorded: whether the means and the examples are told.
+        """
+        if not self.epoch:
+            raise RuntimeError("expected begin_epoch(1) before the first batch")
+        rows = rows.to(logits.device)
+        past, alpha = None, None
+        if self.memory is not None and self.epoch > 1:
+            past, seen = self.memory.read(rows)
+            alpha = self.alpha * seen
+        return self._loss(logits, target, past, alpha, rows, recorded=recorded)
+
+    def carry_over(self, rows: Tensor) -> None:
+        """Keep last epoch's predictions of some rows for another epoch.
+
+        For samples whose view of this epoch tells nothing of them alone, such as mixed images.
+        """
+        if self.memory is not None:
+            self.memory.carry_over(rows)
+
+    def _turn(self) -> None:
+        self.memory.next_epoch()
+
+    def state_dict(self) -> dict:
+        """Return what a run that goes on after this epoch needs beside the model.
+
+        Plain values and tensors on the CPU; a collective in several processes.
+        """
+        memory = None if self.memory is None else self.memory.state_dict()
+        return super().state_dict() | {"memory": memory}
+
+    def _load_teacher(self, state: dict) -> None:
+        if self.memory is not None:
+            self.memory.load_state_dict(state.get("memory"))
+
+
+class SnapshotCriterion(_Criterion):
+    """Cross-entropy softened by what last epoch's weights say of the same batch.
+
+        criterion = pskd.SnapshotCriterion(model, num_epochs=300)
+        for epoch in range(1, 301):
+            criterion.begin_epoch(epoch)
+            for inputs, target in loader:
+                loss = criterion(model(inputs), target, inputs)
+
+    One more forward a step, in eval mode, and no need to know which sample a row is. Without
+    autograd (``torch.no_grad()``, a validation) it is the plain cross-entropy.
+
+    Args:
+        model: the student; may be wrapped in DDP or compiled.
+        num_epochs, alpha_final, schedule, label_smoothing, examples: as of `MemoryCriterion`.
+        logits_of: takes what the model returns and gives its (N, C) logits.
+
+    Raises:
+        ValueError: for an option out of range.
+
+    Source: Kim et al. 2021, section 3.1, the form that keeps last epoch's weights.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        num_epochs: int,
+        alpha_final: float = 0.8,
+        schedule: str = "linear",
+        label_smoothing: float = 0.0,
+        examples: ExampleStats | None = None,
+        logits_of: Callable[[object], Tensor] = lambda output: output,
+    ) -> None:
+        super().__init__(num_epochs, alpha_final, schedule, label_smoothing, examples)
+        self._student = _bare(model)
+        self._logits_of = logits_of
+        self.teacher = SnapshotTeacher()
+
+    def __call__(
+        self, logits: Tensor, target: Tensor, *inputs, rows: Tensor | None = None, **named_inputs
+    ) -> Tensor:
+        """Return the mean loss of a batch.
+
+        Args:
+            logits: (N, C) float, of the training forward.
+            target: (N,) integer labels.
+            inputs, named_inputs: what the student was called with.
+            rows: (N,) which samples they are, for `examples`; may be missing.
+
+        Raises:
+            ValueError: labels or shapes that the loss refuses.
+            RuntimeError: if no epoch was begun.
+        """
+        if not torch.is_grad_enabled():
+            return F.cross_entropy(logits.float(), target)
+        return self.loss(logits, target, self.score(*inputs, **named_inputs), rows)
+
+    @torch.no_grad()
+    def score(self, *inputs, **named_inputs) -> Tensor | None:
+        """Return the teacher's (N, C) probabilities of a batch; None in the first epoch."""
+        if not self.epoch:
+            raise RuntimeError("expected begin_epoch(1) before the first batch")
+        if not self.alpha or not self.teacher.available:
+            return None
+        logits = self._logits_of(self.teacher.model(*inputs, **named_inputs))
+        return logits.float().softmax(dim=1)
+
+    def loss(
+        self,
+        logits: Tensor,
+        target: Tensor,
+        past: Tensor | None,
+        rows: Tensor | None = None,
+        *,
+        recorded: bool = True,
+    ) -> Tensor:
+        """Return the mean loss against what `score` returned of the same inputs."""
+        alpha = None
+        if past is not None:
+            alpha = torch.full((len(logits),), self.alpha, device=logits.device)
+        rows = None if rows is None else check_given(rows, len(logits))
+        return self._loss(logits, target, past, alpha, rows, recorded=recorded)
+
+    def _turn(self) -> None:
+        if self.epoch:  # the weights that an epoch left; before the first they are random
+            # Batch norm's statistics differ between processes, and one teacher is the same in all.
+            take_buffers_of_first_process(self._student)
+            self.teacher.refresh(self._student)
+
+    def _load_teacher(self, state: dict) -> None:
+        """At an epoch's end the model is the next teacher: there is nothing to load."""
+
+
+def _bare(model: nn.Module) -> nn.Module:
+    """Return the module inside DataParallel, DDP and torch.compile, in any nesting."""
+    while True:
+        inner = getattr(model, "_orig_mod", None)
+        if inner is None and isinstance(
+            model, (nn.DataParallel, nn.parallel.DistributedDataParallel)
+        ):
+            inner = model.module
+        if inner is None:
+            return model
+        model = inner

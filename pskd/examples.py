@@ -1,0 +1,89 @@
+"""What PS-KD did to each sample of the training set, summed over the epochs.
+
+Shapes: N rows of a batch, M samples.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pskd.distributed import is_first, sum_over_processes
+
+__all__ = ["ExampleStats"]
+
+_VISITS, _ERROR, _SOFTENED_ERROR, _REMOVED = range(4)
+
+
+class ExampleStats:
+    """How hard each sample was, and by which factor PS-KD rescaled its gradient.
+
+    The plain gradient on a label's logit is ``1 - p[y]``, and PS-KD removes ``alpha * (1 -
+    p_past[y])`` of it. Both are summed over a sample's visits before they are divided: the factor
+    of a single visit has no finite mean over well-learned samples.
+
+    Args:
+        num_rows: M.
+        device: where the sums lie, 16 bytes a sample.
+
+    Source: Kim et al. 2021, section 3.2 (hard example mining).
+    """
+
+    def __init__(self, num_rows: int, device: torch.device | str = "cpu") -> None:
+        self._sums = torch.zeros(num_rows, 4, device=device)
+
+    @torch.no_grad()
+    def add(
+        self, rows: Tensor, nll: Tensor, teacher_probs_at_label: Tensor | None, alpha: Tensor
+    ) -> None:
+        """Add a batch.
+
+        Args:
+            rows: (N,) int64 in [0, M).
+            nll: (N,) the student's, in nats.
+            teacher_probs_at_label: (N,) the past prediction's probability of the label; None
+                without a teacher.
+            alpha: (N,) weight of the teacher, 0 for a row that has none.
+        """
+        error = -torch.expm1(-nll.float())
+        softened = error * (alpha > 0)
+        removed = torch.zeros_like(error)
+        if teacher_probs_at_label is not None:
+            removed = alpha * (1.0 - teacher_probs_at_label.float())
+        added = torch.stack([torch.ones_like(error), error, softened, removed], dim=1)
+        rows, added = rows.to(self._sums.device), added.to(self._sums.device)
+        self._sums.index_add_(0, rows, added)
+
+    def compute(self) -> tuple[Tensor, Tensor]:
+        """Return what all processes added; a collective.
+
+        Returns:
+            difficulty: (M,) float32 on the CPU, the mean of ``1 - p[y]`` over a sample's visits.
+            rescaling: (M,) float32 on the CPU, the factor on the sample's gradient, at most 1.
+            Both are NaN for a sample without a visit, the factor also without a teacher.
+        """
+        sums = self._total()
+        difficulty = sums[:, _ERROR] / sums[:, _VISITS]
+        rescaling = 1.0 - sums[:, _REMOVED] / sums[:, _SOFTENED_ERROR]
+        rescaling[sums[:, _SOFTENED_ERROR] == 0] = torch.nan
+        return difficulty, rescaling
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the sums of all processes, on the CPU; a collective."""
+        return {"sums": self._total()}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Go on from the sums of `state_dict`, in any number of processes.
+
+        Raises:
+            ValueError: for the sums of another number of samples.
+        """
+        sums = state["sums"]
+        if sums.shape != self._sums.shape:
+            raise ValueError(f"examples: expected {len(self._sums)} samples, got {len(sums)}")
+        self._sums.zero_()
+        if is_first():
+            self._sums.copy_(sums)
+
+    def _total(self) -> Tensor:
+        return sum_over_processes(self._sums.clone()).cpu()

@@ -1,0 +1,81 @@
+"""Row numbers: which sample of the data set each row of a batch is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+__all__ = ["ROWS", "WithRows", "check_distinct", "check_given"]
+
+#: The key of the row numbers where a sample is a mapping.
+ROWS = "pskd_rows"
+
+
+class WithRows(Dataset):
+    """A map-style data set that tells with each sample which one it is.
+
+    A tuple ``(inputs, target)`` becomes ``(row, inputs, target)``, a mapping gets the key
+    ``"pskd_rows"``. Any sampler, shuffling or worker may follow: the number stays the sample's.
+
+    Args:
+        dataset: any with ``len()`` and indices from 0; its samples are tuples or mappings.
+
+    Raises:
+        ValueError: for a data set without a length, such as an iterable one, or without samples.
+    """
+
+    def __init__(self, dataset: Dataset) -> None:
+        try:
+            size = len(dataset)
+        except TypeError:
+            name = type(dataset).__name__
+            raise ValueError(f"dataset: expected one with a length, got {name}") from None
+        if size < 1:
+            raise ValueError("dataset: expected at least one sample, got none")
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, row: int) -> tuple | dict:
+        sample = self.dataset[row]
+        if isinstance(sample, Mapping):
+            return {**sample, ROWS: row}
+        if isinstance(sample, (tuple, list)):
+            return (row, *sample)
+        raise ValueError(
+            f"dataset: expected a sample to be a tuple or a mapping, got {type(sample).__name__}"
+        )
+
+
+def check_given(rows: object, count: int) -> Tensor:
+    """Return the row numbers of a batch as int64.
+
+    Raises:
+        ValueError: if there are none, or they are not ``count`` integers.
+    """
+    if rows is None:
+        raise ValueError(
+            "rows: expected the row number of each sample of the batch, got none; "
+            "pskd.WithRows(dataset) gives it"
+        )
+    rows = torch.as_tensor(rows)
+    if rows.dtype.is_floating_point or rows.dtype == torch.bool or tuple(rows.shape) != (count,):
+        raise ValueError(
+            f"rows: expected integers of shape ({count},), got {rows.dtype} of {tuple(rows.shape)}"
+        )
+    return rows.long()
+
+
+def check_distinct(rows: Tensor) -> None:
+    """Raise ValueError if a sample is twice among the rows; not looked at on a GPU."""
+    if rows.device.type == "cpu" and len(rows.unique()) != len(rows):
+        values, counts = rows.unique(return_counts=True)
+        twice = values[counts > 1].tolist()
+        raise ValueError(
+            f"rows: expected each sample once in a batch, got {twice[0]} more than once "
+            f"({len(twice)} such rows)"
+        )
