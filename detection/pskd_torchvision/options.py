@@ -8,6 +8,7 @@ import math
 from pskd_detection import DetectionDataset, add_dataset_arguments
 
 from pskd.distributed import World
+from pskd.run.options import check_ranges
 from pskd.schedule import SCHEDULES, check_alpha
 
 __all__ = ["build_parser", "check", "recorded"]
@@ -127,14 +128,7 @@ def check(args: argparse.Namespace) -> None:
     Raises:
         ValueError: naming the option, what was expected and what came.
     """
-    for name, (least, most) in RANGES.items():
-        value = getattr(args, name)
-        for entry in value if isinstance(value, list) else [value]:
-            if entry is not None and not (least <= entry <= most and math.isfinite(entry)):
-                upper = f" to {most:g}" if math.isfinite(most) else " or more"
-                raise ValueError(
-                    f"--{name.replace('_', '-')}: expected {least:g}{upper}, got {entry}"
-                )
+    check_ranges(args, RANGES)
     check_alpha(args.pskd_alpha_final, "--pskd-alpha-final")
     if not args.test_only and not args.train:
         raise ValueError("--train: expected a training set, got none")

@@ -1,0 +1,96 @@
+"""What a model says of a data set, and how right and how sure it is.
+
+Shapes: N samples, C classes.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, Subset
+
+from pskd.calibration import aurc, excess_aurc, reliability_bins
+from pskd.distributed import World, gather
+
+__all__ = ["Rows", "measure", "predict", "rows_of"]
+
+TOP_K = 5
+
+
+class Rows(NamedTuple):
+    """What is known of each sample: enough for every metric.
+
+    Attributes:
+        confidence: (N,) float32, the probability of the predicted class.
+        correct: (N,) bool, whether it is the label.
+        nll: (N,) float64, in nats.
+        in_top5: (N,) bool, whether the label is among the five most probable classes.
+    """
+
+    confidence: np.ndarray
+    correct: np.ndarray
+    nll: np.ndarray
+    in_top5: np.ndarray
+
+
+@torch.no_grad()
+def predict(
+    model: nn.Module, images: Dataset, world: World, *, batch_size: int, workers: int, amp: bool
+) -> tuple[Tensor, Tensor] | None:
+    """Score a data set, each process its share of it; a collective.
+
+    Returns:
+        (N, C) float32 logits and (N,) int64 labels on the CPU, in the data set's order; None in all
+        but the first process.
+    """
+    own = range(world.rank, len(images), world.size)
+    loader = DataLoader(Subset(images, own), batch_size=batch_size, num_workers=workers)
+    was_training = model.training
+    model.eval()
+    logits, labels = [], []
+    for batch, target in loader:
+        half = torch.float16 if world.device.type == "cuda" else torch.bfloat16
+        with torch.autocast(world.device.type, dtype=half, enabled=amp):
+            scores = model(batch.to(world.device, non_blocking=True))
+        logits.append(scores.float().cpu())
+        labels.append(target)
+    model.train(was_training)
+    parts = gather((torch.cat(logits), torch.cat(labels)) if logits else None)
+    if parts is None:
+        return None
+    all_logits = parts[0][0].new_empty(len(images), parts[0][0].size(1))
+    all_labels = parts[0][1].new_empty(len(images))
+    for rank, part in enumerate(parts):
+        if part is not None:  # fewer samples than processes
+            all_logits[rank :: world.size], all_labels[rank :: world.size] = part
+    return all_logits, all_labels
+
+
+def rows_of(logits: Tensor, target: Tensor, temperature: float = 1.0) -> Rows:
+    """Return what is known of each sample, of (N, C) logits and (N,) labels."""
+    lprobs = (logits.double() / temperature).log_softmax(dim=1)
+    confidence, predicted = lprobs.max(dim=1)
+    top = lprobs.topk(min(TOP_K, lprobs.size(1)), dim=1).indices
+    return Rows(
+        confidence=confidence.exp().float().numpy(),
+        correct=(predicted == target).numpy(),
+        nll=-lprobs.gather(1, target[:, None]).squeeze(1).numpy(),
+        in_top5=(top == target[:, None]).any(dim=1).numpy(),
+    )
+
+
+def measure(rows: Rows) -> dict[str, float | int]:
+    """Return errors, ECE (15 bins), AURC and E-AURC as fractions, NLL in nats, and the count."""
+    bins = reliability_bins(rows.confidence, rows.correct)
+    return {
+        "top1_error": float(1.0 - rows.correct.mean()),
+        "top5_error": float(1.0 - rows.in_top5.mean()),
+        "nll": float(rows.nll.mean()),
+        "ece": bins.expected_calibration_error,
+        "aurc": aurc(rows.confidence, rows.correct),
+        "e_aurc": excess_aurc(rows.confidence, rows.correct),
+        "count": len(rows.correct),
+    }

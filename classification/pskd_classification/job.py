@@ -1,0 +1,237 @@
+"""From the command line to the parts of a run: all that can be refused is refused here."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.optim import lr_scheduler
+
+from pskd import ExampleStats, MemoryCriterion, SnapshotCriterion
+from pskd.distributed import World
+from pskd.run import checkpoint
+from pskd_classification.data import Splits, load_splits
+from pskd_classification.mixing import Mixer
+from pskd_classification.models import build_model
+from pskd_classification.objective import Objective, VirtualTeacher
+from pskd_classification.options import check, recorded
+from pskd_classification.training import Trainer
+
+__all__ = ["BEST", "LAST", "Job", "build_trainer", "prepare", "save"]
+
+logger = logging.getLogger(__name__)
+
+LAST, BEST = "checkpoint.pth", "best.pth"
+KEYS = {"model", "optimizer", "scheduler", "scaler", "criterion", "epoch", "best", "options"}
+#: Options that shape the weights or the data; others may change, which is said in the log.
+FIXED = (
+    "model", "samples", "fingerprint", "opt", "epochs", "lr_schedule", "lr_warmup_epochs"
+)  # fmt: skip
+
+
+@dataclass
+class Job:
+    """What a run works on.
+
+    Attributes:
+        args: the command line.
+        world: the processes.
+        splits: the data.
+        model: on the device.
+        options: that a checkpoint keeps.
+        best: the epoch and error of the best checkpoint so far; None if there is none.
+    """
+
+    args: argparse.Namespace
+    world: World
+    splits: Splits
+    model: nn.Module
+    options: dict[str, object]
+    best: dict | None = None
+
+    @property
+    def folder(self) -> Path:
+        """Where the run writes."""
+        return Path(self.args.output_dir)
+
+
+def prepare(args: argparse.Namespace, world: World) -> Job:
+    """Read the data set and build the model.
+
+    Raises:
+        ValueError: for anything that could not be trained on or evaluated, naming what was
+            expected and what came.
+    """
+    check(args)
+    splits = load_splits(
+        args.dataset,
+        args.data_dir,
+        val_fraction=args.val_fraction,
+        split_seed=args.split_seed,
+        augment=args.augment,
+        image_size=args.image_size,
+        hflip=args.hflip,
+        download=args.download,
+    )
+    torch.manual_seed(args.seed)  # the same weights in every process
+    model = build_model(
+        args.model,
+        len(splits.classes),
+        dropout=args.dropout,
+        stochastic_depth=args.stochastic_depth,
+    ).to(world.device)
+    job = Job(args, world, splits, model, recorded(args, world, splits))
+    if args.weights:
+        path = Path(args.weights)
+        content = checkpoint.read_checkpoint(path, {"model", "classes"})
+        checkpoint.check_classes(path, content["classes"], splits.classes)
+        checkpoint.load_weights(path, model, content["model"])
+    return job
+
+
+def build_trainer(job: Job) -> tuple[Trainer, int]:
+    """Return the trainer, and the number of epochs that lie behind it.
+
+    Raises:
+        ValueError: for a checkpoint of another training.
+    """
+    args = job.args
+    optimizer = _optimizer(args, job.model)
+    trainer = Trainer(
+        job.model,
+        job.splits.train,
+        _objective(job),
+        optimizer,
+        _scheduler(args, optimizer),
+        world=job.world,
+        batch_size=args.batch_size,
+        workers=args.workers,
+        amp=args.amp,
+        compiled=args.compile,
+        channels_last=args.channels_last,
+        clip_grad_norm=args.clip_grad_norm,
+        seed=args.seed,
+    )
+    path = job.folder / LAST
+    if not args.resume:
+        return trainer, 0
+    if not path.exists():
+        logger.info("--resume: no %s, so from the start", path)
+        return trainer, 0
+    return trainer, _load(job, trainer, path)
+
+
+def _load(job: Job, trainer: Trainer, path: Path) -> int:
+    content = checkpoint.read_checkpoint(path, KEYS)
+    checkpoint.check_same(path, content["options"], job.options, FIXED)
+    checkpoint.check_classes(path, content["classes"], job.splits.classes)
+    try:
+        trainer.objective.criterion.load_state_dict(content["criterion"])
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    checkpoint.load_weights(path, job.model, content["model"])
+    checkpoint.load_optimizer(trainer.optimizer, content["optimizer"])
+    trainer.scheduler.load_state_dict(content["scheduler"])
+    for group, rate in zip(
+        trainer.optimizer.param_groups, trainer.scheduler.get_last_lr(), strict=True
+    ):
+        group["lr"] = rate
+    if content["scaler"]:  # empty without mixed precision
+        trainer.scaler.load_state_dict(content["scaler"])
+    job.best = content["best"]
+    checkpoint.tell_changes(path, content["options"], job.options)
+    logger.info("%s: goes on after epoch %d of %d", path, content["epoch"], job.args.epochs)
+    return content["epoch"]
+
+
+def save(job: Job, trainer: Trainer, epoch: int, error: float | None) -> None:
+    """Save the state at an epoch's end, and the weights if they are the best so far; a collective.
+
+    Args:
+        error: on the validation set; None without one.
+    """
+    criterion = trainer.objective.criterion.state_dict()
+    if not job.world.is_first:
+        return
+    shared = {
+        "model": job.model.state_dict(),
+        "classes": list(job.splits.classes),
+        "options": job.options,
+        "epoch": epoch,
+    }
+    if error is not None and (job.best is None or error < job.best["top1_error"]):
+        job.best = {"epoch": epoch, "top1_error": error}
+        checkpoint.write_checkpoint(job.folder / BEST, shared)
+    content = shared | {
+        "optimizer": trainer.optimizer.state_dict(),
+        "scheduler": trainer.scheduler.state_dict(),
+        "scaler": trainer.scaler.state_dict(),
+        "criterion": criterion,
+        "best": job.best,
+    }
+    checkpoint.write_checkpoint(job.folder / LAST, content)
+
+
+def _objective(job: Job) -> Objective:
+    args, train = job.args, job.splits.train
+    device = job.world.device
+    examples = ExampleStats(len(train), device)
+    common = {
+        "num_epochs": args.epochs,
+        "alpha_final": args.pskd_alpha_final,
+        "schedule": args.pskd_alpha_schedule,
+        "label_smoothing": args.label_smoothing,
+        "examples": examples,
+    }
+    if args.pskd_teacher == "snapshot":
+        criterion = SnapshotCriterion(job.model, **common)
+    else:
+        criterion = MemoryCriterion(
+            len(train),
+            len(job.splits.classes),
+            top_k=args.pskd_top_k,
+            momentum=args.pskd_momentum,
+            fingerprint=job.splits.fingerprint,
+            device=device,
+            **common,
+        )
+    virtual = None
+    if args.tf_kd_alpha:
+        virtual = VirtualTeacher(
+            len(job.splits.classes),
+            args.tf_kd_alpha,
+            correct=args.tf_kd_correct,
+            temperature=args.tf_kd_temperature,
+        )
+    return Objective(criterion, Mixer(args.cutmix_alpha, args.mixup_alpha, args.mix_prob), virtual)
+
+
+def _optimizer(args: argparse.Namespace, model: nn.Module) -> torch.optim.Optimizer:
+    if args.opt == "adamw":
+        return torch.optim.AdamW(model.parameters(), args.lr, weight_decay=args.weight_decay)
+    return torch.optim.SGD(
+        model.parameters(),
+        args.lr,
+        momentum=args.momentum,
+        weight_decay=args.weight_decay,
+        nesterov=args.momentum > 0,
+    )
+
+
+def _scheduler(
+    args: argparse.Namespace, optimizer: torch.optim.Optimizer
+) -> lr_scheduler.LRScheduler:
+    warmup = args.lr_warmup_epochs
+    if args.lr_schedule == "cosine":
+        main = lr_scheduler.CosineAnnealingLR(optimizer, max(1, args.epochs - warmup))
+    else:
+        steps = [step - warmup for step in args.lr_steps]
+        main = lr_scheduler.MultiStepLR(optimizer, steps, args.lr_gamma)
+    if not warmup:
+        return main
+    ramp = lr_scheduler.LinearLR(optimizer, 1.0 / (warmup + 1), total_iters=warmup)
+    return lr_scheduler.SequentialLR(optimizer, [ramp, main], [warmup])

@@ -1,0 +1,239 @@
+"""The command line of train.py, config files, and what is refused before anything is built."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import yaml
+
+from pskd.distributed import World
+from pskd.run.options import check_ranges
+from pskd.schedule import SCHEDULES, check_alpha
+from pskd_classification.data import DATASETS, Splits
+
+__all__ = ["build_parser", "check", "parse", "recorded"]
+
+PUBLISHED_ALPHA = 0.8
+TEACHERS = ("memory", "snapshot")
+OPTIMIZERS = ("sgd", "adamw")
+# name: (least, most), both allowed; of a list every entry.
+RANGES = {
+    "epochs": (1, math.inf),
+    "batch_size": (1, math.inf),
+    "lr": (0.0, math.inf),
+    "momentum": (0.0, 1.0),
+    "weight_decay": (0.0, math.inf),
+    "lr_steps": (0, math.inf),
+    "lr_gamma": (0.0, math.inf),
+    "lr_warmup_epochs": (0, math.inf),
+    "clip_grad_norm": (0.0, math.inf),
+    "val_fraction": (0.0, 0.999),
+    "image_size": (1, math.inf),
+    "hflip": (0.0, 1.0),
+    "workers": (0, math.inf),
+    "seed": (0, 2**63 - 1),
+    "split_seed": (0, 2**32 - 1),
+    "label_smoothing": (0.0, 1.0),
+    "cutmix_alpha": (0.0, math.inf),
+    "mixup_alpha": (0.0, math.inf),
+    "mix_prob": (0.0, 1.0),
+    "dropout": (0.0, 0.999),
+    "stochastic_depth": (0.0, 0.999),
+    "pskd_momentum": (0.0, 0.999),
+    "pskd_top_k": (1, math.inf),
+    "tf_kd_alpha": (0.0, 1.0),
+    "tf_kd_correct": (0.0, 1.0),
+}
+# What a run that is resumed is compared with; the rest is about where and how it runs.
+RECORDED = (
+    "model", "dropout", "stochastic_depth", "dataset", "val_fraction", "split_seed", "augment",
+    "image_size", "hflip", "epochs", "batch_size", "opt", "lr", "momentum", "weight_decay",
+    "lr_schedule", "lr_steps", "lr_gamma", "lr_warmup_epochs", "label_smoothing", "cutmix_alpha",
+    "mixup_alpha", "mix_prob", "tf_kd_alpha", "amp", "seed",
+)  # fmt: skip
+
+
+def parse(description: str, argv: Sequence[str]) -> argparse.Namespace:
+    """Return the options: the defaults, over them the config's, over them the command line's.
+
+    Raises:
+        ValueError: for a config that cannot be read.
+        SystemExit: for an option that is not known or cannot be converted.
+    """
+    parser = build_parser(description)
+    first = argparse.ArgumentParser(add_help=False)
+    first.add_argument("--config")
+    config = first.parse_known_args(argv)[0].config
+    return parser.parse_args([*(_config_flags(Path(config)) if config else []), *argv])
+
+
+def _config_flags(path: Path) -> list[str]:
+    """Return a config file's options, those of its ``base`` first, as a command line has them."""
+    try:
+        options = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: expected YAML, got {error}") from error
+    if not isinstance(options, dict):
+        raise ValueError(f"{path}: expected options as KEY: VALUE, got {type(options).__name__}")
+    base = options.pop("base", None)
+    flags = _config_flags(path.parent / base) if base else []
+    for key, value in options.items():
+        flag = "--" + str(key).replace("_", "-")
+        if isinstance(value, bool):
+            flags.append(flag if value else f"--no-{flag[2:]}")
+        else:
+            flags += [
+                flag,
+                *(str(entry) for entry in (value if isinstance(value, list) else [value])),
+            ]
+    return flags
+
+
+def build_parser(description: str) -> argparse.ArgumentParser:
+    """Return the parser; names are those of torchvision's reference script where it has them."""
+    parser = argparse.ArgumentParser(
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--config", metavar="FILE", help="YAML with these options; the command line goes over it")
+    add(
+        "--output-dir", "--experiments_dir", default="runs/classification",
+        help="default: %(default)s",
+    )  # fmt: skip
+    add("--resume", action="store_true", help="go on from OUTPUT_DIR/checkpoint.pth, if it exists")
+    add("--test-only", action="store_true", help="evaluate --weights and train nothing")
+    add("--weights", metavar="FILE", help="a checkpoint or state dict to start from or to evaluate")
+    _add_data(parser.add_argument_group("data"))
+    _add_training(parser.add_argument_group("model and training"))
+    _add_regularisers(parser.add_argument_group("regularisers; each goes with every other"))
+    _add_pskd(parser.add_argument_group("PS-KD; without these the run is cross-entropy"))
+    return parser
+
+
+def _add_data(group) -> None:
+    add = group.add_argument
+    add(
+        "--dataset", "--data_type", default="digits",
+        help=f"{', '.join(DATASETS)}, or MODULE:FUNCTION; default: %(default)s",
+    )  # fmt: skip
+    add("--data-dir", metavar="DIR", help="of cifar10 and cifar100, or with train/ and test/")
+    add("--download", action="store_true", help="fetch CIFAR if it is not there")
+    add(
+        "--val-fraction", type=float, default=0.1,
+        help="of the training set, held out to choose the best checkpoint; default: %(default)s",
+    )  # fmt: skip
+    add("--split-seed", type=int, default=0, help="of that division; default: %(default)s")
+    add(
+        "--augment", choices=("crop", "resized-crop", "none"), default="crop",
+        help="default: crop, padded by an eighth",
+    )  # fmt: skip
+    add("--image-size", type=int, help="side in pixels; default: that of the images")
+    add("--hflip", type=float, help="probability of a flip; default: 0.5, of digits 0")
+    add("--workers", type=int, default=2, help="reading images, a process; default: %(default)s")
+
+
+def _add_training(group) -> None:
+    add = group.add_argument
+    add("--model", "--classifier_type", default="preact_resnet10_tiny", help="default: %(default)s")
+    add("--epochs", "--end_epoch", type=int, default=20, help="default: %(default)s")
+    add("--batch-size", type=int, default=128, help="images a process; default: %(default)s")
+    add("--opt", choices=OPTIMIZERS, default="sgd", help="sgd with Nesterov's momentum (default)")
+    add("--lr", type=float, default=0.1, help="default: %(default)s")
+    add("--momentum", type=float, default=0.9, help="of sgd; default: %(default)s")
+    add("--weight-decay", type=float, default=5e-4, help="default: %(default)s")
+    add("--lr-schedule", choices=("steps", "cosine"), default="steps", help="default: steps")
+    add(
+        "--lr-steps", type=int, nargs="*",
+        help="epochs after which the rate is multiplied by --lr-gamma; default: half and three "
+        "quarters of the training",
+    )  # fmt: skip
+    add("--lr-gamma", type=float, default=0.1, help="default: %(default)s")
+    add("--lr-warmup-epochs", type=int, default=0, help="default: %(default)s")
+    add("--clip-grad-norm", type=float, help="default: none")
+    add(
+        "--amp", action=argparse.BooleanOptionalAction, default=False,
+        help="mixed precision: float16 on a GPU, bfloat16 on a CPU",
+    )  # fmt: skip
+    add("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile")
+    add("--channels-last", action=argparse.BooleanOptionalAction, default=False)
+    add("--device", help="cpu or cuda; default: cuda if there is one")
+    add("--seed", type=int, default=0, help="default: %(default)s")
+
+
+def _add_regularisers(group) -> None:
+    add = group.add_argument
+    add("--label-smoothing", type=float, default=0.0, help="torch's, over all classes")
+    add("--cutmix-alpha", type=float, default=0.0, help="of CutMix; default: 0, off")
+    add("--mixup-alpha", type=float, default=0.0, help="of Mixup; default: 0, off")
+    add(
+        "--mix-prob", type=float, default=0.5,
+        help="of a batch to be mixed, by CutMix, Mixup, or either; default: %(default)s",
+    )  # fmt: skip
+    add("--dropout", type=float, default=0.0, help="before the classifier; default: the model's")
+    add(
+        "--stochastic-depth", type=float, default=0.0,
+        help="probability of the last branch to be left out; default: the model's",
+    )  # fmt: skip
+    add(
+        "--tf-kd-alpha", type=float, default=0.0,
+        help="weight of Tf-KD's virtual teacher, instead of PS-KD; default: 0, off",
+    )  # fmt: skip
+    add("--tf-kd-correct", type=float, default=0.99, help="its probability of the label")
+    add("--tf-kd-temperature", type=float, default=20.0, help="that softens it")
+
+
+def _add_pskd(group) -> None:
+    add = group.add_argument
+    add(
+        "--pskd-alpha-final", "--alpha_T", type=float, default=0.0,
+        help="weight of the teacher at the end of training (the paper's alpha_T); default: 0, off",
+    )  # fmt: skip
+    add(
+        "--PSKD", dest="pskd_alpha_final", action="store_const", const=PUBLISHED_ALPHA,
+        help=f"the published alpha_T, {PUBLISHED_ALPHA}",
+    )  # fmt: skip
+    add("--pskd-alpha-schedule", choices=list(SCHEDULES), default="linear", help="default: linear")
+    add("--pskd-teacher", choices=TEACHERS, default="memory", help="default: memory (published)")
+    add("--pskd-top-k", type=int, help="classes that the memory keeps of a row; default: all")
+    add(
+        "--pskd-momentum", type=float, default=0.0,
+        help="weight of the past in what the memory keeps; default: 0 (published)",
+    )  # fmt: skip
+
+
+def check(args: argparse.Namespace) -> None:
+    """Refuse what could not run, and fill in what depends on other options.
+
+    Raises:
+        ValueError: naming the option, what was expected and what came.
+    """
+    check_ranges(args, RANGES)
+    check_alpha(args.pskd_alpha_final, "--pskd-alpha-final")
+    if not 0.0 < args.tf_kd_temperature < math.inf:
+        raise ValueError(f"--tf-kd-temperature: expected above 0, got {args.tf_kd_temperature}")
+    if args.tf_kd_alpha and args.pskd_alpha_final:
+        raise ValueError("--tf-kd-alpha: expected 0 with PS-KD, which has a teacher, got both")
+    if args.test_only and not args.weights:
+        raise ValueError("--weights: expected a checkpoint to evaluate with --test-only, got none")
+    if args.resume and args.weights:
+        raise ValueError("--weights: expected none with --resume, got both")
+    mixes = args.cutmix_alpha or args.mixup_alpha
+    if args.pskd_alpha_final and args.pskd_teacher == "memory" and mixes and args.mix_prob == 1:
+        raise ValueError(
+            "--mix-prob: expected below 1 with the memory teacher, which learns from batches that "
+            "are not mixed (or --pskd-teacher snapshot), got 1"
+        )
+    if args.lr_steps is None:
+        args.lr_steps = [args.epochs // 2, args.epochs * 3 // 4]
+
+
+def recorded(args: argparse.Namespace, world: World, splits: Splits) -> dict[str, object]:
+    """Return the options that a checkpoint keeps, so that a resumed run can be compared."""
+    options: dict[str, object] = {name: getattr(args, name) for name in RECORDED}
+    data = {"fingerprint": splits.fingerprint, "samples": len(splits.train)}
+    return options | data | {"processes": world.size}

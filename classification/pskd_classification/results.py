@@ -1,0 +1,98 @@
+"""What a finished run leaves in its folder, as `pskd report` reads it.
+
+Shapes: N samples of the test set, M of the training set.
+"""
+
+from __future__ import annotations
+
+import base64
+import csv
+import io
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from pskd.run.files import write_json, written_aside
+from pskd_classification.data import Images
+from pskd_classification.evaluation import Rows
+
+__all__ = ["write_confidence", "write_csv", "write_examples"]
+
+SHOWN_EXAMPLES = 24
+
+
+def write_confidence(folder: Path, rows: Rows, scaled: Rows | None, temperature: float | None):
+    """Write confidence.npz: the rows of the test set, and those after temperature scaling."""
+    arrays = rows._asdict()
+    if scaled is not None:
+        arrays |= {
+            "scaled_confidence": scaled.confidence,
+            "scaled_nll": scaled.nll,
+            "temperature": np.float64(temperature),
+        }
+    with written_aside(folder / "confidence.npz") as aside:
+        np.savez_compressed(aside, **arrays)
+
+
+def write_csv(folder: Path) -> None:
+    """Write metrics.csv, a row an epoch, from metrics.json."""
+    lines = (folder / "metrics.json").read_text(encoding="utf-8").splitlines()
+    epochs = [json.loads(line) for line in lines]
+    columns = list(dict.fromkeys(key for epoch in epochs for key in epoch))
+    with (
+        written_aside(folder / "metrics.csv") as aside,
+        aside.open("w", newline="", encoding="utf-8") as file,
+    ):
+        table = csv.DictWriter(file, columns)
+        table.writeheader()
+        table.writerows(epochs)
+
+
+def write_examples(
+    folder: Path, train: Images, classes: tuple[str, ...], statistics: tuple | None
+) -> None:
+    """Write what happened to each training sample: examples.npz and reweighted.json.
+
+    The latter holds those whose gradient PS-KD took most and least of, with their pictures.
+
+    Args:
+        statistics: of `ExampleStats.compute`.
+    """
+    difficulty, rescaling = (values.numpy() for values in statistics)
+    arrays = {
+        "ids": np.array(train.ids),
+        "label": train.targets.numpy(),
+        "difficulty": difficulty,
+        "rescaling": rescaling,
+        "classes": np.array(classes),
+    }
+    with written_aside(folder / "examples.npz") as aside:
+        np.savez_compressed(aside, **arrays)
+    known = np.flatnonzero(np.isfinite(rescaling))
+    if not len(known):  # cross-entropy re-weights nothing
+        (folder / "reweighted.json").unlink(missing_ok=True)
+        return
+    order = known[np.argsort(rescaling[known], kind="stable")]
+
+    def shown(row: int) -> Mapping:
+        return {
+            "id": train.ids[row],
+            "label": classes[int(train.targets[row])],
+            "rescaling": rescaling[row],
+            "difficulty": difficulty[row],
+            "image": _data_uri(train, int(row)),
+        }
+
+    most, least = order[:SHOWN_EXAMPLES], order[::-1][:SHOWN_EXAMPLES]
+    content = {"most": [shown(row) for row in most], "least": [shown(row) for row in least]}
+    write_json(folder / "reweighted.json", content)
+
+
+def _data_uri(images: Images, row: int) -> str:
+    buffer = io.BytesIO()
+    picture = images.picture(row)
+    picture.thumbnail((64, 64))
+    picture.save(buffer, format="PNG")
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

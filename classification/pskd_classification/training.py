@@ -1,0 +1,156 @@
+"""The training loop: an epoch follows from the state at its start, the seed and its number alone.
+
+That is what makes a resumed run equal to one that was not stopped: all random states are set anew
+at each epoch's start, and checkpoints are written at its end.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, DistributedSampler
+from tqdm import tqdm
+
+from pskd import WithRows
+from pskd.distributed import World, take_buffers_of_first_process
+from pskd.run.means import Means
+from pskd.run.seeding import seed_epoch
+from pskd_classification.data import Images
+from pskd_classification.objective import Objective
+
+__all__ = ["Trainer"]
+
+logger = logging.getLogger(__name__)
+
+CHECK_EVERY = 50  # iterations, on a GPU: to look at a loss is to wait for the device
+
+
+class Trainer:
+    """Trains a classifier, in one process or several.
+
+    Args:
+        model: bare and on the device.
+        images: the training set.
+        objective: the loss; its criterion is told when an epoch begins.
+        optimizer, scheduler: the scheduler makes a step an epoch.
+        world: the processes; each takes ``batch_size`` images an iteration.
+        batch_size: images of an iteration and process.
+        workers: that read images, a process.
+        amp: mixed precision: float16 with a loss scale on a GPU, bfloat16 on a CPU.
+        compiled: run the model through torch.compile.
+        channels_last: the memory format of images and weights.
+        clip_grad_norm: the largest norm of the gradient; None for any.
+        seed: of the order of images and of all sampling.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        images: Images,
+        objective: Objective,
+        optimizer: torch.optim.Optimizer,
+        scheduler: torch.optim.lr_scheduler.LRScheduler,
+        *,
+        world: World,
+        batch_size: int = 128,
+        workers: int = 0,
+        amp: bool = False,
+        compiled: bool = False,
+        channels_last: bool = False,
+        clip_grad_norm: float | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.model, self.objective = model, objective
+        self.optimizer, self.scheduler = optimizer, scheduler
+        self._world, self._amp, self._seed = world, amp, seed
+        self._clip_grad_norm = clip_grad_norm
+        on_gpu = world.device.type == "cuda"
+        self.scaler = torch.amp.GradScaler(world.device.type, enabled=amp and on_gpu)
+        self._format = torch.channels_last if channels_last else torch.contiguous_format
+        model.to(memory_format=self._format)
+        self._wrapped = model
+        if world.size > 1:
+            devices = [world.device] if on_gpu else None
+            self._wrapped = DistributedDataParallel(model, device_ids=devices)
+        if compiled:
+            self._wrapped = torch.compile(self._wrapped)
+        self._sampler = DistributedSampler(images, world.size, world.rank, seed=seed)
+        self._generator = torch.Generator()
+        self._loader = DataLoader(
+            WithRows(images),
+            batch_size=batch_size,
+            sampler=self._sampler,
+            num_workers=workers,
+            pin_memory=on_gpu,
+            # A last batch of one image has no variance for batch norm.
+            drop_last=len(self._sampler) % batch_size == 1 and len(self._sampler) > 1,
+            generator=self._generator,
+        )
+        self._means = Means()
+
+    @property
+    def iterations(self) -> int:
+        """Of an epoch."""
+        return len(self._loader)
+
+    def train_epoch(self, epoch: int) -> dict[str, float]:
+        """Train one epoch, counted from 1; afterwards all processes have the same model.
+
+        Returns:
+            The means of the epoch, for a log; a collective.
+
+        Raises:
+            FloatingPointError: if a loss is not finite.
+        """
+        seed_epoch(self._seed, epoch, self._world.rank)
+        # From this the workers' seeds are drawn.
+        self._generator.manual_seed(int(torch.randint(2**62, ())))
+        self._sampler.set_epoch(epoch)
+        self.objective.criterion.begin_epoch(epoch)
+        rate = self.optimizer.param_groups[0]["lr"]
+        self._wrapped.train()
+        start = time.perf_counter()
+        hidden = None if self._world.is_first else True  # None: hidden where there is no terminal
+        bar = tqdm(self._loader, desc=f"epoch {epoch}", leave=False, disable=hidden)
+        for i, (rows, images, target) in enumerate(bar):
+            loss = self._step(rows, images, target)
+            self._means.add("train/loss", loss * len(target), float(len(target)))
+            if self._world.device.type == "cpu" or (i + 1) % CHECK_EVERY == 0:
+                _check_finite(loss, epoch, i + 1)
+        take_buffers_of_first_process(self.model)
+        means = self._means.take()
+        seconds = time.perf_counter() - start
+        _check_finite(torch.tensor(means["train/loss"]), epoch, self.iterations)
+        self.scheduler.step()
+        told = self.objective.criterion.take_means()
+        return {"lr": rate, "seconds": seconds} | means | told
+
+    def _step(self, rows: Tensor, images: Tensor, target: Tensor) -> Tensor:
+        device = self._world.device
+        images = images.to(device, non_blocking=True, memory_format=self._format)
+        rows, target = rows.to(device, non_blocking=True), target.to(device, non_blocking=True)
+        half = torch.float16 if device.type == "cuda" else torch.bfloat16
+        with torch.autocast(device.type, dtype=half, enabled=self._amp):
+            loss = self.objective(self._wrapped, rows, images, target)
+        self.optimizer.zero_grad()
+        self.scaler.scale(loss).backward()
+        if self._clip_grad_norm is not None:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.model.parameters(), self._clip_grad_norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        return loss.detach()
+
+
+def _check_finite(loss: Tensor, epoch: int, iteration: int) -> None:
+    value = float(loss)
+    if not math.isfinite(value):
+        raise FloatingPointError(
+            f"epoch {epoch}, iteration {iteration}: expected a finite loss, got {value} (often "
+            "--lr is too high)"
+        )

@@ -1,0 +1,146 @@
+#!/usr/bin/env python
+"""Train or evaluate an image classifier with PS-KD.
+
+    python classification/train.py --pskd-alpha-final 0.8
+    python classification/train.py --config configs/classification/cifar100_pskd.yaml \\
+        --data-dir data --output-dir runs/cifar100_pskd
+    torchrun --nproc-per-node 8 classification/train.py --dataset folder --data-dir imagenet \\
+        --model resnet50 --augment resized-crop --image-size 224 --pskd-alpha-final 0.3
+
+Without the --pskd options it trains with cross-entropy. OUTPUT_DIR gets results.json,
+metrics.json and .csv, checkpoint.pth at each epoch's end and best.pth, chosen on held-out training
+data; `pskd report OUTPUT_DIR ...` compares runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from statistics import median
+
+from pskd_classification.evaluation import measure, predict, rows_of
+from pskd_classification.job import BEST, Job, build_trainer, prepare, save
+from pskd_classification.options import parse
+from pskd_classification.results import write_confidence, write_csv, write_examples
+
+from pskd.distributed import World, join, leave
+from pskd.run.checkpoint import load_weights, read_checkpoint
+from pskd.run.files import write_json
+from pskd.run.log import MetricsLog
+from pskd.temperature import fit_temperature
+
+PROGRAM = "train"
+logger = logging.getLogger(PROGRAM)
+
+
+def train(job: Job) -> dict:
+    """Train on from the checkpoint, if there is one; return what is known at the end."""
+    trainer, done = build_trainer(job)
+    log = MetricsLog(job.folder if job.world.is_first else None, done)
+    seconds = []
+    for epoch in range(done + 1, job.args.epochs + 1):
+        told = trainer.train_epoch(epoch)
+        seconds.append(told["seconds"])
+        error = validate(job, told)
+        log.write({"epoch": epoch, "iteration": epoch * trainer.iterations - 1} | told)
+        save(job, trainer, epoch, error)
+        if job.world.is_first:
+            write_csv(job.folder)
+    log.close()
+    statistics = trainer.objective.criterion.examples.compute()
+    if job.world.is_first:
+        write_examples(job.folder, job.splits.train, job.splits.classes, statistics)
+    return {"seconds_per_epoch": median(seconds) if seconds else None}
+
+
+def validate(job: Job, told: dict) -> float | None:
+    """Add the validation set's figures to an epoch's; return its error in the first process."""
+    found = _predict(job, job.splits.validation)
+    if found is None:
+        return None
+    numbers = measure(rows_of(*found))
+    told |= {f"val/{name}": numbers[name] for name in ("top1_error", "nll", "ece", "aurc")}
+    return numbers["top1_error"]
+
+
+def test(job: Job) -> dict:
+    """Return the test set's figures, with temperature scaling fitted on the validation set."""
+    validation, tested = _predict(job, job.splits.validation), _predict(job, job.splits.test)
+    if tested is None:
+        return {}
+    rows, scaled, temperature = rows_of(*tested), None, None
+    if validation is not None:
+        temperature = fit_temperature(*validation)
+        scaled = rows_of(*tested, temperature)
+    write_confidence(job.folder, rows, scaled, temperature)
+    results = {"last": measure(rows) | {"epoch": job.args.epochs}}
+    if scaled is not None:
+        results |= {"temperature": temperature, "last_scaled": measure(scaled)}
+    return results
+
+
+def test_best(job: Job) -> dict:
+    """Return the test set's figures of the checkpoint that was best on the validation set."""
+    if job.splits.validation is None:
+        return {}
+    path = job.folder / BEST
+    content = read_checkpoint(path, {"model", "epoch"})
+    load_weights(path, job.model, content["model"])
+    tested = _predict(job, job.splits.test)
+    if tested is None:
+        return {}
+    return {"best": measure(rows_of(*tested)) | {"epoch": content["epoch"]}}
+
+
+def _predict(job: Job, images):
+    if images is None:
+        return None
+    args = job.args
+    options = {"batch_size": args.batch_size, "workers": args.workers, "amp": args.amp}
+    return predict(job.model, images, job.world, **options)
+
+
+def run(args: argparse.Namespace, world: World) -> None:
+    job = prepare(args, world)
+    results = {"task": "classification", "command": sys.argv, "seed": args.seed}
+    results |= {"dataset": args.dataset, "model": args.model, "options": job.options}
+    if world.is_first:
+        job.folder.mkdir(parents=True, exist_ok=True)
+    if not args.test_only:
+        results |= train(job)
+    results |= test(job)
+    if not args.test_only:
+        results |= test_best(job)
+    if world.is_first:
+        name = "evaluation.json" if args.test_only else "results.json"
+        path = write_json(job.folder / name, results, indent=2)
+        shown = "  ".join(f"{k} {v:.4g}" for k, v in results["last"].items())
+        logger.info("%s\ntest: %s", path, shown)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit status."""
+    try:
+        args = parse(__doc__, sys.argv[1:] if argv is None else list(argv))
+        world = join(args.device)
+        logging.basicConfig(
+            stream=sys.stdout,
+            format="%(asctime)s %(levelname)s %(message)s",
+            level=logging.INFO if world.is_first else logging.WARNING,
+        )
+        run(args, world)
+    except (OSError, ValueError, FloatingPointError) as error:
+        logger.debug("", exc_info=True)
+        # A worker's error comes with its traceback; what it says is in the last line.
+        lines = str(error).strip().splitlines() or [repr(error)]
+        print(f"{PROGRAM}: {lines[-1]}", file=sys.stderr)
+        return 1
+    finally:
+        leave()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

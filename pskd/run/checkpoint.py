@@ -1,0 +1,85 @@
+"""The file that a run is resumed from: written aside, renamed, and checked before it is used."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from pskd.run.files import written_aside
+
+__all__ = [
+    "check_classes",
+    "check_same",
+    "load_optimizer",
+    "load_weights",
+    "read_checkpoint",
+    "tell_changes",
+    "write_checkpoint",
+]
+
+logger = logging.getLogger(__name__)
+
+
+def write_checkpoint(path: Path, content: Mapping) -> None:
+    """Save what a run needs; a stop at any moment leaves the old file or the new one."""
+    with written_aside(path) as aside:
+        torch.save(dict(content), aside)
+
+
+def read_checkpoint(path: Path, keys: Collection[str]) -> dict:
+    """Read a checkpoint that has at least these keys; no code in it is run.
+
+    Raises:
+        ValueError: naming the file, if it is damaged or none of this program's.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch, pickle and zipfile raise many kinds for a damaged file
+        first = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise ValueError(f"{path}: expected a checkpoint of this program, got {first}") from error
+    if not isinstance(content, dict) or not content.keys() >= set(keys):
+        got = sorted(content) if isinstance(content, dict) else type(content).__name__
+        raise ValueError(f"{path}: expected a checkpoint with {sorted(keys)}, got {got}")
+    return content
+
+
+def load_weights(path: Path, model: torch.nn.Module, weights: Mapping) -> None:
+    """Load a model's weights; raise ValueError, naming the file, if they are another model's."""
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        first = str(error).splitlines()[-1].strip()
+        raise ValueError(f"{path}: expected the weights of this model: {first}") from error
+
+
+def check_same(path: Path, saved: Mapping, now: Mapping, names: Iterable[str]) -> None:
+    """Raise ValueError, naming the file, if an option is another than that of the checkpoint."""
+    for name in names:
+        if saved.get(name) != now[name]:
+            raise ValueError(
+                f"{path}: expected {name} {now[name]!r} as in this run, got {saved.get(name)!r}"
+            )
+
+
+def check_classes(path: Path, saved: Sequence[str], now: Sequence[str]) -> None:
+    """Raise ValueError, naming the file, if it knows other classes or another order of them."""
+    if list(saved) != list(now):
+        raise ValueError(f"{path}: expected the classes {', '.join(now)}, got {', '.join(saved)}")
+
+
+def tell_changes(path: Path, saved: Mapping, now: Mapping) -> None:
+    """Warn of options that a resumed run has otherwise than the checkpoint."""
+    for name, value in saved.items():
+        if name in now and now[name] != value:
+            logger.warning("%s: trained with %s %s, goes on with %s", path, name, value, now[name])
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
+    """Load what the optimizer has gathered; its rates and decays are those of this run."""
+    own = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+    optimizer.load_state_dict(state)
+    for group, options in zip(optimizer.param_groups, own, strict=True):
+        group.update(options)
