@@ -23,7 +23,12 @@ from statistics import median
 from pskd_classification.evaluation import measure, predict, rows_of
 from pskd_classification.job import BEST, Job, build_trainer, prepare, save
 from pskd_classification.options import parse
-from pskd_classification.results import write_confidence, write_csv, write_examples
+from pskd_classification.results import (
+    read_epochs,
+    write_confidence,
+    write_csv,
+    write_examples,
+)
 
 from pskd.distributed import World, join, leave
 from pskd.run.checkpoint import load_weights, read_checkpoint
@@ -39,10 +44,8 @@ def train(job: Job) -> dict:
     """Train on from the checkpoint, if there is one; return what is known at the end."""
     trainer, done = build_trainer(job)
     log = MetricsLog(job.folder if job.world.is_first else None, done)
-    seconds = []
     for epoch in range(done + 1, job.args.epochs + 1):
         told = trainer.train_epoch(epoch)
-        seconds.append(told["seconds"])
         error = validate(job, told)
         log.write({"epoch": epoch, "iteration": epoch * trainer.iterations - 1} | told)
         save(job, trainer, epoch, error)
@@ -50,9 +53,10 @@ def train(job: Job) -> dict:
             write_csv(job.folder)
     log.close()
     statistics = trainer.objective.criterion.examples.compute()
-    if job.world.is_first:
-        write_examples(job.folder, job.splits.train, job.splits.classes, statistics)
-    return {"seconds_per_epoch": median(seconds) if seconds else None}
+    if not job.world.is_first:
+        return {}
+    write_examples(job.folder, job.splits.train, job.splits.classes, statistics)
+    return {"seconds_per_epoch": median(epoch["seconds"] for epoch in read_epochs(job.folder))}
 
 
 def validate(job: Job, told: dict) -> float | None:

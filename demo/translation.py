@@ -133,7 +133,7 @@ def write_results(results: dict[str, dict], out: Path) -> None:
     """Write results.json and the two plots, both runs in each."""
     runs = {}
     for name in RECIPES:
-        tokens = np.load(folder(out, name) / "evaluation" / "tokens.npz")
+        tokens = np.load(folder(out, name) / "evaluation" / "confidence.npz")
         runs[name] = (tokens["confidence"], tokens["correct"])
     say(4, f"plots and {out / 'results.json'}")
     reliability_diagram(runs, out / "reliability.png")

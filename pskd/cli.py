@@ -1,10 +1,14 @@
 """The `pskd` command; also ``python -m pskd.cli``.
 
     pskd doctor [PART ...] [--json] [--timeout SECONDS]
+    pskd report RUN [RUN ...] [--out FOLDER] [--preset paper|guo]
 
 ``pskd doctor`` tries the core and every other part, and exits with 0 if the core and all parts that
 are present work. With parts named it tries those (and the core, on which they stand) and exits
 with 0 exactly if they are present and work; otherwise with 1, and with 2 for a wrong command line.
+
+``pskd report`` compares runs of any task on one page, and exits with 0, with 2 for what the user
+can mend, or with 1 if a file cannot be read or written.
 """
 
 from __future__ import annotations
@@ -43,6 +47,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     _add_doctor(commands)
+    _add_report(commands)
     return parser
 
 
@@ -72,6 +77,31 @@ def _add_doctor(commands: argparse._SubParsersAction) -> None:
     command.set_defaults(run=_doctor)
 
 
+def _add_report(commands: argparse._SubParsersAction) -> None:
+    command = commands.add_parser(
+        "report",
+        help="compare runs of any task on one page",
+        description="Compare runs on one page: metrics, plots and the examples that PS-KD "
+        "re-weighted. Writes report.html, report.json and report.csv. docs/report.md says what a "
+        "run's folder holds.",
+    )
+    command.add_argument(
+        "runs",
+        metavar="RUN",
+        nargs="+",
+        help="a run's folder, or NAME=FOLDER; runs of one NAME are seeds of one method",
+    )
+    command.add_argument("--out", default="report", help="folder to write to (default: report)")
+    command.add_argument(
+        "--preset",
+        choices=("paper", "guo"),
+        default="paper",
+        help="paper: as the PS-KD paper's tables, ECE over 10 bins; guo: 15 bins and raw fractions "
+        "(default: %(default)s)",
+    )
+    command.set_defaults(run=_report)
+
+
 def _part(text: str) -> str:
     if text not in doctor.PARTS:
         raise argparse.ArgumentTypeError(f"expected one of {', '.join(doctor.PARTS)}, got {text!r}")
@@ -94,6 +124,20 @@ def _doctor(args: argparse.Namespace) -> int:
     # Errors of frameworks may hold any character; not every terminal or log does.
     print(text.encode("ascii", "backslashreplace").decode())
     return 0 if report.ok else 1
+
+
+def _report(args: argparse.Namespace) -> int:
+    try:
+        from pskd.report import write_report  # needs torch, of which the doctor is to tell
+
+        print(write_report(args.runs, args.out, preset=args.preset))
+    except (ImportError, ValueError) as error:
+        print(f"pskd report: error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"pskd report: error: {error}", file=sys.stderr)
+        return 1
+    return 0
 
 
 def report_text(report: doctor.Report) -> str:

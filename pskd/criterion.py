@@ -15,13 +15,13 @@ from pskd.distributed import take_buffers_of_first_process
 from pskd.examples import ExampleStats
 from pskd.loss import pskd_cross_entropy
 from pskd.memory import PredictionMemory
-from pskd.rows import check_distinct, check_given
+from pskd.rows import WithRows, check_distinct, check_given, check_range
 from pskd.run.means import Means
 from pskd.schedule import SCHEDULES, check_alpha
-from pskd.targets import TopK
+from pskd.targets import TopK, check_rows
 from pskd.teacher import SnapshotTeacher
 
-__all__ = ["MemoryCriterion", "SnapshotCriterion"]
+__all__ = ["MemoryCriterion", "SnapshotCriterion", "make_criterion"]
 
 
 class _Criterion:
@@ -67,7 +67,10 @@ class _Criterion:
             raise ValueError(f"epoch: expected {self.epoch + 1} after the last, got {epoch}")
         if self.alpha_final:
             self._turn()
-        self.epoch = epoch
+        self._set_epoch(epoch)
+
+    def _set_epoch(self, epoch: int) -> None:
+        self.epoch, self.alpha = epoch, 0.0
         if epoch > 1:
             self.alpha = SCHEDULES[self.schedule](epoch, self.num_epochs, self.alpha_final)
 
@@ -95,9 +98,7 @@ class _Criterion:
     ) -> Tensor:
         """Return the mean loss; ``alpha`` is (N,), ``rows`` is where `examples` may be told."""
         if past is None:
-            loss = pskd_cross_entropy(
-                logits, target, None, 0.0, label_smoothing=self.label_smoothing
-            )
+            loss = _cross_entropy(logits, target, self.label_smoothing)
             if recorded and rows is not None and self.examples is not None:
                 nll = F.cross_entropy(logits.detach().float(), target, reduction="none")
                 self.examples.add(rows, nll, None, torch.zeros_like(nll))
@@ -119,12 +120,17 @@ class _Criterion:
         }
         if self.alpha_final:
             options |= {"schedule": self.schedule, "num_epochs": self.num_epochs}
+            options |= {"criterion": type(self).__name__}
         return options
 
-    def state_dict(self) -> dict:
+    def state_dict(self, *, inside_epoch: bool = False) -> dict:
         """Return what a run that goes on after this epoch needs beside the model.
 
         Plain values and tensors on the CPU; a collective in several processes.
+
+        Args:
+            inside_epoch: for a run that goes on with the batches that are left of this epoch, and
+                not with `begin_epoch`. A snapshot teacher's weights are in the state then.
         """
         state = {"epoch": self.epoch, "options": self._options()}
         if self.examples is not None:
@@ -149,7 +155,7 @@ class _Criterion:
         self._load_teacher(state)
         if self.examples is not None and "examples" in state:
             self.examples.load_state_dict(state["examples"])
-        self.epoch = state["epoch"]
+        self._set_epoch(state["epoch"])
 
     def _load_teacher(self, state: dict) -> None:
         raise NotImplementedError
@@ -181,7 +187,7 @@ class MemoryCriterion(_Criterion):
             ``fingerprint``, ``device``.
 
     Raises:
-        ValueError: for an option out of range.
+        ValueError: for an option out of range, or examples of another number of samples.
 
     Source: Kim et al. 2021, section 3.1, and its published code's form of the teacher.
     """
@@ -199,18 +205,22 @@ class MemoryCriterion(_Criterion):
         **memory,
     ) -> None:
         super().__init__(num_epochs, alpha_final, schedule, label_smoothing, examples)
+        if examples is not None and examples.num_rows != num_rows:
+            raise ValueError(f"examples: expected {num_rows} samples, got {examples.num_rows}")
+        self.num_rows = num_rows
         #: Last epoch's predictions; None for cross-entropy.
         self.memory = (
             PredictionMemory(num_rows, num_classes, **memory) if self.alpha_final else None
         )
 
-    def __call__(self, logits: Tensor, target: Tensor, rows: Tensor | None) -> Tensor:
+    def __call__(self, logits: Tensor, target: Tensor, rows: Tensor | None = None) -> Tensor:
         """Return the mean loss of a batch, and keep its predictions for the next epoch.
 
         Args:
             logits: (N, C) float, of the training forward.
             target: (N,) integer labels.
-            rows: (N,) which samples they are, integers in [0, M), distinct.
+            rows: (N,) which samples they are, integers in [0, M), distinct; without autograd they
+                may be missing.
 
         Raises:
             ValueError: without rows, or with rows that are none of the data set's; labels or
@@ -218,7 +228,7 @@ class MemoryCriterion(_Criterion):
             RuntimeError: if no epoch was begun.
         """
         if not torch.is_grad_enabled():
-            return F.cross_entropy(logits.float(), target)
+            return _cross_entropy(logits, target)
         rows = check_given(rows, len(logits))
         check_distinct(rows)
         loss = self.loss(logits, target, rows)
@@ -240,6 +250,8 @@ class MemoryCriterion(_Criterion):
         """
         if not self.epoch:
             raise RuntimeError("expected begin_epoch(1) before the first batch")
+        rows = check_given(rows, len(logits))
+        check_range(rows, self.num_rows)
         rows = rows.to(logits.device)
         past, alpha = None, None
         if self.memory is not None and self.epoch > 1:
@@ -258,13 +270,9 @@ class MemoryCriterion(_Criterion):
     def _turn(self) -> None:
         self.memory.next_epoch()
 
-    def state_dict(self) -> dict:
-        """Return what a run that goes on after this epoch needs beside the model.
-
-        Plain values and tensors on the CPU; a collective in several processes.
-        """
+    def state_dict(self, *, inside_epoch: bool = False) -> dict:
         memory = None if self.memory is None else self.memory.state_dict()
-        return super().state_dict() | {"memory": memory}
+        return super().state_dict(inside_epoch=inside_epoch) | {"memory": memory}
 
     def _load_teacher(self, state: dict) -> None:
         if self.memory is not None:
@@ -326,7 +334,7 @@ class SnapshotCriterion(_Criterion):
             RuntimeError: if no epoch was begun.
         """
         if not torch.is_grad_enabled():
-            return F.cross_entropy(logits.float(), target)
+            return _cross_entropy(logits, target)
         return self.loss(logits, target, self.score(*inputs, **named_inputs), rows)
 
     @torch.no_grad()
@@ -334,8 +342,13 @@ class SnapshotCriterion(_Criterion):
         """Return the teacher's (N, C) probabilities of a batch; None in the first epoch."""
         if not self.epoch:
             raise RuntimeError("expected begin_epoch(1) before the first batch")
-        if not self.alpha or not self.teacher.available:
+        if not self.alpha:
             return None
+        if not self.teacher.available:
+            raise RuntimeError(
+                f"expected begin_epoch({self.epoch + 1}): the state that was loaded is that of an "
+                "epoch's end (inside one, save state_dict(inside_epoch=True))"
+            )
         logits = self._logits_of(self.teacher.model(*inputs, **named_inputs))
         return logits.float().softmax(dim=1)
 
@@ -361,8 +374,52 @@ class SnapshotCriterion(_Criterion):
             take_buffers_of_first_process(self._student)
             self.teacher.refresh(self._student)
 
+    def state_dict(self, *, inside_epoch: bool = False) -> dict:
+        state = super().state_dict(inside_epoch=inside_epoch)
+        # At an epoch's end the model is the next teacher.
+        return state | ({"teacher": self.teacher.state_dict()} if inside_epoch else {})
+
     def _load_teacher(self, state: dict) -> None:
-        """At an epoch's end the model is the next teacher: there is nothing to load."""
+        self.teacher.load_state_dict(state.get("teacher", {"model": None}), self._student)
+
+
+def make_criterion(
+    model: nn.Module,
+    dataset: object,
+    num_classes: int,
+    *,
+    teacher: str = "memory",
+    logits_of: Callable[[object], Tensor] = lambda output: output,
+    **options,
+) -> MemoryCriterion | SnapshotCriterion:
+    """Return the criterion of either teacher, for a framework that knows model and data.
+
+    Args:
+        model: the student.
+        dataset: of the training; a memory needs a `pskd.WithRows`.
+        num_classes: C; a snapshot does not ask.
+        teacher: ``"memory"`` or ``"snapshot"``.
+        logits_of: as of `SnapshotCriterion`; a memory does not ask.
+        options: of the criterion.
+
+    Raises:
+        ValueError: for a teacher that is none, data without row numbers, an option out of range.
+    """
+    if teacher == "snapshot":
+        return SnapshotCriterion(model, logits_of=logits_of, **options)
+    if teacher != "memory":
+        raise ValueError(f"teacher: expected 'memory' or 'snapshot', got {teacher!r}")
+    if not isinstance(dataset, WithRows):
+        name = type(dataset).__name__
+        raise ValueError(f"training data: expected pskd.WithRows(dataset), got {name}")
+    return MemoryCriterion(len(dataset), num_classes, **options)
+
+
+def _cross_entropy(logits: Tensor, target: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    """Return torch's mean loss to the last bit, after a look at the labels."""
+    check_rows(target, logits.size(1), None, ignore_index=-100)
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    return F.cross_entropy(logits, target, label_smoothing=label_smoothing)
 
 
 def _bare(model: nn.Module) -> nn.Module:

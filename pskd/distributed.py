@@ -92,9 +92,11 @@ def leave() -> None:
 
 def sum_over_processes(values: Tensor) -> Tensor:
     """Return the sum of every process's tensor; may overwrite it."""
-    if is_distributed():
-        dist.all_reduce(values)
-    return values
+    if not is_distributed():
+        return values
+    shared = values.to(_meeting_place(values))
+    dist.all_reduce(shared)
+    return shared.to(values.device)
 
 
 def gather(value: object) -> list | None:
@@ -213,13 +215,17 @@ class Processes:
             self.count, self.number = dist.get_world_size(), dist.get_rank()
 
     def all_gather(self, part: Tensor) -> list[Tensor]:
-        """Return each process's (n, B) tensor, of any n, on the device of this one's; a collective.
+        """Return each process's (n, B) tensor, of any n, on this one's device; a collective."""
+        return _all_gather(part, None, _meeting_place(part))
 
-        NCCL alone has no way between tensors on a CPU: they travel by the GPUs then.
-        """
-        by_gpu = dist.get_backend() == dist.Backend.NCCL
-        device = torch.device("cuda", torch.cuda.current_device()) if by_gpu else part.device
-        return _all_gather(part, None, device)
+
+def _meeting_place(values: Tensor) -> torch.device:
+    """Return on which device all processes exchange such a tensor.
+
+    NCCL alone has no way between tensors on a CPU: they travel by the GPUs then.
+    """
+    by_gpu = dist.get_backend() == dist.Backend.NCCL
+    return torch.device("cuda", torch.cuda.current_device()) if by_gpu else values.device
 
 
 def _all_gather(part: Tensor, group: object, device: torch.device) -> list[Tensor]:

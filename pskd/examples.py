@@ -30,6 +30,7 @@ class ExampleStats:
     """
 
     def __init__(self, num_rows: int, device: torch.device | str = "cpu") -> None:
+        self.num_rows = num_rows
         self._sums = torch.zeros(num_rows, 4, device=device)
 
     @torch.no_grad()

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from pskd._table import PART, FileTable, MemoryTable, check_file, create_file, finish_file
 from pskd.distributed import Machines, Processes, barrier, on_first_process
+from pskd.rows import check_range
 from pskd.targets import TopK
 
 __all__ = ["PredictionMemory"]
@@ -327,12 +328,7 @@ class PredictionMemory:
                 f"rows: expected int64 of shape (N,), got {rows.dtype} of {tuple(rows.shape)}"
             )
         # On a GPU, looking would wait for the device; there the gather asserts the range itself.
-        if rows.device.type == "cpu" and len(rows):
-            low, high = int(rows.min()), int(rows.max())
-            if low < 0 or high >= self.num_rows:
-                raise ValueError(
-                    f"rows: expected numbers in [0, {self.num_rows - 1}], got [{low}, {high}]"
-                )
+        check_range(rows, self.num_rows)
 
     # ---- epochs --------------------------------------------------------------------------------
 
@@ -447,6 +443,10 @@ class PredictionMemory:
             if table is not None:
                 table.records.copy_(state[name])
             setattr(self, f"_{name}", table)
+        if self._meet().count > 1 and self._present is not None:
+            # All hold these now: sent again they would go over what another writes from here on.
+            written = self._present.records[:, -1]
+            written[written == _WRITTEN_HERE] = _WRITTEN_ELSEWHERE
         self.epoch = state["epoch"]
 
 

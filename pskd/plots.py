@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from pskd._drawing import INK, RUN_COLORS, literal, new_figure, save, short, style
 from pskd.calibration import (
     Array,
     ReliabilityBins,
@@ -23,7 +24,6 @@ from pskd.calibration import (
     reliability_bins,
     risk_coverage_curve,
 )
-from pskd.run.files import written_aside
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -33,9 +33,6 @@ __all__ = ["epoch_plot", "reliability_diagram", "risk_coverage_plot"]
 
 Runs = Mapping[str, tuple[Array, Array]]
 
-# Okabe and Ito's palette, which colour-blind readers can tell apart; its yellow is too pale here.
-_RUN_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#555555")
-_INK, _GRID = "#333333", "#DDDDDD"
 # How each thing in a reliability diagram looks, in its panel and in the legend.
 _ACCURACY = {
     "label": "accuracy",
@@ -57,36 +54,20 @@ _UNDERCONFIDENT = {
     "hatch": "\\\\\\\\",
     "linewidth": 0.7,
 }
-_PERFECT = {"label": "perfect calibration", "color": _INK, "linewidth": 1.1, "linestyle": "--"}
+_PERFECT = {"label": "perfect calibration", "color": INK, "linewidth": 1.1, "linestyle": "--"}
 _MEAN_ACCURACY = {"label": "mean accuracy", "color": "#0072B2", "linewidth": 1.8}
 _MEAN_CONFIDENCE = {
     "label": "mean confidence",
-    "color": _INK,
+    "color": INK,
     "linewidth": 1.8,
     "linestyle": ":",
 }
 _OPTIMAL = (0, (4, 2))
 _PANELS_A_ROW = 4
-_LONGEST_NAME = 28
-_DPI = 160
 # More points than a page has pixels only make a vector file slow to open.
 _MOST_POINTS = 4000
 # Below this coverage the risk is that of a handful of rows and jumps between 0 and 1.
 _STEADY_COVERAGE = 0.05
-
-
-def _new_figure(width: float, height: float) -> Figure:
-    """Return a figure in inches that belongs to no window and to no global state."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError(
-            "plots need matplotlib, which could not be imported: pip install 'pskd[plots]'"
-        ) from error
-    figure = Figure(figsize=(width, height), dpi=_DPI, facecolor="white", layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
 
 
 def _check_runs(runs: Runs) -> None:
@@ -99,43 +80,6 @@ def _check_runs(runs: Runs) -> None:
             raise ValueError(
                 f"runs[{name!r}]: expected a pair (confidence, correct), got {type(run).__name__}"
             )
-
-
-def _save(figure: Figure, path: str | os.PathLike[str]) -> Path:
-    """Write the figure under another name, then rename: ``path`` is old or whole, never half."""
-    path = Path(path)
-    suffix = path.suffix[1:].lower()
-    known = figure.canvas.get_supported_filetypes()
-    if suffix not in known:
-        raise ValueError(
-            f"path: expected a name that ends in one of {', '.join(sorted(known))}, got {path}"
-        )
-    with written_aside(path) as aside:
-        figure.savefig(aside, format=suffix)
-    return path
-
-
-def _short(name: str) -> str:
-    """Return a name that fits; a legend would drop one that starts with an underscore."""
-    name = str(name)
-    if len(name) > _LONGEST_NAME:
-        name = name[: _LONGEST_NAME - 1] + "…"
-    return f" {name}" if name.startswith("_") else name
-
-
-def _literal(texts) -> None:
-    # A run called "$lr$" is a name, not a formula.
-    for text in texts:
-        text.set_parse_math(False)
-
-
-def _style(axes: Axes) -> None:
-    axes.set_axisbelow(True)
-    axes.grid(color=_GRID, linewidth=0.6)
-    axes.tick_params(labelsize=9, color=_GRID, labelcolor=_INK)
-    for name, spine in axes.spines.items():
-        spine.set_visible(name in ("left", "bottom"))
-        spine.set_color("#999999")
 
 
 def _draw_reliability(axes: Axes, name: str, bins: ReliabilityBins) -> None:
@@ -152,11 +96,11 @@ def _draw_reliability(axes: Axes, name: str, bins: ReliabilityBins) -> None:
         axes.bar(left[chosen], gap, width, accuracy[chosen], align="edge", **look)
     axes.plot([0, 1], [0, 1], **_PERFECT)
     ece = bins.expected_calibration_error
-    title = axes.set_title(f"{_short(name)}\nECE {ece:.4f}", fontsize=11, color=_INK)
-    _literal([title])
+    title = axes.set_title(f"{short(name)}\nECE {ece:.4f}", fontsize=11, color=INK)
+    literal([title])
     axes.set(xlim=(0, 1), ylim=(0, 1))
     axes.tick_params(labelbottom=False)
-    _style(axes)
+    style(axes)
 
 
 def _draw_histogram(axes: Axes, bins: ReliabilityBins, top: float) -> None:
@@ -167,9 +111,9 @@ def _draw_histogram(axes: Axes, bins: ReliabilityBins, top: float) -> None:
     axes.axvline(bins.correct_sum.sum() / count, **_MEAN_ACCURACY)
     axes.axvline(bins.confidence_sum.sum() / count, **_MEAN_CONFIDENCE)
     axes.set(xlim=(0, 1), ylim=(0, top))
-    axes.set_xlabel("confidence", color=_INK)
+    axes.set_xlabel("confidence", color=INK)
     axes.locator_params(axis="y", nbins=4)
-    _style(axes)
+    style(axes)
 
 
 def _reliability_legend(figure: Figure, columns: int) -> None:
@@ -180,7 +124,7 @@ def _reliability_legend(figure: Figure, columns: int) -> None:
     handles = [Patch(**look) for look in (_ACCURACY, _OVERCONFIDENT, _UNDERCONFIDENT)]
     handles += [Line2D([], [], **look) for look in (_PERFECT, _MEAN_ACCURACY, _MEAN_CONFIDENCE)]
     place = {"loc": "outside lower center", "ncols": 2 if columns == 1 else 3}
-    figure.legend(handles=handles, fontsize=9, labelcolor=_INK, frameon=False, **place)
+    figure.legend(handles=handles, fontsize=9, labelcolor=INK, frameon=False, **place)
 
 
 def reliability_diagram(runs: Runs, path: str | os.PathLike[str], *, bins: int = 15) -> Path:
@@ -208,7 +152,7 @@ def reliability_diagram(runs: Runs, path: str | os.PathLike[str], *, bins: int =
     filled = {name: reliability_bins(*run, bins=bins) for name, run in runs.items()}
     columns = min(len(filled), _PANELS_A_ROW)
     rows = math.ceil(len(filled) / columns)
-    figure = _new_figure(0.5 + 3.5 * columns, 0.8 + 4.8 * rows)
+    figure = new_figure(0.5 + 3.5 * columns, 0.8 + 4.8 * rows)
     top = 1.1 * max((b.count / max(b.count.sum(), 1)).max() for b in filled.values())
     grid = figure.add_gridspec(2 * rows, columns, height_ratios=[2.6, 1.0] * rows)
     for place, (name, run_bins) in enumerate(filled.items()):
@@ -218,10 +162,10 @@ def reliability_diagram(runs: Runs, path: str | os.PathLike[str], *, bins: int =
         _draw_reliability(upper, name, run_bins)
         _draw_histogram(lower, run_bins, top)
         if column == 0:
-            upper.set_ylabel("accuracy", color=_INK)
-            lower.set_ylabel("share of rows", color=_INK)
+            upper.set_ylabel("accuracy", color=INK)
+            lower.set_ylabel("share of rows", color=INK)
     _reliability_legend(figure, columns)
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def _thinned(coverage: np.ndarray, risk: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -239,7 +183,7 @@ def _draw_risk(axes: Axes, name: str, run: tuple[Array, Array], color: str) -> f
     optimum = optimal_risk_coverage_curve(run[1])[1]
     # The means are `aurc` and `excess_aurc`, without sorting the rows again.
     area, excess = risk.mean(), risk.mean() - optimum.mean()
-    label = f"{_short(name)}: AURC {area:.4f}, E-AURC {excess:.4f}"
+    label = f"{short(name)}: AURC {area:.4f}, E-AURC {excess:.4f}"
     axes.plot(*_thinned(coverage, risk), color=color, linewidth=1.8, label=label)
     axes.plot(*_thinned(coverage, optimum), color=color, linewidth=1.1, linestyle=_OPTIMAL)
     axes.plot([1.0], risk[-1:], color=color, marker="o", markersize=4, clip_on=False)
@@ -268,21 +212,21 @@ def risk_coverage_plot(runs: Runs, path: str | os.PathLike[str]) -> Path:
     Source: Geifman & El-Yaniv 2019.
     """
     _check_runs(runs)
-    figure = _new_figure(6.4, 4.2 + 0.22 * len(runs))
+    figure = new_figure(6.4, 4.2 + 0.22 * len(runs))
     axes = figure.add_subplot()
-    colored = zip(runs.items(), itertools.cycle(_RUN_COLORS), strict=False)
+    colored = zip(runs.items(), itertools.cycle(RUN_COLORS), strict=False)
     highest = [_draw_risk(axes, *item, color) for item, color in colored]
-    axes.plot([], [], color=_INK, linewidth=1.1, linestyle=_OPTIMAL, label="optimal ranking")
+    axes.plot([], [], color=INK, linewidth=1.1, linestyle=_OPTIMAL, label="optimal ranking")
     # Without an error anywhere the axis still needs a height.
     axes.set(xlim=(0, 1), ylim=(0, 1.08 * max(highest) or 1.0))
-    axes.set_xlabel("coverage (fraction of rows kept, most confident first)", color=_INK)
-    axes.set_ylabel("selective risk (error rate)", color=_INK)
-    _style(axes)
+    axes.set_xlabel("coverage (fraction of rows kept, most confident first)", color=INK)
+    axes.set_ylabel("selective risk (error rate)", color=INK)
+    style(axes)
     figure_legend = figure.legend(
-        loc="outside lower center", fontsize=9, labelcolor=_INK, frameon=False
+        loc="outside lower center", fontsize=9, labelcolor=INK, frameon=False
     )
-    _literal(figure_legend.get_texts())
-    return _save(figure, path)
+    literal(figure_legend.get_texts())
+    return save(figure, path)
 
 
 #: What `epoch_plot` draws of a record, and how it is called.
@@ -318,16 +262,16 @@ def epoch_plot(records: Sequence[Mapping[str, float]], path: str | os.PathLike[s
     }
     if not any(curves.values()):
         raise ValueError(f"records: expected an epoch with one of {list(curves)}, got none")
-    figure = _new_figure(6.4, 4.8)
+    figure = new_figure(6.4, 4.8)
     axes = figure.add_subplot()
-    for (name, points), color in zip(curves.items(), _RUN_COLORS, strict=False):
+    for (name, points), color in zip(curves.items(), RUN_COLORS, strict=False):
         if points:
             look = {"color": color, "linewidth": 1.8, "marker": "o", "markersize": 3}
             axes.plot(*zip(*points, strict=True), label=_EPOCH_CURVES[name], **look)
-    axes.set_xlabel("epoch", color=_INK)
+    axes.set_xlabel("epoch", color=INK)
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_ylim(top=1.0)
-    _style(axes)
+    style(axes)
     place = {"loc": "outside lower center", "ncols": 2}
-    figure.legend(fontsize=9, labelcolor=_INK, frameon=False, **place)
-    return _save(figure, path)
+    figure.legend(fontsize=9, labelcolor=INK, frameon=False, **place)
+    return save(figure, path)

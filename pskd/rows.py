@@ -6,9 +6,9 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, IterableDataset
 
-__all__ = ["ROWS", "WithRows", "check_distinct", "check_given"]
+__all__ = ["ROWS", "WithRows", "check_distinct", "check_given", "check_range"]
 
 #: The key of the row numbers where a sample is a mapping.
 ROWS = "pskd_rows"
@@ -28,10 +28,12 @@ class WithRows(Dataset):
     """
 
     def __init__(self, dataset: Dataset) -> None:
+        name = type(dataset).__name__
+        if isinstance(dataset, IterableDataset):
+            raise ValueError(f"dataset: expected one with indices, got the iterable {name}")
         try:
             size = len(dataset)
         except TypeError:
-            name = type(dataset).__name__
             raise ValueError(f"dataset: expected one with a length, got {name}") from None
         if size < 1:
             raise ValueError("dataset: expected at least one sample, got none")
@@ -68,6 +70,14 @@ def check_given(rows: object, count: int) -> Tensor:
             f"rows: expected integers of shape ({count},), got {rows.dtype} of {tuple(rows.shape)}"
         )
     return rows.long()
+
+
+def check_range(rows: Tensor, size: int) -> None:
+    """Raise ValueError unless the rows lie in [0, size); not looked at on a GPU."""
+    if rows.device.type == "cpu" and len(rows):
+        low, high = int(rows.min()), int(rows.max())
+        if low < 0 or high >= size:
+            raise ValueError(f"rows: expected numbers in [0, {size - 1}], got [{low}, {high}]")
 
 
 def check_distinct(rows: Tensor) -> None:

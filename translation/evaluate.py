@@ -6,8 +6,10 @@ DIR is a folder that translation/prepare.py made. Translations (beam search, eve
 split) are detokenised and scored against the raw reference with sacreBLEU and chrF; beside them
 stands the tokenised BLEU that fairseq-generate prints. Confidence is that of the next token when
 the reference is read along (teacher forcing): NLL, ECE and AURC over every target token, the end of
-the sentence included, as raw fractions. OUT gets evaluation.json, translations.txt, generate.log,
-tokens.npz (confidence and correctness of every token) and two plots.
+the sentence included, as raw fractions. On the test split the same figures are also given after
+temperature scaling: one number, fitted on 4096 tokens spread evenly over the validation split. OUT
+gets evaluation.json, translations.txt, generate.log, confidence.npz (confidence, correctness and
+NLL of every token, also after temperature scaling) and two plots; it is a run of `pskd report`.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import logging
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -29,15 +32,22 @@ from fairseq.models import BaseFairseqModel
 from fairseq.tasks import FairseqTask
 from omegaconf import DictConfig
 from sacremoses import MosesDetokenizer
+from torch import Tensor
 
 from pskd.calibration import ConfidenceAccumulator
 from pskd.plots import reliability_diagram, risk_coverage_plot
 from pskd.run.files import write_json, written_aside
+from pskd.temperature import fit_temperature
 
 logger = logging.getLogger("evaluate")
 
 # fairseq-generate with torch's allow-list in place, whatever other plugin --user-dir names.
 _GENERATE = "import pskd_fairseq; from fairseq_cli.generate import cli_main; cli_main()"
+
+
+# Of a vocabulary of 32,000 types these are 0.5 GB of log-probabilities.
+_TEMPERATURE_TOKENS = 4096
+_LEAST_LPROB = -1e4
 
 
 class UserError(Exception):
@@ -148,27 +158,83 @@ def score(translations: list[str], args: argparse.Namespace, preparation: dict) 
 
 
 @torch.no_grad()
-def measure_confidence(
-    args: argparse.Namespace, model: BaseFairseqModel, config: DictConfig, task: FairseqTask
-) -> ConfidenceAccumulator:
-    """Score every reference token under teacher forcing."""
+def scored_tokens(
+    args: argparse.Namespace,
+    split: str,
+    model: BaseFairseqModel,
+    config: DictConfig,
+    task: FairseqTask,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Give the log-probabilities (n, V) and labels (n,) of each batch, under teacher forcing."""
     use_cuda = torch.cuda.is_available() and not args.cpu
     model = model.cuda() if use_cuda else model
-    task.load_dataset(args.split, task_cfg=config.task)
+    task.load_dataset(split, task_cfg=config.task)
     batches = task.get_batch_iterator(
-        task.dataset(args.split), max_tokens=args.max_tokens, required_batch_size_multiple=1
+        task.dataset(split), max_tokens=args.max_tokens, required_batch_size_multiple=1
     ).next_epoch_itr(shuffle=False)
-    tokens = ConfidenceAccumulator()
     for sample in batches:
         sample = utils.move_to_cuda(sample) if use_cuda else sample
         net_output = model(**sample["net_input"])
         lprobs = model.get_normalized_probs(net_output, log_probs=True, sample=sample)
         target = model.get_targets(sample, net_output)
         keep = target != task.target_dictionary.pad()
-        confidence, prediction = lprobs[keep].max(dim=-1)
-        nll = -lprobs[keep].gather(1, target[keep][:, None]).squeeze(1)
-        tokens.update_from(confidence.exp().clamp(max=1.0), prediction == target[keep], nll)
-    return tokens
+        yield lprobs[keep], target[keep]
+
+
+def fit_temperature_on_valid(
+    args: argparse.Namespace, model: BaseFairseqModel, config: DictConfig, task: FairseqTask
+) -> float:
+    """Return the temperature that fits tokens of the validation split best."""
+    kept_lprobs, kept_target, seen = [], [], 0
+    task.load_dataset("valid", task_cfg=config.task)
+    step = max(int(np.sum(task.dataset("valid").tgt_sizes)) // _TEMPERATURE_TOKENS, 1)
+    for lprobs, target in scored_tokens(args, "valid", model, config, task):
+        # Evenly over all batches: these come in order of their sentences' lengths.
+        chosen = torch.arange(-seen % step, len(target), step, device=target.device)
+        # A model may forbid a word by minus infinity.
+        kept_lprobs.append(lprobs[chosen].clamp(min=_LEAST_LPROB).cpu())
+        kept_target.append(target[chosen].cpu())
+        seen += len(target)
+    return fit_temperature(torch.cat(kept_lprobs), torch.cat(kept_target))
+
+
+def measure_confidence(
+    args: argparse.Namespace,
+    model: BaseFairseqModel,
+    config: DictConfig,
+    task: FairseqTask,
+    temperature: float | None = None,
+) -> dict[str, np.ndarray]:
+    """Score every reference token of ``args.split``.
+
+    Returns:
+        ``confidence`` (N,), ``correct`` (N,) and ``nll`` (N,) nats; with a temperature also it and
+        ``scaled_confidence`` (N,) and ``scaled_nll`` (N,).
+    """
+    parts = []
+    for lprobs, target in scored_tokens(args, args.split, model, config, task):
+        part = _confidence(lprobs, target)
+        part["correct"] = (lprobs.argmax(dim=-1) == target).cpu().numpy()
+        if temperature is not None:
+            scaled = _confidence(torch.log_softmax(lprobs / temperature, dim=-1), target)
+            part |= {f"scaled_{name}": values for name, values in scaled.items()}
+        parts.append(part)
+    tokens = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    return tokens if temperature is None else tokens | {"temperature": np.array(temperature)}
+
+
+def _confidence(lprobs: Tensor, target: Tensor) -> dict[str, np.ndarray]:
+    confidence = lprobs.amax(dim=-1).exp().clamp(max=1.0)
+    nll = -lprobs.gather(1, target[:, None]).squeeze(1)
+    # Rounding may leave the log-probability of a certain token a little above 0.
+    return {"confidence": confidence.cpu().numpy(), "nll": nll.clamp(min=0.0).cpu().numpy()}
+
+
+def summary(tokens: dict[str, np.ndarray], prefix: str = "") -> dict[str, float]:
+    """Return NLL, ECE, AURC, E-AURC and accuracy of tokens, those of scaled ones by a prefix."""
+    rows = ConfidenceAccumulator()
+    rows.update_from(tokens[f"{prefix}confidence"], tokens["correct"], tokens[f"{prefix}nll"])
+    return rows.compute()
 
 
 def evaluate(args: argparse.Namespace) -> dict:
@@ -186,11 +252,15 @@ def evaluate(args: argparse.Namespace) -> dict:
     model, config, task = load(args)
     args.out.mkdir(parents=True, exist_ok=True)
     logger.info("scoring the reference tokens of %s under teacher forcing", args.split)
-    tokens = measure_confidence(args, model, config, task)
+    # What is reported of the validation split itself would be fitted to it.
+    fitted = args.split == "test"
+    temperature = fit_temperature_on_valid(args, model, config, task) if fitted else None
+    tokens = measure_confidence(args, model, config, task, temperature)
     tokenised, bleu_line = generate(args, preparation)
     translations = detokenised(tokenised, preparation)
-    confidence = tokens.compute()
+    confidence = summary(tokens)
     result = {
+        "task": "translation",
         "checkpoint": str(args.checkpoint),
         "split": args.split,
         "beam": args.beam,
@@ -202,18 +272,23 @@ def evaluate(args: argparse.Namespace) -> dict:
         "nll_bits": confidence["nll"] / np.log(2.0),
         **confidence,
     }
+    if fitted:
+        result |= {"temperature": temperature, "scaled": summary(tokens, "scaled_")}
     _write_outputs(args, result, translations, tokens)
     return result
 
 
 def _write_outputs(
-    args: argparse.Namespace, result: dict, translations: list[str], tokens: ConfidenceAccumulator
+    args: argparse.Namespace,
+    result: dict,
+    translations: list[str],
+    tokens: dict[str, np.ndarray],
 ) -> None:
     with written_aside(args.out / "translations.txt") as aside:
         aside.write_text("\n".join(translations) + "\n", encoding="utf-8")
-    with written_aside(args.out / "tokens.npz") as aside:
-        np.savez_compressed(aside, confidence=tokens.confidence, correct=tokens.correct)
-    runs = {args.name or args.checkpoint.parent.name: (tokens.confidence, tokens.correct)}
+    with written_aside(args.out / "confidence.npz") as aside:
+        np.savez_compressed(aside, **tokens)
+    runs = {args.name or args.checkpoint.parent.name: (tokens["confidence"], tokens["correct"])}
     reliability_diagram(runs, args.out / "reliability.png")
     risk_coverage_plot(runs, args.out / "risk_coverage.png")
     path = args.out / "evaluation.json"

@@ -9,30 +9,11 @@ Reads what fairseq writes with --log-format simple or json.
 from __future__ import annotations
 
 import argparse
-import json
-import re
 import sys
 from pathlib import Path
 
 from pskd.plots import epoch_plot
-
-SIMPLE = re.compile(r"INFO \| train \| epoch (\d+) \| (.*)$")
-JSON = re.compile(r"INFO \| train \| (\{.*\})$")
-
-
-def epoch_records(log: str) -> list[dict[str, float]]:
-    """Return what a log says of each epoch of training; after a resume the later line counts."""
-    records = {}
-    for line in log.splitlines():
-        if found := SIMPLE.search(line):
-            pairs = (part.rsplit(" ", 1) for part in found[2].split(" | "))
-            record = {name: float(value) for name, value in pairs}
-            records[int(found[1])] = record
-        elif found := JSON.search(line):
-            values = json.loads(found[1])
-            record = {name.removeprefix("train_"): float(value) for name, value in values.items()}
-            records[int(record["epoch"])] = record
-    return [record | {"epoch": epoch} for epoch, record in sorted(records.items())]
+from pskd.report.epochs import fairseq_epochs
 
 
 def main() -> None:
@@ -41,7 +22,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="the picture: .png, .pdf or .svg")
     args = parser.parse_args()
     try:
-        print(epoch_plot(epoch_records(args.log.read_text(encoding="utf-8")), args.out))
+        print(epoch_plot(fairseq_epochs(args.log.read_text(encoding="utf-8")), args.out))
     except (OSError, ValueError) as error:
         sys.exit(f"{args.log}: {error}")
 

@@ -147,13 +147,15 @@ def check_source(part: str, source: Dataset, classes: Sequence[str]) -> list[str
         theirs, ours = ({str(c) for c in source.classes}, set(classes))
         odd = ", ".join(sorted(theirs ^ ours)[:5]) or "another order"
         raise ValueError(f"{part}: expected the classes of the training set, differs in: {odd}")
+    if len(source) == 0:
+        raise ValueError(f"{part}: expected at least one sample, got none")
     targets = torch.as_tensor(source.targets)
     if targets.dtype.is_floating_point or targets.dim() != 1:
         raise ValueError(
             f"{part}: expected integer labels of shape ({len(source)},), got {targets.dtype} of "
             f"{tuple(targets.shape)}"
         )
-    if len(source) == 0 or len(targets) != len(source):
+    if len(targets) != len(source):
         raise ValueError(f"{part}: expected a label a sample, got {len(targets)} of {len(source)}")
     low, high = int(targets.min()), int(targets.max())
     if low < 0 or high >= len(classes):

@@ -18,7 +18,7 @@ from pskd.run.files import write_json, written_aside
 from pskd_classification.data import Images
 from pskd_classification.evaluation import Rows
 
-__all__ = ["write_confidence", "write_csv", "write_examples"]
+__all__ = ["read_epochs", "write_confidence", "write_csv", "write_examples"]
 
 SHOWN_EXAMPLES = 24
 
@@ -36,10 +36,15 @@ def write_confidence(folder: Path, rows: Rows, scaled: Rows | None, temperature:
         np.savez_compressed(aside, **arrays)
 
 
+def read_epochs(folder: Path) -> list[dict]:
+    """Return the lines of metrics.json, one an epoch, those before a resume too."""
+    lines = (folder / "metrics.json").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
 def write_csv(folder: Path) -> None:
     """Write metrics.csv, a row an epoch, from metrics.json."""
-    lines = (folder / "metrics.json").read_text(encoding="utf-8").splitlines()
-    epochs = [json.loads(line) for line in lines]
+    epochs = read_epochs(folder)
     columns = list(dict.fromkeys(key for epoch in epochs for key in epoch))
     with (
         written_aside(folder / "metrics.csv") as aside,

@@ -1,4 +1,4 @@
-"""Results as strict JSON files, and as a table for the console."""
+"""Results as files that `pskd report` reads, and as a table for the console."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from pskd.run.files import write_json
+import numpy as np
 
-__all__ = ["format_table", "write_results"]
+from pskd.run.files import write_json, written_aside
+
+__all__ = ["format_table", "write_confidence", "write_results"]
 
 
 def write_results(
@@ -31,6 +33,27 @@ def write_results(
         before = json.loads(path.read_text(encoding="utf-8"))
         results = {**results, "seconds_per_iteration": before.get("seconds_per_iteration")}
     return write_json(path, results, indent=2)
+
+
+def write_confidence(
+    output_dir: str | os.PathLike, confidence: np.ndarray, correct: np.ndarray
+) -> Path:
+    """Write confidence.npz: the scores of detections, and which of them are right.
+
+    There is no temperature to fit: what the suppression of overlapping boxes leaves are scores of
+    some boxes, not logits over the classes of all.
+
+    Args:
+        output_dir: an evaluation's folder, made if there is none.
+        confidence: (N,) float.
+        correct: (N,) bool.
+    """
+    folder = Path(output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "confidence.npz"
+    with written_aside(path) as aside:
+        np.savez_compressed(aside, confidence=confidence, correct=correct)
+    return path
 
 
 def format_table(runs: Mapping[str, Mapping]) -> str:

@@ -12,7 +12,7 @@ from detectron2.data import MetadataCatalog
 from detectron2.evaluation import COCOEvaluator, DatasetEvaluator, PascalVOCDetectionEvaluator
 from detectron2.structures import Boxes, Instances
 from detectron2.utils import comm
-from pskd_detection import DetectionConfidence, DetectionDataset, Detections
+from pskd_detection import DetectionConfidence, DetectionDataset, Detections, write_confidence
 from torch import nn
 
 from pskd.plots import reliability_diagram, risk_coverage_plot
@@ -27,7 +27,8 @@ class ConfidenceEvaluator(DatasetEvaluator):
 
     Args:
         dataset_name: a registered one in COCO or VOC format.
-        output_dir: where ``reliability.png`` and ``risk_coverage.png`` are written; None for none.
+        output_dir: where ``confidence.npz`` and, if there are detections, ``reliability.png`` and
+            ``risk_coverage.png`` are written; None for none.
         options: of `pskd_detection.DetectionConfidence`, such as ``iou_threshold``.
     """
 
@@ -58,14 +59,18 @@ class ConfidenceEvaluator(DatasetEvaluator):
             for image_id, detections in part.items():
                 confidence.update(image_id, detections)
         results = confidence.compute()
-        if self._output_dir and results["num_detections"]:
-            folder = Path(self._output_dir)
-            folder.mkdir(parents=True, exist_ok=True)
+        if self._output_dir:
+            self._write(Path(self._output_dir), confidence)
+        # Detectron2 prints and logs floats only.
+        return {"confidence": {k: math.nan if v is None else v for k, v in results.items()}}
+
+    @staticmethod
+    def _write(folder: Path, confidence: DetectionConfidence) -> None:
+        write_confidence(folder, confidence.confidence, confidence.correct)
+        if len(confidence.confidence):
             runs = {"detections": (confidence.confidence, confidence.correct)}
             reliability_diagram(runs, folder / "reliability.png")
             risk_coverage_plot(runs, folder / "risk_coverage.png")
-        # Detectron2 prints and logs floats only.
-        return {"confidence": {k: math.nan if v is None else v for k, v in results.items()}}
 
 
 class VOCEvaluator(PascalVOCDetectionEvaluator):

@@ -17,6 +17,7 @@ from pskd_detection import (
     DetectionDataset,
     Detections,
     average_precision,
+    write_confidence,
 )
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
@@ -50,8 +51,9 @@ def evaluate(
         world: the processes.
         batch_size: images a process takes at a time.
         workers: that read images, a process.
-        output_dir: where ``coco_instances_results.json`` (COCO's results format) and, if there are
-            detections, ``reliability.png`` and ``risk_coverage.png`` are written; None for none.
+        output_dir: where ``coco_instances_results.json`` (COCO's results format),
+            ``confidence.npz`` and, if there are detections, ``reliability.png`` and
+            ``risk_coverage.png`` are written; None for none.
 
     Returns:
         In the first process ``bbox``, `average_precision` (percent); ``confidence``, that is
@@ -130,6 +132,7 @@ def _write(
 ) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "coco_instances_results.json", _in_coco_format(dataset, detections))
+    write_confidence(folder, confidence.confidence, confidence.correct)
     if len(confidence.confidence):
         runs = {"detections": (confidence.confidence, confidence.correct)}
         reliability_diagram(runs, folder / "reliability.png")

@@ -133,7 +133,7 @@ def test_evaluation_measures_confidence_over_every_reference_token(demo):
     out, _ = demo
     result = json.loads((out / "baseline" / "evaluation" / "evaluation.json").read_text())
     pieces = json.loads((out / "data" / "prepare.json").read_text())["parts"]["test"]["pieces"]
-    tokens = np.load(out / "baseline" / "evaluation" / "tokens.npz")
+    tokens = np.load(out / "baseline" / "evaluation" / "confidence.npz")
     confidence, correct = tokens["confidence"], tokens["correct"]
     # Every piece and the end of every sentence.
     assert result["tokens"] == len(confidence) == pieces["de"] + result["sentences"]
@@ -148,7 +148,7 @@ def test_teacher_forced_nll_is_that_of_fairseqs_own_validation(demo, tmp_path):
     words = [out / "pskd" / "checkpoint_last.pt", "--data", out / "data", "--out", tmp_path]
     args = evaluate.parse([str(word) for word in [*words, "--split", "valid"]])
     tokens = evaluate.measure_confidence(args, *evaluate.load(args))
-    bits = tokens.compute()["nll"] / np.log(2.0)
+    bits = tokens["nll"].mean() / np.log(2.0)
     log = (out / "pskd" / "train.log").read_text().splitlines()
     valid = [json.loads(line.split("| valid | ")[1]) for line in log if "| valid | {" in line]
     assert bits == pytest.approx(float(valid[-1]["valid_nll_loss"]), abs=2e-3)
@@ -204,7 +204,7 @@ def test_evaluate_knows_the_splits_of_a_prepared_set(demo, tmp_path, capsys):
     assert "--split: invalid choice: 'test2'" in shown and "valid" in shown
 
 
-@pytest.mark.parametrize("file", ["translations.txt", "tokens.npz", "evaluation.json"])
+@pytest.mark.parametrize("file", ["translations.txt", "confidence.npz", "evaluation.json"])
 def test_a_disk_that_fills_up_leaves_the_last_evaluation_whole(
     demo, tmp_path, monkeypatch, capsys, file
 ):
@@ -213,11 +213,11 @@ def test_a_disk_that_fills_up_leaves_the_last_evaluation_whole(
             output.write(b"half")
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
-    for name in ("translations.txt", "tokens.npz", "evaluation.json"):
+    for name in ("translations.txt", "confidence.npz", "evaluation.json"):
         (tmp_path / name).write_text("old")
     line = "Generate test with beam=5: BLEU4 = 1.00, 1.0/1.0/1.0/1.0"
     monkeypatch.setattr(evaluate, "generate", lambda *_: (["ein Wort"] * 40, line))
-    if file == "tokens.npz":
+    if file == "confidence.npz":
         monkeypatch.setattr(np, "savez_compressed", fills_up)
     else:
         write = Path.write_text

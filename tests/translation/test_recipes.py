@@ -13,7 +13,8 @@ pytest.importorskip("fairseq", reason="needs fairseq: pip install 'pskd[translat
 
 from conftest import PLUGIN, ROOT  # noqa: E402
 from fairseq import options  # noqa: E402
-from plot_epochs import epoch_records  # noqa: E402
+
+from pskd.report.epochs import fairseq_epochs  # noqa: E402
 
 RECIPES = ROOT / "configs" / "translation"
 BASELINES = sorted(
@@ -102,7 +103,7 @@ def test_a_log_becomes_a_plot_of_its_epochs(fairseq, log_format):
     run = fairseq.train(f"plotted_{log_format}", "--max-epoch", "3", "--log-format", log_format)
     log = fairseq.folder / f"{log_format}.log"
     log.write_text(run.expect_success().output)
-    records = epoch_records(log.read_text())
+    records = fairseq_epochs(log.read_text())
     assert [record["alpha"] for record in records] == pytest.approx([0.0, 1.4 / 3, 0.7], abs=1e-4)
     assert ["gradient_rescaling_hard" in record for record in records] == [False, True, True]
     line = [sys.executable, str(ROOT / "translation" / "plot_epochs.py"), str(log), "--out"]

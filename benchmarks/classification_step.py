@@ -1,0 +1,245 @@
+"""Seconds per training step of PS-KD in image classification over cross-entropy, side by side.
+
+One process, one batch of made-up images, four models of the same weights whose steps alternate:
+cross-entropy, PS-KD with the memory, PS-KD with the snapshot, and PS-KD as the published
+implementation has it, written from its description. A step is forward, loss, backward, step of
+the optimizer; the arithmetic limit of the snapshot is 1.33. A network's step hides what the loss
+and its teacher cost: they are timed alone too, loss and gradient on the logits, without a network.
+
+The exit status says whether a step with the memory takes at most 1.03 of one with cross-entropy.
+
+    python benchmarks/classification_step.py [--model preact_resnet18 --classes 100] [--json FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from _timing import machine, medians, quartiles, ratios_to, seconds
+from pskd_classification import build_model
+from torch import Tensor, nn
+
+from pskd import MemoryCriterion, SnapshotCriterion
+
+ALPHA = 0.8  # the paper's, at the end of training
+LIMIT = 1.03  # of the memory's step over cross-entropy's
+BASE = "cross-entropy"
+FORMS = (BASE, "memory", "snapshot", "published")
+PARTS = ((128, 100), (256, 1000))  # images and classes of CIFAR-100 and ImageNet
+PART_CALLS = 25  # a round
+
+Calls = dict[str, Callable[[int], Tensor]]  # of each form, from the number of the step to its loss
+
+
+class Published:
+    """The published implementation's loss and bank, from its description.
+
+    A one-hot row is one of an identity matrix, which is made only once here; the mixed target
+    exists. The bank is of float32 on the CPU, holds one-hot rows at first, and is written row by
+    row.
+    """
+
+    def __init__(self, one_hot: Tensor, device: torch.device) -> None:
+        self.bank = one_hot
+        self.identity = torch.eye(one_hot.size(1), device=device)
+
+    def __call__(self, logits: Tensor, target: Tensor, rows: Tensor) -> Tensor:
+        past = self.bank[rows].to(logits.device)
+        mixed = (1.0 - ALPHA) * self.identity[target] + ALPHA * past
+        loss = -(mixed * logits.log_softmax(dim=1)).sum(dim=1).mean()
+        probs = logits.detach().softmax(dim=1).cpu()
+        for row, new in zip(rows.tolist(), probs, strict=True):
+            self.bank[row] = new
+        return loss
+
+
+class Bench:
+    """A batch, and of each form a model of the same weights with its loss, in the first epoch.
+
+    The data set repeats the images of the batch; a step shows each of them under the row of one of
+    its repetitions, at random, and no row twice before all were shown.
+
+    Args:
+        model: gives (N, C) logits; is copied.
+        images: a batch that it takes.
+        classes: C; the labels are made up.
+        num_rows: M, of the data set; at least N.
+    """
+
+    def __init__(self, model: nn.Module, images: Tensor, classes: int, num_rows: int) -> None:
+        count, device = len(images), images.device
+        if num_rows < count:
+            raise ValueError(f"--rows: expected {count} or more, a batch, got {num_rows}")
+        self.images, self.target = images, torch.randint(classes, (count,), device=device)
+        repetitions = torch.rand(num_rows // count, count).argsort(dim=0)
+        self.rows = repetitions * count + torch.arange(count)
+        self.models = {name: copy.deepcopy(model).train() for name in FORMS}
+        options = {"num_epochs": 2, "alpha_final": ALPHA}
+        self.memory = MemoryCriterion(num_rows, classes, device=device, **options)
+        self.snapshot = SnapshotCriterion(self.models["snapshot"], **options)
+        labels = self.target.cpu().repeat(num_rows // count + 1)[:num_rows]
+        self.published = Published(F.one_hot(labels, classes).float(), device)
+        for criterion in (self.memory, self.snapshot):
+            criterion.begin_epoch(1)
+
+    @torch.no_grad()
+    def begin_second_epoch(self) -> None:
+        """Give all teachers what the snapshot will say of each row."""
+        past = self.models["snapshot"].eval()(self.images).softmax(dim=1)
+        self.models["snapshot"].train()
+        for rows in self.rows:
+            self.memory.memory.write(rows, past)
+            self.published.bank[rows] = past.cpu()
+        for criterion in (self.memory, self.snapshot):
+            criterion.begin_epoch(2)
+
+    def loss(self, name: str, number: int) -> Tensor:
+        """Return a form's loss in the step of a number."""
+        rows, logits = self.rows[number % len(self.rows)], self.models[name](self.images)
+        if name == BASE:
+            return F.cross_entropy(logits, self.target)
+        if name == "memory":
+            return self.memory(logits, self.target, rows)
+        if name == "snapshot":
+            return self.snapshot(logits, self.target, self.images)
+        return self.published(logits, self.target, rows)
+
+    def teacher_bytes(self) -> dict[str, int]:
+        """Return the size of each form's teacher."""
+        memory, weights = self.memory.memory, self.models["snapshot"].state_dict().values()
+        return {
+            "memory": memory.bytes_per_row * memory.num_rows * 2,  # two epochs
+            "snapshot": sum(weight.nbytes for weight in weights),
+            "published": self.published.bank.nbytes,
+        }
+
+
+def training_steps(bench: Bench) -> Calls:
+    """Return what makes a training step of each form, with the paper's optimizer for CIFAR."""
+
+    def step_of(name: str) -> Callable[[int], Tensor]:
+        optimizer = torch.optim.SGD(
+            bench.models[name].parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4, nesterov=True
+        )
+
+        def step(number: int) -> Tensor:
+            optimizer.zero_grad()
+            loss = bench.loss(name, number)
+            loss.backward()
+            optimizer.step()
+            return loss.detach()
+
+        return step
+
+    return {name: step_of(name) for name in FORMS}
+
+
+def parts(batch_size: int, classes: int, num_rows: int, device: torch.device) -> Calls:
+    """Return what computes each form's loss and its gradient on logits, which are all there is."""
+    logits = torch.randn(batch_size, classes, device=device).requires_grad_()
+    bench = Bench(nn.Identity(), logits, classes, num_rows)
+    bench.begin_second_epoch()
+
+    def part(name: str, number: int) -> Tensor:
+        logits.grad = None
+        loss = bench.loss(name, number)
+        loss.backward()
+        return loss.detach()
+
+    return {name: lambda number, name=name: part(name, number) for name in FORMS}
+
+
+def measure(calls: Calls, count: int, rounds: int, device: torch.device) -> dict:
+    """Return seconds a call of each form and ratios to cross-entropy: over rounds of some calls.
+
+    One call of each is not counted. The order is turned round after each, so that no form always
+    comes after the same other.
+    """
+    found = {name: [0.0] * rounds for name in calls}
+    order = list(calls)
+    for number in range(1 + rounds * count):
+        for name in order:
+            taken = seconds(lambda name=name: calls[name](number), device)  # noqa: B023
+            if number:
+                found[name][(number - 1) // count] += taken / count
+        order.reverse()
+    ratios = ratios_to(BASE, found)
+    return {
+        "seconds": medians(found),
+        "ratio_median": medians(ratios),
+        "ratio_quartiles": quartiles(ratios),
+    }
+
+
+def run(args: argparse.Namespace) -> dict:
+    torch.manual_seed(1)
+    device = torch.device(args.device)
+    model = build_model(args.model, args.classes).to(device)
+    images = torch.randn(args.batch_size, 3, 32, 32, device=device)
+    bench = Bench(model, images, args.classes, args.rows)
+    bench.begin_second_epoch()
+    result = {
+        "machine": machine(device),
+        "torch": torch.__version__,
+        **{name: getattr(args, name) for name in ("model", "classes", "batch_size", "rows")},
+        **{name: getattr(args, name) for name in ("steps", "rounds")},
+        "teacher_bytes": bench.teacher_bytes(),
+        "step": measure(training_steps(bench), args.steps, args.rounds, device),
+    }
+    for shape in PARTS:
+        calls = parts(*shape, args.rows, device)
+        result[f"alone_{shape[0]}x{shape[1]}"] = measure(calls, PART_CALLS, args.rounds, device)
+    result["limit"] = LIMIT
+    result["within_limit"] = result["step"]["ratio_median"]["memory"] <= LIMIT
+    return result
+
+
+def table(title: str, found: dict) -> str:
+    lines = [f"{title}: milliseconds, ratio to {BASE} (quartiles over the rounds)"]
+    for name in FORMS:
+        line = f"  {name:<14}{found['seconds'][name] * 1e3:11.3f}"
+        if name != BASE:
+            low, high = found["ratio_quartiles"][name]
+            line += f"{found['ratio_median'][name]:9.3f}  ({low:.3f} to {high:.3f})"
+        lines.append(line)
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", default="preact_resnet18", help="any of train.py's")
+    parser.add_argument("--classes", type=int, default=100, help="C")
+    parser.add_argument("--batch-size", type=int, default=128, help="images of 32x32 in a step")
+    parser.add_argument("--rows", type=int, default=50_000, help="M, images in the data set")
+    parser.add_argument("--steps", type=int, default=2, help="of each form in a round")
+    parser.add_argument("--rounds", type=int, default=7, help="2 or more")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
+    parser.add_argument("--json", type=Path, help="a file for the figures")
+    args = parser.parse_args(argv)
+    torch.set_num_threads(args.threads)
+    result = run(args)
+    print(f"{result['machine']}, torch {result['torch']}, {args.rows:,} rows")
+    print(table(f"step of {args.model}, {args.batch_size} images", result["step"]))
+    for batch_size, classes in PARTS:
+        found = result[f"alone_{batch_size}x{classes}"]
+        print(table(f"loss and teacher alone, ({batch_size}, {classes})", found))
+    sizes = (f"{name} {size / 1e6:.1f}" for name, size in result["teacher_bytes"].items())
+    print(f"MB of the teacher: {', '.join(sizes)}")
+    verdict = "within" if result["within_limit"] else "ABOVE"
+    ratio = result["step"]["ratio_median"]["memory"]
+    print(f"memory over {BASE}, a step: {ratio:.3f}, {verdict} the limit of {LIMIT}")
+    if args.json:
+        args.json.write_text(json.dumps(result, indent=2) + "\n")
+    return 0 if result["within_limit"] else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

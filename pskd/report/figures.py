@@ -1,0 +1,126 @@
+"""The figures of a report, as images that stand in the page itself."""
+
+from __future__ import annotations
+
+import base64
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from pskd.plots import reliability_diagram, risk_coverage_plot
+from pskd.presets import Preset
+from pskd.report.plots import hard_example_plot, teacher_plot
+from pskd.report.runs import Run
+from pskd.report.tables import Table
+
+__all__ = ["Figure", "confidence_figures", "hard_example_figures", "teacher_figures"]
+
+
+@dataclass(frozen=True)
+class Figure:
+    """An image and what it shows.
+
+    Attributes:
+        uri: the image as a data URI.
+        caption: as plain text.
+        columns: how much room it wants: 1, or 2 for twice the width.
+    """
+
+    uri: str
+    caption: str
+    columns: int = 2
+
+
+def confidence_figures(table: Table, preset: Preset) -> list[Figure]:
+    """Return a reliability diagram of each method, and the risk-coverage curves of all."""
+    runs = {row.name: _rows(row.runs[0]) for row in table.rows if row.runs[0].rows}
+    if not runs:
+        return []
+    figures = [
+        Figure(
+            _drawn(lambda path, one={name: pair}: reliability_diagram(one, path, bins=preset.bins)),
+            f"Reliability of {name}, {preset.bins} bins.",
+            columns=1,
+        )
+        for name, pair in runs.items()
+    ]
+    caption = (
+        "Risk against coverage: the error rate if only the most confident rows are kept. Dashed, "
+        "the best ranking of the same predictions; the area between is the E-AURC."
+    )
+    return [*figures, Figure(_drawn(lambda path: risk_coverage_plot(runs, path)), caption)]
+
+
+def _rows(run: Run) -> tuple[np.ndarray, np.ndarray]:
+    return run.rows["confidence"], run.rows["correct"]
+
+
+def teacher_figures(table: Table) -> list[Figure]:
+    """Return what the teachers of a task's runs did, over epochs or, for some, iterations."""
+    figures = []
+    for unit in ("epoch", "iteration"):
+        curves = {
+            row.name: [record for record in row.runs[0].epochs if unit in record]
+            for row in table.rows
+        }
+        taught = [name for name, records in curves.items() if _has_teacher(records)]
+        if not taught:
+            continue
+        drawn = {name: curves[name] if name in taught else [] for name in curves}
+        caption = (
+            "What PS-KD did in the course of the training: alpha, and the factor on the gradient "
+            "of the label's logit against plain cross-entropy, 1 without a teacher."
+        )
+        figures.append(Figure(_drawn(lambda path, runs=drawn: teacher_plot(runs, path)), caption))
+    return figures
+
+
+def _has_teacher(records: Sequence[dict]) -> bool:
+    return any(record.get("alpha", 0.0) > 0.0 for record in records)
+
+
+def hard_example_figures(table: Table) -> list[Figure]:
+    """Return, for each PS-KD run with a baseline of the same examples, factor by difficulty."""
+    firsts = [row.runs[0] for row in table.rows]
+    baselines = [run for run in firsts if run.examples and not run.has_teacher]
+    figures = []
+    for run in firsts:
+        baseline = next((other for other in baselines if _same_examples(run, other)), None)
+        if baseline is None or not np.isfinite(run.examples["rescaling"]).any():
+            continue
+        pair = _aligned(baseline, run)
+        caption = (
+            f"How {run.name} rescaled the gradient of each training example, by how hard it was "
+            f"for {baseline.name}. At 1 (dotted) it is that of plain training, at 0 nothing is "
+            "left of it, below 0 the label's probability is pushed down."
+        )
+        figures.append(
+            Figure(_drawn(lambda path, pair=pair: hard_example_plot(*pair, path)), caption)
+        )
+    return figures
+
+
+def _same_examples(run: Run, other: Run) -> bool:
+    if not run.examples:
+        return False
+    return np.array_equal(np.sort(run.examples["ids"]), np.sort(other.examples["ids"]))
+
+
+def _aligned(baseline: Run, run: Run) -> tuple[np.ndarray, np.ndarray]:
+    """Return the baseline's difficulty and the run's factor of the same examples."""
+    first, second = np.argsort(baseline.examples["ids"]), np.argsort(run.examples["ids"])
+    return baseline.examples["difficulty"][first], run.examples["rescaling"][second]
+
+
+def _drawn(draw: Callable[[Path], object]) -> str:
+    """Return what a function draws into an SVG file, as a data URI.
+
+    An image of its own, not SVG among the page's elements: the ids in two drawings would clash.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "figure.svg"
+        draw(path)
+        return "data:image/svg+xml;base64," + base64.b64encode(path.read_bytes()).decode()

@@ -1,0 +1,131 @@
+"""Data sets: which sample is which, what is held out, and what is refused before the first step."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from classification_toys import CLASSES, Colours, write_folders
+from pskd_classification.data import Images, check_source, load_splits
+
+
+def colours(**options):
+    return load_splits("classification_toys:build", None, **{"val_fraction": 0.2} | options)
+
+
+def test_validation_is_held_out_of_training_evenly_by_class_and_apart_from_other_seeds():
+    splits = colours()
+    train, validation = set(splits.train.ids), set(splits.validation.ids)
+    assert not train & validation
+    assert train | validation == {str(i) for i in range(42)}
+    assert torch.bincount(splits.validation.targets).tolist() == [3, 3, 3]
+    assert colours().validation.ids == splits.validation.ids
+    assert colours(split_seed=1).validation.ids != splits.validation.ids
+
+
+def test_a_data_set_that_brings_its_validation_keeps_all_for_training():
+    splits = load_splits("classification_toys:build_with_validation", None, val_fraction=0.2)
+    assert (len(splits.train), len(splits.validation), len(splits.test)) == (42, 9, 21)
+    assert colours(val_fraction=0.0).validation is None
+
+
+def test_the_fingerprint_is_that_of_what_is_trained_on():
+    assert colours().fingerprint == colours(augment="none").fingerprint
+    assert colours().fingerprint != colours(val_fraction=0.0).fingerprint
+    assert colours().fingerprint != colours(split_seed=1).fingerprint
+
+
+@pytest.mark.parametrize("parts", [("train", "test"), ("train", "val"), ("train", "val", "test")])
+def test_folders(parts, tmp_path):
+    root = write_folders(tmp_path, dict(zip(parts, (12, 6, 9), strict=False)))
+    splits = load_splits("folder", root, val_fraction=0.5)
+    assert splits.classes == tuple(sorted(CLASSES))
+    sizes = (len(splits.train), len(splits.validation), len(splits.test))
+    assert sizes == ((12, 6, 9) if len(parts) == 3 else (6, 6, 6))
+    assert all(name.endswith(".png") and "/" in name for name in splits.train.ids)
+    image, label = splits.test[0]
+    assert image.dtype == torch.float32 and image.shape == (3, 8, 8) and label == 0
+
+
+def test_digits_need_no_download_and_are_divided_by_class():
+    splits = load_splits("digits", None, val_fraction=0.1)
+    assert len(splits.train) + len(splits.validation) + len(splits.test) == 1797
+    assert not {*splits.train.ids, *splits.validation.ids} & set(splits.test.ids)
+    assert torch.bincount(splits.test.targets).min() >= 50
+    assert splits.train[0][0].shape == (3, 8, 8)
+
+
+def test_training_is_augmented_and_evaluation_is_not():
+    splits = colours()
+    torch.manual_seed(0)
+    assert not torch.equal(splits.train[0][0], splits.train[0][0])
+    assert torch.equal(splits.test[0][0], splits.test[0][0])
+    plain = colours(augment="none", hflip=0.0).train
+    assert torch.equal(plain[0][0], plain[0][0])
+    assert np.array_equal(plain.picture(0), colours().train.picture(0))
+
+
+@pytest.mark.parametrize(
+    ("augment", "size"), [("crop", 12), ("none", 6), ("resized-crop", 10), ("crop", None)]
+)
+def test_images_have_the_size_that_was_asked_for(augment, size):
+    splits = colours(augment=augment, image_size=size)
+    side = size or 8
+    assert splits.train[0][0].shape == splits.test[0][0].shape == (3, side, side)
+
+
+# ---- what is refused ---------------------------------------------------------------------------
+
+
+def changed(**attributes) -> Colours:
+    source = Colours(6, 0)
+    for name, value in attributes.items():
+        setattr(source, name, value)
+    return source
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        (changed(targets=[0, 1, 2, 0, 1, 3]), r"labels in \[0, 2\] \(3 classes\), got 3 .* 5"),
+        (changed(targets=[0, -1, 2, 0, 1, 2]), "got -1 for sample 1"),
+        (changed(targets=[0.0, 1.0]), "integer labels"),
+        (changed(targets=[0, 1]), "a label a sample, got 2 of 6"),
+        (changed(ids=list("abcdea")), "an id of its own for each sample, got a 2x"),
+        (changed(ids=list("abc")), "expected 6 ids, got 3"),
+        (changed(classes=("red", "green")), "differs in: blue"),
+        (changed(classes=("green", "red", "blue")), "differs in: another order"),
+        ([1, 2], "with 'classes', got none"),
+        (Colours(0, 0), "at least one sample, got none"),
+    ],
+)
+def test_samples_that_cannot_be_told_apart_or_classified_are_refused(source, message):
+    with pytest.raises(ValueError, match=f"^train: .*{message}"):
+        check_source("train", source, CLASSES)
+
+
+@pytest.mark.parametrize(
+    ("name", "root", "options", "message"),
+    [
+        ("mnist", None, {}, "--dataset: expected one of digits, .* got 'mnist'"),
+        ("cifar10", None, {}, "--data-dir: expected the folder of cifar10, got none"),
+        ("cifar10", "absent", {}, "--data-dir: expected cifar10 in absent, got none"),
+        ("folder", "absent", {}, "folders train and test .* got none"),
+        ("no_such_module:f", None, {}, "MODULE:FUNCTION, got 'no_such_module:f'"),
+        ("classification_toys:absent", None, {}, "MODULE:FUNCTION"),
+        ("classification_toys:Colours.__init__", None, {}, "MODULE:FUNCTION"),
+        ("classification_toys:build", None, {"val_fraction": 0.99}, "--val-fraction: .* got 0.99"),
+    ],
+)
+def test_data_that_is_not_there_is_refused(name, root, options, message):
+    with pytest.raises(ValueError, match=message):
+        load_splits(name, root, **{"val_fraction": 0.2} | options)
+
+
+def test_an_image_that_is_none_and_one_that_is_not_square_are_refused():
+    source = Colours(6, 0)
+    source.__class__ = type(
+        "Tensors", (Colours,), {"__getitem__": lambda self, i: (torch.ones(3), 0)}
+    )
+    with pytest.raises(ValueError, match="expected an image of PIL, got Tensor"):
+        Images(source, [str(i) for i in range(6)], range(6), lambda image: image)[0]

@@ -1,0 +1,244 @@
+"""Models, mixing, the loss of a batch, and the figures, each by what must hold of it."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torchmetrics
+import torchvision
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pskd_classification.evaluation import measure, predict, rows_of
+from pskd_classification.mixing import Mixer
+from pskd_classification.models import build_model
+from pskd_classification.objective import Objective, VirtualTeacher
+from torch.utils.data import TensorDataset
+
+import pskd
+from pskd.distributed import World
+
+N, C = 6, 4
+
+# ---- models ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name", ["preact_resnet10_tiny", "resnet18", "shufflenet_v2_x0_5", "efficientnet_b0"]
+)
+def test_a_model_scores_the_classes_and_its_weights_have_torchvisions_names(name):
+    model = build_model(name, C)
+    assert model.eval()(torch.zeros(2, 3, 32, 32)).shape == (2, C)
+    if not name.startswith("preact"):
+        stock = torchvision.models.get_model(name, weights=None, num_classes=C)
+        assert list(model.state_dict()) == list(stock.state_dict())
+
+
+def test_the_papers_network_has_its_size():
+    model = build_model("preact_resnet18", 100)
+    assert 11.1e6 < sum(p.numel() for p in model.parameters()) < 11.3e6
+    assert model.layer4(model.layer3(model.layer2(torch.zeros(1, 64, 32, 32)))).shape[2:] == (4, 4)
+
+
+@pytest.mark.parametrize("name", ["preact_resnet10_tiny", "resnet18", "resnet50"])
+@pytest.mark.parametrize("options", [{"dropout": 0.5}, {"stochastic_depth": 0.9}])
+def test_regularisers_act_in_training_only_and_leave_the_weights_names(name, options):
+    model, plain = build_model(name, C, **options), build_model(name, C)
+    assert list(model.state_dict()) == list(plain.state_dict())
+    model.load_state_dict(plain.state_dict())
+    images = torch.randn(4, 3, 32, 32)
+    # Statistics of the batch, so that training differs by the regulariser alone.
+    for network in (model, plain):
+        for module in network.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.momentum = 0.0
+    assert torch.equal(model.eval()(images), plain.eval()(images))
+    torch.manual_seed(0)
+    assert not torch.allclose(model.train()(images), plain.train()(images))
+
+
+def test_the_first_branch_is_never_left_out():
+    model = build_model("preact_resnet10_tiny", C, stochastic_depth=1.0)
+    drops = [block.stochastic_depth.p for block in model.modules() if hasattr(block, "shortcut")]
+    assert drops == pytest.approx([0.0, 1 / 3, 2 / 3, 1.0])
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("resnet19", {}, "--model: .* got 'resnet19'"),
+        ("vgg11", {"stochastic_depth": 0.1}, "--stochastic-depth: .* got vgg11"),
+        ("squeezenet1_0", {"stochastic_depth": 0.1}, "--stochastic-depth"),
+        ("densenet121", {"dropout": 0.1}, "--dropout: .* got densenet121"),
+    ],
+)
+def test_a_model_without_a_place_for_an_option_is_refused(name, options, message):
+    with pytest.raises(ValueError, match=message):
+        build_model(name, C, **options)
+
+
+# ---- mixing ------------------------------------------------------------------------------------
+
+
+def batch(seed: int = 0, rows: int = N):
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.rand(rows, 3, 8, 8, generator=generator)
+    return images, torch.randint(C, (rows,), generator=generator)
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 1000), rows=st.integers(2, 5))
+def test_mixup_mixes_pixels_by_the_weight(seed, rows):
+    torch.manual_seed(seed)
+    images, _ = batch(seed, rows)
+    mixed = Mixer(mixup_alpha=1.0, probability=1.0)(images)
+    expected = mixed.weight * images + (1 - mixed.weight) * images[mixed.partner]
+    assert torch.allclose(mixed.images, expected, atol=1e-6)
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 1000))
+def test_cutmix_takes_pixels_of_the_partner_in_the_share_that_is_told(seed):
+    torch.manual_seed(seed)
+    images, _ = batch(seed)
+    mixed = Mixer(cutmix_alpha=1.0, probability=1.0)(images)
+    kept = (mixed.images == images).all(dim=1)
+    assert torch.equal(
+        mixed.images.movedim(1, -1)[~kept], images[mixed.partner].movedim(1, -1)[~kept]
+    )
+    assert kept.float().mean() == pytest.approx(mixed.weight, abs=1e-6)
+
+
+def test_batches_are_mixed_as_often_as_asked():
+    images, _ = batch()
+    torch.manual_seed(0)
+    mixer = Mixer(cutmix_alpha=1.0, mixup_alpha=1.0, probability=0.25)
+    mixed = [mixer(images) for _ in range(400)]
+    assert 60 < sum(m is not None for m in mixed) < 140
+    assert Mixer()(images) is None and not Mixer().enabled
+    assert Mixer(cutmix_alpha=1.0, probability=1.0)(images[:1]) is None
+
+
+# ---- the loss of a batch -----------------------------------------------------------------------
+
+
+class Scores(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = torch.nn.Linear(3 * 64, C)
+
+    def forward(self, images):
+        return self.linear(images.flatten(1))
+
+
+class FixedMixer:
+    def __init__(self, images: torch.Tensor) -> None:
+        torch.manual_seed(5)
+        self.mixed = Mixer(cutmix_alpha=1.0, probability=1.0)(images)
+
+    def __call__(self, _images):
+        return self.mixed
+
+
+@pytest.mark.parametrize("teacher", ["none", "memory", "snapshot", "virtual"])
+@pytest.mark.parametrize(("mixed", "smoothing"), list(itertools.product([False, True], [0.0, 0.1])))
+def test_the_loss_is_the_cross_entropy_against_the_mixture(teacher, mixed, smoothing):
+    images, target = batch()
+    torch.manual_seed(0)
+    model, rows = Scores(), torch.arange(N)
+    common = {"num_epochs": 4, "label_smoothing": smoothing}
+    virtual = None
+    if teacher == "snapshot":
+        criterion = pskd.SnapshotCriterion(model, alpha_final=0.8, **common)
+    else:
+        alpha = 0.8 if teacher == "memory" else 0.0
+        memory = {"dtype": torch.float32} if alpha else {}
+        criterion = pskd.MemoryCriterion(N, C, alpha_final=alpha, **common, **memory)
+    if teacher == "virtual":
+        virtual = VirtualTeacher(C, 0.3)
+    criterion.begin_epoch(1)
+    first = Objective(criterion, Mixer())(model, rows, images, target)
+    assert torch.allclose(first, F.cross_entropy(model(images), target, label_smoothing=smoothing))
+    past = model(images).softmax(dim=1).detach()
+    criterion.begin_epoch(2)
+    mixer = FixedMixer(images) if mixed else Mixer()
+    if mixed and teacher == "snapshot":  # it sees what the student sees
+        past = model(mixer.mixed.images).softmax(dim=1).detach()
+    with torch.no_grad():
+        model.linear.weight += 0.1 * torch.randn_like(model.linear.weight)
+
+    loss = Objective(criterion, mixer, virtual)(model, rows, images, target)
+    alpha = {"none": 0.0, "virtual": 0.3}.get(teacher, 0.4)
+    if teacher == "virtual":
+        past = virtual.past(target).dense(C)
+    soft = pskd.mix_targets(target, past, alpha, num_classes=C, label_smoothing=smoothing)
+    seen = images
+    if mixed:
+        seen, partner, weight = mixer.mixed
+        other = soft[partner]
+        if teacher == "snapshot":
+            other = pskd.mix_targets(
+                target[partner], past, alpha, num_classes=C, label_smoothing=smoothing
+            )
+        soft = weight * soft + (1 - weight) * other
+    assert loss.item() == pytest.approx(F.cross_entropy(model(seen), soft).item(), rel=1e-5)
+
+
+def test_the_memory_keeps_what_was_last_said_unmixed():
+    images, target = batch()
+    model, rows = Scores(), torch.arange(N)
+    criterion = pskd.MemoryCriterion(N, C, num_epochs=3, dtype=torch.float32)
+    criterion.begin_epoch(1)
+    Objective(criterion, Mixer())(model, rows, images, target)
+    first = model(images).softmax(dim=1)
+    criterion.begin_epoch(2)
+    Objective(criterion, FixedMixer(images))(model, rows, images, target)
+    criterion.begin_epoch(3)
+    past, seen = criterion.memory.read(rows)
+    assert seen.all() and torch.allclose(past, first, atol=1e-6)
+
+
+def test_the_virtual_teacher_is_the_softened_distribution():
+    probs = torch.tensor([0.9, 0.05, 0.05])
+    expected = (probs.log() / 5).softmax(dim=0)
+    past = VirtualTeacher(3, 0.5, correct=0.9, temperature=5.0).past(torch.tensor([0]))
+    assert torch.allclose(past.dense(3)[0], expected)
+
+
+# ---- figures -----------------------------------------------------------------------------------
+
+
+def test_figures_agree_with_torchmetrics_and_with_the_core():
+    generator = torch.Generator().manual_seed(0)
+    logits = 2 * torch.randn(300, 8, generator=generator)
+    target = torch.randint(8, (300,), generator=generator)
+    found = measure(rows_of(logits, target))
+    for name, k in (("top1_error", 1), ("top5_error", 5)):
+        oracle = torchmetrics.classification.MulticlassAccuracy(8, top_k=k, average="micro")
+        assert found[name] == pytest.approx(1 - oracle(logits, target).item(), abs=1e-6)
+    ece = torchmetrics.classification.MulticlassCalibrationError(8, n_bins=15, norm="l1")
+    assert found["ece"] == pytest.approx(ece(logits, target).item(), abs=1e-5)
+    assert found["nll"] == pytest.approx(F.cross_entropy(logits, target).item(), rel=1e-5)
+    probs = logits.softmax(dim=1)
+    confidence, correct = probs.max(dim=1).values, probs.argmax(dim=1) == target
+    assert found["aurc"] == pytest.approx(pskd.calibration.aurc(confidence, correct), rel=1e-6)
+    assert found["count"] == 300
+
+
+def test_a_temperature_changes_confidence_and_not_the_prediction():
+    logits, target = torch.randn(50, 4), torch.randint(4, (50,))
+    plain, scaled = rows_of(logits, target), rows_of(logits, target, 3.0)
+    assert (plain.correct == scaled.correct).all() and (plain.in_top5).all()
+    assert (scaled.confidence < plain.confidence).all()
+
+
+def test_predictions_come_in_the_order_of_the_data_and_leave_the_model_training():
+    images, target = batch(rows=7)
+    model = Scores().train()
+    world = World(0, 1, torch.device("cpu"))
+    data = TensorDataset(images, target)
+    logits, labels = predict(model, data, world, batch_size=3, workers=0, amp=False)
+    assert torch.equal(labels, target) and torch.allclose(logits, model(images))
+    assert model.training

@@ -1,0 +1,360 @@
+"""classification/train.py from the command line on: training, resume, processes, errors."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from classification_toys import (
+    SCRIPT,
+    build,
+    build_with_validation,
+    checkpoint,
+    program,
+    results,
+    same,
+    train,
+    write_folders,
+)
+from pskd_classification.options import check
+from pskd_classification.training import Trainer
+
+import pskd
+
+PSKD = ["--pskd-alpha-final", "0.8"]
+ALL = (
+    "--label-smoothing 0.1 --cutmix-alpha 1 --mixup-alpha 0.2 --mix-prob 0.4 --dropout 0.2 "
+    "--stochastic-depth 0.2 --weight-decay 0.01 --clip-grad-norm 5"
+).split()
+
+
+def lines(folder: Path) -> list[dict]:
+    text = (folder / "metrics.json").read_text()
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def stopped(folder: Path, *flags: str, after: int) -> None:
+    """Run until an epoch's end, and stop in the next."""
+    original = Trainer.train_epoch
+
+    def train_epoch(trainer, epoch):
+        if epoch > after:
+            raise KeyboardInterrupt
+        return original(trainer, epoch)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Trainer, "train_epoch", train_epoch)
+        train(folder, *flags)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    """A finished run with PS-KD, nothing else."""
+    folder = tmp_path_factory.mktemp("runs") / "pskd"
+    assert train(folder, *PSKD) == 0
+    return folder
+
+
+def test_a_run_leaves_its_figures_and_what_the_report_reads(run):
+    told = results(run)
+    assert told["task"] == "classification" and told["last"]["count"] == 21
+    assert told["last"]["epoch"] == 4 and 1 <= told["best"]["epoch"] <= 4
+    assert set(told["last_scaled"]) == set(told["last"]) - {"epoch"} and told["temperature"] > 0
+    rows = np.load(run / "confidence.npz")
+    assert 1 - rows["correct"].mean() == pytest.approx(told["last"]["top1_error"])
+    assert rows["nll"].mean() == pytest.approx(told["last"]["nll"])
+    assert rows["scaled_nll"].mean() == pytest.approx(told["last_scaled"]["nll"])
+    epochs = lines(run)
+    assert [line["pskd/alpha"] for line in epochs] == pytest.approx([0.0, 0.4, 0.6, 0.8])
+    assert all({"train/loss", "val/nll", "lr", "seconds"} <= set(line) for line in epochs)
+    with (run / "metrics.csv").open() as file:
+        table = list(csv.DictReader(file))
+    assert [float(row["val/nll"]) for row in table] == [line["val/nll"] for line in epochs]
+    assert list(run.glob("events.out.tfevents.*"))
+    assert not list(run.glob("*.part*"))
+
+
+def test_what_happened_to_each_example_is_kept(run):
+    examples = np.load(run / "examples.npz")
+    assert len(set(examples["ids"].tolist())) == len(examples["label"]) == 33
+    assert ((examples["difficulty"] > 0) & (examples["difficulty"] < 1)).all()
+    assert (examples["rescaling"] <= 1).all()
+    told = json.loads((run / "reweighted.json").read_text())
+    factors = [entry["rescaling"] for entry in told["most"]]
+    assert factors == sorted(factors) and factors[0] == pytest.approx(examples["rescaling"].min())
+    assert told["least"][0]["rescaling"] == pytest.approx(examples["rescaling"].max())
+    assert told["most"][0]["image"].startswith("data:image/png;base64,")
+
+
+def test_without_the_flags_it_is_cross_entropy(tmp_path):
+    assert train(tmp_path / "ce") == 0
+    content = checkpoint(tmp_path / "ce")
+    assert content["criterion"]["memory"] is None
+    assert not any(key.startswith("pskd") for line in lines(tmp_path / "ce") for key in line)
+    assert not (tmp_path / "ce" / "reweighted.json").exists()
+    assert np.isnan(np.load(tmp_path / "ce" / "examples.npz")["rescaling"]).all()
+    # Neither teacher changes anything at alpha 0.
+    assert train(tmp_path / "zero", "--pskd-teacher", "snapshot") == 0
+    assert same(content["model"], checkpoint(tmp_path / "zero")["model"])
+
+
+def test_the_first_epoch_is_cross_entropy_and_the_second_is_not(run, tmp_path):
+    assert train(tmp_path / "ce") == 0
+    losses = [[line["train/loss"] for line in lines(folder)] for folder in (run, tmp_path / "ce")]
+    assert losses[0][0] == losses[1][0] and losses[0][1] != losses[1][1]
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        [*PSKD, *ALL, "--pskd-top-k", "2", "--pskd-momentum", "0.5"],
+        [*PSKD, *ALL, "--pskd-teacher", "snapshot", "--lr-schedule", "cosine"],
+        # Of 8 pixels the last map is one pixel wide, where torch's bfloat16 convolution on a CPU
+        # leaves the gradients of unused taps undefined.
+        [*PSKD, "--amp", "--image-size", "16", "--channels-last", "--lr-warmup-epochs", "2"],
+        [*PSKD, "--workers", "1", "--pskd-alpha-schedule", "constant"],
+        ["--tf-kd-alpha", "0.3", *ALL, "--opt", "adamw", "--lr", "0.001"],
+    ],
+)
+def test_a_resumed_run_equals_the_straight_one(flags, tmp_path):
+    assert train(tmp_path / "straight", *flags) == 0
+    stopped(tmp_path / "resumed", *flags, after=2)
+    # Something else draws random numbers in between.
+    torch.rand(3)
+    np.random.rand(3)
+    assert train(tmp_path / "resumed", *flags, "--resume") == 0
+    one, other = (checkpoint(tmp_path / name) for name in ("straight", "resumed"))
+    assert one["epoch"] == other["epoch"] == 4
+    for key in ("model", "optimizer", "scheduler", "criterion", "best"):
+        assert same(one[key], other[key]), key
+    told = [results(tmp_path / name) for name in ("straight", "resumed")]
+    assert told[0]["last"] == told[1]["last"] and told[0]["best"] == told[1]["best"]
+    timeless = [
+        [{k: v for k, v in line.items() if k != "seconds"} for line in lines(tmp_path / name)]
+        for name in ("straight", "resumed")
+    ]
+    assert timeless[0] == timeless[1]
+    if "--tf-kd-alpha" not in flags:
+        assert told[0]["options"]["cutmix_alpha"] == (1.0 if "--cutmix-alpha" in flags else 0.0)
+
+
+def test_resuming_a_finished_run_trains_nothing_and_tells_the_same(run, tmp_path):
+    before = results(run)
+    assert train(run, *PSKD, "--resume") == 0
+    after = results(run)
+    assert after["last"] == before["last"] and after["best"] == before["best"]
+    assert after["seconds_per_epoch"] == before["seconds_per_epoch"]
+
+
+def test_the_best_checkpoint_is_the_best_of_validation_not_of_test(run):
+    errors = [line["val/top1_error"] for line in lines(run)]
+    best = torch.load(run / "best.pth", weights_only=True)
+    assert best["epoch"] == 1 + errors.index(min(errors)) == checkpoint(run)["best"]["epoch"]
+
+
+def test_best_and_evaluation_of_a_checkpoint(run, tmp_path):
+    flags = ["--test-only", "--weights", str(run / "best.pth")]
+    assert train(tmp_path, *flags) == 0
+    told, expected = results(tmp_path, "evaluation.json")["last"], results(run)["best"]
+    assert {k: told[k] for k in ("nll", "ece")} == {k: expected[k] for k in ("nll", "ece")}
+    assert not (tmp_path / "checkpoint.pth").exists()
+
+
+def test_without_validation_there_is_no_best_and_no_temperature(tmp_path):
+    assert train(tmp_path, "--val-fraction", "0", "--epochs", "1") == 0
+    assert not {"best", "temperature", "last_scaled"} & set(results(tmp_path))
+    assert not (tmp_path / "best.pth").exists()
+
+
+def test_a_compiled_model_trains_and_its_checkpoint_is_that_of_the_plain_one(tmp_path):
+    flags = ["--epochs", "2", *PSKD, "--pskd-teacher", "snapshot", "--compile"]
+    with pytest.MonkeyPatch.context() as patch:
+        # The eager backend traces as any other and needs no compiler.
+        compile_ = torch.compile
+        patch.setattr(torch, "compile", lambda model: compile_(model, backend="eager"))
+        assert train(tmp_path / "compiled", *flags) == 0
+    assert train(tmp_path / "plain", *flags[:-1]) == 0
+    one, other = (checkpoint(tmp_path / name)["model"] for name in ("compiled", "plain"))
+    assert one.keys() == other.keys()
+    assert all(torch.allclose(one[key], other[key], atol=1e-4) for key in one)
+
+
+def test_a_config_file_stands_on_its_base_and_below_the_command_line(tmp_path):
+    (tmp_path / "base.yaml").write_text("epochs: 7\nlr: 0.5\nlr_steps: [2, 3]\namp: true\n")
+    (tmp_path / "delta.yaml").write_text("base: base.yaml\nlr: 0.25\namp: false\n")
+    config = ["--config", str(tmp_path / "delta.yaml")]
+    args = program.parse("", [*config, "--epochs", "9"])
+    assert (args.epochs, args.lr, args.lr_steps, args.amp) == (9, 0.25, [2, 3], False)
+    assert program.parse("", ["--PSKD"]).pskd_alpha_final == 0.8
+    assert program.parse("", ["--alpha_T", "0.3"]).pskd_alpha_final == 0.3
+
+
+def test_every_recipe_is_one_that_the_script_takes():
+    recipes = sorted((SCRIPT.parents[1] / "configs" / "classification").glob("*.yaml"))
+    assert len(recipes) >= 4
+    for recipe in recipes:
+        args = program.parse("", ["--config", str(recipe)])
+        check(args)
+        assert ("pskd" in recipe.stem) == (args.pskd_alpha_final > 0)
+
+
+# ---- processes ---------------------------------------------------------------------------------
+
+
+def torchrun(folder: Path, processes: int, *flags: str) -> None:
+    from classification_toys import FLAGS
+
+    command = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    command += [str(SCRIPT), *FLAGS, "--output-dir", str(folder), *flags]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", *command],
+        cwd=Path(__file__).parent,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=180,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_two_processes_share_the_memory_and_go_on_as_one(tmp_path):
+    torchrun(tmp_path, 2, *PSKD, "--epochs", "3", "--batch-size", "4", "--cutmix-alpha", "1")
+    content = checkpoint(tmp_path)
+    memory = content["criterion"]["memory"]
+    # Every sample is known, whichever process had it, but for those that were never seen unmixed.
+    assert (memory["past"][:, -1] > 0).float().mean() > 0.6
+    visits = content["criterion"]["examples"]["sums"][:, 0]
+    assert visits.sum() > 33 and results(tmp_path)["last"]["count"] == 21
+    assert [line["epoch"] for line in lines(tmp_path)] == [1, 2, 3]
+    # The state is whole: one process goes on with it.
+    content["options"]["epochs"] = 4
+    content["criterion"]["options"]["num_epochs"] = 4
+    torch.save(content, tmp_path / "checkpoint.pth")
+    assert train(tmp_path, *PSKD, "--cutmix-alpha", "1", "--batch-size", "8", "--resume") == 0
+    assert [line["epoch"] for line in lines(tmp_path)] == [1, 2, 3, 4]
+
+
+# ---- what is refused ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--lr nan", "--lr: expected 0 or more, got nan"),
+        ("--epochs 0", "--epochs: expected 1 or more, got 0"),
+        ("--pskd-alpha-final 1.5", "--pskd-alpha-final: expected a number in [0, 1], got 1.5"),
+        ("--label-smoothing 2", "--label-smoothing: expected 0 to 1, got 2.0"),
+        ("--PSKD --tf-kd-alpha 0.1", "--tf-kd-alpha: expected 0 with PS-KD"),
+        ("--PSKD --cutmix-alpha 1 --mix-prob 1", "--mix-prob: expected below 1"),
+        ("--test-only", "--weights: expected a checkpoint to evaluate"),
+        ("--model no_such_net", "--model: expected one of preact_resnet18"),
+        ("--dataset folder --data-dir absent", "--data-dir: expected the folders train and test"),
+        ("--weights absent.pth --test-only", "absent.pth: expected a checkpoint"),
+        ("--device tpu", "--device: expected cpu, cuda or cuda:NUMBER, got 'tpu'"),
+        ("--PSKD --pskd-top-k 4", "top_k: expected 1 to 3 classes, got 4"),
+        ("--config absent.yaml", "absent.yaml"),
+        ("--tf-kd-temperature 0", "--tf-kd-temperature: expected above 0, got 0.0"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused_before_anything_is_written(
+    flags, message, tmp_path, capsys
+):
+    assert train(tmp_path / "run", *flags.split()) == 1
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "run" / "checkpoint.pth").exists()
+
+
+@pytest.fixture(scope="module")
+def of_two_epochs(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("stopped")
+    data = write_folders(folder / "data", {"train": 18, "test": 6})
+    flags = ["--dataset", "folder", "--data-dir", str(data), *PSKD]
+    stopped(folder / "run", *flags, after=1)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("one image more", "expected samples 15 as in this run, got 14"),
+        ("another label", "expected fingerprint"),
+        ("--pskd-alpha-final 0.5", "alpha_final: expected 0.8, with which"),
+        ("--epochs 9", "expected epochs 9 as in this run, got 4"),
+        ("--model resnet18", "expected model 'resnet18' as in this run"),
+        ("damaged", "expected a checkpoint of this program"),
+    ],
+)
+def test_a_checkpoint_of_another_training_is_refused(
+    change, message, of_two_epochs, tmp_path, capsys
+):
+    import shutil
+
+    folder = tmp_path / "run"
+    shutil.copytree(of_two_epochs, tmp_path, dirs_exist_ok=True)
+    classes = [tmp_path / "data" / "train" / name for name in ("red", "green")]
+    if change == "one image more":
+        shutil.copy(next(classes[0].iterdir()), classes[0] / "999.png")
+    elif change == "another label":
+        shutil.move(next(classes[0].iterdir()), classes[1] / "500.png")
+        shutil.move(sorted(classes[1].iterdir())[0], classes[0] / "501.png")
+    elif change == "damaged":
+        (folder / "checkpoint.pth").write_bytes(b"no checkpoint")
+    before = (folder / "checkpoint.pth").read_bytes()
+    flags = ["--dataset", "folder", "--data-dir", str(tmp_path / "data"), *PSKD, "--resume"]
+    flags += change.split() if change.startswith("--") else []
+    assert train(folder, *flags) == 1
+    assert message in capsys.readouterr().err
+    assert (folder / "checkpoint.pth").read_bytes() == before
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_last_checkpoint(tmp_path, capsys):
+    stopped(tmp_path, *PSKD, after=1)
+    before = (tmp_path / "checkpoint.pth").read_bytes()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pskd.MemoryCriterion, "loss", lambda *_args, **_kwargs: torch.tensor(
+            float("nan"), requires_grad=True
+        ))  # fmt: skip
+        assert train(tmp_path, *PSKD, "--resume") == 1
+    assert "epoch 2, iteration 1: expected a finite loss, got nan" in capsys.readouterr().err
+    assert (tmp_path / "checkpoint.pth").read_bytes() == before
+
+
+def test_the_toys_have_what_the_tests_count_on():
+    assert [len(part) for part in build(None).values()] == [42, 21]
+    assert len(build_with_validation(None)["val"]) == 9
+
+
+# ---- a backbone for detection ------------------------------------------------------------------
+
+
+def test_a_checkpoint_becomes_a_backbone_of_detectron2(tmp_path):
+    import importlib.util
+
+    path = SCRIPT.parents[1] / "detection" / "convert_backbone.py"
+    spec = importlib.util.spec_from_file_location("convert_backbone", path)
+    convert = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(convert)
+    flags = [
+        "--model",
+        "resnet18",
+        "--epochs",
+        "2",
+        "--stochastic-depth",
+        "0.1",
+        "--dropout",
+        "0.1",
+    ]
+    assert train(tmp_path, *flags, *PSKD) == 0
+    config = convert.convert_file(tmp_path / "best.pth", tmp_path / "backbone.pth")
+    assert config["MODEL.RESNETS.DEPTH"] == 18
+    weights = torch.load(tmp_path / "backbone.pth", weights_only=True)["model"]
+    best = torch.load(tmp_path / "best.pth", weights_only=True)["model"]
+    assert torch.equal(weights["stem.conv1.weight"], best["conv1.weight"])
