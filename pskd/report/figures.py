@@ -89,9 +89,11 @@ def hard_example_figures(table: Table) -> list[Figure]:
     figures = []
     for run in firsts:
         baseline = next((other for other in baselines if _same_examples(run, other)), None)
-        if baseline is None or not np.isfinite(run.examples["rescaling"]).any():
+        if baseline is None:
             continue
         pair = _aligned(baseline, run)
+        if not np.isfinite(pair).all(axis=0).any():
+            continue
         caption = (
             f"How {run.name} rescaled the gradient of each training example, by how hard it was "
             f"for {baseline.name}. At 1 (dotted) it is that of plain training, at 0 nothing is "

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 import zipfile
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -197,7 +198,15 @@ def _read_arrays(path: Path, needed: Sequence[str]) -> dict[str, np.ndarray]:
     try:
         with np.load(path) as file:  # never a pickle
             arrays = {key: file[key] for key in file.files}
-    except (ValueError, EOFError, zipfile.BadZipFile, TypeError, AttributeError) as error:
+    except (
+        ValueError,
+        EOFError,
+        zipfile.BadZipFile,
+        zlib.error,
+        NotImplementedError,
+        TypeError,
+        AttributeError,
+    ) as error:
         raise ValueError(f"{path}: expected arrays as numpy.savez writes them: {error}") from error
     for key in needed:
         if key not in arrays:
@@ -215,10 +224,23 @@ def _check_lengths(path: Path, arrays: dict[str, np.ndarray], names: Sequence[st
             raise ValueError(f"{path}: {name}: expected shape {expected}, got {got}")
 
 
+def _check_numbers(path: Path, arrays: dict[str, np.ndarray], names: Sequence[str]) -> None:
+    for name in names:
+        if name in arrays and arrays[name].dtype.kind not in "fiu":
+            raise ValueError(
+                f"{path}: {name}: expected real numbers, got dtype {arrays[name].dtype}"
+            )
+
+
 def _read_rows(path: Path) -> dict[str, np.ndarray]:
     rows = _read_arrays(path, ("confidence", "correct"))
     vectors = ("confidence", "correct", "nll", "in_top5", "scaled_confidence", "scaled_nll")
     _check_lengths(path, rows, vectors)
+    _check_numbers(path, rows, ("temperature",))
+    if rows.get("temperature", np.empty(())).shape != ():
+        raise ValueError(
+            f"{path}: temperature: expected a single number, got shape {rows['temperature'].shape}"
+        )
     return rows if len(rows["confidence"]) else {}
 
 
@@ -228,6 +250,13 @@ def _read_examples(folder: Path) -> dict[str, np.ndarray]:
         return {}
     examples = _read_arrays(path, ("ids", "difficulty", "rescaling"))
     _check_lengths(path, examples, ("ids", "label", "difficulty", "rescaling"))
+    _check_numbers(path, examples, ("difficulty", "rescaling"))
+    difficulty = examples["difficulty"]
+    if ((difficulty < 0.0) | (difficulty > 1.0)).any():  # NaN: never visited
+        raise ValueError(
+            f"{path}: difficulty: expected values in [0, 1], got values in "
+            f"[{np.nanmin(difficulty):g}, {np.nanmax(difficulty):g}]"
+        )
     if len(np.unique(examples["ids"])) < len(examples["ids"]):
         raise ValueError(f"{path}: ids: expected each once, got one again")
     return examples
