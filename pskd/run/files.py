@@ -18,8 +18,8 @@ __all__ = ["write_json", "written_aside"]
 def written_aside(path: str | os.PathLike) -> Iterator[Path]:
     """Give a path to write to, which becomes ``path`` if all goes well and is removed if not."""
     path = Path(path)
-    # One name: what a kill leaves is overwritten by the next run.
-    aside = path.with_name(f"{path.stem}.part{path.suffix}")
+    # Processes of one run may write the same file, each under a name of its own.
+    aside = path.with_name(f"{path.stem}.{os.getpid()}.part{path.suffix}")
     try:
         yield aside
         os.replace(aside, path)

@@ -19,9 +19,16 @@ import pytest
 import pskd
 
 FRAMEWORKS = {"detectron2", "fairseq", "hydra", "matplotlib", "omegaconf", "torchvision"}
-ADAPTERS = {"pskd_detection", "pskd_detectron2", "pskd_fairseq", "pskd_torchvision"}
-#: The adapters of detection, what they share, and the frameworks that each stands on.
-DETECTION = {
+ADAPTERS = {
+    "pskd_classification",
+    "pskd_detection",
+    "pskd_detectron2",
+    "pskd_fairseq",
+    "pskd_torchvision",
+}
+#: The adapters beside fairseq's, what they share, and the frameworks that each stands on.
+OTHERS = {
+    "pskd_classification": {"torchvision"},
     "pskd_detection": set(),
     "pskd_torchvision": {"torchvision"},
     # Its configuration is Detectron2's: omegaconf in a LazyConfig.
@@ -127,9 +134,9 @@ def test_the_fairseq_adapter_reaches_neither_sideways_nor_up(stages):
     assert not asked["pskd"] & (FRAMEWORKS | ADAPTERS)
 
 
-@pytest.mark.parametrize("name", DETECTION)
-def test_the_detection_packages_reach_neither_sideways_nor_up(name):
-    frameworks = DETECTION[name]
+@pytest.mark.parametrize("name", OTHERS)
+def test_the_other_packages_reach_neither_sideways_nor_up(name):
+    frameworks = OTHERS[name]
     for framework in frameworks:
         if importlib.util.find_spec(framework) is None:
             pytest.skip(f"{framework} is not installed: https://detectron2.readthedocs.io")
@@ -140,7 +147,8 @@ def test_the_detection_packages_reach_neither_sideways_nor_up(name):
     assert len(seen) == 1, error
     asked, loaded = seen[0]
     assert name in loaded and "pskd" in loaded
-    assert not loaded & (ADAPTERS - {name, "pskd_detection"} | FOLDERS | {"fairseq"})
+    shared = set() if name == "pskd_classification" else {"pskd_detection"}
+    assert not loaded & (ADAPTERS - {name} - shared | FOLDERS | {"fairseq"})
     assert not asked[name] & (FRAMEWORKS - frameworks)
     if name != "pskd_detectron2":  # which itself loads torchvision and more
         assert "detectron2" not in loaded
