@@ -18,6 +18,7 @@ import copy
 import json
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -34,8 +35,9 @@ BASE = "cross-entropy"
 FORMS = (BASE, "memory", "snapshot", "published")
 PARTS = ((128, 100), (256, 1000))  # images and classes of CIFAR-100 and ImageNet
 PART_CALLS = 25  # a round
+SETTINGS = ("model", "classes", "batch_size", "rows", "steps", "rounds")  # told with the figures
 
-Calls = dict[str, Callable[[int], Tensor]]  # of each form, from the number of the step to its loss
+Calls = dict[str, Callable[[int], Tensor]]  # of each form, from the number of a step to its loss
 
 
 class Published:
@@ -75,8 +77,6 @@ class Bench:
 
     def __init__(self, model: nn.Module, images: Tensor, classes: int, num_rows: int) -> None:
         count, device = len(images), images.device
-        if num_rows < count:
-            raise ValueError(f"--rows: expected {count} or more, a batch, got {num_rows}")
         self.images, self.target = images, torch.randint(classes, (count,), device=device)
         repetitions = torch.rand(num_rows // count, count).argsort(dim=0)
         self.rows = repetitions * count + torch.arange(count)
@@ -124,21 +124,19 @@ class Bench:
 def training_steps(bench: Bench) -> Calls:
     """Return what makes a training step of each form, with the paper's optimizer for CIFAR."""
 
-    def step_of(name: str) -> Callable[[int], Tensor]:
-        optimizer = torch.optim.SGD(
-            bench.models[name].parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4, nesterov=True
-        )
+    recipe = {"lr": 0.1, "momentum": 0.9, "weight_decay": 5e-4, "nesterov": True}
+    optimizers = {
+        name: torch.optim.SGD(model.parameters(), **recipe) for name, model in bench.models.items()
+    }
 
-        def step(number: int) -> Tensor:
-            optimizer.zero_grad()
-            loss = bench.loss(name, number)
-            loss.backward()
-            optimizer.step()
-            return loss.detach()
+    def step(name: str, number: int) -> Tensor:
+        optimizers[name].zero_grad()
+        loss = bench.loss(name, number)
+        loss.backward()
+        optimizers[name].step()
+        return loss.detach()
 
-        return step
-
-    return {name: step_of(name) for name in FORMS}
+    return {name: partial(step, name) for name in FORMS}
 
 
 def parts(batch_size: int, classes: int, num_rows: int, device: torch.device) -> Calls:
@@ -153,7 +151,7 @@ def parts(batch_size: int, classes: int, num_rows: int, device: torch.device) ->
         loss.backward()
         return loss.detach()
 
-    return {name: lambda number, name=name: part(name, number) for name in FORMS}
+    return {name: partial(part, name) for name in FORMS}
 
 
 def measure(calls: Calls, count: int, rounds: int, device: torch.device) -> dict:
@@ -166,7 +164,7 @@ def measure(calls: Calls, count: int, rounds: int, device: torch.device) -> dict
     order = list(calls)
     for number in range(1 + rounds * count):
         for name in order:
-            taken = seconds(lambda name=name: calls[name](number), device)  # noqa: B023
+            taken = seconds(partial(calls[name], number), device)
             if number:
                 found[name][(number - 1) // count] += taken / count
         order.reverse()
@@ -188,8 +186,7 @@ def run(args: argparse.Namespace) -> dict:
     result = {
         "machine": machine(device),
         "torch": torch.__version__,
-        **{name: getattr(args, name) for name in ("model", "classes", "batch_size", "rows")},
-        **{name: getattr(args, name) for name in ("steps", "rounds")},
+        **{name: value for name, value in vars(args).items() if name in SETTINGS},
         "teacher_bytes": bench.teacher_bytes(),
         "step": measure(training_steps(bench), args.steps, args.rounds, device),
     }
@@ -224,6 +221,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
     parser.add_argument("--json", type=Path, help="a file for the figures")
     args = parser.parse_args(argv)
+    least = max(args.batch_size, *(batch_size for batch_size, _ in PARTS))
+    if args.rows < least or args.rounds < 2:
+        parser.error(f"expected --rows {least} or more, which is a batch, and --rounds 2 or more")
     torch.set_num_threads(args.threads)
     result = run(args)
     print(f"{result['machine']}, torch {result['torch']}, {args.rows:,} rows")

@@ -13,12 +13,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
-import statistics
-import time
 from collections.abc import Callable
 
 import torch
+from _timing import machine, medians, quartiles, ratios_to, seconds
 from detectron2.config import CfgNode
 from detectron2.engine import DefaultTrainer
 from detectron2.structures import Boxes, Instances
@@ -72,18 +70,13 @@ def build(cfg: CfgNode, teacher: str | None, rows: int) -> nn.Module:
 def updates(cfg: CfgNode, model: nn.Module, batch: list[dict]) -> Callable[[], float]:
     """Return a function that makes one iteration and returns its seconds."""
     optimizer = DefaultTrainer.build_optimizer(cfg, model)
-    on_gpu = next(model.parameters()).is_cuda
 
-    def update() -> float:
-        start = time.perf_counter()
+    def update() -> None:
         optimizer.zero_grad()
         sum(model(batch).values()).backward()
         optimizer.step()
-        if on_gpu:
-            torch.cuda.synchronize()
-        return time.perf_counter() - start
 
-    return update
+    return lambda: seconds(update, cfg.MODEL.DEVICE)
 
 
 def remember(model: nn.Module) -> None:
@@ -102,27 +95,24 @@ def run(cfg: CfgNode, iterations: int, warmup: int, boxes_an_image: int) -> dict
         for name, teacher in (("stock", None), ("snapshot", "snapshot"), ("memory", "memory"))
     }
     steps = {name: updates(cfg, model, batch) for name, model in models.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    found: dict[str, list[float]] = {name: [] for name in steps}
     with EventStorage(0):
         for iteration in range(warmup + iterations):
             for name, step in steps.items():
-                seconds[name].append(step())
+                found[name].append(step())
             if iteration < warmup:
                 remember(models["memory"])
-    seconds = {name: times[warmup:] for name, times in seconds.items()}
-    ratios = {
-        name: [b / a for a, b in zip(seconds["stock"], seconds[name], strict=True)]
-        for name in ("snapshot", "memory")
-    }
+    found = {name: times[warmup:] for name, times in found.items()}
+    ratios = ratios_to("stock", found)
     return {
-        "machine": f"{platform.machine()} {cfg.MODEL.DEVICE}, {torch.get_num_threads()} thread(s)",
+        "machine": machine(cfg.MODEL.DEVICE),
         "torch": torch.__version__,
         "images": len(batch),
         "size": list(batch[0]["image"].shape[1:]),
         "iterations": iterations,
-        "seconds": {name: statistics.median(times) for name, times in seconds.items()},
-        "ratio_median": {name: statistics.median(r) for name, r in ratios.items()},
-        "ratio_quartiles": {name: statistics.quantiles(r, n=4)[::2] for name, r in ratios.items()},
+        "seconds": medians(found),
+        "ratio_median": medians(ratios),
+        "ratio_quartiles": quartiles(ratios),
     }
 
 

@@ -15,14 +15,13 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
-import platform
-import statistics
 import tempfile
-import time
 from argparse import Namespace
 from collections.abc import Iterable
+from functools import partial
 
 import torch
+from _timing import machine, medians, quartiles, ratios_to, seconds
 from fairseq import models, options, tasks, utils
 from fairseq.data import Dictionary, FairseqDataset
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
@@ -124,16 +123,11 @@ class Bench:
             self.update(name)
             task.begin_epoch(2, self.model)
 
-    def update(self, name: str) -> float:
-        """Return the seconds of one update."""
-        start = time.perf_counter()
+    def update(self, name: str) -> None:
         criterion = self.criterions[name].train()
         self.optimizer.zero_grad()
         self.tasks[name].train_step(self.batch, self.model, criterion, self.optimizer, update_num=0)
         self.optimizer.step()
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter() - start
 
 
 def peak_bytes(args: argparse.Namespace, name: str) -> int:
@@ -156,24 +150,24 @@ def memory_bytes(name: str) -> int:
 
 def run(args: argparse.Namespace, save_dir: str) -> dict:
     bench = Bench(args, CRITERIONS, save_dir)
-    seconds: dict[str, list[float]] = {name: [] for name in CRITERIONS}
+    found: dict[str, list[float]] = {name: [] for name in CRITERIONS}
     for _ in range(args.warmup + args.updates):
-        for name, times in seconds.items():
-            times.append(bench.update(name))
-    seconds = {name: times[args.warmup :] for name, times in seconds.items()}
+        for name, times in found.items():
+            times.append(seconds(partial(bench.update, name), bench.device))
+    found = {name: times[args.warmup :] for name, times in found.items()}
     result = {
-        "machine": f"{platform.machine()} {bench.device}, {torch.get_num_threads()} thread(s)",
+        "machine": machine(bench.device),
         "torch": torch.__version__,
         "arch": args.arch,
         "vocabulary": args.vocabulary,
         "tokens": bench.batch["ntokens"],
         "updates": args.updates,
-        "seconds": {name: statistics.median(times) for name, times in seconds.items()},
+        "seconds": medians(found),
     }
-    for name in ("snapshot", "memory"):
-        ratios = [b / a for a, b in zip(seconds["stock"], seconds[name], strict=True)]
-        result[f"{name}_ratio"] = statistics.median(ratios)
-        result[f"{name}_ratio_quartiles"] = statistics.quantiles(ratios, n=4)[::2]
+    ratios = ratios_to("stock", found)
+    for name in ratios:
+        result[f"{name}_ratio"] = medians(ratios)[name]
+        result[f"{name}_ratio_quartiles"] = quartiles(ratios)[name]
     fresh = multiprocessing.get_context("spawn")
     result["peak_mb"] = {}
     for name in CRITERIONS:

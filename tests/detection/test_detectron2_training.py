@@ -14,6 +14,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -396,6 +397,9 @@ def test_results_are_a_file(evaluated, spec):
     rois = results["ground_truth_rois"]
     assert rois["num_rois"] == 14 and rois["nll"] > 0 and 0 <= rois["accuracy"] <= 1
     assert (evaluated / "inference" / "reliability.png").read_bytes().startswith(b"\x89PNG")
+    with np.load(evaluated / "inference" / "confidence.npz") as found:
+        assert len(found["confidence"]) == confidence["num_detections"]
+        assert found["correct"].sum() == confidence["num_matched"]
 
 
 def test_eval_only_gives_the_same_results(evaluated, spec, tmp_path):

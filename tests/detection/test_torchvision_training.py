@@ -15,6 +15,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from pskd_detection import load_dataset
@@ -155,6 +156,9 @@ def test_detections_and_plots_lie_beside_the_results(tool, straight):
     folder = straight.folder / "inference"
     assert (folder / "reliability.png").stat().st_size > 1000
     assert (folder / "risk_coverage.png").stat().st_size > 1000
+    with np.load(folder / "confidence.npz") as found:
+        assert len(found["confidence"]) == straight.results()["confidence"]["num_detections"]
+        assert found["correct"].sum() == straight.results()["confidence"]["num_matched"]
     rows = json.loads((folder / "coco_instances_results.json").read_text())
     kept = [row for row in rows if row["score"] >= 0.05]
     assert len(kept) == straight.results()["confidence"]["num_detections"]
