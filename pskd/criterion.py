@@ -294,7 +294,8 @@ class SnapshotCriterion(_Criterion):
     Args:
         model: the student; may be wrapped in DDP or compiled.
         num_epochs, alpha_final, schedule, label_smoothing, examples: as of `MemoryCriterion`.
-        logits_of: takes what the model returns and gives its (N, C) logits.
+        logits_of: takes what the model returns and gives its (N, C) logits; if not given, they are
+            what it returns or the attribute ``logits`` of it.
 
     Raises:
         ValueError: for an option out of range.
@@ -311,7 +312,7 @@ class SnapshotCriterion(_Criterion):
         schedule: str = "linear",
         label_smoothing: float = 0.0,
         examples: ExampleStats | None = None,
-        logits_of: Callable[[object], Tensor] = lambda output: output,
+        logits_of: Callable[[object], Tensor] = lambda output: getattr(output, "logits", output),
     ) -> None:
         super().__init__(num_epochs, alpha_final, schedule, label_smoothing, examples)
         self._student = _bare(model)
@@ -389,7 +390,6 @@ def make_criterion(
     num_classes: int,
     *,
     teacher: str = "memory",
-    logits_of: Callable[[object], Tensor] = lambda output: output,
     **options,
 ) -> MemoryCriterion | SnapshotCriterion:
     """Return the criterion of either teacher, for a framework that knows model and data.
@@ -399,14 +399,13 @@ def make_criterion(
         dataset: of the training; a memory needs a `pskd.WithRows`.
         num_classes: C; a snapshot does not ask.
         teacher: ``"memory"`` or ``"snapshot"``.
-        logits_of: as of `SnapshotCriterion`; a memory does not ask.
         options: of the criterion.
 
     Raises:
         ValueError: for a teacher that is none, data without row numbers, an option out of range.
     """
     if teacher == "snapshot":
-        return SnapshotCriterion(model, logits_of=logits_of, **options)
+        return SnapshotCriterion(model, **options)
     if teacher != "memory":
         raise ValueError(f"teacher: expected 'memory' or 'snapshot', got {teacher!r}")
     if not isinstance(dataset, WithRows):

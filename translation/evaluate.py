@@ -6,8 +6,8 @@ DIR is a folder that translation/prepare.py made. Translations (beam search, eve
 split) are detokenised and scored against the raw reference with sacreBLEU and chrF; beside them
 stands the tokenised BLEU that fairseq-generate prints. Confidence is that of the next token when
 the reference is read along (teacher forcing): NLL, ECE and AURC over every target token, the end of
-the sentence included, as raw fractions. On the test split the same figures are also given after
-temperature scaling: one number, fitted on 4096 tokens spread evenly over the validation split. OUT
+the sentence included, as raw fractions. On the test split they are also given after temperature
+scaling: one number, fitted on at most 4096 tokens, evenly spread over the validation split. OUT
 gets evaluation.json, translations.txt, generate.log, confidence.npz (confidence, correctness and
 NLL of every token, also after temperature scaling) and two plots; it is a run of `pskd report`.
 """
@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import math
 import re
 import subprocess
 import sys
@@ -187,7 +188,7 @@ def fit_temperature_on_valid(
     """Return the temperature that fits tokens of the validation split best."""
     kept_lprobs, kept_target, seen = [], [], 0
     task.load_dataset("valid", task_cfg=config.task)
-    step = max(int(np.sum(task.dataset("valid").tgt_sizes)) // _TEMPERATURE_TOKENS, 1)
+    step = math.ceil(np.sum(task.dataset("valid").tgt_sizes) / _TEMPERATURE_TOKENS)
     for lprobs, target in scored_tokens(args, "valid", model, config, task):
         # Evenly over all batches: these come in order of their sentences' lengths.
         chosen = torch.arange(-seen % step, len(target), step, device=target.device)

@@ -63,7 +63,8 @@ def _head(title: str, tables: Sequence[Table], preset: Preset) -> str:
     if any(len(row.runs) > 1 for table in tables for row in table.rows):
         lines.append(
             '<p class="soft">Runs of one name are seeds of one method: mean ± sample standard '
-            "deviation over them. Figures and examples are those of the first.</p>"
+            "deviation over them; the best mean is marked, whatever the deviations. Figures and "
+            "examples are those of the first.</p>"
         )
     return "\n".join(lines)
 

@@ -154,6 +154,44 @@ def test_teacher_forced_nll_is_that_of_fairseqs_own_validation(demo, tmp_path):
     assert bits == pytest.approx(float(valid[-1]["valid_nll_loss"]), abs=2e-3)
 
 
+def test_temperature_scaling_is_fitted_on_the_validation_split(demo, tmp_path):
+    out, _ = demo
+    result = json.loads((out / "pskd" / "evaluation" / "evaluation.json").read_text())
+    tokens = np.load(out / "pskd" / "evaluation" / "confidence.npz")
+    assert tokens["temperature"] == result["temperature"]
+    assert result["nll"] == pytest.approx(tokens["nll"].mean(dtype=float))
+    assert result["scaled"]["nll"] == pytest.approx(tokens["scaled_nll"].mean(dtype=float))
+    pair = tokens["scaled_confidence"], tokens["correct"]
+    assert result["scaled"]["aurc"] == pytest.approx(aurc(*pair))
+    words = [out / "pskd" / "checkpoint_last.pt", "--data", out / "data", "--out", tmp_path]
+    args = evaluate.parse([str(word) for word in [*words, "--split", "valid"]])
+    valid = evaluate.measure_confidence(args, *evaluate.load(args), result["temperature"])
+    # Of few tokens all are fitted to, so there is no better one.
+    assert valid["scaled_nll"].mean() <= valid["nll"].mean()
+    for other in (0.98, 1.02):
+        worse = evaluate.measure_confidence(
+            args, *evaluate.load(args), other * result["temperature"]
+        )
+        assert worse["scaled_nll"].mean() >= valid["scaled_nll"].mean() - 1e-6
+
+
+def test_many_tokens_are_fitted_to_evenly(demo, tmp_path, monkeypatch):
+    out, _ = demo
+    words = [out / "pskd" / "checkpoint_last.pt", "--data", out / "data", "--out", tmp_path]
+    args = evaluate.parse([str(word) for word in [*words, "--max-tokens", "64"]])
+    monkeypatch.setattr(evaluate, "_TEMPERATURE_TOKENS", 50)
+    fitted = []
+    monkeypatch.setattr(evaluate, "fit_temperature", lambda *pair: fitted.append(pair) or 1.0)
+    loaded = evaluate.load(args)
+    assert evaluate.fit_temperature_on_valid(args, *loaded) == 1.0
+    ((lprobs, target),) = fitted
+    every = [label for _, labels in evaluate.scored_tokens(args, "valid", *loaded)
+             for label in labels.tolist()]  # fmt: skip
+    step = -(-len(every) // 50)
+    assert step > 1 and target.tolist() == every[::step]
+    assert 25 <= len(lprobs) == len(target) <= 50
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

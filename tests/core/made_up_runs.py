@@ -1,0 +1,132 @@
+"""Folders of runs that nobody trained, with every file that docs/report.md names."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+#: The smallest PNG: one pixel.
+IMAGE = (
+    "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR42mNgAAAAAgAB"
+    "c3UBGAAAAABJRU5ErkJggg=="
+)
+IDS = np.array([f"train/{i:03d}.png" for i in range(60)])
+
+
+def rows(seed: int, count: int = 300) -> dict[str, np.ndarray]:
+    """What confidence.npz holds, without temperature scaling."""
+    rng = np.random.default_rng(seed)
+    confidence = rng.uniform(0.2, 0.999, count)
+    correct = rng.uniform(size=count) < confidence**1.5
+    return {
+        "confidence": confidence.astype(np.float32),
+        "correct": correct,
+        "nll": np.where(correct, -np.log(confidence), 3.0),
+        "in_top5": correct | (rng.uniform(size=count) < 0.5),
+    }
+
+
+def scaled(arrays: dict[str, np.ndarray], temperature: float = 1.25) -> dict[str, np.ndarray]:
+    return arrays | {
+        "scaled_confidence": arrays["confidence"] ** temperature,
+        "scaled_nll": arrays["nll"] / temperature,
+        "temperature": np.float64(temperature),
+    }
+
+
+def write(folder: Path, name: str, value: object) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    if name.endswith(".npz"):
+        np.savez(folder / name, **value)
+    elif name == "metrics.json":
+        (folder / name).write_text("".join(json.dumps(line) + "\n" for line in value))
+    else:
+        (folder / name).write_text(value if isinstance(value, str) else json.dumps(value))
+
+
+def teacher(epoch: int, epochs: int) -> dict[str, float]:
+    alpha = 0.8 * epoch / epochs
+    return {"pskd/alpha": alpha, "pskd/gradient_rescaling": 1.0 - 0.9 * alpha}
+
+
+def classification(folder: Path, seed: int = 1, *, pskd: bool = False) -> Path:
+    write(folder, "confidence.npz", scaled(rows(seed)))
+    numbers = {
+        "task": "classification",
+        "command": ["classification/train.py", "--seed", str(seed)],
+        "seed": seed,
+        "dataset": "cifar10",
+        "model": "resnet18",
+        "seconds_per_epoch": 10.0 + seed,
+        "last": {"epoch": 20, "top1_error": 0.5},
+    }
+    write(folder, "results.json", numbers)
+    told = teacher if pskd else lambda *_: {}
+    lines = [{"epoch": e, "iteration": 9 * e, "val/nll": 1 / e, **told(e, 4)} for e in range(1, 5)]
+    write(folder, "metrics.json", lines)
+    rng = np.random.default_rng(seed)
+    difficulty = rng.uniform(size=len(IDS))
+    rescaling = 1.0 - 0.5 * rng.uniform(size=len(IDS)) if pskd else np.full(len(IDS), np.nan)
+    order = np.arange(len(IDS))[:: -1 if pskd else 1]
+    examples = {"label": rng.integers(0, 3, len(IDS)), "classes": np.array(["cat", "dog", "emu"])}
+    examples |= {"difficulty": difficulty, "rescaling": rescaling}
+    write(folder, "examples.npz", examples | {"ids": IDS[order]})
+    if pskd:
+        example = {"id": "train/001.png", "label": "<emu>", "difficulty": 0.7, "image": IMAGE}
+        least = {"id": "train/002.png", "label": "dog", "rescaling": 0.98}
+        write(
+            folder, "reweighted.json", {"most": [example | {"rescaling": 0.34}], "least": [least]}
+        )
+    return folder
+
+
+def detection(folder: Path, seed: int = 1, *, pskd: bool = False, epochs: bool = True) -> Path:
+    arrays = {name: rows(seed)[name] for name in ("confidence", "correct")}
+    write(folder / "inference", "confidence.npz", arrays)
+    confidence = {"d_ece": 0.1, "la_ece": 0.2, "aurc": 0.3, "excess_aurc": 0.1, "bins": 15}
+    confidence |= {"num_detections": 300, "iou_threshold": 0.5, "score_threshold": 0.05}
+    numbers = {
+        "command": ["train_torchvision.py"],
+        "seed": seed,
+        "seconds_per_iteration": 0.1,
+        "bbox": {"AP": 40.0 + seed, "AP50": 60.0, "AP75": None, "AP-car": 41.0},
+        "confidence": confidence,
+        "ground_truth_rois": {"nll": 0.4, "accuracy": 0.9, "num_rois": 20},
+    }
+    write(folder, "results.json", numbers)
+    lines = []
+    for iteration in range(8):
+        line = {"iteration": iteration, "total_loss": 1.0}
+        line |= {"epoch": 1 + iteration // 4} if epochs else {}
+        line |= teacher(1 + iteration // 4, 2) if pskd else {}
+        lines.append(line)
+    write(folder, "metrics.json", lines)
+    return folder
+
+
+def translation(folder: Path, seed: int = 1, *, pskd: bool = False) -> Path:
+    arrays = rows(seed)
+    del arrays["in_top5"]
+    write(folder / "evaluation", "confidence.npz", scaled(arrays))
+    numbers = {
+        "checkpoint": str(folder / "checkpoint_last.pt"),
+        "split": "test",
+        "bleu": 30.0 + seed,
+        "bleu_signature": "nrefs:1",
+        "chrf": 55.0,
+        "tokenised_bleu": 31.0,
+        "tokens": 300,
+        "nll": 1.5,
+        "ece": 0.04,
+    }
+    write(folder / "evaluation", "evaluation.json", numbers)
+    log = []
+    for epoch in range(1, 4):
+        told = {"epoch": epoch, "train_loss": "2.1", "train_nll_loss": "1.9"}
+        for name, value in teacher(epoch, 3).items() if pskd else ():
+            told[name.replace("pskd/", "train_")] = f"{value:.4f}"
+        log.append(f"2026-01-01 00:00:00 | INFO | train | {json.dumps(told)}\n")
+    write(folder, "train.log", "".join(log))
+    return folder
