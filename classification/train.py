@@ -30,10 +30,11 @@ from pskd_classification.results import (
     write_examples,
 )
 
-from pskd.distributed import World, join, leave
+from pskd.distributed import World
 from pskd.run.checkpoint import load_weights, read_checkpoint
 from pskd.run.files import write_json
 from pskd.run.log import MetricsLog
+from pskd.run.program import run_program
 from pskd.temperature import fit_temperature
 
 PROGRAM = "train"
@@ -52,6 +53,7 @@ def train(job: Job) -> dict:
         if job.world.is_first:
             write_csv(job.folder)
     log.close()
+    job.epoch = job.args.epochs
     statistics = trainer.objective.criterion.examples.compute()
     if not job.world.is_first:
         return {}
@@ -79,7 +81,7 @@ def test(job: Job) -> dict:
         temperature = fit_temperature(*validation)
         scaled = rows_of(*tested, temperature)
     write_confidence(job.folder, rows, scaled, temperature)
-    results = {"last": measure(rows) | {"epoch": job.args.epochs}}
+    results = {"last": measure(rows) | {"epoch": job.epoch}}
     if scaled is not None:
         results |= {"temperature": temperature, "last_scaled": measure(scaled)}
     return results
@@ -126,24 +128,8 @@ def run(args: argparse.Namespace, world: World) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status."""
-    try:
-        args = parse(__doc__, sys.argv[1:] if argv is None else list(argv))
-        world = join(args.device)
-        logging.basicConfig(
-            stream=sys.stdout,
-            format="%(asctime)s %(levelname)s %(message)s",
-            level=logging.INFO if world.is_first else logging.WARNING,
-        )
-        run(args, world)
-    except (OSError, ValueError, FloatingPointError) as error:
-        logger.debug("", exc_info=True)
-        # A worker's error comes with its traceback; what it says is in the last line.
-        lines = str(error).strip().splitlines() or [repr(error)]
-        print(f"{PROGRAM}: {lines[-1]}", file=sys.stderr)
-        return 1
-    finally:
-        leave()
-    return 0
+    words = sys.argv[1:] if argv is None else list(argv)
+    return run_program(PROGRAM, lambda: parse(__doc__, words), run)
 
 
 if __name__ == "__main__":

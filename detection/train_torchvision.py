@@ -24,7 +24,8 @@ from pskd_torchvision import checkpoint, evaluate
 from pskd_torchvision.job import Job, build_trainer, prepare
 from pskd_torchvision.options import build_parser
 
-from pskd.distributed import World, join, leave
+from pskd.distributed import World
+from pskd.run.program import run_program
 
 PROGRAM = "train_torchvision"
 logger = logging.getLogger(PROGRAM)
@@ -74,24 +75,7 @@ def run(args: argparse.Namespace, world: World) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status."""
-    args = build_parser(__doc__).parse_args(argv)
-    try:
-        world = join(args.device)
-        logging.basicConfig(
-            stream=sys.stdout,
-            format="%(asctime)s %(levelname)s %(message)s",
-            level=logging.INFO if world.is_first else logging.WARNING,
-        )
-        run(args, world)
-    except (OSError, ValueError, FloatingPointError) as error:
-        logger.debug("", exc_info=True)
-        # A worker's error comes with its traceback; what it says is in the last line.
-        lines = str(error).strip().splitlines() or [repr(error)]
-        print(f"{PROGRAM}: {lines[-1]}", file=sys.stderr)
-        return 1
-    finally:
-        leave()
-    return 0
+    return run_program(PROGRAM, lambda: build_parser(__doc__).parse_args(argv), run)
 
 
 if __name__ == "__main__":

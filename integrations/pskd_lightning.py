@@ -1,10 +1,12 @@
 """PS-KD for Lightning: a callback that gives the module its loss and follows the epochs.
 
-      def training_step(self, batch, batch_idx):
-    -     inputs, target = batch
-    -     return F.cross_entropy(self(inputs), target)
-    +     rows, inputs, target = batch
-    +     return self.pskd(self(inputs), target, rows)
+      class Classifier(LightningModule):
+          ...
+          def training_step(self, batch, batch_idx):
+    -         inputs, target = batch
+    -         return F.cross_entropy(self(inputs), target)
+    +         rows, inputs, target = batch
+    +         return self.pskd(self(inputs), target, rows)
 
     - loader = DataLoader(dataset, batch_size=128, shuffle=True)
     - trainer = Trainer(max_epochs=300)
@@ -59,7 +61,7 @@ class PSKDCallback(Callback):
         pl_module.pskd, self._state = self.criterion, {}
 
     def on_train_epoch_start(self, trainer, pl_module) -> None:
-        if trainer.current_epoch >= self.criterion.epoch:  # else it goes on inside an epoch
+        if trainer.current_epoch >= self.criterion.epoch:  # else it resumes inside one
             self.criterion.begin_epoch(trainer.current_epoch + 1)
 
     def on_train_epoch_end(self, trainer, pl_module) -> None:

@@ -5,6 +5,7 @@ Shapes: N rows of a batch, M samples of the data set, C classes.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 
 import torch
@@ -24,7 +25,7 @@ from pskd.teacher import SnapshotTeacher
 __all__ = ["MemoryCriterion", "SnapshotCriterion", "make_criterion"]
 
 
-class _Criterion:
+class _Criterion(ABC):
     """What both forms of the teacher share: the schedule, the loss and what is told of it."""
 
     def __init__(
@@ -74,8 +75,9 @@ class _Criterion:
         if epoch > 1:
             self.alpha = SCHEDULES[self.schedule](epoch, self.num_epochs, self.alpha_final)
 
+    @abstractmethod
     def _turn(self) -> None:
-        raise NotImplementedError
+        """Make what the epoch that ended left the teacher's."""
 
     def take_means(self) -> dict[str, float]:
         """Return ``pskd/alpha`` and the means since the last call, for a log; a collective.
@@ -157,8 +159,9 @@ class _Criterion:
             self.examples.load_state_dict(state["examples"])
         self._set_epoch(state["epoch"])
 
+    @abstractmethod
     def _load_teacher(self, state: dict) -> None:
-        raise NotImplementedError
+        """Load the teacher from `state_dict`, or change nothing and raise ValueError."""
 
 
 class MemoryCriterion(_Criterion):

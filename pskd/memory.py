@@ -300,7 +300,8 @@ class PredictionMemory:
     def _encode(self, probs: Tensor | TopK) -> Tensor:
         """Return (N, B) uint8 records."""
         values = probs.probs if isinstance(probs, TopK) else probs
-        kept = values.isfinite().all(dim=1, keepdim=True) & (values > 0).any(dim=1, keepdim=True)
+        mass = values.sum(dim=1, keepdim=True)  # not finite if one of them is not
+        kept = mass.isfinite() & (mass > 0)
         parts = [values.to(self.dtype), kept]
         if isinstance(probs, TopK):
             parts.insert(0, probs.indices.to(self._index_dtype))

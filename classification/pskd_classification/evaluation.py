@@ -9,10 +9,11 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from pskd.calibration import aurc, excess_aurc, reliability_bins
+from pskd import presets
 from pskd.distributed import World, gather
 
 __all__ = ["Rows", "measure", "predict", "rows_of"]
@@ -77,20 +78,12 @@ def rows_of(logits: Tensor, target: Tensor, temperature: float = 1.0) -> Rows:
     return Rows(
         confidence=confidence.exp().float().numpy(),
         correct=(predicted == target).numpy(),
-        nll=-lprobs.gather(1, target[:, None]).squeeze(1).numpy(),
+        nll=F.nll_loss(lprobs, target, reduction="none").numpy(),
         in_top5=(top == target[:, None]).any(dim=1).numpy(),
     )
 
 
 def measure(rows: Rows) -> dict[str, float | int]:
-    """Return errors, ECE (15 bins), AURC and E-AURC as fractions, NLL in nats, and the count."""
-    bins = reliability_bins(rows.confidence, rows.correct)
-    return {
-        "top1_error": float(1.0 - rows.correct.mean()),
-        "top5_error": float(1.0 - rows.in_top5.mean()),
-        "nll": float(rows.nll.mean()),
-        "ece": bins.expected_calibration_error,
-        "aurc": aurc(rows.confidence, rows.correct),
-        "e_aurc": excess_aurc(rows.confidence, rows.correct),
-        "count": len(rows.correct),
-    }
+    """Return `pskd.presets.measure` of the rows (ECE over 15 bins), and their count."""
+    raw = presets.measure(rows.confidence, rows.correct, nll=rows.nll, in_top5=rows.in_top5)
+    return raw | {"count": len(rows.correct)}

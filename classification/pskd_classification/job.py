@@ -29,7 +29,8 @@ LAST, BEST = "checkpoint.pth", "best.pth"
 KEYS = {"model", "optimizer", "scheduler", "scaler", "criterion", "epoch", "best", "options"}
 #: Options that shape the weights or the data; others may change, which is said in the log.
 FIXED = (
-    "model", "samples", "fingerprint", "opt", "epochs", "lr_schedule", "lr_warmup_epochs"
+    "model", "samples", "fingerprint", "opt", "epochs", "lr", "lr_schedule", "lr_steps",
+    "lr_gamma", "lr_warmup_epochs",
 )  # fmt: skip
 
 
@@ -43,6 +44,7 @@ class Job:
         splits: the data.
         model: on the device.
         options: that a checkpoint keeps.
+        epoch: after which the weights are; 0 for random ones.
         best: the epoch and error of the best checkpoint so far; None if there is none.
     """
 
@@ -51,6 +53,7 @@ class Job:
     splits: Splits
     model: nn.Module
     options: dict[str, object]
+    epoch: int = 0
     best: dict | None = None
 
     @property
@@ -87,9 +90,10 @@ def prepare(args: argparse.Namespace, world: World) -> Job:
     job = Job(args, world, splits, model, recorded(args, world, splits))
     if args.weights:
         path = Path(args.weights)
-        content = checkpoint.read_checkpoint(path, {"model", "classes"})
+        content = checkpoint.read_checkpoint(path, {"model", "classes", "epoch"})
         checkpoint.check_classes(path, content["classes"], splits.classes)
         checkpoint.load_weights(path, model, content["model"])
+        job.epoch = content["epoch"]
     return job
 
 
@@ -139,7 +143,7 @@ def _load(job: Job, trainer: Trainer, path: Path) -> int:
     for group, rate in zip(
         trainer.optimizer.param_groups, trainer.scheduler.get_last_lr(), strict=True
     ):
-        group["lr"] = rate
+        group["lr"] = rate  # load_optimizer set that of the first epoch
     if content["scaler"]:  # empty without mixed precision
         trainer.scaler.load_state_dict(content["scaler"])
     job.best = content["best"]

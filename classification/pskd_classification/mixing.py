@@ -20,12 +20,12 @@ class Mixed(NamedTuple):
     Attributes:
         images: (N, 3, H, W).
         partner: (N,) int64, the image of the batch that was mixed into each.
-        weight: lambda, the share of the image itself, in [0, 1]; the same for the whole batch.
+        weight: () lambda, the share of the image itself, in [0, 1]; one for the whole batch.
     """
 
     images: Tensor
     partner: Tensor
-    weight: float
+    weight: Tensor
 
 
 class Mixer:
@@ -61,6 +61,5 @@ class Mixer:
         mix = self._kinds[int(torch.randint(len(self._kinds), ()))]
         shares = torch.eye(len(images), device=images.device)
         images, shares = mix(images, shares)
-        weight = float(shares[0, 0])
         others = shares.clone().fill_diagonal_(-1.0)
-        return Mixed(images, others.argmax(dim=1), weight)
+        return Mixed(images, others.argmax(dim=1), shares[0, 0])

@@ -81,40 +81,34 @@ class Objective:
             target: (N,) int64 labels.
         """
         mixed = self._mixer(images)
-        if mixed is not None:
-            images = mixed.images
-        logits = model(images)
-        part = self._part(logits, images)
         if mixed is None:
-            loss = part(target, rows, True)
-        else:
-            loss = mixed.weight * part(target, rows, False)
-            partner, other = mixed.partner, 1.0 - mixed.weight
-            loss = loss + other * part(target[partner], rows[partner], False)
-        if isinstance(self.criterion, MemoryCriterion) and self.criterion.memory is not None:
-            if mixed is None:
-                probs = logits.detach().float().softmax(dim=1)
-                self.criterion.memory.write(rows, probs)
-            else:
-                self.criterion.carry_over(rows)
-        return loss
+            return self._plain(model(images), rows, images, target)
+        logits = model(mixed.images)
+        part = self._part(logits, mixed.images)
+        if isinstance(self.criterion, MemoryCriterion):
+            self.criterion.carry_over(rows)
+        own, partner = mixed.weight, mixed.partner
+        return own * part(target, rows) + (1.0 - own) * part(target[partner], rows[partner])
 
-    def _part(self, logits: Tensor, images: Tensor) -> Callable[[Tensor, Tensor, bool], Tensor]:
-        """Return the loss of these logits against some labels and rows."""
-        criterion, virtual = self.criterion, self._virtual
-        if virtual is not None:
-            return lambda target, _rows, _recorded: pskd_cross_entropy(
-                logits,
-                target,
-                virtual.past(target),
-                virtual.alpha,
-                label_smoothing=criterion.label_smoothing,
-            )
+    def _plain(self, logits: Tensor, rows: Tensor, images: Tensor, target: Tensor) -> Tensor:
+        """Return the loss of images that are not mixed."""
+        if self._virtual is not None:
+            return self._virtual_loss(logits, target)
+        if isinstance(self.criterion, SnapshotCriterion):
+            return self.criterion(logits, target, images, rows=rows)
+        return self.criterion(logits, target, rows)
+
+    def _part(self, logits: Tensor, images: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+        """Return the loss of mixed images against the labels and rows of one of their parts."""
+        criterion = self.criterion
+        if self._virtual is not None:
+            return lambda target, _rows: self._virtual_loss(logits, target)
         if isinstance(criterion, SnapshotCriterion):
             past = criterion.score(images)
-            return lambda target, rows, recorded: criterion.loss(
-                logits, target, past, rows, recorded=recorded
-            )
-        return lambda target, rows, recorded: criterion.loss(
-            logits, target, rows, recorded=recorded
-        )
+            return lambda target, _rows: criterion.loss(logits, target, past, recorded=False)
+        return lambda target, rows: criterion.loss(logits, target, rows, recorded=False)
+
+    def _virtual_loss(self, logits: Tensor, target: Tensor) -> Tensor:
+        smoothing = self.criterion.label_smoothing
+        past, alpha = self._virtual.past(target), self._virtual.alpha
+        return pskd_cross_entropy(logits, target, past, alpha, label_smoothing=smoothing)

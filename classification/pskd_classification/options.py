@@ -10,7 +10,7 @@ from pathlib import Path
 import yaml
 
 from pskd.distributed import World
-from pskd.run.options import check_ranges
+from pskd.run.options import TRAINING_RANGES, check_ranges
 from pskd.schedule import SCHEDULES, check_alpha
 from pskd_classification.data import DATASETS, Splits
 
@@ -20,21 +20,12 @@ PUBLISHED_ALPHA = 0.8
 TEACHERS = ("memory", "snapshot")
 OPTIMIZERS = ("sgd", "adamw")
 # name: (least, most), both allowed; of a list every entry.
-RANGES = {
-    "epochs": (1, math.inf),
-    "batch_size": (1, math.inf),
-    "lr": (0.0, math.inf),
-    "momentum": (0.0, 1.0),
-    "weight_decay": (0.0, math.inf),
-    "lr_steps": (0, math.inf),
-    "lr_gamma": (0.0, math.inf),
+RANGES = TRAINING_RANGES | {
     "lr_warmup_epochs": (0, math.inf),
     "clip_grad_norm": (0.0, math.inf),
     "val_fraction": (0.0, 0.999),
     "image_size": (1, math.inf),
     "hflip": (0.0, 1.0),
-    "workers": (0, math.inf),
-    "seed": (0, 2**63 - 1),
     "split_seed": (0, 2**32 - 1),
     "label_smoothing": (0.0, 1.0),
     "cutmix_alpha": (0.0, math.inf),
@@ -70,8 +61,10 @@ def parse(description: str, argv: Sequence[str]) -> argparse.Namespace:
     return parser.parse_args([*(_config_flags(Path(config)) if config else []), *argv])
 
 
-def _config_flags(path: Path) -> list[str]:
+def _config_flags(path: Path, above: tuple[Path, ...] = ()) -> list[str]:
     """Return a config file's options, those of its ``base`` first, as a command line has them."""
+    if path.resolve() in above:
+        raise ValueError(f"{path}: expected a base that does not lead back to it, got one")
     try:
         options = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except yaml.YAMLError as error:
@@ -79,7 +72,7 @@ def _config_flags(path: Path) -> list[str]:
     if not isinstance(options, dict):
         raise ValueError(f"{path}: expected options as KEY: VALUE, got {type(options).__name__}")
     base = options.pop("base", None)
-    flags = _config_flags(path.parent / base) if base else []
+    flags = _config_flags(path.parent / base, (*above, path.resolve())) if base else []
     for key, value in options.items():
         flag = "--" + str(key).replace("_", "-")
         if isinstance(value, bool):
@@ -107,7 +100,9 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     )  # fmt: skip
     add("--resume", action="store_true", help="go on from OUTPUT_DIR/checkpoint.pth, if it exists")
     add("--test-only", action="store_true", help="evaluate --weights and train nothing")
-    add("--weights", metavar="FILE", help="a checkpoint or state dict to start from or to evaluate")
+    add(
+        "--weights", metavar="FILE", help="a checkpoint of this script to start from or to evaluate"
+    )
     _add_data(parser.add_argument_group("data"))
     _add_training(parser.add_argument_group("model and training"))
     _add_regularisers(parser.add_argument_group("regularisers; each goes with every other"))

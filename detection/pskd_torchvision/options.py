@@ -8,31 +8,22 @@ import math
 from pskd_detection import DetectionDataset, add_dataset_arguments
 
 from pskd.distributed import World
-from pskd.run.options import check_ranges
+from pskd.run.options import TRAINING_RANGES, check_ranges
 from pskd.schedule import SCHEDULES, check_alpha
 
 __all__ = ["build_parser", "check", "recorded"]
 
 OPTIMIZERS = ("sgd", "adamw")
 # name: (least, most), both allowed; of a list every entry.
-RANGES = {
-    "epochs": (1, math.inf),
-    "batch_size": (1, math.inf),
-    "lr": (0.0, math.inf),
-    "momentum": (0.0, 1.0),
-    "weight_decay": (0.0, math.inf),
-    "lr_steps": (0, math.inf),
-    "lr_gamma": (0.0, math.inf),
+RANGES = TRAINING_RANGES | {
     "warmup_iters": (0, math.inf),
     "hflip": (0.0, 1.0),
     "min_size": (1, math.inf),
     "max_size": (1, math.inf),
     "anchor_sizes": (1, math.inf),
     "rois_per_image": (1, math.inf),
-    "workers": (0, math.inf),
     "print_freq": (1, math.inf),
     "eval_period": (0, math.inf),
-    "seed": (0, 2**63 - 1),
     "pskd_label_smoothing": (0.0, 1.0),
 }
 # What a run that is resumed is compared with; the rest is about where and how it runs.

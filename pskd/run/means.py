@@ -49,7 +49,9 @@ class Means:
         rows = alpha > 0
         tiny = torch.finfo(torch.float32).tiny
         teacher_nll = -stats.teacher_probs_at_label.clamp_min(tiny).log()
-        agreement = logits.argmax(dim=1) == _prediction(past)
+        # Of one argmax less than comparing two: the student's best score is on the teacher's class.
+        prediction = _prediction(past)[:, None]
+        agreement = logits.gather(1, prediction).squeeze(1) == logits.amax(dim=1)
         error = (rows * -torch.expm1(-stats.nll)).sum()
         removed = (alpha * (1.0 - stats.teacher_probs_at_label)).sum()
         self.add("pskd/teacher_nll", (rows * teacher_nll).sum(), rows.sum())

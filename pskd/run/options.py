@@ -6,7 +6,20 @@ import argparse
 import math
 from collections.abc import Mapping
 
-__all__ = ["check_ranges"]
+__all__ = ["TRAINING_RANGES", "check_ranges"]
+
+#: Of the options that every training has: (least, most), both allowed.
+TRAINING_RANGES = {
+    "epochs": (1, math.inf),
+    "batch_size": (1, math.inf),
+    "lr": (0.0, math.inf),
+    "momentum": (0.0, 1.0),
+    "weight_decay": (0.0, math.inf),
+    "lr_steps": (0, math.inf),
+    "lr_gamma": (0.0, math.inf),
+    "workers": (0, math.inf),
+    "seed": (0, 2**63 - 1),
+}
 
 
 def check_ranges(args: argparse.Namespace, ranges: Mapping[str, tuple[float, float]]) -> None:

@@ -108,7 +108,7 @@ def test_cutmix_takes_pixels_of_the_partner_in_the_share_that_is_told(seed):
     assert torch.equal(
         mixed.images.movedim(1, -1)[~kept], images[mixed.partner].movedim(1, -1)[~kept]
     )
-    assert kept.float().mean() == pytest.approx(mixed.weight, abs=1e-6)
+    assert kept.float().mean() == pytest.approx(mixed.weight.item(), abs=1e-6)
 
 
 def test_batches_are_mixed_as_often_as_asked():

@@ -162,8 +162,7 @@ def test_the_best_checkpoint_is_the_best_of_validation_not_of_test(run):
 def test_best_and_evaluation_of_a_checkpoint(run, tmp_path):
     flags = ["--test-only", "--weights", str(run / "best.pth")]
     assert train(tmp_path, *flags) == 0
-    told, expected = results(tmp_path, "evaluation.json")["last"], results(run)["best"]
-    assert {k: told[k] for k in ("nll", "ece")} == {k: expected[k] for k in ("nll", "ece")}
+    assert results(tmp_path, "evaluation.json")["last"] == results(run)["best"]
     assert not (tmp_path / "checkpoint.pth").exists()
 
 
@@ -192,6 +191,9 @@ def test_a_config_file_stands_on_its_base_and_below_the_command_line(tmp_path):
     config = ["--config", str(tmp_path / "delta.yaml")]
     args = program.parse("", [*config, "--epochs", "9"])
     assert (args.epochs, args.lr, args.lr_steps, args.amp) == (9, 0.25, [2, 3], False)
+    (tmp_path / "base.yaml").write_text("base: delta.yaml\n")
+    with pytest.raises(ValueError, match="expected a base that does not lead back to it"):
+        program.parse("", config)
     assert program.parse("", ["--PSKD"]).pskd_alpha_final == 0.8
     assert program.parse("", ["--alpha_T", "0.3"]).pskd_alpha_final == 0.3
 
@@ -226,11 +228,12 @@ def torchrun(folder: Path, processes: int, *flags: str) -> None:
 
 
 def test_two_processes_share_the_memory_and_go_on_as_one(tmp_path):
-    torchrun(tmp_path, 2, *PSKD, "--epochs", "3", "--batch-size", "4", "--cutmix-alpha", "1")
+    torchrun(tmp_path, 2, *PSKD, "--epochs", "3", "--batch-size", "5")
     content = checkpoint(tmp_path)
     memory = content["criterion"]["memory"]
-    # Every sample is known, whichever process had it, but for those that were never seen unmixed.
-    assert (memory["past"][:, -1] > 0).float().mean() > 0.6
+    # Every sample is known, whichever process had it.
+    for name in ("past", "present"):
+        assert len(memory[name]) == 33 and (memory[name][:, -1] > 0).all()
     visits = content["criterion"]["examples"]["sums"][:, 0]
     assert visits.sum() > 33 and results(tmp_path)["last"]["count"] == 21
     assert [line["epoch"] for line in lines(tmp_path)] == [1, 2, 3]
@@ -238,7 +241,8 @@ def test_two_processes_share_the_memory_and_go_on_as_one(tmp_path):
     content["options"]["epochs"] = 4
     content["criterion"]["options"]["num_epochs"] = 4
     torch.save(content, tmp_path / "checkpoint.pth")
-    assert train(tmp_path, *PSKD, "--cutmix-alpha", "1", "--batch-size", "8", "--resume") == 0
+    steps = ["--lr-steps", "1", "2"]  # those of three epochs
+    assert train(tmp_path, *PSKD, *steps, "--resume") == 0
     assert [line["epoch"] for line in lines(tmp_path)] == [1, 2, 3, 4]
 
 
@@ -289,6 +293,7 @@ def of_two_epochs(tmp_path_factory) -> Path:
         ("--pskd-alpha-final 0.5", "alpha_final: expected 0.8, with which"),
         ("--epochs 9", "expected epochs 9 as in this run, got 4"),
         ("--model resnet18", "expected model 'resnet18' as in this run"),
+        ("--lr 0.3", "expected lr 0.3 as in this run, got 0.02"),
         ("damaged", "expected a checkpoint of this program"),
     ],
 )

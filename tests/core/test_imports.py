@@ -19,12 +19,15 @@ import pytest
 import pskd
 
 FRAMEWORKS = {"detectron2", "fairseq", "hydra", "matplotlib", "omegaconf", "torchvision"}
+FRAMEWORKS |= {"lightning", "transformers"}
 ADAPTERS = {
     "pskd_classification",
     "pskd_detection",
     "pskd_detectron2",
     "pskd_fairseq",
+    "pskd_lightning",
     "pskd_torchvision",
+    "pskd_transformers",
 }
 #: The adapters beside fairseq's, what they share, and the frameworks that each stands on.
 OTHERS = {
@@ -34,8 +37,11 @@ OTHERS = {
     # Its configuration is Detectron2's: omegaconf in a LazyConfig.
     "pskd_detectron2": {"detectron2", "omegaconf"},
 }
+#: The adapters that are one module, and the framework of each.
+MODULES = {"pskd_lightning": "lightning", "pskd_transformers": "transformers"}
 # The folders of the repository, importable as namespace packages from its root.
 FOLDERS = {"benchmarks", "classification", "configs", "demo", "detection", "tests", "translation"}
+FOLDERS |= {"integrations"}
 
 # Imports one list of modules after the other, and after each prints what is loaded by then and who
 # asked for what by then: {top-level importer: [top-level imported, ...]}.
@@ -154,3 +160,16 @@ def test_the_other_packages_reach_neither_sideways_nor_up(name):
         assert "detectron2" not in loaded
     assert not asked["pskd"] & (FRAMEWORKS | ADAPTERS)
     assert not asked.get("pskd_detection", set()) & (FRAMEWORKS | ADAPTERS - {"pskd_detection"})
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_the_modules_ask_for_the_core_and_their_framework_only(name):
+    framework = MODULES[name]
+    if importlib.util.find_spec(framework) is None:
+        pytest.skip(f"{framework} is not installed: pip install 'pskd[{framework}]'")
+    seen, error = watch([name])
+    assert len(seen) == 1, f"{name} must be installed or on the PYTHONPATH: {error}"
+    asked, loaded = seen[0]
+    assert asked[name] - sys.stdlib_module_names == {"pskd", "torch", framework}
+    assert not loaded & (ADAPTERS - {name} | FOLDERS | {"detectron2", "fairseq"})
+    assert not asked["pskd"] & (FRAMEWORKS | ADAPTERS)

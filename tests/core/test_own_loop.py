@@ -1,4 +1,4 @@
-"""The loops that README.md and docs/own_loop.md show are run as they stand there."""
+"""The loops that README.md and docs/own_loop.md begin with are run as they stand there."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def snippets(page: str, language: str) -> list[str]:
-    text = (ROOT / page).read_text(encoding="utf-8")
+    text, _, _ = (ROOT / page).read_text(encoding="utf-8").partition("\n## ")
     return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
 
 
