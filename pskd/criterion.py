@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 import torch.nn.functional as F
@@ -19,10 +21,24 @@ from pskd.memory import PredictionMemory
 from pskd.rows import WithRows, check_distinct, check_given, check_range
 from pskd.run.means import Means
 from pskd.schedule import SCHEDULES, check_alpha
-from pskd.targets import TopK, check_rows
+from pskd.targets import TopK, check_labels, check_rows
 from pskd.teacher import SnapshotTeacher
 
+if TYPE_CHECKING:
+    from typing import Unpack  # Python 3.11
+
 __all__ = ["MemoryCriterion", "SnapshotCriterion", "make_criterion"]
+
+
+class _MemoryOptions(TypedDict, total=False):
+    """Options of `PredictionMemory`."""
+
+    top_k: int | None
+    dtype: torch.dtype
+    path: str | Path | None
+    momentum: float
+    fingerprint: str
+    device: torch.device | str
 
 
 class _Criterion(ABC):
@@ -93,13 +109,13 @@ class _Criterion(ABC):
         logits: Tensor,
         target: Tensor,
         past: Tensor | TopK | None,
-        alpha: Tensor,
+        alpha: Tensor | None,
         rows: Tensor | None,
         *,
         recorded: bool = True,
     ) -> Tensor:
         """Return the mean loss; ``alpha`` is (N,), ``rows`` is where `examples` may be told."""
-        if past is None:
+        if past is None or alpha is None:
             loss = _cross_entropy(logits, target, self.label_smoothing)
             if recorded and rows is not None and self.examples is not None:
                 nll = F.cross_entropy(logits.detach().float(), target, reduction="none")
@@ -125,7 +141,7 @@ class _Criterion(ABC):
             options |= {"criterion": type(self).__name__}
         return options
 
-    def state_dict(self, *, inside_epoch: bool = False) -> dict:
+    def state_dict(self, *, inside_epoch: bool = False) -> dict[str, Any]:
         """Return what a run that goes on after this epoch needs beside the model.
 
         Plain values and tensors on the CPU; a collective in several processes.
@@ -134,12 +150,12 @@ class _Criterion(ABC):
             inside_epoch: for a run that goes on with the batches that are left of this epoch, and
                 not with `begin_epoch`. A snapshot teacher's weights are in the state then.
         """
-        state = {"epoch": self.epoch, "options": self._options()}
+        state: dict[str, Any] = {"epoch": self.epoch, "options": self._options()}
         if self.examples is not None:
             state["examples"] = self.examples.state_dict()
         return state
 
-    def load_state_dict(self, state: dict) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on after the epoch of the state; the model's weights must be loaded too.
 
         Raises:
@@ -160,7 +176,7 @@ class _Criterion(ABC):
         self._set_epoch(state["epoch"])
 
     @abstractmethod
-    def _load_teacher(self, state: dict) -> None:
+    def _load_teacher(self, state: dict[str, Any]) -> None:
         """Load the teacher from `state_dict`, or change nothing and raise ValueError."""
 
 
@@ -205,7 +221,7 @@ class MemoryCriterion(_Criterion):
         schedule: str = "linear",
         label_smoothing: float = 0.0,
         examples: ExampleStats | None = None,
-        **memory,
+        **memory: Unpack[_MemoryOptions],
     ) -> None:
         super().__init__(num_epochs, alpha_final, schedule, label_smoothing, examples)
         if examples is not None and examples.num_rows != num_rows:
@@ -271,15 +287,16 @@ class MemoryCriterion(_Criterion):
             self.memory.carry_over(rows)
 
     def _turn(self) -> None:
-        self.memory.next_epoch()
+        if self.memory is not None:
+            self.memory.next_epoch()
 
-    def state_dict(self, *, inside_epoch: bool = False) -> dict:
+    def state_dict(self, *, inside_epoch: bool = False) -> dict[str, Any]:
         memory = None if self.memory is None else self.memory.state_dict()
         return super().state_dict(inside_epoch=inside_epoch) | {"memory": memory}
 
-    def _load_teacher(self, state: dict) -> None:
+    def _load_teacher(self, state: dict[str, Any]) -> None:
         if self.memory is not None:
-            self.memory.load_state_dict(state.get("memory"))
+            self.memory.load_state_dict(state.get("memory", {}))
 
 
 class SnapshotCriterion(_Criterion):
@@ -315,7 +332,7 @@ class SnapshotCriterion(_Criterion):
         schedule: str = "linear",
         label_smoothing: float = 0.0,
         examples: ExampleStats | None = None,
-        logits_of: Callable[[object], Tensor] = lambda output: getattr(output, "logits", output),
+        logits_of: Callable[[Any], Tensor] = lambda output: getattr(output, "logits", output),
     ) -> None:
         super().__init__(num_epochs, alpha_final, schedule, label_smoothing, examples)
         self._student = _bare(model)
@@ -323,7 +340,12 @@ class SnapshotCriterion(_Criterion):
         self.teacher = SnapshotTeacher()
 
     def __call__(
-        self, logits: Tensor, target: Tensor, *inputs, rows: Tensor | None = None, **named_inputs
+        self,
+        logits: Tensor,
+        target: Tensor,
+        *inputs: object,
+        rows: Tensor | None = None,
+        **named_inputs: object,
     ) -> Tensor:
         """Return the mean loss of a batch.
 
@@ -342,7 +364,7 @@ class SnapshotCriterion(_Criterion):
         return self.loss(logits, target, self.score(*inputs, **named_inputs), rows)
 
     @torch.no_grad()
-    def score(self, *inputs, **named_inputs) -> Tensor | None:
+    def score(self, *inputs: object, **named_inputs: object) -> Tensor | None:
         """Return the teacher's (N, C) probabilities of a batch; None in the first epoch."""
         if not self.epoch:
             raise RuntimeError("expected begin_epoch(1) before the first batch")
@@ -378,12 +400,12 @@ class SnapshotCriterion(_Criterion):
             take_buffers_of_first_process(self._student)
             self.teacher.refresh(self._student)
 
-    def state_dict(self, *, inside_epoch: bool = False) -> dict:
+    def state_dict(self, *, inside_epoch: bool = False) -> dict[str, Any]:
         state = super().state_dict(inside_epoch=inside_epoch)
         # At an epoch's end the model is the next teacher.
         return state | ({"teacher": self.teacher.state_dict()} if inside_epoch else {})
 
-    def _load_teacher(self, state: dict) -> None:
+    def _load_teacher(self, state: dict[str, Any]) -> None:
         self.teacher.load_state_dict(state.get("teacher", {"model": None}), self._student)
 
 
@@ -393,7 +415,7 @@ def make_criterion(
     num_classes: int,
     *,
     teacher: str = "memory",
-    **options,
+    **options: Any,
 ) -> MemoryCriterion | SnapshotCriterion:
     """Return the criterion of either teacher, for a framework that knows model and data.
 
@@ -419,7 +441,9 @@ def make_criterion(
 
 def _cross_entropy(logits: Tensor, target: Tensor, label_smoothing: float = 0.0) -> Tensor:
     """Return torch's mean loss to the last bit, after a look at the labels."""
-    check_rows(target, logits.size(1), None, ignore_index=-100)
+    check_rows(target, logits.size(1), None)
+    if target.device.type == "cpu":
+        check_labels(target, logits.size(1), ignore_index=-100)
     logits = logits if logits.dtype == torch.float64 else logits.float()
     return F.cross_entropy(logits, target, label_smoothing=label_smoothing)
 

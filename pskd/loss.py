@@ -2,14 +2,8 @@
 
 Shapes: N rows (samples, tokens or boxes), C classes, k kept classes of a sparse prediction.
 
-With z the logits, y the label, p the teacher's distribution, eps the label smoothing and
-``hard = (1 - eps) * one_hot(y) + eps / C``, the loss of a row is
-
-    -(1 - alpha) * <hard, log_softmax(z)> - alpha * <p, log_softmax(z)>
-
-and its gradient on z ``mass * softmax(z) - (1 - alpha) * hard - alpha * p`` with
-``mass = 1 - alpha + alpha * sum(p)``: neither a one-hot nor a mixture is built, and the gradient,
-made on the way, is the only tensor of the logits' size.
+One pass makes the loss and, on the way, the gradient on the logits, the only tensor of their size
+(`pskd.kernels.chunked` has the arithmetic).
 """
 
 from __future__ import annotations
@@ -17,17 +11,15 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from pskd.targets import TopK, check_rows, check_weights
+from pskd.kernels import Rows, compute, gradient_is_of_mean
+from pskd.targets import TopK, check_row_weights, check_rows, check_weights
 
 __all__ = ["PSKDStats", "gradient_rescaling", "pskd_cross_entropy"]
 
-# Rows are worked on in chunks of about this many logits (2 MiB of float32): the passes over a chunk
-# find it in cache, and temporaries are small and reused where one of the logits' size would be
-# mapped anew, page by page, in every step.
-_CHUNK_ELEMENTS = 1 << 19
+_CHUNK_ELEMENTS = 1 << 19  # of half precision, so many are converted at a time
 
 
 class PSKDStats(NamedTuple):
@@ -42,120 +34,79 @@ class PSKDStats(NamedTuple):
     teacher_probs_at_label: Tensor
 
 
-class _Past(NamedTuple):
-    """A past prediction in one of its three forms: probabilities, logits, or the k largest."""
-
-    probs: Tensor | None
-    logits: Tensor | None
-    top_k: TopK | None
-
-    def rows(self, part: slice, dtype: torch.dtype) -> Tensor | TopK:
-        """Return the distribution of some rows, dense or sparse."""
-        if self.top_k is not None:
-            indices, probs = self.top_k
-            return TopK(indices[part].long(), probs[part].to(dtype))
-        if self.logits is not None:
-            return self.logits[part].to(dtype).softmax(dim=1)
-        return self.probs[part].to(dtype)
-
-    def mass(self, p: Tensor | TopK, classes: int) -> Tensor | float:
-        """Return ``sum(p)`` a row: what is given as probabilities may sum to a little off 1."""
-        if self.logits is not None:
-            return 1.0
-        if self.probs is not None:
-            return p.sum(dim=1)
-        return p.probs.sum(dim=1) + p.tail(classes) * (classes - p.indices.size(1))
-
-
-def _expectation(p: Tensor | TopK, lprobs: Tensor) -> Tensor:
-    """Return ``<p, lprobs>`` a row; of a sparse p from its classes and the sum over all."""
-    if isinstance(p, Tensor):
-        return (p * lprobs).sum(dim=1)  # a dot product would be of half precision under autocast
-    listed = lprobs.gather(1, p.indices)
-    rest = lprobs.sum(dim=1) - listed.sum(dim=1)
-    return (p.probs * listed).sum(dim=1) + p.tail(lprobs.size(1)) * rest
-
-
-def _at_label(p: Tensor | TopK, label: Tensor, classes: int) -> Tensor:
-    """Return ``p[y]`` a row; ``label`` is (n, 1)."""
-    if isinstance(p, Tensor):
-        return p.gather(1, label).squeeze(1)
-    hit = p.indices == label
-    return torch.where(hit.any(dim=1), (p.probs * hit).sum(dim=1), p.tail(classes))
-
-
-def _subtract(grad: Tensor, p: Tensor | TopK, weight: Tensor) -> None:
-    """Subtract ``weight * p`` from ``grad`` in place; ``weight`` is (n, 1)."""
-    if isinstance(p, Tensor):
-        grad.addcmul_(p, weight, value=-1.0)
-        return
-    tail = p.tail(grad.size(1))[:, None]
-    grad.sub_(weight * tail)
-    grad.scatter_add_(1, p.indices, weight * (tail - p.probs))
-
-
-class _PSKDCrossEntropy(torch.autograd.Function):
-    """Loss, NLL and teacher's probability of the label a row; leaves the gradient on the way."""
+class _CrossEntropy(torch.autograd.Function):
+    """The reduced loss, NLL and teacher's probability of the label; leaves the gradient."""
 
     @staticmethod
-    def forward(ctx, logits, target, valid, alpha, smoothing: float, past: _Past):
-        dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-        classes = logits.size(1)
-        loss = logits.new_empty(logits.size(0), dtype=dtype)
-        nll, teacher_at_label = torch.empty_like(loss), torch.empty_like(loss)
-        grad = torch.empty_like(logits) if ctx.needs_input_grad[0] else None
-        step = max(1, _CHUNK_ELEMENTS // max(1, classes))
-        for start in range(0, logits.size(0), step):
-            part = slice(start, start + step)
-            label, weight = target[part, None], alpha[part]
-            p = past.rows(part, dtype)
-            # Log-probabilities: with large logits the terms of the loss would cancel otherwise.
-            lprobs = logits[part].to(dtype).log_softmax(dim=1)
-            teacher_at_label[part] = _at_label(p, label, classes)
-            student_at_label = lprobs.gather(1, label).squeeze(1)
-            hard = student_at_label
-            if smoothing:
-                hard = (1.0 - smoothing) * hard + smoothing * lprobs.mean(dim=1)
-            nll[part] = -student_at_label
-            loss[part] = (weight - 1.0) * hard - weight * _expectation(p, lprobs)
-            if grad is None:
-                continue
-            g = torch.exp(lprobs, out=grad[part] if grad.dtype == dtype else lprobs)
-            g.mul_((1.0 - weight + weight * past.mass(p, classes))[:, None])
-            _subtract(g, p, weight[:, None])
-            if smoothing:
-                g.add_((weight[:, None] - 1.0) * (smoothing / classes))
-            g.scatter_add_(1, label, (weight[:, None] - 1.0) * (1.0 - smoothing))
-            if _may_be_ignored(valid[part]):
-                # Such a row may hold anything, NaN included: filled, not multiplied by 0.
-                g.masked_fill_(~valid[part, None], 0.0)
-            if grad.dtype != dtype:
-                grad[part] = g
-        ctx.save_for_backward(grad)
-        ctx.mark_non_differentiable(nll, teacher_at_label)
-        invalid = ~valid
-        return (
-            loss.masked_fill_(invalid, 0.0),
-            nll.masked_fill_(invalid, 0.0),
-            teacher_at_label.masked_fill_(invalid, 1.0),
+    def forward(ctx, inplace: bool, reduction: str, with_stats: bool, *fields):
+        rows = Rows(*fields)
+        logits = rows.logits
+        if _is_traced(logits):
+            loss, nll, at_label, grad = _traced(rows, reduction, wants_grad=True)
+        else:
+            # A view, so that autograd counts what is written as a change of the logits.
+            grad = logits.detach() if inplace else logits.new_empty(logits.shape)
+            loss, nll, at_label = compute(rows, reduction, grad, with_stats)
+            if inplace:
+                torch.autograd.graph.increment_version(logits)
+        late_mean = reduction == "mean" and not gradient_is_of_mean(logits, reduction)
+        ctx.num_inputs, ctx.late_mean, ctx.ignore_index = (
+            3 + len(fields),
+            late_mean,
+            rows.ignore_index,
         )
+        ctx.save_for_backward(grad, rows.target if late_mean else None)
+        ctx.set_materialize_grads(False)
+        if not with_stats:
+            return loss
+        ctx.mark_non_differentiable(nll, at_label)
+        return loss, nll, at_label
 
     @staticmethod
-    def backward(ctx, grad_loss, _grad_nll, _grad_teacher):
-        if torch.is_grad_enabled():  # create_graph=True: the saved gradient is a constant to it
+    def backward(ctx, upstream, *_stats):
+        if upstream is None:
+            return (None,) * ctx.num_inputs
+        if not torch.compiler.is_compiling() and torch.is_grad_enabled():
+            # create_graph=True: the saved gradient is a constant to it
             raise RuntimeError("pskd_cross_entropy has no second derivative: expected none asked")
-        (grad,) = ctx.saved_tensors
-        if grad_loss.device.type == "cpu" and bool((grad_loss == 1.0).all()):
-            return grad, None, None, None, None, None  # the usual case of a sum: nothing to scale
-        scaled = torch.empty_like(grad)
-        # The product is made in the precision of the loss: a loss scale can exceed float16.
-        torch.mul(grad, grad_loss[:, None], out=scaled)
-        return scaled, None, None, None, None, None
+        grad, target = ctx.saved_tensors
+        if ctx.late_mean:
+            upstream = upstream / (target != ctx.ignore_index).sum().clamp_min(1)
+        scaled = _scaled(grad, upstream)
+        return (None, None, None, scaled, *(None,) * (ctx.num_inputs - 4))
 
 
-def _may_be_ignored(valid: Tensor) -> bool:
-    # Only the CPU can tell without waiting for the device.
-    return valid.device.type != "cpu" or not bool(valid.all())
+def _scaled(grad: Tensor, factor: Tensor) -> Tensor:
+    """Return ``factor * grad`` with ``factor`` one number or (N,), over the gradient if it may be.
+
+    The product is made in the precision of the factor: a loss scale can exceed float16.
+    """
+    if _is_traced(grad):
+        return (grad * factor.reshape(-1, 1)).to(grad.dtype)
+    if factor.is_cpu and factor.dim() == 0 and factor.item() == 1.0:
+        return grad  # the usual case: nothing to scale
+    # Only a graph that is kept is asked for the saved gradient again.
+    kept = torch._C._autograd._get_current_graph_task_keep_graph()
+    scaled = torch.empty_like(grad) if kept else grad
+    step = max(1, _CHUNK_ELEMENTS // max(1, grad.size(1)))
+    factors = factor.reshape(-1, 1).expand(grad.size(0), 1)
+    for part, product, by in zip(
+        grad.split(step), scaled.split(step), factors.split(step), strict=True
+    ):
+        torch.mul(part, by, out=product)  # by rows: half precision is converted on the way
+    return scaled
+
+
+def _is_traced(tensor: Tensor) -> bool:
+    # Who traces sees operators, not what is written into memory.
+    plain = type(tensor) in (Tensor, torch.nn.Parameter)
+    return torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or not plain
+
+
+def _traced(rows: Rows, reduction: str, wants_grad: bool) -> tuple[Tensor, ...]:
+    from pskd.kernels.operator import cross_entropy  # registered when it is first needed
+
+    return cross_entropy(rows, reduction, wants_grad)
 
 
 def _check(logits: Tensor, teacher_probs, teacher_logits, reduction: str) -> None:
@@ -183,6 +134,7 @@ def pskd_cross_entropy(
     label_smoothing: float = 0.0,
     reduction: str = "mean",
     return_stats: bool = False,
+    inplace: bool = False,
 ) -> Tensor | tuple[Tensor, PSKDStats]:
     """Cross-entropy against labels softened by the model's own past prediction.
 
@@ -201,6 +153,9 @@ def pskd_cross_entropy(
         label_smoothing: eps in [0, 1] on the hard part, torch's: spread over all C classes.
         reduction: ``"none"`` (N,), ``"sum"``, or ``"mean"`` over the rows that are not ignored.
         return_stats: return `PSKDStats` of the rows too; needs a teacher.
+        inplace: write the gradient over the logits, which are lost: then nothing of their size is
+            made. They may not be a leaf, nor kept by what made them (autograd refuses the backward
+            pass then). Without effect where no gradient is asked, and under ``torch.compile``.
 
     Returns:
         The loss in nats, float32 (float64 for float64 logits). Where no row counts, ``"mean"`` is 0
@@ -209,7 +164,9 @@ def pskd_cross_entropy(
 
     Raises:
         ValueError: if a weight lies outside [0, 1] or is NaN, a label is out of range (checked on
-            the CPU), shapes or dtypes disagree, or both forms of a teacher are given.
+            the CPU; elsewhere such a row's loss is NaN or an assertion of the device), shapes or
+            dtypes disagree, both forms of a teacher are given, or logits cannot be overwritten.
+        RuntimeError: if a second derivative is asked.
 
     Source: Kim et al. 2021, section 3.1; the contract is that of
     `torch.nn.functional.cross_entropy`.
@@ -218,56 +175,59 @@ def pskd_cross_entropy(
     given = teacher_probs if teacher_logits is None else teacher_logits
     if target.dim() == 1 and target.size(0) != logits.size(0):
         raise ValueError(f"target: expected {logits.size(0)} labels, got {target.size(0)}")
-    check_rows(target, logits.size(1), given, ignore_index)
-    alpha = check_weights(alpha, label_smoothing, logits.size(0))
-    target = target.long()  # an unsigned label would never equal a negative ignore_index
+    check_rows(target, logits.size(1), given)
+    alpha = _weights(alpha, label_smoothing, logits)
+    if given is None:
+        alpha = 0.0
     if return_stats and given is None:
         raise ValueError("return_stats: expected a teacher, got none")
-    valid = target != ignore_index
-
-    stats = None
-    if given is None or (not return_stats and not isinstance(alpha, Tensor) and alpha == 0.0):
-        loss = _hard_cross_entropy(logits, target, ignore_index, label_smoothing)
-    else:
-        dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-        loss, *rows = _PSKDCrossEntropy.apply(
-            logits if torch.is_grad_enabled() else logits.detach(),  # no gradient is made then
-            torch.where(valid, target, 0),
-            valid,
-            torch.as_tensor(alpha, dtype=dtype, device=logits.device).expand(logits.size(0)),
-            float(label_smoothing),
-            _as_past(teacher_probs, teacher_logits),
-        )
-        stats = PSKDStats(*rows)
-    if reduction == "sum":
-        loss = loss.sum()
-    elif reduction == "mean":
-        loss = loss.sum() / valid.sum().clamp_min(1)
-    return (loss, stats) if return_stats else loss
-
-
-def _hard_cross_entropy(
-    logits: Tensor, target: Tensor, ignore_index: int, label_smoothing: float
-) -> Tensor:
-    # Half precision is raised first, so that the sum over classes is one of float32.
-    logits = logits if logits.dtype == torch.float64 else logits.float()
-    return F.cross_entropy(
-        # torch multiplies an ignored row's gradient by 0, and NaN stays NaN.
-        logits.masked_fill((target == ignore_index)[:, None], 0.0),
-        target,
-        ignore_index=ignore_index,
-        label_smoothing=label_smoothing,
-        reduction="none",
-    )
-
-
-def _as_past(teacher_probs: Tensor | TopK | None, teacher_logits: Tensor | None) -> _Past:
+    indices = None
     if isinstance(teacher_probs, TopK):
-        sparse = TopK(teacher_probs.indices, teacher_probs.probs.detach())
-        return _Past(None, None, sparse)
-    if teacher_probs is not None:
-        return _Past(teacher_probs.detach(), None, None)
-    return _Past(None, teacher_logits.detach(), None)
+        indices, teacher_probs = teacher_probs
+    rows = Rows(
+        logits,
+        target.long(),  # an unsigned label would never equal a negative ignore_index
+        None if teacher_probs is None else teacher_probs.detach(),
+        None if teacher_logits is None else teacher_logits.detach(),
+        indices,
+        alpha.detach() if isinstance(alpha, Tensor) else alpha,
+        ignore_index,
+        float(label_smoothing),
+    )
+    if torch.is_grad_enabled() and logits.requires_grad:
+        if inplace:
+            _check_overwritable(logits)
+        made = _CrossEntropy.apply(inplace, reduction, return_stats, *rows)
+        loss, *stats = made if return_stats else (made,)
+    else:
+        loss, *stats = _without_gradient(rows, reduction, return_stats)[:3]
+    return (loss, PSKDStats(*stats)) if return_stats else loss
+
+
+def _without_gradient(rows: Rows, reduction: str, with_stats: bool) -> tuple[Tensor, ...]:
+    rows = rows._replace(logits=rows.logits.detach())
+    if _is_traced(rows.logits):
+        return _traced(rows, reduction, wants_grad=False)
+    return compute(rows, reduction, None, with_stats)
+
+
+def _weights(alpha: float | Tensor, label_smoothing: float, logits: Tensor) -> float | Tensor:
+    if isinstance(alpha, Tensor) and alpha.dim() == 0 and _is_traced(alpha):
+        return alpha.expand(logits.size(0))  # a number would have to be waited for
+    return check_weights(alpha, label_smoothing, logits.size(0))
+
+
+def _check_overwritable(logits: Tensor) -> None:
+    if logits.is_leaf:
+        raise ValueError(
+            "inplace: expected logits that were computed, got a leaf, whose value stays"
+        )
+    rows, classes = logits.shape
+    if (classes > 1 and logits.stride(1) != 1) or (rows > 1 and logits.stride(0) < classes):
+        raise ValueError(
+            f"inplace: expected rows that lie side by side, got strides {logits.stride()} of shape "
+            f"{tuple(logits.shape)}"
+        )
 
 
 def gradient_rescaling(
@@ -299,6 +259,7 @@ def gradient_rescaling(
             f"{tuple(teacher_probs_at_label.shape)}"
         )
     alpha = check_weights(alpha, 0.0, student_probs_at_label.numel())
+    check_row_weights(alpha)
     if student_probs_at_label.dtype != torch.float64:
         student_probs_at_label = student_probs_at_label.float()
     student_error = 1.0 - student_probs_at_label

@@ -13,7 +13,14 @@ from torch import Tensor
 
 from pskd.schedule import check_alpha
 
-__all__ = ["TopK", "check_rows", "check_weights", "mix_targets"]
+__all__ = [
+    "TopK",
+    "check_labels",
+    "check_row_weights",
+    "check_rows",
+    "check_weights",
+    "mix_targets",
+]
 
 
 class TopK(NamedTuple):
@@ -58,27 +65,24 @@ def _upcast(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
-def check_rows(
-    target: Tensor, num_classes: int, teacher: Tensor | TopK | None, ignore_index: int | None
-) -> None:
-    """Raise ValueError unless labels and teacher describe the same N rows of C classes.
+def check_labels(target: Tensor, num_classes: int, ignore_index: int | None) -> None:
+    """Raise ValueError unless each label is one of C classes, or ``ignore_index``."""
+    labels = target if ignore_index is None else target[target != ignore_index]
+    if not labels.numel():
+        return
+    low, high = (int(value) for value in labels.aminmax())
+    if low < 0 or high >= num_classes:
+        raise ValueError(f"target: expected labels in [0, {num_classes - 1}], got [{low}, {high}]")
 
-    Label *values* are looked at on the CPU only: on a GPU that would wait for the device in every
-    step, and there the gather asserts the range itself.
-    """
+
+def check_rows(target: Tensor, num_classes: int, teacher: Tensor | TopK | None) -> None:
+    """Raise ValueError unless labels and teacher are of the same N rows of C classes."""
     if target.dim() != 1 or target.dtype.is_floating_point or target.dtype == torch.bool:
         raise ValueError(
             f"target: expected integer labels of shape (N,), got {target.dtype} of shape "
             f"{tuple(target.shape)}"
         )
-    rows, target = target.size(0), target.long()
-    if target.device.type == "cpu" and rows:
-        labels = target if ignore_index is None else target[target != ignore_index]
-        if labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) < num_classes:
-            raise ValueError(
-                f"target: expected labels in [0, {num_classes - 1}], got "
-                f"[{int(labels.min())}, {int(labels.max())}]"
-            )
+    rows = target.size(0)
     if isinstance(teacher, TopK):
         indices, probs = teacher
         if indices.shape != probs.shape or indices.dim() != 2 or indices.size(0) != rows:
@@ -105,7 +109,7 @@ def check_weights(alpha: float | Tensor, label_smoothing: float, rows: int) -> f
     """Return alpha as a float, or as it is when it holds one weight a row.
 
     Raises:
-        ValueError: if a weight is NaN or outside [0, 1]; of a tensor on the CPU, any of its rows.
+        ValueError: if a weight is NaN or outside [0, 1], but for the rows of a tensor.
     """
     if not 0.0 <= label_smoothing <= 1.0:
         raise ValueError(f"label_smoothing: expected a number in [0, 1], got {label_smoothing}")
@@ -113,9 +117,15 @@ def check_weights(alpha: float | Tensor, label_smoothing: float, rows: int) -> f
         return check_alpha(alpha)
     if tuple(alpha.shape) != (rows,):
         raise ValueError(f"alpha: expected a number or shape ({rows},), got {tuple(alpha.shape)}")
-    if alpha.device.type == "cpu" and not bool(((alpha >= 0) & (alpha <= 1)).all()):
-        raise ValueError("alpha: expected every row in [0, 1], got a row outside of it or NaN")
     return alpha
+
+
+def check_row_weights(alpha: float | Tensor) -> None:
+    """Raise ValueError unless each row's alpha lies in [0, 1]; looked at on the CPU only."""
+    if not isinstance(alpha, Tensor) or alpha.device.type != "cpu":
+        return
+    if not bool(((alpha >= 0) & (alpha <= 1)).all()):
+        raise ValueError("alpha: expected every row in [0, 1], got a row outside of it or NaN")
 
 
 def mix_targets(
@@ -152,8 +162,11 @@ def mix_targets(
         num_classes = num_classes or teacher_probs.size(1)
     if num_classes is None:
         raise ValueError("num_classes: expected the number of classes, got None")
-    check_rows(target, num_classes, teacher_probs, ignore_index=None)
+    check_rows(target, num_classes, teacher_probs)
+    if target.device.type == "cpu":
+        check_labels(target, num_classes, ignore_index=None)
     alpha = check_weights(alpha, label_smoothing, target.size(0))
+    check_row_weights(alpha)
     hard = F.one_hot(target.long(), num_classes)
     if teacher_probs is None:
         return hard.float() * (1.0 - label_smoothing) + label_smoothing / num_classes

@@ -21,8 +21,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import pskd.kernels.chunked
 import pskd.loss
 from pskd import TopK, gradient_rescaling, mix_targets, pskd_cross_entropy
+from pskd.kernels import native
 
 torch.set_num_threads(1)  # tiny tensors: more threads would only wait for each other
 
@@ -115,7 +117,7 @@ def loss_of(batch: Batch, form: str | None, alpha, **options) -> Callable[[Tenso
     options = {"ignore_index": batch.ignore_index, **teacher, **options}
 
     def loss(logits: Tensor) -> Tensor:
-        with mock.patch.object(pskd.loss, "_CHUNK_ELEMENTS", batch.chunk):
+        with mock.patch.object(pskd.kernels.chunked, "_CHUNK_ELEMENTS", batch.chunk):
             return pskd_cross_entropy(logits, batch.target, alpha=alpha, **options)
 
     return loss
@@ -717,23 +719,39 @@ def allocations(loss, logits: Tensor) -> tuple[list[int], list[int], int]:
     return log.bytes[:made], log.bytes[made:], sum(saved)
 
 
+@pytest.fixture(params=["native", "torch"])
+def backend(request, monkeypatch) -> str:
+    """Each form of the loss for CPUs, with what it allocates in the open."""
+    if request.param == "torch":
+        monkeypatch.setattr(native, "is_built", lambda: False)
+    elif not native.is_built():
+        pytest.skip("the compiled form was not built: it needs a C++ compiler at install")
+    # A mode that watches allocations is no tracer.
+    monkeypatch.setattr(pskd.loss, "is_in_torch_dispatch_mode", lambda: False)
+    return request.param
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("inplace", [False, True])
 @every_form
-def test_nothing_of_the_logits_size_is_made_but_the_gradient(form, dtype):
+def test_nothing_of_the_logits_size_is_made_but_the_gradient(form, inplace, dtype, backend):
     rows, classes, chunk = 64, 500, 2000
     batch = make(rows, classes, chunk=chunk)._replace(kept=8)
-    logits = batch.logits.to(dtype).requires_grad_()
+    leaf = batch.logits.to(dtype).requires_grad_()
+    logits = leaf * 1
     matrix = logits.numel() * logits.element_size()
-    loss = loss_of(batch, form, torch.full((rows,), 0.5), label_smoothing=0.1)
-    forward, backward, saved = allocations(loss, logits)
-    # One on the way, and one for its product with the upstream gradient.
-    assert [size for size in forward if size > 4 * chunk] == [matrix]
+    alpha = torch.full((rows,), 0.5)
+    loss = loss_of(batch, form, alpha, label_smoothing=0.1, inplace=inplace)
+    with mock.patch.object(pskd.loss, "_CHUNK_ELEMENTS", chunk):
+        forward, backward, saved = allocations(lambda z: 3 * loss(z), logits)
+    assert [size for size in forward if size > 4 * chunk] == [matrix] * (not inplace)
+    # The product with the upstream gradient is made over it; the other is the leaf's, of `* 1`.
     assert [size for size in backward if size > 4 * chunk] == [matrix]
     assert saved <= matrix + 8 * 8 * rows
 
 
 @every_form
-def test_without_a_gradient_nothing_of_the_logits_size_is_made(form):
+def test_without_a_gradient_nothing_of_the_logits_size_is_made(form, backend):
     batch = make(64, 500, chunk=2000)._replace(kept=8)
     forward, _, saved = allocations(loss_of(batch, form, 0.5), batch.logits.float())
     assert max(forward) <= 4 * 2000

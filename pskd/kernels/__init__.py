@@ -1,0 +1,77 @@
+"""Where the loss is computed: compiled C++ (CPU), Triton (CUDA), or torch's operators (anywhere).
+
+Shapes: N rows, C classes.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pskd.kernels import native
+from pskd.kernels.chunked import torch_rows
+from pskd.kernels.rows import Rows, RowValues, sum_dtype
+
+__all__ = ["Rows", "backend_of", "compute", "gradient_is_of_mean", "sum_dtype"]
+
+
+def backend_of(rows: Rows) -> str:
+    """Return what computes these rows: ``"native"``, ``"triton"`` or ``"torch"``."""
+    if native.serves(rows):
+        return "native"
+    if rows.logits.is_cuda and rows.logits.dtype != torch.float64 and _has_triton():
+        return "triton"
+    return "torch"
+
+
+def _has_triton() -> bool:
+    try:
+        import triton  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+def gradient_is_of_mean(logits: Tensor, reduction: str) -> bool:
+    """Return whether `compute` divides the gradient by the number of rows.
+
+    Of half precision it does not: what a loss scale is there to save would be lost before it comes.
+    """
+    return reduction == "mean" and logits.dtype == sum_dtype(logits)
+
+
+def compute(rows: Rows, reduction: str, grad: Tensor | None, with_stats: bool) -> RowValues:
+    """Return the values of each row, with the loss reduced.
+
+    Args:
+        rows: what is computed.
+        reduction: ``"none"``, ``"sum"``, or ``"mean"`` over the rows that are not ignored.
+        grad: (N, C) as the logits, which it may be; is given the gradient of the sum, or of the
+            mean where `gradient_is_of_mean`. None: not wanted.
+        with_stats: whether more than the loss is wanted; without, the others may be None.
+
+    Raises:
+        ValueError: on the CPU, if a label, a class of a sparse prediction or an alpha is out of
+            range; nothing has been written then.
+    """
+    of_mean = gradient_is_of_mean(rows.logits, reduction)
+    if native.serves(rows):
+        return native.native_rows(rows, reduction, grad, of_mean=of_mean, with_stats=with_stats)
+    return _by_rows(rows, reduction, grad, of_mean)
+
+
+def _by_rows(rows: Rows, reduction: str, grad: Tensor | None, of_mean: bool) -> RowValues:
+    share = None
+    if reduction == "mean":
+        count = (rows.target != rows.ignore_index).sum().clamp_min(1)
+        share = count.to(sum_dtype(rows.logits)).reciprocal()
+    scale = share if of_mean else 1.0
+    if backend_of(rows) == "triton":
+        from pskd.kernels.triton_rows import triton_rows as some_rows
+    else:
+        some_rows = torch_rows
+    values = some_rows(rows, scale, grad)
+    if reduction == "none":
+        return values
+    loss = values.loss.sum()
+    return values._replace(loss=loss if share is None else loss * share)

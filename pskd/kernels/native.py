@@ -1,0 +1,155 @@
+"""The compiled form of the loss for CPUs, where it was built when pskd was installed.
+
+Shapes: N rows, C classes, k kept classes of a sparse prediction.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cache
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from pskd.kernels.rows import Rows, RowValues, check_values
+
+__all__ = ["is_built", "native_rows", "serves"]
+
+_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+# Fewer logits than this for each thread are done before a second thread has woken up.
+_LOGITS_A_THREAD = 1 << 15
+_REDUCTIONS = {"none": 0, "sum": 1, "mean": 2}
+_NO_MEMORY = 4
+
+
+class _Call(ctypes.Structure):
+    """``PSKDRows`` of native_rows.cpp, field by field."""
+
+    _fields_ = [
+        ("rows", ctypes.c_int64),
+        ("classes", ctypes.c_int64),
+        ("logits", ctypes.c_void_p),
+        ("logits_stride", ctypes.c_int64),
+        ("target", ctypes.c_void_p),
+        ("teacher", ctypes.c_void_p),
+        ("teacher_stride", ctypes.c_int64),
+        ("indices", ctypes.c_void_p),
+        ("indices_stride", ctypes.c_int64),
+        ("kept", ctypes.c_int64),
+        ("alpha_rows", ctypes.c_void_p),
+        ("alpha", ctypes.c_double),
+        ("label_smoothing", ctypes.c_double),
+        ("ignore_index", ctypes.c_int64),
+        ("grad", ctypes.c_void_p),
+        ("grad_stride", ctypes.c_int64),
+        ("loss", ctypes.c_void_p),
+        ("nll", ctypes.c_void_p),
+        ("teacher_at_label", ctypes.c_void_p),
+        ("logits_type", ctypes.c_int32),
+        ("teacher_type", ctypes.c_int32),
+        ("teacher_is_logits", ctypes.c_int32),
+        ("threads", ctypes.c_int32),
+        ("reduction", ctypes.c_int32),
+        ("gradient_is_of_mean", ctypes.c_int32),
+    ]
+
+
+@cache
+def _library() -> ctypes.CDLL | None:
+    # It holds a C function and is no Python module: loaded, not imported.
+    for suffix in EXTENSION_SUFFIXES:
+        path = Path(__file__).with_name(f"_native_rows{suffix}")
+        if path.exists():
+            try:
+                return ctypes.CDLL(str(path))
+            except OSError:  # made for another machine
+                return None
+    return None
+
+
+def is_built() -> bool:
+    """Return whether the compiled form was built at install, and loads."""
+    return _library() is not None
+
+
+def serves(rows: Rows) -> bool:
+    """Return whether the compiled form is there and takes these rows: on the CPU, no float64."""
+    teacher = rows.teacher_logits if rows.probs is None else rows.probs
+    return (
+        rows.logits.device.type == "cpu"
+        and rows.logits.dtype in _TYPES
+        and (teacher is None or teacher.dtype in _TYPES)
+        and is_built()
+    )
+
+
+def native_rows(
+    rows: Rows, reduction: str, grad: Tensor | None, *, of_mean: bool, with_stats: bool
+) -> RowValues:
+    """Return the reduced loss and, with ``with_stats``, the other values of each row, else None.
+
+    Args:
+        rows: that `serves` accepts.
+        reduction: ``"none"``, ``"sum"``, or ``"mean"`` over the rows that are not ignored.
+        grad: (N, C) as the logits, which it may be, contiguous within a row; is given the gradient
+            of the sum. None: not wanted.
+        of_mean: give the gradient of the mean instead.
+        with_stats: whether more than the loss is wanted.
+
+    Raises:
+        ValueError: if a label, a class of a sparse prediction or an alpha is out of range; nothing
+            has been written then.
+    """
+    logits, target = _with_dense_rows(rows.logits), rows.target.contiguous()
+    count, classes = logits.shape
+    loss = torch.empty(count if reduction == "none" else ())
+    nll, at_label = torch.empty((2, count)).unbind() if with_stats else (None, None)
+    call = _Call(
+        rows=count,
+        classes=classes,
+        logits=logits.data_ptr(),
+        logits_stride=logits.stride(0),
+        logits_type=_TYPES[logits.dtype],
+        target=target.data_ptr(),
+        label_smoothing=rows.label_smoothing,
+        ignore_index=rows.ignore_index,
+        loss=loss.data_ptr(),
+        reduction=_REDUCTIONS[reduction],
+        gradient_is_of_mean=of_mean,
+        threads=max(1, min(torch.get_num_threads(), count * classes // _LOGITS_A_THREAD)),
+    )
+    # What the call points to has to live until it is over: hence the names.
+    given = rows.teacher_logits if rows.probs is None else rows.probs
+    teacher = None if given is None else _with_dense_rows(given)
+    if teacher is not None:
+        call.teacher, call.teacher_stride = teacher.data_ptr(), teacher.stride(0)
+        call.teacher_type = _TYPES[teacher.dtype]
+        call.teacher_is_logits = rows.probs is None
+    indices = None if rows.indices is None else _with_dense_rows(rows.indices.long())
+    if indices is not None:
+        call.indices, call.indices_stride = indices.data_ptr(), indices.stride(0)
+        call.kept = indices.size(1)
+    alpha = rows.alpha
+    if isinstance(alpha, Tensor):
+        alpha = alpha.float().contiguous()
+        call.alpha_rows = alpha.data_ptr()
+    else:
+        call.alpha = alpha
+    if grad is not None:
+        call.grad, call.grad_stride = grad.data_ptr(), grad.stride(0)
+    if with_stats:
+        call.nll, call.teacher_at_label = nll.data_ptr(), at_label.data_ptr()
+    problem = _library().pskd_rows(ctypes.byref(call))
+    if problem == _NO_MEMORY:
+        raise MemoryError(f"pskd: no memory for rows of {classes} classes")
+    if problem:
+        check_values(rows)  # says which it is
+        raise AssertionError(f"pskd: the compiled form refused what is good ({problem})")
+    return RowValues(loss, nll, at_label)
+
+
+def _with_dense_rows(matrix: Tensor) -> Tensor:
+    # Rows may lie apart, their elements may not.
+    return matrix if matrix.stride(1) == 1 or matrix.size(1) <= 1 else matrix.contiguous()

@@ -1,0 +1,77 @@
+"""What every form of the loss is given and returns: rows of logits, labels, and a past prediction.
+
+Shapes: N rows (samples, tokens or boxes), C classes, k kept classes of a sparse prediction.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pskd.targets import check_labels, check_row_weights
+
+__all__ = ["RowValues", "Rows", "check_values", "sum_dtype"]
+
+
+class Rows(NamedTuple):
+    """The rows of one call, with ``probs``, with ``teacher_logits``, or without a past prediction.
+
+    Attributes:
+        logits: (N, C) float16, bfloat16, float32 or float64; the student's scores.
+        target: (N,) int64 labels in [0, C), or ``ignore_index``.
+        probs: (N, C) the past prediction, or with ``indices`` (N, k); any floating-point dtype.
+        teacher_logits: (N, C) scores, of which the softmax is the past prediction.
+        indices: (N, k) integer classes of ``probs``, distinct within a row; the others share
+            ``max(0, 1 - sum(probs))`` evenly (see `pskd.TopK`).
+        alpha: weight of the past prediction, one number or (N,) of any floating-point dtype.
+        ignore_index: label of rows whose loss, gradient and NLL are 0, whatever they hold.
+        label_smoothing: eps of the hard part, spread over all C classes.
+    """
+
+    logits: Tensor
+    target: Tensor
+    probs: Tensor | None
+    teacher_logits: Tensor | None
+    indices: Tensor | None
+    alpha: Tensor | float
+    ignore_index: int
+    label_smoothing: float
+
+
+class RowValues(NamedTuple):
+    """What is learned of each row; `sum_dtype` of the logits.
+
+    Attributes:
+        loss: (N,) in nats, 0 in ignored rows.
+        nll: (N,) the student's negative log-likelihood of the label in nats, 0 in ignored rows.
+        teacher_at_label: (N,) the past prediction's probability of the label, 1 in ignored rows.
+    """
+
+    loss: Tensor
+    nll: Tensor
+    teacher_at_label: Tensor
+
+
+def sum_dtype(logits: Tensor) -> torch.dtype:
+    """Return the dtype that sums over classes are made in: half precision is raised to float32."""
+    return torch.float64 if logits.dtype == torch.float64 else torch.float32
+
+
+def check_values(rows: Rows) -> None:
+    """Raise ValueError if a label, a listed class or an alpha is out of range.
+
+    Looked at on the CPU only: on another device that would wait for it in every step.
+    """
+    if rows.logits.device.type != "cpu" or not len(rows.target):
+        return
+    last = rows.logits.size(1) - 1
+    check_labels(rows.target, last + 1, rows.ignore_index)
+    check_row_weights(rows.alpha)
+    if rows.indices is not None:
+        low, high = (int(value) for value in rows.indices.aminmax())
+        if low < 0 or high > last:
+            raise ValueError(
+                f"teacher_probs: expected TopK of classes in [0, {last}], got [{low}, {high}]"
+            )
