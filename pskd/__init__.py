@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from pskd import calibration, loss, memory, plots, schedule, targets, teacher  # noqa: F401
     from pskd.criterion import MemoryCriterion, SnapshotCriterion
     from pskd.examples import ExampleStats
+    from pskd.linear import LinearStats, LinearTeacher, pskd_linear_cross_entropy
     from pskd.loss import PSKDStats, gradient_rescaling, pskd_cross_entropy
     from pskd.memory import PredictionMemory
     from pskd.rows import WithRows
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ExampleStats",
+    "LinearStats",
+    "LinearTeacher",
     "MemoryCriterion",
     "PSKDStats",
     "PredictionMemory",
@@ -40,11 +43,14 @@ __all__ = [
     "linear_alpha",
     "mix_targets",
     "pskd_cross_entropy",
+    "pskd_linear_cross_entropy",
 ]
 
 _MODULES = ("calibration", "loss", "memory", "plots", "schedule", "targets", "teacher")
 _MODULE_OF = {
     "ExampleStats": "examples",
+    "LinearStats": "linear",
+    "LinearTeacher": "linear",
     "MemoryCriterion": "criterion",
     "PSKDStats": "loss",
     "PredictionMemory": "memory",
@@ -58,6 +64,7 @@ _MODULE_OF = {
     "linear_alpha": "schedule",
     "mix_targets": "targets",
     "pskd_cross_entropy": "loss",
+    "pskd_linear_cross_entropy": "linear",
 }
 
 

@@ -12,14 +12,13 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+from torch.autograd import forward_ad
 
-from pskd.kernels import Rows, compute, gradient_is_of_mean
+from pskd.kernels import Rows, gradient_is_of_mean
+from pskd.kernels.gradient import is_traced, scaled, values_and_gradient, values_only
 from pskd.targets import TopK, check_row_weights, check_rows, check_weights
 
 __all__ = ["PSKDStats", "gradient_rescaling", "pskd_cross_entropy"]
-
-_CHUNK_ELEMENTS = 1 << 19  # of half precision, so many are converted at a time
 
 
 class PSKDStats(NamedTuple):
@@ -40,27 +39,16 @@ class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, inplace: bool, reduction: str, with_stats: bool, *fields):
         rows = Rows(*fields)
-        logits = rows.logits
-        if _is_traced(logits):
-            loss, nll, at_label, grad = _traced(rows, reduction, wants_grad=True)
-        else:
-            # A view, so that autograd counts what is written as a change of the logits.
-            grad = logits.detach() if inplace else logits.new_empty(logits.shape)
-            loss, nll, at_label = compute(rows, reduction, grad, with_stats)
-            if inplace:
-                torch.autograd.graph.increment_version(logits)
-        late_mean = reduction == "mean" and not gradient_is_of_mean(logits, reduction)
-        ctx.num_inputs, ctx.late_mean, ctx.ignore_index = (
-            3 + len(fields),
-            late_mean,
-            rows.ignore_index,
-        )
+        values, grad = values_and_gradient(rows, reduction, with_stats=with_stats, inplace=inplace)
+        late_mean = reduction == "mean" and not gradient_is_of_mean(rows.logits, reduction)
+        ctx.late_mean, ctx.ignore_index = late_mean, rows.ignore_index
+        ctx.num_inputs = 3 + len(fields)
         ctx.save_for_backward(grad, rows.target if late_mean else None)
         ctx.set_materialize_grads(False)
         if not with_stats:
-            return loss
-        ctx.mark_non_differentiable(nll, at_label)
-        return loss, nll, at_label
+            return values.loss
+        ctx.mark_non_differentiable(*values[1:])
+        return tuple(values)
 
     @staticmethod
     def backward(ctx, upstream, *_stats):
@@ -72,41 +60,7 @@ class _CrossEntropy(torch.autograd.Function):
         grad, target = ctx.saved_tensors
         if ctx.late_mean:
             upstream = upstream / (target != ctx.ignore_index).sum().clamp_min(1)
-        scaled = _scaled(grad, upstream)
-        return (None, None, None, scaled, *(None,) * (ctx.num_inputs - 4))
-
-
-def _scaled(grad: Tensor, factor: Tensor) -> Tensor:
-    """Return ``factor * grad`` with ``factor`` one number or (N,), over the gradient if it may be.
-
-    The product is made in the precision of the factor: a loss scale can exceed float16.
-    """
-    if _is_traced(grad):
-        return (grad * factor.reshape(-1, 1)).to(grad.dtype)
-    if factor.is_cpu and factor.dim() == 0 and factor.item() == 1.0:
-        return grad  # the usual case: nothing to scale
-    # Only a graph that is kept is asked for the saved gradient again.
-    kept = torch._C._autograd._get_current_graph_task_keep_graph()
-    scaled = torch.empty_like(grad) if kept else grad
-    step = max(1, _CHUNK_ELEMENTS // max(1, grad.size(1)))
-    factors = factor.reshape(-1, 1).expand(grad.size(0), 1)
-    for part, product, by in zip(
-        grad.split(step), scaled.split(step), factors.split(step), strict=True
-    ):
-        torch.mul(part, by, out=product)  # by rows: half precision is converted on the way
-    return scaled
-
-
-def _is_traced(tensor: Tensor) -> bool:
-    # Who traces sees operators, not what is written into memory.
-    plain = type(tensor) in (Tensor, torch.nn.Parameter)
-    return torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or not plain
-
-
-def _traced(rows: Rows, reduction: str, wants_grad: bool) -> tuple[Tensor, ...]:
-    from pskd.kernels.operator import cross_entropy  # registered when it is first needed
-
-    return cross_entropy(rows, reduction, wants_grad)
+        return (None, None, None, scaled(grad, upstream), *(None,) * (ctx.num_inputs - 4))
 
 
 def _check(logits: Tensor, teacher_probs, teacher_logits, reduction: str) -> None:
@@ -166,7 +120,8 @@ def pskd_cross_entropy(
         ValueError: if a weight lies outside [0, 1] or is NaN, a label is out of range (checked on
             the CPU; elsewhere such a row's loss is NaN or an assertion of the device), shapes or
             dtypes disagree, both forms of a teacher are given, or logits cannot be overwritten.
-        RuntimeError: if a second derivative is asked.
+        RuntimeError: if a second or a forward-mode derivative, or a ``torch.func`` transform of it
+            is asked.
 
     Source: Kim et al. 2021, section 3.1; the contract is that of
     `torch.nn.functional.cross_entropy`.
@@ -194,25 +149,23 @@ def pskd_cross_entropy(
         ignore_index,
         float(label_smoothing),
     )
-    if torch.is_grad_enabled() and logits.requires_grad:
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        raise RuntimeError(
+            "pskd_cross_entropy: expected plain autograd, got a torch.func transform"
+        )
+    if (torch.is_grad_enabled() and logits.requires_grad) or forward_ad._current_level >= 0:
         if inplace:
             _check_overwritable(logits)
         made = _CrossEntropy.apply(inplace, reduction, return_stats, *rows)
         loss, *stats = made if return_stats else (made,)
     else:
-        loss, *stats = _without_gradient(rows, reduction, return_stats)[:3]
+        rows = rows._replace(logits=logits.detach())
+        loss, *stats = values_only(rows, reduction, with_stats=return_stats)
     return (loss, PSKDStats(*stats)) if return_stats else loss
 
 
-def _without_gradient(rows: Rows, reduction: str, with_stats: bool) -> tuple[Tensor, ...]:
-    rows = rows._replace(logits=rows.logits.detach())
-    if _is_traced(rows.logits):
-        return _traced(rows, reduction, wants_grad=False)
-    return compute(rows, reduction, None, with_stats)
-
-
 def _weights(alpha: float | Tensor, label_smoothing: float, logits: Tensor) -> float | Tensor:
-    if isinstance(alpha, Tensor) and alpha.dim() == 0 and _is_traced(alpha):
+    if isinstance(alpha, Tensor) and alpha.dim() == 0 and is_traced(alpha):
         return alpha.expand(logits.size(0))  # a number would have to be waited for
     return check_weights(alpha, label_smoothing, logits.size(0))
 

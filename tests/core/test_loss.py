@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import pskd.kernels.chunked
-import pskd.loss
+import pskd.kernels.gradient
 from pskd import TopK, gradient_rescaling, mix_targets, pskd_cross_entropy
 from pskd.kernels import native
 
@@ -727,7 +727,7 @@ def backend(request, monkeypatch) -> str:
     elif not native.is_built():
         pytest.skip("the compiled form was not built: it needs a C++ compiler at install")
     # A mode that watches allocations is no tracer.
-    monkeypatch.setattr(pskd.loss, "is_in_torch_dispatch_mode", lambda: False)
+    monkeypatch.setattr(pskd.kernels.gradient, "is_in_torch_dispatch_mode", lambda: False)
     return request.param
 
 
@@ -742,7 +742,7 @@ def test_nothing_of_the_logits_size_is_made_but_the_gradient(form, inplace, dtyp
     matrix = logits.numel() * logits.element_size()
     alpha = torch.full((rows,), 0.5)
     loss = loss_of(batch, form, alpha, label_smoothing=0.1, inplace=inplace)
-    with mock.patch.object(pskd.loss, "_CHUNK_ELEMENTS", chunk):
+    with mock.patch.object(pskd.kernels.gradient, "_CHUNK_ELEMENTS", chunk):
         forward, backward, saved = allocations(lambda z: 3 * loss(z), logits)
     assert [size for size in forward if size > 4 * chunk] == [matrix] * (not inplace)
     # The product with the upstream gradient is made over it; the other is the leaf's, of `* 1`.

@@ -1,0 +1,278 @@
+"""The PS-KD loss from hidden states: the logits of student and teacher never exist whole.
+
+Shapes: N rows (tokens), n of them in a chunk, C classes (types of a vocabulary), H hidden units of
+the student, G of the teacher, k kept classes of a prediction.
+
+Logits are made for some rows at a time, become their own gradient, and are multiplied back onto
+hidden states and output embedding at once. What stays is of the size of these two.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from pskd.kernels import Rows, sum_dtype
+from pskd.kernels.gradient import scaled, values_and_gradient, values_only
+from pskd.targets import TopK, check_rows, check_weights
+
+__all__ = ["LinearStats", "LinearTeacher", "pskd_linear_cross_entropy"]
+
+# At least so many logits at a time (16 MiB of float32): with fewer rows a product of matrices is
+# slow. More where the hidden states are larger anyway.
+_CHUNK_ELEMENTS = 1 << 22
+
+
+class LinearTeacher(NamedTuple):
+    """A teacher whose prediction is ``softmax(hidden @ weight.T + bias)``.
+
+    Attributes:
+        hidden: (N, G) floating-point hidden states.
+        weight: (C, G) output embedding.
+        bias: (C,) or None.
+    """
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None = None
+
+
+class LinearStats(NamedTuple):
+    """What is learned of each row on the way, where no logits are left to look at.
+
+    Attributes:
+        nll: (N,) and
+        teacher_probs_at_label: (N,) as of `pskd.PSKDStats`; the latter 0 without a teacher.
+        student_top_k: (N, k) the student's prediction, its k largest classes in falling order.
+        teacher_preferred: (N,) int64, the teacher's most likely class; -1 without a teacher.
+    """
+
+    nll: Tensor
+    teacher_probs_at_label: Tensor
+    student_top_k: TopK
+    teacher_preferred: Tensor
+
+
+class _Problem(NamedTuple):
+    """What a call is given beside the student."""
+
+    target: Tensor
+    teacher: Tensor | TopK | LinearTeacher | None
+    alpha: float | Tensor
+    ignore_index: int
+    label_smoothing: float
+    stats_top_k: int  # 0: no statistics
+
+    def rows(self, part: slice, logits: Tensor) -> tuple[Rows, Tensor | None]:
+        """Return a chunk, and the teacher's most likely class of its rows."""
+        probs, scores, indices = None, None, None
+        if isinstance(self.teacher, LinearTeacher):
+            scores = F.linear(self.teacher.hidden[part], *self.teacher[1:])
+        elif isinstance(self.teacher, TopK):
+            indices, probs = (tensor[part] for tensor in self.teacher)
+        elif self.teacher is not None:
+            probs = self.teacher[part]
+        alpha = self.alpha[part] if isinstance(self.alpha, Tensor) else self.alpha
+        options = (alpha, self.ignore_index, self.label_smoothing)
+        rows = Rows(logits, self.target[part], probs, scores, indices, *options)
+        return rows, self._preferred(rows) if self.stats_top_k else None
+
+    @staticmethod
+    def _preferred(rows: Rows) -> Tensor:
+        likely = rows.teacher_logits if rows.probs is None else rows.probs
+        if likely is None:
+            return torch.full_like(rows.target, -1)
+        best = likely.argmax(dim=1)
+        return best if rows.indices is None else rows.indices.gather(1, best[:, None])[:, 0].long()
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """Summed loss, and the statistics of each row; leaves the gradients of the sum on the way."""
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None, problem: _Problem):
+        grads = _Gradients(hidden, weight, bias, ctx.needs_input_grad)
+        loss, *stats = _by_chunks(hidden, weight, bias, problem, grads)
+        ctx.save_for_backward(grads.hidden, grads.weight, grads.bias)
+        ctx.dtypes = hidden.dtype, weight.dtype
+        ctx.mark_non_differentiable(*(tensor for tensor in stats if tensor is not None))
+        ctx.set_materialize_grads(False)
+        return loss, *stats
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, upstream, *_stats):
+        grads = [
+            None if grad is None else scaled(grad, upstream).to(dtype)
+            for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes + ctx.dtypes[1:], strict=True)
+        ]
+        return *grads, None
+
+
+class _Gradients:
+    """The gradients of the summed loss, as far as they are wanted, grown chunk by chunk."""
+
+    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, wanted: tuple) -> None:
+        self._weight = weight
+        self.hidden = torch.empty_like(hidden) if wanted[0] else None
+        # In half precision the last of many chunks would be too small to change the sum.
+        dtype = sum_dtype(weight)
+        self.weight = torch.zeros_like(weight, dtype=dtype) if wanted[1] else None
+        self.bias = torch.zeros_like(bias, dtype=dtype) if wanted[2] else None
+
+    def add(self, part: slice, hidden: Tensor, grad: Tensor) -> None:
+        """Add a chunk; ``grad`` is that on its (n, C) logits."""
+        if self.hidden is not None:
+            self.hidden[part] = grad @ self._weight
+        if self.weight is not None:
+            if grad.dtype == hidden.dtype == self.weight.dtype:
+                self.weight.addmm_(grad.t(), hidden)
+            else:
+                self.weight += grad.t() @ hidden
+        if self.bias is not None:
+            self.bias += grad.sum(dim=0, dtype=self.bias.dtype)
+
+
+def _by_chunks(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    problem: _Problem,
+    grads: _Gradients | None,
+) -> tuple[Tensor | None, ...]:
+    """Return the summed loss and the fields of `LinearStats`, those of its top-k one by one."""
+    step = max(1, max(_CHUNK_ELEMENTS, hidden.numel()) // weight.size(0))
+    with_stats, chunks = problem.stats_top_k > 0, []
+    for start in range(0, max(1, len(hidden)), step):  # of no rows one chunk: there is a sum then
+        part = slice(start, start + step)
+        logits = F.linear(hidden[part], weight, bias)
+        rows, preferred = problem.rows(part, logits)
+        top_k = TopK.from_logits(logits, problem.stats_top_k) if with_stats else (None, None)
+        if grads is None:
+            values = values_only(rows, "none", with_stats=with_stats)
+        else:
+            values, grad = values_and_gradient(rows, "none", with_stats=with_stats, inplace=True)
+            grads.add(part, hidden[part], grad)
+        chunks.append((*values, *top_k, preferred))
+    columns = zip(*chunks, strict=True)
+    loss, *stats = (None if column[0] is None else torch.cat(column) for column in columns)
+    return loss.sum(), *(stats if with_stats else ())
+
+
+def pskd_linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    teacher: LinearTeacher | TopK | Tensor | None,
+    alpha: float | Tensor,
+    *,
+    bias: Tensor | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    reduction: str = "mean",
+    stats_top_k: int = 0,
+) -> Tensor | tuple[Tensor, LinearStats]:
+    """`pskd.pskd_cross_entropy` of ``hidden @ weight.T + bias``, which never exists whole.
+
+    Equals ``pskd_cross_entropy(F.linear(hidden, weight, bias), target, teacher, alpha, ...)``, with
+    memory for some rows of logits instead of all, of student and teacher. The gradients on hidden
+    states, weight and bias are made in the forward pass.
+
+    Args:
+        hidden: (N, H) float; the student's last hidden states.
+        weight: (C, H) float; the output embedding, as of `torch.nn.Linear`.
+        target: (N,) integer labels in [0, C), or ``ignore_index``.
+        teacher: the past prediction: `LinearTeacher`, `TopK`, (N, C) probabilities, or None.
+            Receives no gradient.
+        alpha: weight of the teacher in [0, 1]; one number, or (N,) with one a row.
+        bias: (C,) float, or None.
+        ignore_index: label of rows that add neither loss nor gradient nor count.
+        label_smoothing: eps in [0, 1] on the hard part, torch's: spread over all C classes.
+        reduction: ``"sum"``, or ``"mean"`` over the rows that are not ignored.
+        stats_top_k: if above 0, return `LinearStats` too, with so many of the student's classes.
+
+    Returns:
+        The loss in nats, float32 (float64 for float64 logits); with ``stats_top_k`` a pair of the
+        loss and the statistics, which carry no gradient.
+
+    Raises:
+        ValueError: as `pskd.pskd_cross_entropy`, and for a reduction that keeps the rows.
+        RuntimeError: if a second derivative is asked.
+
+    Source: the chunked form is that of Liger-Kernel's and ml-cross-entropy's fused linear losses;
+    the loss is Kim et al. 2021, section 3.1.
+    """
+    _check(hidden, weight, bias, target, teacher, reduction, stats_top_k)
+    alpha = check_weights(alpha, label_smoothing, len(hidden))
+    if teacher is None:
+        alpha = 0.0
+    problem = _Problem(
+        target.long(), _constant(teacher), alpha, ignore_index, float(label_smoothing), stats_top_k
+    )
+    tensors = (hidden, weight, bias)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        loss, *stats = _LinearCrossEntropy.apply(*tensors, problem)
+    else:
+        loss, *stats = _by_chunks(*tensors, problem, None)
+    if reduction == "mean":
+        loss = loss / (target != ignore_index).sum().clamp_min(1)
+    if not stats_top_k:
+        return loss
+    nll, at_label, indices, probs, preferred = stats
+    return loss, LinearStats(nll, at_label, TopK(indices, probs), preferred)
+
+
+def _constant(teacher: LinearTeacher | TopK | Tensor | None):
+    if teacher is None or isinstance(teacher, Tensor):
+        return None if teacher is None else teacher.detach()
+    return type(teacher)(*(tensor if tensor is None else tensor.detach() for tensor in teacher))
+
+
+def _check(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    teacher: LinearTeacher | TopK | Tensor | None,
+    reduction: str,
+    stats_top_k: int,
+) -> None:
+    _check_linear("hidden", "weight", "bias", hidden, weight, bias)
+    rows, classes = len(hidden), len(weight)
+    if target.dim() == 1 and len(target) != rows:
+        raise ValueError(f"target: expected {rows} labels, got {len(target)}")
+    if isinstance(teacher, LinearTeacher):
+        names = ("teacher.hidden", "teacher.weight", "teacher.bias")
+        _check_linear(*names, *teacher)
+        if (len(teacher.hidden), len(teacher.weight)) != (rows, classes):
+            raise ValueError(
+                f"teacher: expected {rows} hidden states and {classes} classes, got "
+                f"{len(teacher.hidden)} and {len(teacher.weight)}"
+            )
+    check_rows(target, classes, None if isinstance(teacher, LinearTeacher) else teacher)
+    if reduction not in ("mean", "sum"):
+        raise ValueError(f"reduction: expected 'mean' or 'sum', got {reduction!r}")
+    if not 0 <= stats_top_k <= classes:
+        raise ValueError(f"stats_top_k: expected 0 to {classes}, got {stats_top_k}")
+
+
+def _check_linear(
+    hidden_name: str, weight_name: str, bias_name: str, hidden: Tensor, weight: Tensor, bias
+) -> None:
+    for name, tensor in ((hidden_name, hidden), (weight_name, weight)):
+        if tensor.dim() != 2 or not tensor.dtype.is_floating_point:
+            raise ValueError(
+                f"{name}: expected a floating-point matrix, got {tensor.dtype} of shape "
+                f"{tuple(tensor.shape)}"
+            )
+    if hidden.size(1) != weight.size(1):
+        raise ValueError(
+            f"{weight_name}: expected {hidden.size(1)} columns as {hidden_name} has, got "
+            f"{weight.size(1)}"
+        )
+    if bias is not None and tuple(bias.shape) != (len(weight),):
+        raise ValueError(f"{bias_name}: expected shape ({len(weight)},), got {tuple(bias.shape)}")
