@@ -37,12 +37,10 @@ class _CrossEntropy(torch.autograd.Function):
     """The reduced loss, NLL and teacher's probability of the label; leaves the gradient."""
 
     @staticmethod
-    def forward(ctx, inplace: bool, reduction: str, with_stats: bool, *fields):
-        rows = Rows(*fields)
+    def forward(ctx, _logits: Tensor, rows: Rows, reduction: str, with_stats: bool, inplace: bool):
         values, grad = values_and_gradient(rows, reduction, with_stats=with_stats, inplace=inplace)
         late_mean = reduction == "mean" and not gradient_is_of_mean(rows.logits, reduction)
         ctx.late_mean, ctx.ignore_index = late_mean, rows.ignore_index
-        ctx.num_inputs = 3 + len(fields)
         ctx.save_for_backward(grad, rows.target if late_mean else None)
         ctx.set_materialize_grads(False)
         if not with_stats:
@@ -53,14 +51,14 @@ class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, upstream, *_stats):
         if upstream is None:
-            return (None,) * ctx.num_inputs
+            return None, None, None, None, None
         if not torch.compiler.is_compiling() and torch.is_grad_enabled():
             # create_graph=True: the saved gradient is a constant to it
             raise RuntimeError("pskd_cross_entropy has no second derivative: expected none asked")
         grad, target = ctx.saved_tensors
         if ctx.late_mean:
             upstream = upstream / (target != ctx.ignore_index).sum().clamp_min(1)
-        return (None, None, None, scaled(grad, upstream), *(None,) * (ctx.num_inputs - 4))
+        return scaled(grad, upstream), None, None, None, None
 
 
 def _check(logits: Tensor, teacher_probs, teacher_logits, reduction: str) -> None:
@@ -140,7 +138,7 @@ def pskd_cross_entropy(
     if isinstance(teacher_probs, TopK):
         indices, teacher_probs = teacher_probs
     rows = Rows(
-        logits,
+        logits.detach(),
         target.long(),  # an unsigned label would never equal a negative ignore_index
         None if teacher_probs is None else teacher_probs.detach(),
         None if teacher_logits is None else teacher_logits.detach(),
@@ -156,10 +154,9 @@ def pskd_cross_entropy(
     if (torch.is_grad_enabled() and logits.requires_grad) or forward_ad._current_level >= 0:
         if inplace:
             _check_overwritable(logits)
-        made = _CrossEntropy.apply(inplace, reduction, return_stats, *rows)
+        made = _CrossEntropy.apply(logits, rows, reduction, return_stats, inplace)
         loss, *stats = made if return_stats else (made,)
     else:
-        rows = rows._replace(logits=logits.detach())
         loss, *stats = values_only(rows, reduction, with_stats=return_stats)
     return (loss, PSKDStats(*stats)) if return_stats else loss
 

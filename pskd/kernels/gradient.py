@@ -13,7 +13,7 @@ from pskd.kernels import Rows, RowValues, compute
 
 __all__ = ["is_traced", "scaled", "values_and_gradient", "values_only"]
 
-_CHUNK_ELEMENTS = 1 << 19  # of half precision, so many are converted at a time
+_CHUNK_ELEMENTS = 1 << 16  # of half precision, so many are converted at a time
 
 
 def is_traced(tensor: Tensor) -> bool:
@@ -26,12 +26,17 @@ def is_traced(tensor: Tensor) -> bool:
 def values_and_gradient(
     rows: Rows, reduction: str, *, with_stats: bool, inplace: bool
 ) -> tuple[RowValues, Tensor]:
-    """Return what `pskd.kernels.compute` does, and the gradient; over the logits if ``inplace``."""
+    """Return what `pskd.kernels.compute` does, and the gradient; over the logits if ``inplace``.
+
+    The logits are detached: with those that they are of they share memory and autograd's count of
+    its changes.
+    """
     logits = rows.logits
     if is_traced(logits):
         return _traced(rows, reduction, wants_grad=True)
-    # A view, so that autograd counts what is written as a change of the logits.
-    grad = logits.detach() if inplace else logits.new_empty(logits.shape)
+    grad = logits
+    if not inplace:
+        grad = torch.empty_like(logits, memory_format=torch.contiguous_format)
     values = compute(rows, reduction, grad, with_stats)
     if inplace:
         torch.autograd.graph.increment_version(logits)
