@@ -9,7 +9,7 @@ hidden states and output embedding at once. What stays is of the size of these t
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias, overload
 
 import torch
 import torch.nn.functional as F
@@ -41,6 +41,9 @@ class LinearTeacher(NamedTuple):
     bias: Tensor | None = None
 
 
+_Teacher: TypeAlias = LinearTeacher | TopK | Tensor | None
+
+
 class LinearStats(NamedTuple):
     """What is learned of each row on the way, where no logits are left to look at.
 
@@ -61,7 +64,7 @@ class _Problem(NamedTuple):
     """What a call is given beside the student."""
 
     target: Tensor
-    teacher: Tensor | TopK | LinearTeacher | None
+    teacher: _Teacher
     alpha: float | Tensor
     ignore_index: int
     label_smoothing: float
@@ -94,9 +97,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """Summed loss, and the statistics of each row; leaves the gradients of the sum on the way."""
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None, problem: _Problem):
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, problem: _Problem
+    ) -> tuple[Tensor | None, ...]:
         grads = _Gradients(hidden, weight, bias, ctx.needs_input_grad)
-        loss, *stats = _by_chunks(hidden, weight, bias, problem, grads)
+        loss, stats = _by_chunks(hidden, weight, bias, problem, grads)
         ctx.save_for_backward(grads.hidden, grads.weight, grads.bias)
         ctx.dtypes = hidden.dtype, weight.dtype
         ctx.mark_non_differentiable(*(tensor for tensor in stats if tensor is not None))
@@ -105,7 +110,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, upstream, *_stats):
+    def backward(ctx: Any, upstream: Tensor, *_stats: None) -> tuple[Tensor | None, ...]:
         grads = [
             None if grad is None else scaled(grad, upstream).to(dtype)
             for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes + ctx.dtypes[1:], strict=True)
@@ -116,13 +121,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
 class _Gradients:
     """The gradients of the summed loss, as far as they are wanted, grown chunk by chunk."""
 
-    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, wanted: tuple) -> None:
+    def __init__(
+        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, wanted: tuple[bool, ...]
+    ) -> None:
         self._weight = weight
         self.hidden = torch.empty_like(hidden) if wanted[0] else None
         # In half precision the last of many chunks would be too small to change the sum.
         dtype = sum_dtype(weight)
         self.weight = torch.zeros_like(weight, dtype=dtype) if wanted[1] else None
-        self.bias = torch.zeros_like(bias, dtype=dtype) if wanted[2] else None
+        self.bias = None
+        if bias is not None and wanted[2]:
+            self.bias = torch.zeros_like(bias, dtype=dtype)
 
     def add(self, part: slice, hidden: Tensor, grad: Tensor) -> None:
         """Add a chunk; ``grad`` is that on its (n, C) logits."""
@@ -143,7 +152,7 @@ def _by_chunks(
     bias: Tensor | None,
     problem: _Problem,
     grads: _Gradients | None,
-) -> tuple[Tensor | None, ...]:
+) -> tuple[Tensor, list[Tensor | None]]:
     """Return the summed loss and the fields of `LinearStats`, those of its top-k one by one."""
     step = max(1, max(_CHUNK_ELEMENTS, hidden.numel()) // weight.size(0))
     with_stats, chunks = problem.stats_top_k > 0, []
@@ -158,16 +167,48 @@ def _by_chunks(
             values, grad = values_and_gradient(rows, "none", with_stats=with_stats, inplace=True)
             grads.add(part, hidden[part], grad)
         chunks.append((*values, *top_k, preferred))
-    columns = zip(*chunks, strict=True)
-    loss, *stats = (None if column[0] is None else torch.cat(column) for column in columns)
-    return loss.sum(), *(stats if with_stats else ())
+    loss, *stats = zip(*chunks, strict=True)
+    joined = [None if column[0] is None else torch.cat(column) for column in stats]
+    return torch.cat(loss).sum(), joined if with_stats else []
+
+
+@overload
+def pskd_linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    teacher: _Teacher,
+    alpha: float | Tensor,
+    *,
+    bias: Tensor | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    reduction: str = "mean",
+    stats_top_k: int,
+) -> tuple[Tensor, LinearStats]: ...
+
+
+@overload
+def pskd_linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    teacher: _Teacher,
+    alpha: float | Tensor,
+    *,
+    bias: Tensor | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    reduction: str = "mean",
+    stats_top_k: Literal[0] = 0,
+) -> Tensor: ...
 
 
 def pskd_linear_cross_entropy(
     hidden: Tensor,
     weight: Tensor,
     target: Tensor,
-    teacher: LinearTeacher | TopK | Tensor | None,
+    teacher: _Teacher,
     alpha: float | Tensor,
     *,
     bias: Tensor | None = None,
@@ -214,10 +255,11 @@ def pskd_linear_cross_entropy(
         target.long(), _constant(teacher), alpha, ignore_index, float(label_smoothing), stats_top_k
     )
     tensors = (hidden, weight, bias)
+    loss: Tensor
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         loss, *stats = _LinearCrossEntropy.apply(*tensors, problem)
     else:
-        loss, *stats = _by_chunks(*tensors, problem, None)
+        loss, stats = _by_chunks(*tensors, problem, None)
     if reduction == "mean":
         loss = loss / (target != ignore_index).sum().clamp_min(1)
     if not stats_top_k:
@@ -226,10 +268,13 @@ def pskd_linear_cross_entropy(
     return loss, LinearStats(nll, at_label, TopK(indices, probs), preferred)
 
 
-def _constant(teacher: LinearTeacher | TopK | Tensor | None):
+def _constant(teacher: _Teacher) -> _Teacher:
     if teacher is None or isinstance(teacher, Tensor):
         return None if teacher is None else teacher.detach()
-    return type(teacher)(*(tensor if tensor is None else tensor.detach() for tensor in teacher))
+    if isinstance(teacher, TopK):
+        return TopK(teacher.indices, teacher.probs.detach())
+    hidden, weight, bias = teacher
+    return LinearTeacher(hidden.detach(), weight.detach(), None if bias is None else bias.detach())
 
 
 def _check(
@@ -237,17 +282,16 @@ def _check(
     weight: Tensor,
     bias: Tensor | None,
     target: Tensor,
-    teacher: LinearTeacher | TopK | Tensor | None,
+    teacher: _Teacher,
     reduction: str,
     stats_top_k: int,
 ) -> None:
-    _check_linear("hidden", "weight", "bias", hidden, weight, bias)
+    _check_linear("", hidden, weight, bias)
     rows, classes = len(hidden), len(weight)
     if target.dim() == 1 and len(target) != rows:
         raise ValueError(f"target: expected {rows} labels, got {len(target)}")
     if isinstance(teacher, LinearTeacher):
-        names = ("teacher.hidden", "teacher.weight", "teacher.bias")
-        _check_linear(*names, *teacher)
+        _check_linear("teacher.", *teacher)
         if (len(teacher.hidden), len(teacher.weight)) != (rows, classes):
             raise ValueError(
                 f"teacher: expected {rows} hidden states and {classes} classes, got "
@@ -260,10 +304,8 @@ def _check(
         raise ValueError(f"stats_top_k: expected 0 to {classes}, got {stats_top_k}")
 
 
-def _check_linear(
-    hidden_name: str, weight_name: str, bias_name: str, hidden: Tensor, weight: Tensor, bias
-) -> None:
-    for name, tensor in ((hidden_name, hidden), (weight_name, weight)):
+def _check_linear(owner: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    for name, tensor in ((f"{owner}hidden", hidden), (f"{owner}weight", weight)):
         if tensor.dim() != 2 or not tensor.dtype.is_floating_point:
             raise ValueError(
                 f"{name}: expected a floating-point matrix, got {tensor.dtype} of shape "
@@ -271,8 +313,8 @@ def _check_linear(
             )
     if hidden.size(1) != weight.size(1):
         raise ValueError(
-            f"{weight_name}: expected {hidden.size(1)} columns as {hidden_name} has, got "
+            f"{owner}weight: expected {hidden.size(1)} columns as {owner}hidden has, got "
             f"{weight.size(1)}"
         )
     if bias is not None and tuple(bias.shape) != (len(weight),):
-        raise ValueError(f"{bias_name}: expected shape ({len(weight)},), got {tuple(bias.shape)}")
+        raise ValueError(f"{owner}bias: expected shape ({len(weight)},), got {tuple(bias.shape)}")

@@ -8,7 +8,7 @@ One pass makes the loss and, on the way, the gradient on the logits, the only te
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -37,7 +37,9 @@ class _CrossEntropy(torch.autograd.Function):
     """The reduced loss, NLL and teacher's probability of the label; leaves the gradient."""
 
     @staticmethod
-    def forward(ctx, _logits: Tensor, rows: Rows, reduction: str, with_stats: bool, inplace: bool):
+    def forward(
+        ctx: Any, _logits: Tensor, rows: Rows, reduction: str, with_stats: bool, inplace: bool
+    ) -> Any:  # one tensor or three
         values, grad = values_and_gradient(rows, reduction, with_stats=with_stats, inplace=inplace)
         late_mean = reduction == "mean" and not gradient_is_of_mean(rows.logits, reduction)
         ctx.late_mean, ctx.ignore_index = late_mean, rows.ignore_index
@@ -49,7 +51,7 @@ class _CrossEntropy(torch.autograd.Function):
         return tuple(values)
 
     @staticmethod
-    def backward(ctx, upstream, *_stats):
+    def backward(ctx: Any, upstream: Tensor | None, *_stats: None) -> tuple[Tensor | None, ...]:
         if upstream is None:
             return None, None, None, None, None
         if not torch.compiler.is_compiling() and torch.is_grad_enabled():
@@ -61,7 +63,12 @@ class _CrossEntropy(torch.autograd.Function):
         return scaled(grad, upstream), None, None, None, None
 
 
-def _check(logits: Tensor, teacher_probs, teacher_logits, reduction: str) -> None:
+def _check(
+    logits: Tensor,
+    teacher_probs: Tensor | TopK | None,
+    teacher_logits: Tensor | None,
+    reduction: str,
+) -> None:
     if logits.dim() != 2 or not logits.dtype.is_floating_point:
         raise ValueError(
             f"logits: expected a floating-point tensor of shape (N, C), got {logits.dtype} of "
@@ -73,6 +80,38 @@ def _check(logits: Tensor, teacher_probs, teacher_logits, reduction: str) -> Non
         raise ValueError("expected teacher_probs or teacher_logits, got both")
     if isinstance(teacher_logits, TopK):
         raise ValueError("teacher_logits: expected a tensor, got TopK (give it as teacher_probs)")
+
+
+@overload
+def pskd_cross_entropy(
+    logits: Tensor,
+    target: Tensor,
+    teacher_probs: Tensor | TopK | None,
+    alpha: float | Tensor,
+    *,
+    teacher_logits: Tensor | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    reduction: str = "mean",
+    return_stats: Literal[False] = False,
+    inplace: bool = False,
+) -> Tensor: ...
+
+
+@overload
+def pskd_cross_entropy(
+    logits: Tensor,
+    target: Tensor,
+    teacher_probs: Tensor | TopK | None,
+    alpha: float | Tensor,
+    *,
+    teacher_logits: Tensor | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    reduction: str = "mean",
+    return_stats: Literal[True],
+    inplace: bool = False,
+) -> tuple[Tensor, PSKDStats]: ...
 
 
 def pskd_cross_entropy(

@@ -5,11 +5,12 @@ given in its place, as long as both arguments use the same one.
 """
 
 import math
+from typing import SupportsFloat
 
 __all__ = ["SCHEDULES", "check_alpha", "constant_alpha", "cosine_alpha", "linear_alpha"]
 
 
-def check_alpha(alpha: float, name: str = "alpha") -> float:
+def check_alpha(alpha: SupportsFloat, name: str = "alpha") -> float:
     """Return ``alpha`` as a float if it is a weight, that is a number in [0, 1].
 
     Raises:

@@ -170,8 +170,9 @@ def mix_targets(
     hard = F.one_hot(target.long(), num_classes)
     if teacher_probs is None:
         return hard.float() * (1.0 - label_smoothing) + label_smoothing / num_classes
-    is_sparse = isinstance(teacher_probs, TopK)
-    soft = teacher_probs.dense(num_classes) if is_sparse else _upcast(teacher_probs)
+    if isinstance(teacher_probs, TopK):
+        teacher_probs = teacher_probs.dense(num_classes)
+    soft = _upcast(teacher_probs)
     hard = hard.to(soft.dtype) * (1.0 - label_smoothing) + label_smoothing / num_classes
     weight = alpha[:, None].to(soft.dtype) if isinstance(alpha, Tensor) else alpha
     return (1.0 - weight) * hard + weight * soft

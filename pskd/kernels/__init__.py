@@ -12,7 +12,7 @@ from pskd.kernels import native
 from pskd.kernels.chunked import torch_rows
 from pskd.kernels.rows import Rows, RowValues, sum_dtype
 
-__all__ = ["Rows", "backend_of", "compute", "gradient_is_of_mean", "sum_dtype"]
+__all__ = ["RowValues", "Rows", "backend_of", "compute", "gradient_is_of_mean", "sum_dtype"]
 
 
 def backend_of(rows: Rows) -> str:
@@ -48,7 +48,7 @@ def compute(rows: Rows, reduction: str, grad: Tensor | None, with_stats: bool) -
         reduction: ``"none"``, ``"sum"``, or ``"mean"`` over the rows that are not ignored.
         grad: (N, C) as the logits, which it may be; is given the gradient of the sum, or of the
             mean where `gradient_is_of_mean`. None: not wanted.
-        with_stats: whether more than the loss is wanted; without, the others may be None.
+        with_stats: whether more than the loss is wanted; without, the others may be empty.
 
     Raises:
         ValueError: on the CPU, if a label, a class of a sparse prediction or an alpha is out of

@@ -53,8 +53,7 @@ def values_only(rows: Rows, reduction: str, *, with_stats: bool) -> RowValues:
 def _traced(rows: Rows, reduction: str, wants_grad: bool) -> tuple[RowValues, Tensor]:
     from pskd.kernels.operator import cross_entropy  # registered when it is first needed
 
-    *values, grad = cross_entropy(rows, reduction, wants_grad)
-    return RowValues(*values), grad
+    return cross_entropy(rows, reduction, wants_grad)
 
 
 def scaled(grad: Tensor, factor: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _LOGITS_A_THREAD = 1 << 15
 _REDUCTIONS = {"none": 0, "sum": 1, "mean": 2}
 _NO_MEMORY = 4
+_NOTHING = torch.empty(0)
 
 
 class _Call(ctypes.Structure):
@@ -88,7 +89,7 @@ def serves(rows: Rows) -> bool:
 def native_rows(
     rows: Rows, reduction: str, grad: Tensor | None, *, of_mean: bool, with_stats: bool
 ) -> RowValues:
-    """Return the reduced loss and, with ``with_stats``, the other values of each row, else None.
+    """Return the reduced loss and, with ``with_stats``, the other values of each row.
 
     Args:
         rows: that `serves` accepts.
@@ -105,7 +106,7 @@ def native_rows(
     logits, target = _with_dense_rows(rows.logits), rows.target.contiguous()
     count, classes = logits.shape
     loss = torch.empty(count if reduction == "none" else ())
-    nll, at_label = torch.empty((2, count)).unbind() if with_stats else (None, None)
+    nll, at_label = torch.empty((2, count)).unbind() if with_stats else (_NOTHING, _NOTHING)
     call = _Call(
         rows=count,
         classes=classes,
@@ -141,7 +142,9 @@ def native_rows(
         call.grad, call.grad_stride = grad.data_ptr(), grad.stride(0)
     if with_stats:
         call.nll, call.teacher_at_label = nll.data_ptr(), at_label.data_ptr()
-    problem = _library().pskd_rows(ctypes.byref(call))
+    library = _library()
+    assert library is not None, "not built: see serves"
+    problem = library.pskd_rows(ctypes.byref(call))
     if problem == _NO_MEMORY:
         raise MemoryError(f"pskd: no memory for rows of {classes} classes")
     if problem:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pskd.kernels import Rows, compute, sum_dtype
+from pskd.kernels import Rows, RowValues, compute, sum_dtype
 
 __all__ = ["cross_entropy"]
 
@@ -41,28 +41,28 @@ def _cross_entropy(
         logits, target, probs, teacher_logits, indices, weight, ignore_index, label_smoothing
     )
     grad = torch.empty(logits.shape if wants_grad else 0, dtype=logits.dtype, device=logits.device)
-    values = compute(rows, reduction, grad if wants_grad else None, with_stats=True)
-    return *(value.clone() for value in values), grad  # results may not share their memory
+    loss, nll, at_label = compute(rows, reduction, grad if wants_grad else None, with_stats=True)
+    return loss, nll.clone(), at_label.clone(), grad  # results may not share their memory
 
 
-@torch.library.register_fake(_NAME)
 def _shapes(
     logits: Tensor, target: Tensor, *others: object
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return what `_cross_entropy` does, without values."""
     *_, reduction, wants_grad = others
-    rows = [logits.new_empty(logits.size(0), dtype=sum_dtype(logits)) for _ in range(3)]
-    if reduction != "none":
-        rows[0] = rows[0].new_empty(())
+    nll, at_label = (logits.new_empty(logits.size(0), dtype=sum_dtype(logits)) for _ in range(2))
+    loss = nll.new_empty(logits.size(0) if reduction == "none" else ())
     grad = torch.empty(logits.shape if wants_grad else 0, dtype=logits.dtype, device=logits.device)
-    return *rows, grad
+    return loss, nll, at_label, grad
 
 
-def cross_entropy(
-    rows: Rows, reduction: str, wants_grad: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """As `pskd.kernels.compute` with statistics, and the gradient as a fourth tensor."""
+torch.library.register_fake(_NAME, _shapes)
+
+
+def cross_entropy(rows: Rows, reduction: str, wants_grad: bool) -> tuple[RowValues, Tensor]:
+    """As `pskd.kernels.compute` with statistics, and the gradient, if it is wanted."""
     by_row = isinstance(rows.alpha, Tensor)
-    return torch.ops.pskd.cross_entropy(
+    loss, nll, at_label, grad = torch.ops.pskd.cross_entropy(
         *rows[:5],
         rows.alpha if by_row else None,
         0.0 if by_row else rows.alpha,
@@ -70,3 +70,4 @@ def cross_entropy(
         reduction,
         wants_grad,
     )
+    return RowValues(loss, nll, at_label), grad

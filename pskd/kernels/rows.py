@@ -44,9 +44,11 @@ class RowValues(NamedTuple):
     """What is learned of each row; `sum_dtype` of the logits.
 
     Attributes:
-        loss: (N,) in nats, 0 in ignored rows.
+        loss: (N,) in nats, 0 in ignored rows; or reduced.
         nll: (N,) the student's negative log-likelihood of the label in nats, 0 in ignored rows.
         teacher_at_label: (N,) the past prediction's probability of the label, 1 in ignored rows.
+
+    The last two may be empty where they are not wanted.
     """
 
     loss: Tensor
