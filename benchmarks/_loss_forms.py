@@ -1,0 +1,175 @@
+"""What benchmarks/loss.py compares: the forms of the loss, and the rows that all are given.
+
+Shapes: N rows (samples, tokens or boxes), C classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pskd import TopK, mix_targets, pskd_cross_entropy
+
+__all__ = [
+    "ALPHA",
+    "BASE",
+    "COMPILED",
+    "KEPT",
+    "Case",
+    "Form",
+    "Step",
+    "check",
+    "forms_of",
+    "steps_of",
+]
+
+ALPHA = 0.8  # the paper's, at the end of training
+KEPT = 16  # classes of a sparse teacher
+BASE, COMPILED = "cross-entropy", "compiled"
+# Forms that leave sums to half precision are off by that much.
+TOLERANCES = {
+    torch.float32: {"rtol": 1e-4, "atol": 1e-6},
+    torch.float16: {"rtol": 2e-2, "atol": 1e-3},
+    torch.bfloat16: {"rtol": 5e-2, "atol": 5e-3},
+}
+
+Step = Callable[[], tuple[Tensor, Tensor]]  # to the loss and its gradient on the logits
+
+
+class Form(NamedTuple):
+    """A way to the loss, from (N, C) logits; ``in_place`` ones leave the gradient in them."""
+
+    loss: Callable[[Tensor], Tensor]
+    in_place: bool = False
+
+
+class Case(NamedTuple):
+    """The rows that all forms are given. The teacher is ready: its forward is none of the loss.
+
+    Attributes:
+        values: (N, C) the student's scores.
+        target: (N,) labels.
+        probs: (N, C) float32; the past prediction.
+        teacher_logits: (N, C) of the dtype of ``values``; its scores.
+        top_k: its largest classes.
+    """
+
+    values: Tensor
+    target: Tensor
+    probs: Tensor
+    teacher_logits: Tensor
+    top_k: TopK
+
+    @classmethod
+    def made_up(cls, rows: int, classes: int, dtype: torch.dtype, device: str) -> Case:
+        values, teacher = (
+            torch.randn(rows, classes, device=device).mul_(3.0).to(dtype) for _ in range(2)
+        )
+        target = torch.randint(classes, (rows,), device=device)
+        probs = teacher.float().softmax(dim=1)
+        kept, indices = probs.topk(min(KEPT, classes), dim=1)
+        return cls(values, target, probs, teacher, TopK(indices, kept))
+
+    def first(self, rows: int) -> Case:
+        """Return the case of the first rows only."""
+        dense = (part[:rows] for part in self[:4])
+        return Case(*dense, TopK(*(part[:rows] for part in self.top_k)))
+
+
+def forms_of(case: Case, *, compiled: bool) -> dict[str, Form]:
+    """Return all forms by name; in what ``compiled`` adds nothing is kept of earlier shapes."""
+    target, probs = case.target, case.probs
+    found = {
+        BASE: Form(partial(F.cross_entropy, target=target)),
+        "mixed target": Form(partial(_mixed, target=target, probs=probs)),
+        "published": Form(partial(_published, target=target, probs=probs)),
+    }
+    if compiled:
+        torch.compiler.reset()
+        plain = torch.compile(_plain, dynamic=False)
+        found[COMPILED] = Form(partial(plain, target=target, probs=probs))
+    teachers = {
+        "dense": {"teacher_probs": probs},
+        "logits": {"teacher_probs": None, "teacher_logits": case.teacher_logits},
+        "top-k": {"teacher_probs": case.top_k},
+    }
+    for name, teacher in teachers.items():
+        ours = partial(pskd_cross_entropy, target=target, alpha=ALPHA, **teacher)
+        found[f"pskd {name}"] = Form(ours)
+        found[f"pskd {name} in place"] = Form(partial(ours, inplace=True), in_place=True)
+    return found
+
+
+def _mixed(logits: Tensor, target: Tensor, probs: Tensor) -> Tensor:
+    return F.cross_entropy(logits, mix_targets(target, probs, ALPHA))
+
+
+def _published(logits: Tensor, target: Tensor, probs: Tensor) -> Tensor:
+    # Written from its description. It takes a one-hot row from an identity matrix, of 65 GB for
+    # 128,000 classes; writing the ones costs no more and is possible at any size.
+    one_hot = torch.zeros_like(probs).scatter_(1, target[:, None], 1.0)
+    mixed = (1.0 - ALPHA) * one_hot + ALPHA * probs
+    return -(mixed * logits.log_softmax(dim=1)).sum(dim=1).mean()
+
+
+def _plain(logits: Tensor, target: Tensor, probs: Tensor) -> Tensor:
+    hard, soft = F.cross_entropy(logits, target), F.cross_entropy(logits, probs)
+    return (1.0 - ALPHA) * hard + ALPHA * soft
+
+
+def steps_of(case: Case, forms: dict[str, Form]) -> dict[str, Step]:
+    """Return what computes each form's loss and gradient.
+
+    The forms in place share logits of their own, which hold the last gradient from the first step
+    on: what a loss costs does not depend on their values, and to restore them would cost a copy.
+    """
+    logits = _as_activations(case.values)
+    scratch = None
+    if any(form.in_place for form in forms.values()):
+        scratch = _as_activations(case.values)
+    return {
+        name: partial(_step, form, scratch if form.in_place else logits)
+        for name, form in forms.items()
+    }
+
+
+def _as_activations(values: Tensor) -> Tensor:
+    """Return a copy that is no leaf, as a network's logits are none, with nothing large below."""
+    return values + torch.zeros((), device=values.device, requires_grad=True)
+
+
+def _step(form: Form, logits: Tensor) -> tuple[Tensor, Tensor]:
+    loss = form.loss(logits)
+    # backward() might copy the gradient into a leaf's .grad, which is none of the loss.
+    (grad,) = torch.autograd.grad(loss, logits)
+    return loss.detach(), grad
+
+
+def check(case: Case, forms: dict[str, Form]) -> None:
+    """Raise AssertionError unless the forms agree with float64 in value and gradient.
+
+    ``forms`` are of ``case``, which is best small.
+    """
+    classes, tolerance = case.probs.size(1), TOLERANCES[case.values.dtype]
+    for name, form in forms.items():
+        probs = case.top_k.dense(classes) if "top-k" in name else case.probs
+        alpha = 0.0 if name == BASE else ALPHA
+        mixed = mix_targets(case.target, probs.double(), alpha)
+        exact = _step(Form(partial(F.cross_entropy, target=mixed)), _leaf(case.values.double()))
+        found = _step(form, _as_activations(case.values))
+        for what, value, wanted in zip(("loss", "gradient"), found, exact, strict=True):
+            torch.testing.assert_close(
+                value.double(),
+                wanted,
+                **tolerance,
+                msg=lambda text, name=name, what=what: f"{what} of {name}: {text}",
+            )
+
+
+def _leaf(values: Tensor) -> Tensor:
+    return values.detach().requires_grad_()
