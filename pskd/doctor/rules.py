@@ -163,6 +163,15 @@ def _framework_is_absent(env: Environment, part: str, way: Way, severity: str) -
     return Finding("warning", part, message, way.install)
 
 
+def _loss_is_not_compiled(env: Environment) -> Iterator[Finding]:
+    if env.said("pskd", "") == "not compiled":
+        message = (
+            "The loss was not compiled when pskd was installed, and runs on torch's operators: on "
+            "a CPU slower and with the same results. A C++ compiler (g++, clang++) mends that."
+        )
+        yield Finding("note", "core", message, INSTALL_PSKD)
+
+
 def _unsafe_load_is_forced(env: Environment) -> Iterator[Finding]:
     if env.variables.get(UNSAFE_LOAD, "").lower() in ("1", "y", "yes", "true"):
         message = (
@@ -204,6 +213,7 @@ RULES: tuple[Callable[[Environment], Iterator[Finding]], ...] = (
     _probes_did_not_finish,
     _steps_failed,
     _parts_are_absent,
+    _loss_is_not_compiled,
     _unsafe_load_is_forced,
     _pkg_resources_is_gone,
     _fairseq_checkpoints,

@@ -50,7 +50,9 @@ def made(versions=None, attempts=None, failures=None, asked=(), **fields) -> Env
     probes = {}
     for part in [p for p in doctor.PARTS if not asked or p in asked or p == "core"]:
         tried = {name: Attempt(True, f"{name} said this") for name in STEPS[part]}
-        tried |= {n: Attempt(False, e) for n, e in (attempts or {}).items() if n in tried}
+        for name, became in (attempts or {}).items():
+            if name in tried:  # an error, or what became of it
+                tried[name] = became if isinstance(became, Attempt) else Attempt(False, became)
         probes[part] = Probe(tried, (failures or {}).get(part, ""))
     env = Environment(
         python=(3, 11, 7),
@@ -172,6 +174,10 @@ RULE_CASES = {
     "timed out": (
         made(failures={"plots": "did not end within 1 seconds"}), "error", "plots",
         "did not end within 1 seconds", "pskd doctor plots --timeout",
+    ),
+    "loss not compiled": (
+        made(attempts={"pskd": Attempt(True, "not compiled")}), "note", "core",
+        "was not compiled", "pip install --no-deps --force-reinstall .",
     ),
     "numpy 2 under an old torch": (
         made(attempts={"numpy": "RuntimeError: Numpy is not available"}), "error", "core",
