@@ -26,7 +26,8 @@ class PSKDStats(NamedTuple):
 
     Attributes:
         nll: (N,) the student's negative log-likelihood of the label in nats, without any softening.
-        teacher_probs_at_label: (N,) the past prediction's probability of the label.
+        teacher_probs_at_label: (N,) the past prediction's probability of the label; of rows whose
+            alpha is 0 it need not have been looked at.
     """
 
     nll: Tensor

@@ -90,10 +90,14 @@ def watch(*stages: list[str]) -> tuple[list[Seen], str]:
     return seen, done.stderr
 
 
+#: A program, a C library that is loaded and not imported, and what only a GPU asks for.
+NOT_IMPORTED = ("__main__", "_native_rows", "triton_rows")
+
+
 def modules_of(package) -> list[str]:
-    """Return the package and all its modules, but not those that run when they are imported."""
+    """Return the package and all its modules that are imported wherever it runs."""
     found = pkgutil.walk_packages(package.__path__, package.__name__ + ".")
-    return [package.__name__, *(m.name for m in found if not m.name.endswith("__main__"))]
+    return [package.__name__, *(m.name for m in found if not m.name.endswith(NOT_IMPORTED))]
 
 
 @pytest.fixture(scope="module")

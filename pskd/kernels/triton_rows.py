@@ -1,0 +1,384 @@
+"""The loss and its gradient on a GPU: one Triton program a row, one reading and one writing.
+
+Shapes: N rows (samples, tokens or boxes), C classes, k kept classes of a sparse prediction.
+
+With z the logits, y the label, p the past prediction and ``m = max(z)``, a row needs
+``s = sum(exp(z - m))``, ``<p, z - m>`` and ``sum(p)``; where every class has a share (by label
+smoothing, or by the tail of a sparse p) also ``sum(z - m)``. One pass over blocks of classes
+gathers them, each block rescaling what those before it left (online softmax: Milakov and
+Gimelshein 2018); the softmax of teacher logits is taken in the same pass. What is summed are
+differences to the maximum, so that large logits do not cancel. A second pass writes
+
+    scale * (mass * softmax(z) - w_label * one_hot(y) - w_each - alpha * p)
+
+with mass ``1 - alpha + alpha * sum(p)``, w_label ``(1 - alpha) * (1 - eps)`` of the label's class
+and w_each ``(1 - alpha) * eps / C`` of each class.
+
+Memory: reads the (N, C) logits and the (N, C) or (N, k) past prediction, writes the (N, C) gradient
+and three numbers a row. A row that fits in one block is read once and held in registers. A longer
+one is read again for its gradient, from its end to its start: the last block is still at hand, and
+those before it are the likelier in cache the later they were read. A sparse prediction is never
+made dense: every class is given the tail, and the k listed ones are written over. Nothing is read
+of ignored rows, nor of the past prediction of a row whose alpha is 0.
+
+The gradient may take the place of the logits: every position is written after its last reading.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from pskd.kernels.rows import Rows, RowValues, sum_dtype
+
+__all__ = ["triton_rows"]
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+# The longest row held in registers, and the block that longer ones are read in. Compiled for
+# compute capability 9.0, no form with sums in float32 spills registers at these sizes.
+_LONGEST_IN_REGISTERS = 1 << 14
+_BLOCK = 1 << 13
+_ELEMENTS_PER_THREAD = 16
+
+# Where a maximum starts: below any logit but -inf, and differences to it are not inf - inf.
+_LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
+
+
+@triton.jit
+def _weigh(weight, value):
+    """Return ``weight * value``; 0 where the weight is 0, of a class at -inf too."""
+    return tl.where(weight == 0, 0.0, weight * value)
+
+
+@triton.jit
+def _read(logits, teacher, cols, classes, valid, soft, FORM: tl.constexpr, ACC: tl.constexpr):
+    """Return a block of the student's row and one of the teacher's, where that is dense."""
+    inside = cols < classes
+    z = tl.load(logits + cols, mask=inside & valid, other=float("-inf")).to(ACC)
+    t = z
+    if FORM == "probs":
+        t = tl.load(teacher + cols, mask=inside & soft, other=0.0).to(ACC)
+    if FORM == "logits":
+        t = tl.load(teacher + cols, mask=inside & soft, other=float("-inf")).to(ACC)
+    return z, t
+
+
+@triton.jit
+def _add_student(z, old, s, total, finite, NEEDS_TOTAL: tl.constexpr):
+    """Add a block to ``max(z)``, ``sum(exp(z - m))``, and sum and number of the finite ``z - m``.
+
+    Of finite ones, so that the listed classes of a sparse p can be taken out of the sum.
+    """
+    m = tl.maximum(old, tl.max(z, 0))
+    s = s * tl.exp(old - m) + tl.sum(tl.exp(z - m), 0)
+    if NEEDS_TOTAL:
+        is_finite = z != float("-inf")  # NaN is to go into the sum
+        total += _weigh(finite, old - m) + tl.sum(tl.where(is_finite, z - m, 0.0), 0)
+        finite += tl.sum(tl.where(is_finite, 1, 0), 0)
+    return m, s, total, finite
+
+
+@triton.jit
+def _add_teacher(z, t, old, m, top, mass, cross, FORM: tl.constexpr):
+    """Add a block to ``max(t)``, ``sum(q)``, ``<q, z - m>``; q is t, or ``exp(t - top)`` of logits.
+
+    So far ``cross`` was taken to ``old``, the student's maximum without this block.
+    """
+    q = t
+    cross += _weigh(mass, old - m)
+    if FORM == "logits":
+        last = top
+        top = tl.maximum(last, tl.max(t, 0))
+        fade = tl.exp(last - top)
+        mass *= fade
+        cross = _weigh(fade, cross)
+        q = tl.exp(t - top)
+    return top, mass + tl.sum(q, 0), cross + tl.sum(_weigh(q, z - m), 0)
+
+
+@triton.jit
+def _read_listed(indices, probs, logits, ks, kept, classes, soft, ACC: tl.constexpr):
+    """Return the listed classes, their p and z, and which are real; -1, 0 and -inf in padding."""
+    listed = (ks < kept) & soft
+    index = tl.load(indices + ks, mask=listed, other=-1)
+    is_class = (index >= 0) & (index < classes)
+    index = tl.where(is_class, index, -1).to(tl.int32)
+    p = tl.load(probs + ks, mask=listed, other=0.0).to(ACC)
+    p = tl.where(listed & (is_class == 0), float("nan"), p)  # an index that is none is not read
+    z = tl.load(logits + index, mask=is_class, other=float("-inf")).to(ACC)
+    return index, p, z, is_class
+
+
+@triton.jit
+def _sum_listed(p, z, m, total, finite, others):
+    """Return the tail that ``others`` classes have each, ``sum(p)`` and ``<p, z - m>``."""
+    listed_mass = tl.sum(p, 0)
+    tail = tl.where(others > 0, tl.maximum(1.0 - listed_mass, 0.0) / others, 0.0)
+    is_finite = z != float("-inf")
+    rest = total - tl.sum(tl.where(is_finite, z - m, 0.0), 0)
+    rest_finite = finite - tl.sum(tl.where(is_finite, 1, 0), 0)
+    rest = tl.where(rest_finite < others, float("-inf"), rest)
+    cross = tl.sum(_weigh(p, z - m), 0) + _weigh(tail, rest)
+    return tail, listed_mass + tail * others, cross
+
+
+@triton.jit
+def _softened(t, top, per_mass, tail, FORM: tl.constexpr):
+    """Return p of a block that was read."""
+    p = t
+    if FORM == "logits":
+        p = tl.exp(t - top) * per_mass
+    if FORM == "top_k" or FORM == "none":
+        p = tail
+    return p
+
+
+@triton.jit
+def _write(grad, cols, mask, z, p, m, label, factor, w_label, w_each, w_soft):
+    """Write ``factor * exp(z - m) - w_label * one_hot(y) - w_each - w_soft * p``."""
+    g = factor * tl.exp(z - m) - tl.where(cols == label, w_label, 0.0) - w_each - w_soft * p
+    tl.store(grad + cols, g.to(grad.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _rows_kernel(
+    logits,
+    logits_stride,
+    target,
+    teacher,
+    teacher_stride,
+    indices,
+    indices_stride,
+    alpha,
+    alpha_stride,
+    scale,
+    grad,
+    grad_stride,
+    loss,
+    nll,
+    teacher_at_label,
+    classes,
+    kept,
+    ignore_index,
+    FORM: tl.constexpr,
+    SMOOTHING: tl.constexpr,
+    ACC: tl.constexpr,
+    BLOCK: tl.constexpr,
+    IS_ONE_BLOCK: tl.constexpr,
+    KEPT_BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)  # N * C may exceed 2**31
+    logits += row * logits_stride
+    label = tl.load(target + row)
+    valid = label != ignore_index
+    is_class = valid & (label >= 0) & (label < classes)
+    label = tl.where(is_class, label, -1).to(tl.int32)
+    # Weights are 0 in ignored rows, and NaN where the label is no class: a GPU cannot raise without
+    # being waited for, and this must not go unnoticed.
+    w_soft = tl.where(valid, tl.load(alpha + row * alpha_stride).to(ACC), 0.0)
+    w_hard = tl.where(valid, tl.where(is_class, 1.0 - w_soft, float("nan")), 0.0)
+    w_label = w_hard * (1.0 - SMOOTHING)
+    w_each = w_hard * SMOOTHING / tl.cast(classes, ACC)
+    soft = valid & (w_soft != 0)
+
+    # Single classes are read first, as the gradient may be written over them.
+    z_label = tl.load(logits + label, mask=is_class, other=float("nan")).to(ACC)
+    t_label = tl.full((), 0.0, ACC)
+    if FORM != "none":
+        teacher += row * teacher_stride
+    if FORM == "probs" or FORM == "logits":
+        t_label = tl.load(teacher + label, mask=is_class & soft, other=0.0).to(ACC)
+    if FORM == "top_k":
+        indices += row * indices_stride
+        ks = tl.arange(0, KEPT_BLOCK)
+        index, p_listed, z_listed, is_listed = _read_listed(
+            indices, teacher, logits, ks, kept, classes, soft, ACC
+        )
+
+    NEEDS_TOTAL: tl.constexpr = FORM == "top_k" or SMOOTHING > 0
+    span = tl.arange(0, BLOCK)
+    z = tl.full((BLOCK,), float("-inf"), ACC)
+    t = z
+    m = tl.full((), _LOWEST, ACC)
+    top = m
+    s = tl.full((), 0.0, ACC)
+    total = s
+    mass = s
+    cross = s
+    finite = tl.full((), 0, tl.int32)
+    for start in range(0, BLOCK if IS_ONE_BLOCK else classes, BLOCK):
+        z, t = _read(logits, teacher, start + span, classes, valid, soft, FORM, ACC)
+        old = m
+        m, s, total, finite = _add_student(z, old, s, total, finite, NEEDS_TOTAL)
+        if FORM == "probs" or FORM == "logits":
+            top, mass, cross = _add_teacher(z, t, old, m, top, mass, cross, FORM)
+
+    tail = tl.full((), 0.0, ACC)
+    per_mass = tail
+    at_label = t_label
+    if FORM == "logits":
+        per_mass = tl.where(soft, 1.0 / mass, 0.0)
+        mass = tl.where(soft, 1.0, 0.0).to(ACC)
+        cross *= per_mass
+        at_label = tl.exp(t_label - top) * per_mass
+    if FORM == "top_k":
+        others = tl.cast(classes - kept, ACC)
+        tail, mass, cross = _sum_listed(p_listed, z_listed, m, total, finite, others)
+        is_label = index == label
+        at_label = tl.sum(tl.where(is_label, p_listed, 0.0), 0)
+        at_label = tl.where(tl.max(is_label.to(tl.int32), 0) > 0, at_label, tail)
+
+    log_s = tl.log(s)
+    log_p_label = z_label - m - log_s
+    value = _weigh(w_label, log_p_label) + _weigh(w_soft, cross - _weigh(mass, log_s))
+    if SMOOTHING > 0:
+        value += _weigh(w_each, tl.where(finite < classes, float("-inf"), total - classes * log_s))
+    tl.store(loss + row, tl.where(valid, -value, 0.0))
+    tl.store(nll + row, tl.where(valid, -log_p_label, 0.0))
+    at_label = tl.where(soft, at_label, 0.0)
+    tl.store(teacher_at_label + row, tl.where(valid, at_label, 1.0))
+
+    if grad is not None:
+        grad += row * grad_stride
+        scaled = tl.where(valid, tl.load(scale).to(ACC), 0.0)
+        factor = tl.where(valid, scaled * (w_hard + w_soft * mass) / s, 0.0)
+        w_label *= scaled
+        w_each *= scaled
+        w_soft *= scaled
+        cols = span
+        if not IS_ONE_BLOCK:
+            cols += (tl.cdiv(classes, BLOCK) - 1) * BLOCK
+        tl.debug_barrier()  # all threads have read the single classes and the block at hand
+        p = _softened(t, top, per_mass, tail, FORM)
+        _write(grad, cols, cols < classes, z, p, m, label, factor, w_label, w_each, w_soft)
+        if not IS_ONE_BLOCK:
+            for _ in range(1, tl.cdiv(classes, BLOCK)):
+                cols -= BLOCK
+                z, t = _read(logits, teacher, cols, classes, valid, soft, FORM, ACC)
+                p = _softened(t, top, per_mass, tail, FORM)
+                _write(grad, cols, cols < classes, z, p, m, label, factor, w_label, w_each, w_soft)
+        if FORM == "top_k":
+            tl.debug_barrier()  # the listed classes have been given the tail
+            _write(
+                grad,
+                index,
+                is_listed,
+                z_listed,
+                p_listed,
+                m,
+                label,
+                factor,
+                w_label,
+                w_each,
+                w_soft,
+            )
+
+
+def _on_device(value: Tensor | float, like: Tensor) -> Tensor:
+    """Return a tensor as it is, and a number as one on the device, which is not waited for."""
+    if isinstance(value, Tensor):
+        return value
+    return torch.full((), value, dtype=sum_dtype(like), device=like.device)
+
+
+def _unit_stride(tensor: Tensor | None) -> Tensor | None:
+    return tensor if tensor is None or tensor.stride(1) == 1 else tensor.contiguous()
+
+
+def _form(rows: Rows) -> str:
+    if rows.teacher_logits is not None:
+        return "logits"
+    if rows.probs is None:
+        return "none"
+    return "probs" if rows.indices is None else "top_k"
+
+
+def triton_rows(rows: Rows, scale: Tensor | float, grad: Tensor | None) -> RowValues:
+    """Return the values of each row, and write ``scale * dloss/dlogits`` into ``grad``.
+
+    Sums are made in float32, of float64 logits in float64; the past prediction may have another
+    dtype than the logits. Nothing here waits for the device.
+
+    Args:
+        rows: N rows of any C; strides of rows are honoured, classes that do not lie side by side
+            are copied. Labels and listed classes are not checked: one that is not in [0, C) makes
+            the loss and the gradient of its row NaN, and nothing is read or written for it.
+        scale: a number, or a tensor of one element on the device.
+        grad: (N, C) of the dtype of the logits, with classes side by side; may be the logits. None
+            if no gradient is wanted.
+
+    Returns:
+        Loss, NLL and the past prediction's probability of the label a row. The last is 0 in rows
+        whose alpha is 0, as their past prediction is not read, and where there is none.
+
+    Raises:
+        TypeError: if the logits are not float16, bfloat16, float32 or float64.
+        ValueError: if ``grad`` has another shape or dtype than the logits, or its classes do not
+            lie side by side.
+    """
+    _check(rows.logits, grad)
+    count = rows.logits.size(0)
+    values = RowValues(
+        *(rows.logits.new_empty(count, dtype=sum_dtype(rows.logits)) for _ in range(3))
+    )
+    if count:
+        # Triton launches on the current device.
+        with torch.cuda.device_of(rows.logits):
+            _launch(rows, scale, grad, values)
+    return values
+
+
+def _check(logits: Tensor, grad: Tensor | None) -> None:
+    if logits.dtype not in _DTYPES:
+        expected = ", ".join(str(dtype) for dtype in _DTYPES)
+        raise TypeError(f"logits: expected one of {expected}, got {logits.dtype}")
+    if grad is None:
+        return
+    if grad.shape != logits.shape or grad.dtype != logits.dtype:
+        raise ValueError(
+            f"grad: expected {logits.dtype} of shape {tuple(logits.shape)} as the logits, got "
+            f"{grad.dtype} of shape {tuple(grad.shape)}"
+        )
+    if grad.size(1) > 1 and grad.stride(1) != 1:
+        raise ValueError(f"grad: expected a stride of 1 over classes, got {grad.stride(1)}")
+
+
+def _launch(rows: Rows, scale: Tensor | float, grad: Tensor | None, values: RowValues) -> None:
+    count, classes = rows.logits.shape
+    form = _form(rows)
+    logits = _unit_stride(rows.logits)
+    teacher = _unit_stride(rows.teacher_logits if form == "logits" else rows.probs)
+    indices = _unit_stride(rows.indices)
+    alpha = _on_device(0.0 if form == "none" else rows.alpha, logits).expand(count)
+    kept = 0 if indices is None else indices.size(1)
+    is_one_block = classes <= _LONGEST_IN_REGISTERS
+    block = triton.next_power_of_2(max(classes, 1)) if is_one_block else _BLOCK
+    _rows_kernel[(count,)](
+        logits,
+        logits.stride(0),
+        rows.target.contiguous(),
+        teacher,
+        0 if teacher is None else teacher.stride(0),
+        indices,
+        0 if indices is None else indices.stride(0),
+        alpha,
+        alpha.stride(0),
+        _on_device(scale, logits),
+        grad,
+        0 if grad is None else grad.stride(0),
+        *values,
+        classes,
+        kept,
+        rows.ignore_index,
+        FORM=form,
+        SMOOTHING=float(rows.label_smoothing),
+        ACC=tl.float64 if values.loss.dtype == torch.float64 else tl.float32,
+        BLOCK=block,
+        IS_ONE_BLOCK=is_one_block,
+        KEPT_BLOCK=triton.next_power_of_2(max(kept, 1)),
+        # At least one element a thread: two threads are never given the same position to read.
+        num_warps=min(max(block // (32 * _ELEMENTS_PER_THREAD), 1), 32),
+    )
