@@ -5,6 +5,8 @@ Shapes: N rows, C classes.
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -12,19 +14,29 @@ from pskd.kernels import native
 from pskd.kernels.chunked import torch_rows
 from pskd.kernels.rows import Rows, RowValues, sum_dtype
 
-__all__ = ["RowValues", "Rows", "backend_of", "compute", "gradient_is_of_mean", "sum_dtype"]
+__all__ = [
+    "RowValues",
+    "Rows",
+    "backend_of",
+    "compute",
+    "gradient_is_of_mean",
+    "has_triton",
+    "sum_dtype",
+]
 
 
 def backend_of(rows: Rows) -> str:
     """Return what computes these rows: ``"native"``, ``"triton"`` or ``"torch"``."""
     if native.serves(rows):
         return "native"
-    if rows.logits.is_cuda and rows.logits.dtype != torch.float64 and _has_triton():
+    if rows.logits.is_cuda and rows.logits.dtype != torch.float64 and has_triton():
         return "triton"
     return "torch"
 
 
-def _has_triton() -> bool:
+@cache
+def has_triton() -> bool:
+    """Return whether Triton can be imported; asked for on a GPU only."""
     try:
         import triton  # noqa: F401
     except ImportError:
@@ -65,7 +77,7 @@ def _by_rows(rows: Rows, reduction: str, grad: Tensor | None, of_mean: bool) -> 
     if reduction == "mean":
         count = (rows.target != rows.ignore_index).sum().clamp_min(1)
         share = count.to(sum_dtype(rows.logits)).reciprocal()
-    scale = share if of_mean else 1.0
+    scale = share if of_mean and share is not None else 1.0
     if backend_of(rows) == "triton":
         from pskd.kernels.triton_rows import triton_rows as some_rows
     else:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from pskd.kernels import Rows, RowValues, compute
+from pskd.kernels import Rows, RowValues, compute, has_triton
 
 __all__ = ["is_traced", "scaled", "values_and_gradient", "values_only"]
 
@@ -73,9 +73,20 @@ def scaled(grad: Tensor, factor: Tensor) -> Tensor:
         return (matrix * factor).to(grad.dtype).view_as(grad)
     # Only a graph that is kept is asked for the saved gradient again.
     kept = torch._C._autograd._get_current_graph_task_keep_graph()
+    if grad.is_cuda:
+        return _scaled_on_gpu(matrix.clone() if kept else matrix, factor).view_as(grad)
     product = torch.empty_like(matrix) if kept else matrix
     step = max(1, _CHUNK_ELEMENTS // max(1, matrix.size(1)))
     parts = (part.split(step) for part in (matrix, factor.expand(len(matrix), 1), product))
     for part, by, out in zip(*parts, strict=True):
         torch.mul(part, by, out=out)  # by rows: half precision is converted on the way
     return product.view_as(grad)
+
+
+def _scaled_on_gpu(matrix: Tensor, factor: Tensor) -> Tensor:
+    if not has_triton():
+        return torch.mul(matrix, factor, out=matrix)
+    from pskd.kernels.triton_rows import triton_scale
+
+    triton_scale(matrix, factor)
+    return matrix

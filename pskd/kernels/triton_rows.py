@@ -33,7 +33,7 @@ from torch import Tensor
 
 from pskd.kernels.rows import Rows, RowValues, sum_dtype
 
-__all__ = ["triton_rows"]
+__all__ = ["triton_rows", "triton_scale"]
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -277,6 +277,18 @@ def _rows_kernel(
             )
 
 
+@triton.jit
+def _scale_kernel(grad, grad_stride, factor, factor_stride, classes, BLOCK: tl.constexpr):
+    """Multiply a block of a row by its factor; nothing is read or written where that is 1."""
+    row = tl.program_id(0).to(tl.int64)
+    by = tl.load(factor + row * factor_stride)
+    if by != 1.0:
+        cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        places = grad + row * grad_stride + cols
+        values = tl.load(places, mask=cols < classes)
+        tl.store(places, (values * by).to(values.dtype), mask=cols < classes)
+
+
 def _on_device(value: Tensor | float, like: Tensor) -> Tensor:
     """Return a tensor as it is, and a number as one on the device, which is not waited for."""
     if isinstance(value, Tensor):
@@ -284,8 +296,8 @@ def _on_device(value: Tensor | float, like: Tensor) -> Tensor:
     return torch.full((), value, dtype=sum_dtype(like), device=like.device)
 
 
-def _unit_stride(tensor: Tensor | None) -> Tensor | None:
-    return tensor if tensor is None or tensor.stride(1) == 1 else tensor.contiguous()
+def _unit_stride(tensor: Tensor) -> Tensor:
+    return tensor if tensor.stride(1) == 1 else tensor.contiguous()
 
 
 def _form(rows: Rows) -> str:
@@ -350,8 +362,9 @@ def _launch(rows: Rows, scale: Tensor | float, grad: Tensor | None, values: RowV
     count, classes = rows.logits.shape
     form = _form(rows)
     logits = _unit_stride(rows.logits)
-    teacher = _unit_stride(rows.teacher_logits if form == "logits" else rows.probs)
-    indices = _unit_stride(rows.indices)
+    given = rows.probs if rows.teacher_logits is None else rows.teacher_logits
+    teacher = None if given is None else _unit_stride(given)
+    indices = None if rows.indices is None else _unit_stride(rows.indices)
     alpha = _on_device(0.0 if form == "none" else rows.alpha, logits).expand(count)
     kept = 0 if indices is None else indices.size(1)
     is_one_block = classes <= _LONGEST_IN_REGISTERS
@@ -382,3 +395,22 @@ def _launch(rows: Rows, scale: Tensor | float, grad: Tensor | None, values: RowV
         # At least one element a thread: two threads are never given the same position to read.
         num_warps=min(max(block // (32 * _ELEMENTS_PER_THREAD), 1), 32),
     )
+
+
+def triton_scale(grad: Tensor, factor: Tensor) -> None:
+    """Multiply ``grad`` by ``factor`` in place, in the precision of the factor.
+
+    A factor of 1, the usual case, costs no pass over the gradient, and is not waited for.
+
+    Args:
+        grad: (N, C), classes side by side.
+        factor: one float32 or float64 number, or (N,), on the device.
+    """
+    rows, classes = grad.shape
+    if not grad.numel():
+        return
+    factor = factor.reshape(-1).expand(rows)
+    with torch.cuda.device_of(grad):
+        _scale_kernel[(rows, triton.cdiv(classes, _BLOCK))](
+            grad, grad.stride(0), factor, factor.stride(0), classes, BLOCK=_BLOCK
+        )

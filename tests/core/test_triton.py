@@ -67,11 +67,28 @@ def run(call: Call) -> tuple[RowValues, Tensor | None]:
         return module.triton_rows(call.rows, call.scale, grad), grad
 
 
-def _run_pickled(call: bytes) -> bytes:
+class Scaling(NamedTuple):
+    """A gradient that is to be multiplied, and by what."""
+
+    grad: Tensor
+    factor: Tensor
+
+
+def scale(call: Scaling) -> Tensor:
+    """Return the product that the kernel leaves in the gradient's place."""
+    from pskd.kernels import triton_rows as module
+
+    with mock.patch.object(module, "_BLOCK", 32):
+        module.triton_scale(*call)
+    return call.grad
+
+
+def _run_pickled(pickled: bytes) -> bytes:
     # Bytes: tensors would be moved into shared memory, the sender's too.
     numpy.seterr(all="ignore")  # NaN and infinities are meant
+    call = pickle.loads(pickled)
     try:
-        return pickle.dumps(run(pickle.loads(call)))
+        return pickle.dumps(scale(call) if isinstance(call, Scaling) else run(call))
     except Exception as error:
         return pickle.dumps(type(error)(str(error)))
 
@@ -532,6 +549,24 @@ def test_it_compiles_for_a_gpu_that_need_not_be_there(form, classes, monkeypatch
 def _type_of(argument: Tensor | int) -> str:
     kinds = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.int64: "i64"}
     return f"*{kinds.get(argument.dtype, 'fp32')}" if isinstance(argument, Tensor) else "i32"
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:3])
+@pytest.mark.parametrize("factor", [torch.tensor(2e5), torch.tensor([0.5, 1.0, 0.0])])
+def test_the_gradient_is_scaled_in_the_precision_of_the_factor(interpreter, dtype, factor):
+    grad = torch.linspace(-1e-4, 1e-4, 3 * 70).reshape(3, 70).to(dtype)  # 2e5 exceeds float16
+    got = interpreter(Scaling(grad.clone(), factor))
+    expected = (grad.float() * factor.reshape(-1, 1)).to(dtype)
+    # The interpreter cuts bfloat16 where a GPU rounds.
+    rounding = torch.finfo(dtype).eps if dtype == torch.bfloat16 else 0.0
+    torch.testing.assert_close(got, expected, rtol=rounding, atol=0.0)
+
+
+def test_a_factor_of_one_leaves_the_gradient_alone(interpreter):
+    grad = torch.full((2, 40), math.nan)
+    grad.view(torch.int32).fill_(0x7FA00001)  # which a product by 1 would change to a quiet NaN
+    got = interpreter(Scaling(grad.clone(), torch.tensor(1.0)))
+    assert torch.equal(got.view(torch.int32), grad.view(torch.int32))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
