@@ -1,6 +1,6 @@
 # make demo    train baselines and PS-KD, translation and detection; print a table, write pictures
 # make test    run the tests
-# make lint    run ruff
+# make lint    run ruff and mypy
 #
 # Each makes .venv first if it is not there or constraints.txt has changed.
 
@@ -32,6 +32,7 @@ test: setup
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 setup: .venv/installed
 

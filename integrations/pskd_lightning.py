@@ -20,7 +20,7 @@ With ``PSKDCallback(teacher="snapshot")`` the data set stays as it is and the lo
 import torch.nn.functional as F
 from lightning.pytorch import Callback
 
-from pskd.criterion import make_criterion
+from pskd.criterion import MemoryCriterion, SnapshotCriterion, make_criterion
 
 __all__ = ["PSKDCallback"]
 
@@ -44,8 +44,8 @@ class PSKDCallback(Callback):
 
     def __init__(self, num_classes: int = 0, **options) -> None:
         self._num_classes, self._options = num_classes, options
-        self.criterion = None
-        self._state = {}  # of a checkpoint, until the training starts
+        self.criterion: MemoryCriterion | SnapshotCriterion | None = None
+        self._state: dict = {}  # of a checkpoint, until the training starts
 
     def setup(self, trainer, pl_module, stage: str) -> None:
         pl_module.pskd = lambda logits, target, *_, **__: F.cross_entropy(logits, target)
@@ -61,10 +61,12 @@ class PSKDCallback(Callback):
         pl_module.pskd, self._state = self.criterion, {}
 
     def on_train_epoch_start(self, trainer, pl_module) -> None:
+        assert self.criterion is not None
         if trainer.current_epoch >= self.criterion.epoch:  # else it resumes inside one
             self.criterion.begin_epoch(trainer.current_epoch + 1)
 
     def on_train_epoch_end(self, trainer, pl_module) -> None:
+        assert self.criterion is not None
         self.log_dict(self.criterion.take_means(), sync_dist=True)
 
     def state_dict(self) -> dict:

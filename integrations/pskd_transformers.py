@@ -29,6 +29,8 @@ class PSKDTrainerMixin(TrainerCallback):
         ValueError: before the first step, for options, data or epochs that do not serve.
     """
 
+    _signature_columns: list[str]
+
     def __init__(self, *args, pskd_options: dict | None = None, **kwargs) -> None:
         super().__init__(*args, **kwargs)
         self._options = {"label_smoothing": self.args.label_smoothing_factor} | (pskd_options or {})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,7 @@ from pskd.run.files import written_aside
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.text import Text
 
 __all__ = ["INK", "RUN_COLORS", "literal", "new_figure", "save", "short", "style"]
 
@@ -57,7 +59,7 @@ def short(name: str) -> str:
     return f" {name}" if name.startswith("_") else name
 
 
-def literal(texts) -> None:
+def literal(texts: Iterable[Text]) -> None:
     # A run called "$lr$" is a name, not a formula.
     for text in texts:
         text.set_parse_math(False)

@@ -14,7 +14,9 @@ import mmap
 import os
 import shutil
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -90,7 +92,7 @@ class FileTable:
         self._map.close()
 
 
-def create_file(path: Path, header: dict, rows: int, record_bytes: int) -> None:
+def create_file(path: Path, header: Mapping[str, object], rows: int, record_bytes: int) -> None:
     """Write a header and take room for M records of zeros.
 
     Raises:
@@ -128,7 +130,9 @@ def finish_file(part: Path, path: Path) -> None:
     os.replace(part, path)
 
 
-def check_file(path: Path, expected: dict, rows: int, record_bytes: int, *, whole: bool) -> None:
+def check_file(
+    path: Path, expected: Mapping[str, object], rows: int, record_bytes: int, *, whole: bool
+) -> None:
     """Look at a file before its records are used.
 
     Args:
@@ -146,7 +150,8 @@ def check_file(path: Path, expected: dict, rows: int, record_bytes: int, *, whol
     header = _read_header(path)
     for key, value in expected.items():
         if header.get(key) != value:
-            raise ValueError(f"{path}: expected {key} {value!r}, got {header.get(key)!r}")
+            hint = ", that of another training" if key == "run" else ""
+            raise ValueError(f"{path}: expected {key} {value!r}, got {header.get(key)!r}{hint}")
     size = _HEADER_BYTES + rows * record_bytes
     if path.stat().st_size != size:
         raise ValueError(f"{path}: expected {size:,} bytes, got {path.stat().st_size:,}: cut off")
@@ -160,25 +165,27 @@ def check_file(path: Path, expected: dict, rows: int, record_bytes: int, *, whol
         raise ValueError(f"{path}: damaged: expected CRC-32 {header['crc32']:#x}, got {found:#x}")
 
 
-def _encode(header: dict) -> bytes:
-    text = json.dumps({"format": FORMAT} | header).encode()
+def _encode(header: Mapping[str, object]) -> bytes:
+    text = json.dumps({"format": FORMAT, **header}).encode()
     assert len(text) < _HEADER_BYTES
     return text.ljust(_HEADER_BYTES)
 
 
-def _read_header(path: Path) -> dict:
+def _read_header(path: Path) -> dict[str, object]:
     with open(path, "rb") as file:
         text = file.read(_HEADER_BYTES)
     try:
         header = json.loads(text)
     except ValueError as error:
         raise ValueError(f"{path}: expected a file of {FORMAT!r}, got another") from error
-    if not isinstance(header, dict) or header.get("format") != FORMAT:
-        raise ValueError(f"{path}: expected a file of {FORMAT!r}, got another")
+    found = header.get("format") if isinstance(header, dict) else None
+    if found != FORMAT:
+        got = "another" if found is None else repr(found)
+        raise ValueError(f"{path}: expected a file of {FORMAT!r}, got {got}")
     return header
 
 
-def _checksum(file) -> int:
+def _checksum(file: BinaryIO) -> int:
     checksum = 0
     file.seek(_HEADER_BYTES)
     while chunk := file.read(_CHUNK_BYTES):

@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import operator
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 __all__ = [
@@ -29,6 +31,11 @@ __all__ = [
 ]
 
 Array = Tensor | np.ndarray
+Booleans = NDArray[np.bool_]
+Floats = NDArray[np.floating]
+Doubles = NDArray[np.float64]
+Integers = NDArray[np.int64]
+Kind = TypeVar("Kind", bound=np.generic)
 
 # A float16 or bfloat16 softmax sums to 1 within half a unit in the last place (up to 0.002), plus,
 # over a large vocabulary, what its smallest entries lost. Logits and log-probabilities lie far off.
@@ -54,7 +61,7 @@ def _check_vector(name: str, values: Tensor, rows: int | None = None) -> None:
         raise ValueError(f"{name}: expected shape {expected}, got {tuple(values.shape)}")
 
 
-def _float_rows(name: str, values: Array, rows: int | None = None) -> np.ndarray:
+def _float_rows(name: str, values: Array, rows: int | None = None) -> Floats:
     """Return a vector in the precision that is computed in: float64 kept, halves to float32."""
     values = _as_tensor(name, values)
     _check_vector(name, values, rows)
@@ -127,7 +134,7 @@ def _label_nll(probs: Tensor, target: Tensor) -> Tensor:
     return -probs.gather(1, target[:, None]).squeeze(1).cpu().double().log()
 
 
-def _top1(probs: Tensor, target: Tensor) -> tuple[np.ndarray, np.ndarray]:
+def _top1(probs: Tensor, target: Tensor) -> tuple[Floats, Booleans]:
     """Return the confidence (N,) and whether the prediction is the label (N,)."""
     confidence, predicted = probs.max(dim=1)
     return _float_rows("probs", confidence), (predicted == target).cpu().numpy()
@@ -135,7 +142,7 @@ def _top1(probs: Tensor, target: Tensor) -> tuple[np.ndarray, np.ndarray]:
 
 def _confidence_rows(
     confidence: Array, correct: Array, *, unit_range: bool
-) -> tuple[np.ndarray, np.ndarray]:
+) -> tuple[Floats, Booleans]:
     """Return a confidence (N,) float and a correct (N,) bool array, checked."""
     confidence = _float_rows("confidence", confidence)
     correct = _correct_rows(correct, len(confidence))
@@ -149,7 +156,7 @@ def _confidence_rows(
     return confidence, correct
 
 
-def _correct_rows(correct: Array, rows: int | None = None) -> np.ndarray:
+def _correct_rows(correct: Array, rows: int | None = None) -> Booleans:
     correct = _as_tensor("correct", correct)
     _check_vector("correct", correct, rows)
     if correct.dtype != torch.bool:
@@ -171,9 +178,9 @@ class ReliabilityBins:
         correct_sum: (B,) int64, how many of them are correct.
     """
 
-    count: np.ndarray
-    confidence_sum: np.ndarray
-    correct_sum: np.ndarray
+    count: Integers
+    confidence_sum: Doubles
+    correct_sum: Integers
 
     @classmethod
     def empty(cls, bins: int) -> ReliabilityBins:
@@ -182,17 +189,17 @@ class ReliabilityBins:
         return cls(np.zeros(bins, np.int64), np.zeros(bins), np.zeros(bins, np.int64))
 
     @property
-    def edges(self) -> np.ndarray:
+    def edges(self) -> Doubles:
         """The bins' borders, (B + 1,) float64 from 0 to 1."""
         return np.arange(len(self.count) + 1) / len(self.count)
 
     @property
-    def confidence(self) -> np.ndarray:
+    def confidence(self) -> Doubles:
         """The mean confidence in each bin, (B,) float64; NaN where a bin is empty."""
         return self._mean(self.confidence_sum)
 
     @property
-    def accuracy(self) -> np.ndarray:
+    def accuracy(self) -> Doubles:
         """The fraction of correct rows in each bin, (B,) float64; NaN where a bin is empty."""
         return self._mean(self.correct_sum)
 
@@ -207,7 +214,7 @@ class ReliabilityBins:
         _check_not_empty(total)
         return float(np.abs(self.correct_sum - self.confidence_sum).sum() / total)
 
-    def _mean(self, total: np.ndarray) -> np.ndarray:
+    def _mean(self, total: Doubles | Integers) -> Doubles:
         return np.where(self.count > 0, total / np.maximum(self.count, 1), np.nan)
 
     def __add__(self, other: ReliabilityBins) -> ReliabilityBins:
@@ -224,14 +231,15 @@ class ReliabilityBins:
         )
 
 
-def _fill_bins(confidence: np.ndarray, correct: np.ndarray, bins: int) -> ReliabilityBins:
+def _fill_bins(confidence: Floats, correct: Booleans, bins: int) -> ReliabilityBins:
     # Borders rounded to the data's own precision: a float32 0.6 belongs to the bin that ends at
     # 0.6, though as a float64 it lies above it.
     borders = (np.arange(1, bins) / bins).astype(confidence.dtype)
     index = np.searchsorted(borders, confidence, side="left")
     return ReliabilityBins(
         np.bincount(index, minlength=bins),
-        np.bincount(index, weights=confidence, minlength=bins),
+        # Of no rows they are whole numbers, whatever the weights.
+        np.asarray(np.bincount(index, weights=confidence, minlength=bins), np.float64),
         np.bincount(index[correct], minlength=bins),
     )
 
@@ -307,7 +315,7 @@ def expected_calibration_error(probs: Array, target: Array, *, bins: int = 15) -
     return _fill_bins(*_top1(*_check_pair(probs, target)), bins).expected_calibration_error
 
 
-def risk_coverage_curve(confidence: Array, correct: Array) -> tuple[np.ndarray, np.ndarray]:
+def risk_coverage_curve(confidence: Array, correct: Array) -> tuple[Doubles, Doubles]:
     """The error rate among the most confident rows, at every number of rows kept.
 
     Without ties equals ``coverage = arange(1, N + 1) / N`` and ``risk = cumsum(~correct[order]) /
@@ -340,7 +348,7 @@ def risk_coverage_curve(confidence: Array, correct: Array) -> tuple[np.ndarray, 
     return kept / len(kept), even / kept
 
 
-def optimal_risk_coverage_curve(correct: Array) -> tuple[np.ndarray, np.ndarray]:
+def optimal_risk_coverage_curve(correct: Array) -> tuple[Doubles, Doubles]:
     """The curve of a confidence that ranks every correct row above every wrong one.
 
     Equals ``risk_coverage_curve(correct, correct)``.
@@ -410,7 +418,7 @@ def _optimal_aurc(correct: Array) -> float:
     return float(optimal_risk_coverage_curve(correct)[1].mean())
 
 
-def _joined(parts: list[np.ndarray]) -> np.ndarray:
+def _joined(parts: list[NDArray[Kind]]) -> NDArray[Kind]:
     """Return the parts as one array, and leave them joined for the next call."""
     if len(parts) > 1:
         parts[:] = [np.concatenate(parts)]
@@ -435,8 +443,8 @@ class ConfidenceAccumulator:
         self._bins = ReliabilityBins.empty(bins)
         self._nll_sum = 0.0
         # An empty float32 part in front, so that there is always something to join.
-        self._confidence = [np.empty(0, np.float32)]
-        self._correct = [np.empty(0, bool)]
+        self._confidence: list[Floats] = [np.empty(0, np.float32)]
+        self._correct: list[Booleans] = [np.empty(0, bool)]
 
     @property
     def count(self) -> int:
@@ -444,12 +452,12 @@ class ConfidenceAccumulator:
         return int(self._bins.count.sum())
 
     @property
-    def confidence(self) -> np.ndarray:
+    def confidence(self) -> Floats:
         """All confidences so far, (N,) float32 (float64 if some came as float64)."""
         return _joined(self._confidence)
 
     @property
-    def correct(self) -> np.ndarray:
+    def correct(self) -> Booleans:
         """Whether each row so far is correct, (N,) bool."""
         return _joined(self._correct)
 
@@ -495,7 +503,7 @@ class ConfidenceAccumulator:
         # Copies, because the caller may fill the same buffers with the next batch.
         self._add(confidence.copy(), correct.copy(), float(nll.sum(dtype=np.float64)))
 
-    def _add(self, confidence: np.ndarray, correct: np.ndarray, nll_sum: float) -> None:
+    def _add(self, confidence: Floats, correct: Booleans, nll_sum: float) -> None:
         if len(confidence) == 0:
             return
         self._bins = self._bins + _fill_bins(confidence, correct, len(self._bins.count))

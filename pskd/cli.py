@@ -38,7 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         SystemExit: with status 2 if the arguments are wrong, 0 after ``--help``.
     """
     args = _parser().parse_args(argv)
-    return args.run(args)
+    status: int = args.run(args)
+    return status
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -51,7 +52,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_doctor(commands: argparse._SubParsersAction) -> None:
+def _add_doctor(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     command = commands.add_parser(
         "doctor",
         help="say what is installed, what does not fit, and what mends it",
@@ -77,7 +78,7 @@ def _add_doctor(commands: argparse._SubParsersAction) -> None:
     command.set_defaults(run=_doctor)
 
 
-def _add_report(commands: argparse._SubParsersAction) -> None:
+def _add_report(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     command = commands.add_parser(
         "report",
         help="compare runs of any task on one page",

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 __all__ = ["MemoryCriterion", "SnapshotCriterion", "make_criterion"]
 
+_IGNORED = -100  # torch's label of rows that do not count
+
 
 class _MemoryOptions(TypedDict, total=False):
     """Options of `PredictionMemory`."""
@@ -170,9 +172,16 @@ class _Criterion(ABC):
                     f"{name}: expected {state['options'][name]!r}, with which the state was "
                     f"trained, got {value!r}"
                 )
+        if not 0 <= state["epoch"] <= self.num_epochs:
+            raise ValueError(
+                f"epoch: expected a state of epoch 0 to {self.num_epochs}, got {state['epoch']}"
+            )
+        examples = self.examples if "examples" in state else None
+        if examples is not None:
+            examples.check_state_dict(state["examples"])
         self._load_teacher(state)
-        if self.examples is not None and "examples" in state:
-            self.examples.load_state_dict(state["examples"])
+        if examples is not None:
+            examples.load_state_dict(state["examples"])
         self._set_epoch(state["epoch"])
 
     @abstractmethod
@@ -391,7 +400,10 @@ class SnapshotCriterion(_Criterion):
         alpha = None
         if past is not None:
             alpha = torch.full((len(logits),), self.alpha, device=logits.device)
-        rows = None if rows is None else check_given(rows, len(logits))
+        if rows is not None:
+            rows = check_given(rows, len(logits))
+            if self.examples is not None:
+                check_range(rows, self.examples.num_rows)
         return self._loss(logits, target, past, alpha, rows, recorded=recorded)
 
     def _turn(self) -> None:
@@ -406,7 +418,11 @@ class SnapshotCriterion(_Criterion):
         return state | ({"teacher": self.teacher.state_dict()} if inside_epoch else {})
 
     def _load_teacher(self, state: dict[str, Any]) -> None:
-        self.teacher.load_state_dict(state.get("teacher", {"model": None}), self._student)
+        try:
+            self.teacher.load_state_dict(state.get("teacher", {"model": None}), self._student)
+        except RuntimeError as error:  # a line for each weight that does not fit
+            first = str(error).split("\n\t")[:2][-1]
+            raise ValueError(f"teacher: expected the weights of this model: {first}") from error
 
 
 def make_criterion(
@@ -440,10 +456,15 @@ def make_criterion(
 
 
 def _cross_entropy(logits: Tensor, target: Tensor, label_smoothing: float = 0.0) -> Tensor:
-    """Return torch's mean loss to the last bit, after a look at the labels."""
+    """Return the mean loss without a teacher, on the CPU torch's to the last bit.
+
+    Not where rows are ignored: torch's is NaN if all of them are, or if one of them holds NaN.
+    """
+    fits = logits.dim() == 2 and logits.shape[:1] == target.shape and len(target) > 0
+    if not fits or target.device.type != "cpu" or bool((target == _IGNORED).any()):
+        return pskd_cross_entropy(logits, target, None, 0.0, label_smoothing=label_smoothing)
     check_rows(target, logits.size(1), None)
-    if target.device.type == "cpu":
-        check_labels(target, logits.size(1), ignore_index=-100)
+    check_labels(target, logits.size(1), ignore_index=None)
     logits = logits if logits.dtype == torch.float64 else logits.float()
     return F.cross_entropy(logits, target, label_smoothing=label_smoothing)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Callable
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -99,11 +99,11 @@ def sum_over_processes(values: Tensor) -> Tensor:
     return shared.to(values.device)
 
 
-def gather(value: object) -> list | None:
+def gather(value: Result) -> list[Result] | None:
     """Return every process's value in the first process, in the order of ranks; None elsewhere."""
     if not is_distributed():
         return [value]
-    parts = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+    parts = [value] * dist.get_world_size() if dist.get_rank() == 0 else None
     dist.gather_object(value, parts)
     return parts
 
@@ -144,13 +144,15 @@ def on_first_process(function: Callable[[], Result]) -> Result:
     if not is_distributed():
         return function()
     result, error = _attempt(function) if is_first() else (None, None)
-    told = [result, _message(error)]
+    told: list[Any] = [result, _message(error)]
     dist.broadcast_object_list(told, src=0)
     if error is not None:
         raise error
-    if told[1] is not None:
-        raise RuntimeError(f"the first process failed: {told[1]}")
-    return told[0]
+    first: Result
+    first, message = told
+    if message is not None:
+        raise RuntimeError(f"the first process failed: {message}")
+    return first
 
 
 class Machines:
@@ -198,6 +200,7 @@ class Machines:
 
     def all_gather(self, part: Tensor) -> list[Tensor]:
         """Return each machine's (n, B) tensor, of any n; called by the first process of each."""
+        assert isinstance(self._firsts, dist.ProcessGroup)  # as whoever belongs to the group has it
         return _all_gather(part, self._firsts, part.device)
 
 
@@ -228,13 +231,15 @@ def _meeting_place(values: Tensor) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if by_gpu else values.device
 
 
-def _all_gather(part: Tensor, group: object, device: torch.device) -> list[Tensor]:
+def _all_gather(
+    part: Tensor, group: dist.ProcessGroup | None, device: torch.device
+) -> list[Tensor]:
     """Gather tensors of different length in one collective after that of their lengths."""
     count = dist.get_world_size(group)
     own = torch.tensor([len(part)], device=device)
-    lengths = [torch.empty_like(own) for _ in range(count)]
-    dist.all_gather(lengths, own, group=group)
-    lengths = [int(length) for length in lengths]
+    all_lengths = [torch.empty_like(own) for _ in range(count)]
+    dist.all_gather(all_lengths, own, group=group)
+    lengths = [int(length) for length in all_lengths]
     sent = part.new_zeros(max(lengths), *part.shape[1:], device=device)
     sent[: len(part)] = part
     received = [torch.empty_like(sent) for _ in range(count)]

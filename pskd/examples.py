@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pskd.distributed import is_first, sum_over_processes
+from pskd.rows import check_count
 
 __all__ = ["ExampleStats"]
 
@@ -26,12 +27,15 @@ class ExampleStats:
         num_rows: M.
         device: where the sums lie, 16 bytes a sample.
 
+    Raises:
+        ValueError: for a number of samples that is none.
+
     Source: Kim et al. 2021, section 3.2 (hard example mining).
     """
 
     def __init__(self, num_rows: int, device: torch.device | str = "cpu") -> None:
-        self.num_rows = num_rows
-        self._sums = torch.zeros(num_rows, 4, device=device)
+        self.num_rows = check_count("num_rows", num_rows)
+        self._sums = torch.zeros(self.num_rows, 4, device=device)
 
     @torch.no_grad()
     def add(
@@ -79,12 +83,16 @@ class ExampleStats:
         Raises:
             ValueError: for the sums of another number of samples.
         """
+        self.check_state_dict(state)
+        self._sums.zero_()
+        if is_first():
+            self._sums.copy_(state["sums"])
+
+    def check_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Raise ValueError where `load_state_dict` would."""
         sums = state["sums"]
         if sums.shape != self._sums.shape:
             raise ValueError(f"examples: expected {len(self._sums)} samples, got {len(sums)}")
-        self._sums.zero_()
-        if is_first():
-            self._sums.copy_(sums)
 
     def _total(self) -> Tensor:
         return sum_over_processes(self._sums.clone()).cpu()

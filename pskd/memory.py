@@ -13,13 +13,14 @@ import logging
 import re
 import secrets
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pskd._table import PART, FileTable, MemoryTable, check_file, create_file, finish_file
 from pskd.distributed import Machines, Processes, barrier, on_first_process
-from pskd.rows import check_range
+from pskd.rows import check_count, check_range
 from pskd.targets import TopK
 
 __all__ = ["PredictionMemory"]
@@ -65,7 +66,7 @@ class PredictionMemory:
         device: where the records lie, in RAM.
 
     Raises:
-        ValueError: if a size, the dtype or the momentum is none.
+        ValueError: if a size, the dtype or the momentum is none, or ``path`` is a file.
 
     Source: Kim et al. 2021, section 3.1, the form that keeps all of last epoch's predictions; the
     average is that of Laine and Aila 2017, section 2.2, without its bias correction: a row's first
@@ -84,9 +85,13 @@ class PredictionMemory:
         fingerprint: str = "",
         device: torch.device | str = "cpu",
     ) -> None:
-        _check_sizes(num_rows, num_classes, top_k, dtype, momentum)
+        num_rows = check_count("num_rows", num_rows)
+        num_classes = check_count("num_classes", num_classes)
+        _check_options(num_classes, top_k, dtype, momentum)
         if path is not None and torch.device(device).type != "cpu":
             raise ValueError(f"device: expected cpu for a memory in a file, got {device}")
+        if path is not None and Path(path).exists() and not Path(path).is_dir():
+            raise ValueError(f"path: expected a folder for the memory's files, got the file {path}")
         self.num_rows, self.num_classes, self.top_k = num_rows, num_classes, top_k
         self.dtype, self.momentum, self.fingerprint = dtype, momentum, fingerprint
         self.path = None if path is None else Path(path)
@@ -112,25 +117,26 @@ class PredictionMemory:
 
         Raises:
             OSError: ENOSPC where the disk has no room for another epoch; the last one stays.
+            ValueError: if another training writes to the same folder.
         """
-        if self.path is None:
-            if self._meet().count > 1 and self._present is not None:
-                self._exchange()
-            self._past, self._present = self._present, self._new_table()
+        peers, present = self._meet(), self._present
+        if isinstance(peers, Processes):  # in RAM
+            if peers.count > 1 and present is not None:
+                self._exchange(present)
+            self._past, self._present = present, self._new_table()
             self.epoch += 1
             return
-        machines = self._meet()
         if self.epoch == 0:
             self._run = on_first_process(lambda: secrets.token_hex(8))
-        if self._present is not None:
-            self._present.flush()
+        if present is not None:
+            present.flush()
             barrier()  # everybody has written
-            if machines.count > 1:
-                machines.on_each(self._exchange)
+            if peers.count > 1:
+                peers.on_each(lambda: self._exchange(present))
         self._close_tables()
         # A framework asks the first process alone for its state.
         saved = on_first_process(lambda: self._saved_epoch)
-        machines.on_each(lambda: self._turn_files(saved))
+        peers.on_each(lambda: self._turn_files(saved))
         self.epoch += 1
         self._past = self._open(self._file(self.epoch - 1)) if self.epoch > 1 else None
         self._present = self._open(self._part(self.epoch))
@@ -178,6 +184,7 @@ class PredictionMemory:
         self._put(rows, self._encode(probs))
 
     def _put(self, rows: Tensor, records: Tensor) -> None:
+        assert self._present is not None  # an epoch was begun
         table = self._present.records
         rows, records = rows.to(table.device), records.to(table.device)
         # A process that is killed in between leaves a row that was not written, not a torn one.
@@ -203,15 +210,15 @@ class PredictionMemory:
         records[:, -1].clamp_max_(_WRITTEN_HERE)
         self._put(rows, records)
 
-    def state_dict(self) -> dict:
+    def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint keeps: plain values, and in RAM the records.
 
         With ``path`` the records stay in their files, which are brought to the disk here. In RAM
         it is a collective of all processes.
         """
         if self.path is None and self._meet().count > 1 and self._present is not None:
-            self._exchange()
-        state = {"header": self._header(), "epoch": self.epoch}
+            self._exchange(self._present)
+        state: dict[str, Any] = {"header": self._header(), "epoch": self.epoch}
         if self.path is not None:
             if self._present is not None:
                 self._present.flush()
@@ -221,7 +228,7 @@ class PredictionMemory:
             state[name] = None if table is None else table.records.cpu().clone()
         return state
 
-    def load_state_dict(self, state: dict) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where `state_dict` was called, in the middle of an epoch or at its end.
 
         Raises:
@@ -231,26 +238,25 @@ class PredictionMemory:
         if not isinstance(state, dict) or not {"header", "epoch"} <= state.keys():
             got = sorted(state) if isinstance(state, dict) else type(state).__name__
             raise ValueError(f"expected a memory's state with 'header' and 'epoch', got {got}")
-        if self.path is not None:
-            self._meet()
+        peers = self._meet()
         run = state["header"].get("run")
         for key, value in (self._header() | {"run": run}).items():
             if state["header"].get(key) != value:
                 raise ValueError(
                     f"memory: expected {key} {value!r}, got {state['header'].get(key)!r}"
                 )
-        if self.path is None:
+        if isinstance(peers, Processes):  # in RAM
             self._load_tables(state)
             return
         epoch, before = state["epoch"], self._run
         self._run = run
         try:
-            self._peers.on_each(lambda: self._check_files(epoch))
+            peers.on_each(lambda: self._check_files(epoch))
         except Exception:
             self._run = before
             raise
         self._close_tables()
-        self._peers.on_each(lambda: self._reopen_part(epoch))
+        peers.on_each(lambda: self._reopen_part(epoch))
         self.epoch = self._saved_epoch = epoch
         self._past = self._open(self._file(epoch - 1)) if epoch > 1 else None
         self._present = self._open(self._part(epoch)) if epoch else None
@@ -264,15 +270,16 @@ class PredictionMemory:
     # ---- records -------------------------------------------------------------------------------
 
     def _to_kept_form(self, probs: Tensor | TopK, rows: int) -> Tensor | TopK:
-        is_sparse = isinstance(probs, TopK)
-        shape = tuple(probs.probs.shape if is_sparse else probs.shape)
-        width = self._width if is_sparse else self.num_classes
-        if shape != (rows, width) or (is_sparse and self.top_k is None):
+        if isinstance(probs, TopK):
+            shape, width = tuple(probs.probs.shape), self.top_k
+        else:
+            shape, width = tuple(probs.shape), self.num_classes
+        if shape != (rows, width):
             form = f"({rows}, {self.num_classes}) probabilities"
             if self.top_k is not None:
                 form += f" or TopK of ({rows}, {self._width})"
             raise ValueError(f"probs: expected {form}, got {type(probs).__name__} of {shape}")
-        if is_sparse:
+        if isinstance(probs, TopK):
             return TopK(probs.indices.detach().long(), probs.probs.detach().float())
         if self.top_k is None:
             return probs.detach().float()
@@ -282,8 +289,9 @@ class PredictionMemory:
     def _average(self, rows: Tensor, new: Tensor | TopK) -> Tensor | TopK:
         past, seen = self.read(rows)
         weight = (self.momentum * seen)[:, None]
-        if isinstance(new, Tensor):
+        if isinstance(new, Tensor) and isinstance(past, Tensor):
             return new.lerp(past, weight)
+        assert isinstance(new, TopK) and isinstance(past, TopK)  # both in the kept form
         # No class outside of both lists can be larger in the mean than one of the k.
         indices = torch.cat([new.indices, past.indices], dim=1)
         mean = self._lookup(new, indices).lerp(self._lookup(past, indices), weight)
@@ -333,7 +341,7 @@ class PredictionMemory:
 
     # ---- epochs --------------------------------------------------------------------------------
 
-    def _header(self) -> dict:
+    def _header(self) -> dict[str, object]:
         return {
             "rows": self.num_rows,
             "classes": self.num_classes,
@@ -356,8 +364,10 @@ class PredictionMemory:
         return self._peers
 
     def _folder(self) -> Path:
-        is_alone = self._peers is None or self._peers.count == 1
-        return self.path if is_alone else self.path / f"machine_{self._peers.number}"
+        assert self.path is not None  # in RAM nobody asks
+        if self._peers is None or self._peers.count == 1:
+            return self.path
+        return self.path / f"machine_{self._peers.number}"
 
     def _file(self, epoch: int) -> Path:
         return self._folder() / f"epoch_{epoch:05d}.pskd"
@@ -377,19 +387,19 @@ class PredictionMemory:
                 table.close()
         self._past = self._present = None
 
-    def _exchange(self) -> None:
+    def _exchange(self, table: MemoryTable | FileTable) -> None:
         """Give each peer (machine, or process in RAM) the rows that the others wrote.
 
         A row that several wrote is the last peer's everywhere. A received row is marked, so that
         after a resume it is not sent back over what its own machine has written since.
         """
-        table, step = self._present, max(1, _EXCHANGE_BYTES // self.bytes_per_row)
+        peers, step = self._meet(), max(1, _EXCHANGE_BYTES // self.bytes_per_row)
         for start in range(0, self.num_rows, step):
             part = table.records[start : start + step]
             rows = (part[:, -1] == _WRITTEN_HERE).nonzero()
             sent = torch.cat([_view(rows.int(), torch.uint8), part[rows[:, 0]]], dim=1)
-            for peer, received in enumerate(self._peers.all_gather(sent)):
-                if peer != self._peers.number:
+            for peer, received in enumerate(peers.all_gather(sent)):
+                if peer != peers.number:
                     received[:, -1] = _WRITTEN_ELSEWHERE
                 part[_view(received[:, :4], torch.int32)[:, 0].long()] = received[:, 4:]
             table.touched(step)
@@ -398,6 +408,8 @@ class PredictionMemory:
     def _turn_files(self, saved_epoch: int | None) -> None:
         """Complete this epoch's file, make the next one's, and delete what nobody needs."""
         if self.epoch:
+            # Another training in this folder would have put its own file in its place.
+            self._check_file(self._part(self.epoch), self.epoch, whole=False)
             finish_file(self._part(self.epoch), self._file(self.epoch))
         header = self._header() | {"epoch": self.epoch + 1}
         create_file(self._part(self.epoch + 1), header, self.num_rows, self.bytes_per_row)
@@ -420,16 +432,17 @@ class PredictionMemory:
         expected = self._header() | {"epoch": epoch}
         try:
             check_file(path, expected, self.num_rows, self.bytes_per_row, whole=whole)
-        except FileNotFoundError as error:
-            raise ValueError(f"{path}: expected the predictions of epoch {epoch}, got none") from (
-                error
-            )
+        except (FileNotFoundError, IsADirectoryError) as error:
+            got = "none" if isinstance(error, FileNotFoundError) else "a folder"
+            raise ValueError(
+                f"{path}: expected the predictions of epoch {epoch}, got {got}"
+            ) from error
 
     def _reopen_part(self, epoch: int) -> None:
         if epoch and not self._part(epoch).exists():
             self._file(epoch).rename(self._part(epoch))
 
-    def _load_tables(self, state: dict) -> None:
+    def _load_tables(self, state: dict[str, Any]) -> None:
         shape = (self.num_rows, self.bytes_per_row)
         for name in ("past", "present"):
             records = state.get(name)
@@ -467,12 +480,9 @@ def _index_dtype(num_classes: int) -> torch.dtype:
     return torch.int16 if num_classes <= 1 << 16 else torch.int32
 
 
-def _check_sizes(
-    num_rows: int, num_classes: int, top_k: int | None, dtype: torch.dtype, momentum: float
+def _check_options(
+    num_classes: int, top_k: int | None, dtype: torch.dtype, momentum: float
 ) -> None:
-    for name, value in (("num_rows", num_rows), ("num_classes", num_classes)):
-        if value < 1:
-            raise ValueError(f"{name}: expected at least 1, got {value}")
     if top_k is not None and not 1 <= top_k <= num_classes:
         raise ValueError(f"top_k: expected 1 to {num_classes} classes, got {top_k}")
     if dtype not in _DTYPES.values():

@@ -12,7 +12,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -26,37 +26,39 @@ from pskd.calibration import (
 )
 
 if TYPE_CHECKING:
+    from matplotlib.artist import Artist
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 __all__ = ["epoch_plot", "reliability_diagram", "risk_coverage_plot"]
 
 Runs = Mapping[str, tuple[Array, Array]]
+Look = dict[str, Any]  # keywords of an artist
 
 # How each thing in a reliability diagram looks, in its panel and in the legend.
-_ACCURACY = {
+_ACCURACY: Look = {
     "label": "accuracy",
     "facecolor": "#5B9BC8",
     "edgecolor": "white",
     "linewidth": 0.7,
 }
-_OVERCONFIDENT = {
+_OVERCONFIDENT: Look = {
     "label": "gap, overconfident",
     "facecolor": "#FBE3D3",
     "edgecolor": "#D55E00",
     "hatch": "////",
     "linewidth": 0.7,
 }
-_UNDERCONFIDENT = {
+_UNDERCONFIDENT: Look = {
     "label": "gap, underconfident",
     "facecolor": "#D2EFE4",
     "edgecolor": "#009E73",
     "hatch": "\\\\\\\\",
     "linewidth": 0.7,
 }
-_PERFECT = {"label": "perfect calibration", "color": INK, "linewidth": 1.1, "linestyle": "--"}
-_MEAN_ACCURACY = {"label": "mean accuracy", "color": "#0072B2", "linewidth": 1.8}
-_MEAN_CONFIDENCE = {
+_PERFECT: Look = {"label": "perfect calibration", "color": INK, "linewidth": 1.1, "linestyle": "--"}
+_MEAN_ACCURACY: Look = {"label": "mean accuracy", "color": "#0072B2", "linewidth": 1.8}
+_MEAN_CONFIDENCE: Look = {
     "label": "mean confidence",
     "color": INK,
     "linewidth": 1.8,
@@ -121,10 +123,16 @@ def _reliability_legend(figure: Figure, columns: int) -> None:
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
-    handles = [Patch(**look) for look in (_ACCURACY, _OVERCONFIDENT, _UNDERCONFIDENT)]
+    handles: list[Artist] = [Patch(**look) for look in (_ACCURACY, _OVERCONFIDENT, _UNDERCONFIDENT)]
     handles += [Line2D([], [], **look) for look in (_PERFECT, _MEAN_ACCURACY, _MEAN_CONFIDENCE)]
-    place = {"loc": "outside lower center", "ncols": 2 if columns == 1 else 3}
-    figure.legend(handles=handles, fontsize=9, labelcolor=INK, frameon=False, **place)
+    figure.legend(
+        handles=handles,
+        loc="outside lower center",
+        ncols=2 if columns == 1 else 3,
+        fontsize=9,
+        labelcolor=INK,
+        frameon=False,
+    )
 
 
 def reliability_diagram(runs: Runs, path: str | os.PathLike[str], *, bins: int = 15) -> Path:
@@ -266,12 +274,11 @@ def epoch_plot(records: Sequence[Mapping[str, float]], path: str | os.PathLike[s
     axes = figure.add_subplot()
     for (name, points), color in zip(curves.items(), RUN_COLORS, strict=False):
         if points:
-            look = {"color": color, "linewidth": 1.8, "marker": "o", "markersize": 3}
+            look: Look = {"color": color, "linewidth": 1.8, "marker": "o", "markersize": 3}
             axes.plot(*zip(*points, strict=True), label=_EPOCH_CURVES[name], **look)
     axes.set_xlabel("epoch", color=INK)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.locator_params(axis="x", integer=True)
     axes.set_ylim(top=1.0)
     style(axes)
-    place = {"loc": "outside lower center", "ncols": 2}
-    figure.legend(fontsize=9, labelcolor=INK, frameon=False, **place)
+    figure.legend(loc="outside lower center", ncols=2, fontsize=9, labelcolor=INK, frameon=False)
     return save(figure, path)

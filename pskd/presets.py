@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 from pskd.calibration import (
     Array,
+    Booleans,
+    Floats,
     _correct_rows,
     _float_rows,
     aurc,
@@ -120,21 +122,23 @@ def measure(
     return {key: float(value) for key, value in raw.items()}
 
 
-def _nll_rows(nll: Array, rows: int):
-    nll = _float_rows("nll", nll, rows)
-    if not (nll >= 0.0).all():  # also true of NaN
-        raise ValueError(f"nll: expected values of at least 0, got {nll.min():g}")
-    return nll
+def _nll_rows(nll: Array, rows: int) -> Floats:
+    values = _float_rows("nll", nll, rows)
+    if not (values >= 0.0).all():  # also true of NaN
+        raise ValueError(f"nll: expected values of at least 0, got {values.min():g}")
+    return values
 
 
-def _named_rows(name: str, flags: Array, rows: int):
+def _named_rows(name: str, flags: Array, rows: int) -> Booleans:
     try:
         return _correct_rows(flags, rows)
     except ValueError as error:
         raise ValueError(str(error).replace("correct", name, 1)) from error
 
 
-def _metrics(bins: int, fraction: tuple, area: tuple, nll_digits: int) -> dict[str, Metric]:
+def _metrics(
+    bins: int, fraction: tuple[str, float, int], area: tuple[str, float, int], nll_digits: int
+) -> dict[str, Metric]:
     return {
         "top1_error": Metric(
             "Top-1 error", "How often the most probable class is not the label.", *fraction

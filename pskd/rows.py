@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
-__all__ = ["ROWS", "WithRows", "check_distinct", "check_given", "check_range"]
+__all__ = ["ROWS", "WithRows", "check_count", "check_distinct", "check_given", "check_range"]
 
 #: The key of the row numbers where a sample is a mapping.
 ROWS = "pskd_rows"
 
 
-class WithRows(Dataset):
+class _MapStyle(Protocol):
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, row: int, /) -> object: ...
+
+
+class WithRows(Dataset[tuple[Any, ...] | dict[str, Any]]):
     """A map-style data set that tells with each sample which one it is.
 
     A tuple ``(inputs, target)`` becomes ``(row, inputs, target)``, a mapping gets the key
@@ -27,7 +35,7 @@ class WithRows(Dataset):
         ValueError: for a data set without a length, such as an iterable one, or without samples.
     """
 
-    def __init__(self, dataset: Dataset) -> None:
+    def __init__(self, dataset: _MapStyle) -> None:
         name = type(dataset).__name__
         if isinstance(dataset, IterableDataset):
             raise ValueError(f"dataset: expected one with indices, got the iterable {name}")
@@ -42,7 +50,7 @@ class WithRows(Dataset):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, row: int) -> tuple | dict:
+    def __getitem__(self, row: int) -> tuple[Any, ...] | dict[str, Any]:
         sample = self.dataset[row]
         if isinstance(sample, Mapping):
             return {**sample, ROWS: row}
@@ -51,6 +59,17 @@ class WithRows(Dataset):
         raise ValueError(
             f"dataset: expected a sample to be a tuple or a mapping, got {type(sample).__name__}"
         )
+
+
+def check_count(name: str, value: int) -> int:
+    """Return a number of rows or classes as an int; raise ValueError unless it is at least 1."""
+    try:
+        count = operator.index(value)
+    except TypeError:
+        raise ValueError(f"{name}: expected an integer, got {value!r}") from None
+    if count < 1:
+        raise ValueError(f"{name}: expected at least 1, got {count}")
+    return count
 
 
 def check_given(rows: object, count: int) -> Tensor:

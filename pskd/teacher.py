@@ -90,10 +90,11 @@ class SnapshotTeacher:
         if weights is None:
             self._model = None
             return
-        if self._model is None and student is None:
+        source = self._model if student is None else student
+        if source is None:
             raise ValueError("expected a student to take the architecture from, got none")
         # torch loads what fits before it raises: a mismatch must leave the teacher that was.
-        model = self._frozen_copy(self._model if student is None else student)
+        model = self._frozen_copy(source)
         model.load_state_dict(weights)
         self._model = model
 

@@ -11,9 +11,10 @@ import hashlib
 import importlib
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -35,6 +36,20 @@ DIGITS_TEST_SHARE = 0.3
 _STATS = {"digits": DIGITS_STATS, "cifar10": CIFAR10_STATS, "cifar100": CIFAR100_STATS}
 
 
+class Source(Protocol):
+    """What samples are read from."""
+
+    @property
+    def classes(self) -> Sequence[object]: ...
+
+    @property
+    def targets(self) -> Sequence[int] | np.ndarray | Tensor: ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, row: int, /) -> tuple[Image.Image, int]: ...
+
+
 class Images(Dataset):
     """Some samples of a source, seen through a transform.
 
@@ -43,7 +58,7 @@ class Images(Dataset):
         ids: (M,) a name for each sample, stable from run to run.
     """
 
-    def __init__(self, source: Dataset, ids: Sequence[str], indices: Sequence[int], transform):
+    def __init__(self, source: Source, ids: Sequence[str], indices: Iterable[int], transform):
         self._source, self._indices, self._transform = source, list(indices), transform
         self.targets = torch.as_tensor(source.targets)[self._indices].long()
         self.ids = [ids[i] for i in self._indices]
@@ -132,7 +147,7 @@ def load_splits(
     return Splits(classes, train, images.get("val"), images["test"], fingerprint)
 
 
-def check_source(part: str, source: Dataset, classes: Sequence[str]) -> list[str]:
+def check_source(part: str, source: Source, classes: Sequence[str]) -> list[str]:
     """Return a name for each sample of a source.
 
     Raises:
@@ -173,7 +188,7 @@ def check_source(part: str, source: Dataset, classes: Sequence[str]) -> list[str
     return ids
 
 
-def _ids(source: Dataset) -> list[str]:
+def _ids(source: Source) -> list[str]:
     if hasattr(source, "ids"):
         return [str(name) for name in source.ids]
     if hasattr(source, "samples") and hasattr(source, "root"):  # torchvision's folders
@@ -229,7 +244,7 @@ class Digits(Dataset):
         return Image.fromarray(self._images[i]), int(self.targets[i])
 
 
-def _sources(name: str, root: str | Path | None, download: bool) -> dict[str, Dataset]:
+def _sources(name: str, root: str | Path | None, download: bool) -> dict[str, Source]:
     if name == "digits":
         return {"train": Digits(is_test=False), "test": Digits(is_test=True)}
     if ":" in name:
@@ -254,7 +269,7 @@ def _sources(name: str, root: str | Path | None, download: bool) -> dict[str, Da
         ) from error
 
 
-def _folders(root: Path) -> dict[str, Dataset]:
+def _folders(root: Path) -> dict[str, Source]:
     found = {part: root / part for part in ("train", "val", "test") if (root / part).is_dir()}
     if "train" not in found or len(found) < 2:
         raise ValueError(
@@ -269,7 +284,7 @@ def _folders(root: Path) -> dict[str, Dataset]:
         raise ValueError(f"--data-dir: {error}") from error
 
 
-def _own_sources(name: str, root: str | Path | None) -> dict[str, Dataset]:
+def _own_sources(name: str, root: str | Path | None) -> dict[str, Source]:
     module, _, function = name.partition(":")
     sys.path.insert(0, "")  # modules beside the command, as with python -m
     try:
@@ -293,7 +308,7 @@ def _as_rgb(image: object) -> Image.Image:
     return image.convert("RGB")
 
 
-def _size_of(source: Dataset) -> int:
+def _size_of(source: Source) -> int:
     width, height = _as_rgb(source[0][0]).size
     if width != height:
         raise ValueError(

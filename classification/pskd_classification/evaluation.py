@@ -11,10 +11,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Subset
 
 from pskd import presets
 from pskd.distributed import World, gather
+from pskd_classification.data import Images
 
 __all__ = ["Rows", "measure", "predict", "rows_of"]
 
@@ -39,7 +40,7 @@ class Rows(NamedTuple):
 
 @torch.no_grad()
 def predict(
-    model: nn.Module, images: Dataset, world: World, *, batch_size: int, workers: int, amp: bool
+    model: nn.Module, images: Images, world: World, *, batch_size: int, workers: int, amp: bool
 ) -> tuple[Tensor, Tensor] | None:
     """Score a data set, each process its share of it; a collective.
 
@@ -62,8 +63,10 @@ def predict(
     parts = gather((torch.cat(logits), torch.cat(labels)) if logits else None)
     if parts is None:
         return None
-    all_logits = parts[0][0].new_empty(len(images), parts[0][0].size(1))
-    all_labels = parts[0][1].new_empty(len(images))
+    first = parts[0]
+    assert first is not None  # of any samples the first process has some
+    all_logits = first[0].new_empty(len(images), first[0].size(1))
+    all_labels = first[1].new_empty(len(images))
     for rank, part in enumerate(parts):
         if part is not None:  # fewer samples than processes
             all_logits[rank :: world.size], all_labels[rank :: world.size] = part

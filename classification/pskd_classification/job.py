@@ -191,6 +191,7 @@ def _objective(job: Job) -> Objective:
         "label_smoothing": args.label_smoothing,
         "examples": examples,
     }
+    criterion: MemoryCriterion | SnapshotCriterion
     if args.pskd_teacher == "snapshot":
         criterion = SnapshotCriterion(job.model, **common)
     else:
@@ -230,6 +231,7 @@ def _scheduler(
     args: argparse.Namespace, optimizer: torch.optim.Optimizer
 ) -> lr_scheduler.LRScheduler:
     warmup = args.lr_warmup_epochs
+    main: lr_scheduler.LRScheduler
     if args.lr_schedule == "cosine":
         main = lr_scheduler.CosineAnnealingLR(optimizer, max(1, args.epochs - warmup))
     else:

@@ -93,22 +93,22 @@ class Objective:
     def _plain(self, logits: Tensor, rows: Tensor, images: Tensor, target: Tensor) -> Tensor:
         """Return the loss of images that are not mixed."""
         if self._virtual is not None:
-            return self._virtual_loss(logits, target)
+            return self._virtual_loss(self._virtual, logits, target)
         if isinstance(self.criterion, SnapshotCriterion):
             return self.criterion(logits, target, images, rows=rows)
         return self.criterion(logits, target, rows)
 
     def _part(self, logits: Tensor, images: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
         """Return the loss of mixed images against the labels and rows of one of their parts."""
-        criterion = self.criterion
-        if self._virtual is not None:
-            return lambda target, _rows: self._virtual_loss(logits, target)
+        criterion, virtual = self.criterion, self._virtual
+        if virtual is not None:
+            return lambda target, _rows: self._virtual_loss(virtual, logits, target)
         if isinstance(criterion, SnapshotCriterion):
             past = criterion.score(images)
             return lambda target, _rows: criterion.loss(logits, target, past, recorded=False)
         return lambda target, rows: criterion.loss(logits, target, rows, recorded=False)
 
-    def _virtual_loss(self, logits: Tensor, target: Tensor) -> Tensor:
+    def _virtual_loss(self, virtual: VirtualTeacher, logits: Tensor, target: Tensor) -> Tensor:
         smoothing = self.criterion.label_smoothing
-        past, alpha = self._virtual.past(target), self._virtual.alpha
+        past, alpha = virtual.past(target), virtual.alpha
         return pskd_cross_entropy(logits, target, past, alpha, label_smoothing=smoothing)

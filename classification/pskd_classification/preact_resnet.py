@@ -52,6 +52,11 @@ class PreActResNet(nn.Module):
     Networks with Stochastic Depth".
     """
 
+    layer1: nn.Sequential
+    layer2: nn.Sequential
+    layer3: nn.Sequential
+    layer4: nn.Sequential
+
     def __init__(
         self,
         blocks: Sequence[int],

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
+from torch import Tensor
 
 from pskd.run.files import write_json, written_aside
 from pskd_classification.data import Images
@@ -56,7 +57,7 @@ def write_csv(folder: Path) -> None:
 
 
 def write_examples(
-    folder: Path, train: Images, classes: tuple[str, ...], statistics: tuple | None
+    folder: Path, train: Images, classes: tuple[str, ...], statistics: tuple[Tensor, Tensor]
 ) -> None:
     """Write what happened to each training sample: examples.npz and reweighted.json.
 
@@ -66,15 +67,15 @@ def write_examples(
         statistics: of `ExampleStats.compute`.
     """
     difficulty, rescaling = (values.numpy() for values in statistics)
-    arrays = {
-        "ids": np.array(train.ids),
-        "label": train.targets.numpy(),
-        "difficulty": difficulty,
-        "rescaling": rescaling,
-        "classes": np.array(classes),
-    }
     with written_aside(folder / "examples.npz") as aside:
-        np.savez_compressed(aside, **arrays)
+        np.savez_compressed(
+            aside,
+            ids=np.array(train.ids),
+            label=train.targets.numpy(),
+            difficulty=difficulty,
+            rescaling=rescaling,
+            classes=np.array(classes),
+        )
     known = np.flatnonzero(np.isfinite(rescaling))
     if not len(known):  # cross-entropy re-weights nothing
         (folder / "reweighted.json").unlink(missing_ok=True)

@@ -73,13 +73,17 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=amp and on_gpu)
         self._format = torch.channels_last if channels_last else torch.contiguous_format
         model.to(memory_format=self._format)
-        self._wrapped = model
+        self._wrapped: nn.Module = model
         if world.size > 1:
             devices = [world.device] if on_gpu else None
             self._wrapped = DistributedDataParallel(model, device_ids=devices)
         if compiled:
-            self._wrapped = torch.compile(self._wrapped)
-        self._sampler = DistributedSampler(images, world.size, world.rank, seed=seed)
+            compiled_model = torch.compile(self._wrapped)
+            assert isinstance(compiled_model, nn.Module)  # of one, though not by its types
+            self._wrapped = compiled_model
+        self._sampler: DistributedSampler[int] = DistributedSampler(
+            images, world.size, world.rank, seed=seed
+        )
         self._generator = torch.Generator()
         self._loader = DataLoader(
             WithRows(images),

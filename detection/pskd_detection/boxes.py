@@ -45,19 +45,20 @@ class BoxCheck:
             ValueError: for what is no box. Boxes outside the image are reported by `finish`, so
                 that their number can be told.
         """
-        x, y, w, h = _four_numbers(box, where)
+        box = _four_numbers(box, where)
+        x, y, w, h = map(float, box)
         if w == 0 or h == 0:
-            self._count("empty", f"{where}: bbox {list(box)}")
+            self._count("empty", f"{where}: bbox {box}")
             return None
         left, top = max(x, 0.0), max(y, 0.0)
         right, bottom = min(x + w, float(width)), min(y + h, float(height))
         beyond = max(-x, -y, x + w - width, y + h - height)
         if beyond > SLACK or right <= left or bottom <= top:
-            self._count("outside", f"{where}: bbox {list(box)} in an image of {width} x {height}")
+            self._count("outside", f"{where}: bbox {box} in an image of {width} x {height}")
             return None
         if beyond <= 0:
             return [x, y, w, h]  # as annotated, without the rounding of x + w - x
-        self._count("clipped", f"{where}: bbox {list(box)} in an image of {width} x {height}")
+        self._count("clipped", f"{where}: bbox {box} in an image of {width} x {height}")
         return [left, top, right - left, bottom - top]
 
     def finish(self) -> None:
@@ -85,11 +86,14 @@ class BoxCheck:
 
 
 def _four_numbers(box: object, where: str) -> list[float]:
-    numbers = isinstance(box, (list, tuple)) and len(box) == 4
-    if not numbers or not all(isinstance(v, Real) and math.isfinite(v) for v in box):
+    if (
+        not isinstance(box, (list, tuple))
+        or len(box) != 4
+        or not all(isinstance(v, Real) and math.isfinite(v) for v in box)
+    ):
         raise ValueError(f"{where}: expected bbox as four finite numbers, got {box!r}")
     if box[2] < 0 or box[3] < 0:
         raise ValueError(
             f"{where}: expected bbox as x, y, width, height with sizes of at least 0, got {box!r}"
         )
-    return [float(v) for v in box]
+    return list(box)

@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from PIL import Image
 
@@ -148,7 +148,7 @@ def _checked_images(raw: RawAnnotations) -> dict[int, dict]:
 
 def _set_size(image: dict, raw: RawAnnotations) -> None:
     """Check an image's size; read it from the image if the annotations do not tell it."""
-    size = [image.get("width"), image.get("height")]
+    size: list[Any] = [image.get("width"), image.get("height")]
     if not all(size):  # missing, null, or 0 as some annotation tools write
         try:
             with Image.open(raw.image_dir / image["file_name"]) as file:

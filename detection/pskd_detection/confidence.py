@@ -109,10 +109,11 @@ class DetectionConfidence:
             raise ValueError(f"score_threshold: expected a number in [0, 1], got {score_threshold}")
         ReliabilityBins.empty(bins)  # refuses a number of bins that is none
         self._dataset = dataset
+        self._bins = int(bins)
         self._options = {
             "iou_threshold": float(iou_threshold),
             "score_threshold": float(score_threshold),
-            "bins": int(bins),
+            "bins": self._bins,
         }
         self._objects = _objects_of(dataset)
         self._images = {image["id"] for image in dataset.coco["images"]}
@@ -187,7 +188,7 @@ class DetectionConfidence:
         confidence, correct = self.confidence, self.correct
         metrics = dict.fromkeys(("d_ece", "la_ece", "aurc", "excess_aurc"))
         if len(confidence):
-            bins = reliability_bins(confidence, correct, bins=self._options["bins"])
+            bins = reliability_bins(confidence, correct, bins=self._bins)
             metrics = {
                 "d_ece": bins.expected_calibration_error,
                 "la_ece": self._la_ece(),
@@ -203,7 +204,7 @@ class DetectionConfidence:
             of_class = self.labels == label
             errors.append(
                 _location_aware_bins(
-                    self.confidence[of_class], self.iou[of_class], self._options["bins"]
+                    self.confidence[of_class], self.iou[of_class], self._bins
                 ).expected_calibration_error
             )
         return float(np.mean(errors))

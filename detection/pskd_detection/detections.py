@@ -5,6 +5,7 @@ Shapes: n detections, K classes.
 
 from __future__ import annotations
 
+from collections.abc import Container
 from typing import NamedTuple
 
 import numpy as np
@@ -28,7 +29,7 @@ class Detections(NamedTuple):
     labels: np.ndarray
 
 
-def check_image(image_id: object, known: object) -> None:
+def check_image(image_id: object, known: Container[object]) -> None:
     """Refuse an image that the data set does not have."""
     if image_id not in known:
         raise ValueError(f"detections: expected the id of an image of the data set, got {image_id}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 
 import detectron2
 from detectron2.config import CfgNode, get_cfg
@@ -66,7 +67,7 @@ class _RecipeNode(CfgNode):
         return super()._open_cfg(recipe_path(filename))
 
 
-def load_config(config_file: str | os.PathLike, opts: list[str] = ()) -> CfgNode:
+def load_config(config_file: str | os.PathLike, opts: Sequence[str] = ()) -> CfgNode:
     """Return Detectron2's defaults with PS-KD's keys, a config file and KEY VALUE pairs merged in.
 
     The file and its ``_BASE_`` may be ``detectron2:`` and the name of one of Detectron2's own.

@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from detectron2.data import MetadataCatalog
 from detectron2.evaluation import COCOEvaluator, DatasetEvaluator, PascalVOCDetectionEvaluator
+from detectron2.modeling import GeneralizedRCNN
 from detectron2.structures import Boxes, Instances
 from detectron2.utils import comm
 from pskd_detection import DetectionConfidence, DetectionDataset, Detections, write_confidence
-from torch import nn
 
 from pskd.plots import reliability_diagram, risk_coverage_plot
 from pskd_detectron2.data import detection_dataset
@@ -111,7 +111,7 @@ def image_ids(dataset: DetectionDataset) -> dict[str, object]:
 
 
 @torch.no_grad()
-def ground_truth_rois(model: nn.Module, loader, dataset_name: str) -> dict[str, float]:
+def ground_truth_rois(model: GeneralizedRCNN, loader, dataset_name: str) -> dict[str, float]:
     """Score the annotated boxes themselves as ROIs: the same rows for every model.
 
     Returns:

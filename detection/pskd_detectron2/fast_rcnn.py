@@ -12,6 +12,7 @@ from detectron2.utils.events import get_event_storage
 from torch import Tensor
 
 from pskd import pskd_cross_entropy
+from pskd_detectron2.memory import AnnotationMemory
 from pskd_detectron2.state import PSKDState
 
 __all__ = ["TEACHER_FIELD", "ROW_FIELD", "PSKDFastRCNNOutputLayers"]
@@ -67,16 +68,16 @@ class PSKDFastRCNNOutputLayers(FastRCNNOutputLayers):
             return losses
         scores = predictions[0]
         labels = torch.cat([p.gt_classes for p in proposals])
-        past, alpha = self._past(scores, labels, proposals)
+        past = self._past(scores, labels, proposals)
         weight = self.loss_weight.get("loss_cls", 1.0)
         if self.use_sigmoid_ce:
             if past is not None:
-                softening = self._sigmoid_softening(scores, labels, past, alpha)
+                softening = self._sigmoid_softening(scores, labels, *past)
                 losses["loss_cls"] = losses["loss_cls"] + weight * softening
         elif past is not None or self.pskd.label_smoothing:
-            losses["loss_cls"] = weight * self._softened(scores, labels, past, alpha)
+            losses["loss_cls"] = weight * self._softened(scores, labels, *(past or (None, 0.0)))
         if past is not None:
-            self._log(scores.detach(), labels, past, alpha)
+            self._log(scores.detach(), labels, *past)
         return losses
 
     def get_fed_loss_classes(self, *args, **kwargs) -> Tensor:
@@ -86,21 +87,25 @@ class PSKDFastRCNNOutputLayers(FastRCNNOutputLayers):
 
     def _past(
         self, scores: Tensor, labels: Tensor, proposals: list[Instances]
-    ) -> tuple[Tensor | None, Tensor | None]:
+    ) -> tuple[Tensor, Tensor] | None:
         """Return the (R, K + 1) past probabilities and the (R,) weight of each, or None."""
         pskd = self.pskd
         foreground = (labels >= 0) & (labels < self.num_classes)
         if pskd.memory is not None:
-            return self._remembered(scores, foreground, proposals)
+            return self._remembered(pskd.memory, scores, foreground, proposals)
         if not pskd.alpha or not all(p.has(TEACHER_FIELD) for p in proposals):
-            return None, None
+            return None
         past = self._probs(torch.cat([p.get(TEACHER_FIELD) for p in proposals]))
         keep = foreground if pskd.foreground_only else torch.ones_like(foreground)
         return past, keep * pskd.alpha
 
     def _remembered(
-        self, scores: Tensor, foreground: Tensor, proposals: list[Instances]
-    ) -> tuple[Tensor | None, Tensor | None]:
+        self,
+        memory: AnnotationMemory,
+        scores: Tensor,
+        foreground: Tensor,
+        proposals: list[Instances],
+    ) -> tuple[Tensor, Tensor] | None:
         """Read last epoch's predictions of the matched annotations, and write this one's."""
         pskd = self.pskd
         rows = torch.cat(
@@ -111,27 +116,27 @@ class PSKDFastRCNNOutputLayers(FastRCNNOutputLayers):
             ]
         )
         rows = rows + self.stage * pskd.rows_per_stage
-        past, alpha = None, None
+        given = None
         if pskd.alpha:
-            past, seen = pskd.memory.read(rows)
-            alpha = (foreground & seen) * pskd.alpha
+            past, seen = memory.read(rows)
+            given = past, (foreground & seen) * pskd.alpha
         # A background ROI carries the row of some annotation too, and is masked in place of being
         # selected, which would wait for the device.
-        pskd.memory.write(rows, self._probs(scores.detach()), foreground)
-        return past, alpha
+        memory.write(rows, self._probs(scores.detach()), foreground)
+        return given
 
     def _probs(self, scores: Tensor) -> Tensor:
         """Return (R, K + 1) float32 probabilities; a sigmoid head's background column is unused."""
         return scores.float().sigmoid() if self.use_sigmoid_ce else scores.float().softmax(dim=1)
 
     def _softened(
-        self, scores: Tensor, labels: Tensor, past: Tensor | None, alpha: Tensor | None
+        self, scores: Tensor, labels: Tensor, past: Tensor | None, alpha: Tensor | float
     ) -> Tensor:
         loss = pskd_cross_entropy(
             scores,
             labels,
             past,
-            0.0 if alpha is None else alpha,
+            alpha,
             label_smoothing=self.pskd.label_smoothing,
             reduction="sum",
         )

@@ -6,10 +6,12 @@ import logging
 import math
 import os
 from pathlib import Path
+from typing import TypedDict
 
 import torch
 import torch.distributed as dist
 from detectron2.engine import HookBase
+from detectron2.modeling import ROIHeads
 from detectron2.utils import comm
 from torch import nn
 
@@ -25,6 +27,18 @@ logger = logging.getLogger("detectron2." + __name__)
 # What ALLOW_SCHEDULE_CHANGE allows to be another after a resume.
 _SCHEDULE = {"epoch_iters", "alpha_final", "schedule", "num_epochs"}
 _LOGGED = ("pskd/teacher_nll", "pskd/teacher_agreement", "pskd/gradient_rescaling")
+
+
+class _Options(TypedDict, total=False):
+    epoch_iters: int
+    alpha_final: float
+    schedule: str
+    teacher: str
+    num_classes: int
+    training_set: str
+    label_smoothing: float
+    foreground_only: bool
+    num_epochs: int
 
 
 class PSKDHook(HookBase):
@@ -72,12 +86,12 @@ class PSKDHook(HookBase):
             raise ValueError(f"epoch_iters: expected 1 or more, got {epoch_iters}")
         self._model = getattr(model, "module", model)
         heads = getattr(self._model, "roi_heads", None)
-        if not isinstance(getattr(heads, "pskd", None), PSKDState):
+        if heads is None or not isinstance(getattr(heads, "pskd", None), PSKDState):
             raise ValueError(f"expected a model with PSKD ROI heads, got {type(heads).__name__}")
         self._pskd: PSKDState = heads.pskd
         if not self._pskd.enabled:
             raise ValueError("PSKDHook: expected heads with MODEL.PSKD.ENABLED True, got False")
-        self._options: dict[str, object] = {
+        self._options: _Options = {
             "epoch_iters": epoch_iters,
             "alpha_final": float(alpha_final),
             "schedule": schedule,
@@ -94,22 +108,13 @@ class PSKDHook(HookBase):
         self._checkpoint_period, self._log_period = checkpoint_period, log_period
         self._epoch = 0  # none yet
         if teacher == "memory":
-            self._pskd.memory = self._new_memory(num_annotations, fingerprint)
+            self._pskd.memory = _new_memory(heads, num_annotations, fingerprint)
             self._pskd.rows_per_stage = num_annotations
-
-    def _new_memory(self, num_annotations: int, fingerprint: str) -> AnnotationMemory:
-        if num_annotations < 1:
-            raise ValueError(f"num_annotations: expected 1 or more, got {num_annotations}")
-        heads = self._model.roi_heads
-        stages = getattr(heads, "num_cascade_stages", 1)
-        device = next(heads.parameters()).device
-        return AnnotationMemory(
-            num_annotations * stages, heads.num_classes + 1, fingerprint, device
-        )
 
     def _student(self) -> nn.ModuleDict:
         # The RPN and the losses of the teacher are never asked for.
-        return nn.ModuleDict({"backbone": self._model.backbone, "roi_heads": self._model.roi_heads})
+        student = {name: self._model.get_submodule(name) for name in ("backbone", "roi_heads")}
+        return nn.ModuleDict(student)
 
     def before_train(self) -> None:
         """Fix the number of epochs; refuse to go on without the teacher that there must be."""
@@ -186,17 +191,17 @@ class PSKDHook(HookBase):
         """
         state: dict = {"options": dict(self._options)}
         if self._pskd.memory is not None:
-            state["memory_file"] = self._write_memory()
+            state["memory_file"] = self._write_memory(self._pskd.memory)
         elif (self.trainer.iter + 1) % self._options["epoch_iters"]:
             state["snapshot"] = self._pskd.snapshot.state_dict()
         return state
 
-    def _write_memory(self) -> str:
+    def _write_memory(self, memory: AnnotationMemory) -> str:
         name = f"pskd_memory_{self.trainer.iter:07d}.pt"
         path = self._output_dir / name
         aside = path.with_suffix(".tmp")
         try:
-            torch.save(self._pskd.memory.state_dict(), aside)
+            torch.save(memory.state_dict(), aside)
             os.replace(aside, path)
         finally:
             aside.unlink(missing_ok=True)
@@ -213,7 +218,7 @@ class PSKDHook(HookBase):
         for name, value in self._options.items():
             self._check_unchanged(name, value)
         if self._pskd.memory is not None:
-            self._read_memory(state.get("memory_file"))
+            self._read_memory(self._pskd.memory, state.get("memory_file"))
         elif "snapshot" in state:
             try:
                 self._pskd.snapshot.load_state_dict(state["snapshot"], self._student())
@@ -232,14 +237,12 @@ class PSKDHook(HookBase):
             f"{hint}"
         )
 
-    def _read_memory(self, name: str | None) -> None:
+    def _read_memory(self, memory: AnnotationMemory, name: str | None) -> None:
         if name is None:
             raise ValueError("expected a checkpoint that names a memory file, got one without")
         path = self._output_dir / name
         try:
-            self._pskd.memory.load_state_dict(
-                torch.load(path, map_location="cpu", weights_only=True)
-            )
+            memory.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
         except FileNotFoundError:
             raise ValueError(
                 f"{path}: expected the memory of the checkpoint, got no file"
@@ -249,4 +252,12 @@ class PSKDHook(HookBase):
         self._memory_loaded = True
         if not comm.is_main_process():
             # The sums in the file are those of all processes: they are added up once.
-            self._pskd.memory.forget_unfinished_epoch()
+            memory.forget_unfinished_epoch()
+
+
+def _new_memory(heads: ROIHeads, num_annotations: int, fingerprint: str) -> AnnotationMemory:
+    if num_annotations < 1:
+        raise ValueError(f"num_annotations: expected 1 or more, got {num_annotations}")
+    stages = getattr(heads, "num_cascade_stages", 1)
+    device = next(heads.parameters()).device
+    return AnnotationMemory(num_annotations * stages, heads.num_classes + 1, fingerprint, device)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import sys
+from typing import Any
 
 from detectron2.config import LazyConfig, instantiate
 from detectron2.data import DatasetMapper, get_detection_dataset_dicts
@@ -179,10 +180,10 @@ def _name(target) -> str:
 
 def pskd_hook(cfg: DictConfig, model) -> PSKDHook | None:
     """Build the hook of ``train.pskd``; None if the config has no such section."""
-    options = OmegaConf.select(cfg, "train.pskd")
-    if options is None:
+    section = OmegaConf.select(cfg, "train.pskd")
+    if section is None:
         return None
-    options = OmegaConf.to_container(options)
+    options: dict[str, Any] = dict(section)
     dicts = instantiate(cfg.dataloader.train.dataset)
     heads = cfg.model.roi_heads
     check_classes(_names(cfg, "train"), heads.num_classes)  # known when the data is loaded

@@ -104,10 +104,10 @@ class AnnotationMemory:
         for name, attribute in _TENSORS.items():
             own, new = getattr(self, attribute), state[name]
             if not isinstance(new, Tensor) or (new.shape, new.dtype) != (own.shape, own.dtype):
-                got = (tuple(new.shape), new.dtype) if isinstance(new, Tensor) else new
+                found = (tuple(new.shape), new.dtype) if isinstance(new, Tensor) else new
                 raise ValueError(
                     f"{name}: expected {own.dtype} of shape {tuple(own.shape)} (annotations x "
-                    f"stages, classes), got {got}"
+                    f"stages, classes), got {found}"
                 )
         if state["fingerprint"] != self.fingerprint:
             raise ValueError(

@@ -81,7 +81,9 @@ def same_random_state_after() -> Iterator[None]:
 
 
 def _random_state() -> dict:
-    kind, keys, *rest = np.random.get_state()
+    state = np.random.get_state(legacy=True)
+    assert isinstance(state, tuple)  # what legacy means
+    kind, keys, *rest = state
     return {
         "python": random.getstate(),
         "numpy": [kind, torch.from_numpy(keys.astype(np.int64)), *rest],

@@ -6,6 +6,8 @@ gets the student's boxes, in the student's order, after they were sampled.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from detectron2.config import configurable
 from detectron2.modeling.roi_heads import (
@@ -24,7 +26,13 @@ from pskd_detectron2.state import PSKDState
 __all__ = ["PSKDCascadeROIHeads", "PSKDROIHeads", "PSKDRes5ROIHeads"]
 
 
-class _PSKDHeads:
+if TYPE_CHECKING:  # what the stock class, mixed in after, brings
+    from detectron2.modeling.roi_heads import ROIHeads as _Stock
+else:
+    _Stock = object
+
+
+class _PSKDHeads(_Stock):
     """What the three heads share; mixed in before the stock class.
 
     Args:
@@ -71,10 +79,11 @@ class _PSKDHeads:
             ValueError: if the memory is the teacher and the annotations do not tell their rows.
         """
         if self.training and self.pskd.memory is not None:
-            _check_rows(targets)
+            _check_rows(targets or [])
         if self.training and self.pskd.alpha and self.pskd.snapshot.available:
             with torch.no_grad():
-                self._teacher_features = self.pskd.snapshot.model["backbone"](images.tensor)
+                backbone = self.pskd.snapshot.model.get_submodule("backbone")
+                self._teacher_features = backbone(images.tensor)
         try:
             return super().forward(images, features, proposals, targets)
         finally:
@@ -85,7 +94,7 @@ class _PSKDHeads:
         """Set the teacher's scores of the proposals as a field, if there is a teacher."""
         if self._teacher_features is None:
             return
-        heads = self.pskd.snapshot.model["roi_heads"]
+        heads = self.pskd.snapshot.model.get_submodule("roi_heads")
         scores = class_logits(heads, self._teacher_features, proposals, stage)
         for image, part in zip(proposals, scores.split([len(p) for p in proposals]), strict=True):
             image.set(TEACHER_FIELD, part)

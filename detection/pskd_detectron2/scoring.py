@@ -42,13 +42,13 @@ def class_probs(heads: ROIHeads, features: dict[str, Tensor], proposals: list[In
     With a sigmoid head the last column, which it does not train, is 0.
     """
     stages = getattr(heads, "num_cascade_stages", 1)
-    probs = 0.0
+    probs = []
     for stage in range(stages):
         scores = class_logits(heads, features, proposals, stage).float()
         predictor = heads.box_predictor[stage] if stages > 1 else heads.box_predictor
         if predictor.use_sigmoid_ce:
             foreground = scores[:, :-1].sigmoid()
-            probs = probs + torch.cat([foreground, torch.zeros_like(scores[:, -1:])], dim=1)
+            probs.append(torch.cat([foreground, torch.zeros_like(scores[:, -1:])], dim=1))
         else:
-            probs = probs + scores.softmax(dim=1)
-    return probs / stages
+            probs.append(scores.softmax(dim=1))
+    return sum(probs[1:], probs[0]) / stages

@@ -88,7 +88,7 @@ def build_detector(
     return model
 
 
-def _builder(name: str) -> Callable[..., nn.Module]:
+def _builder(name: str) -> Callable[..., FasterRCNN]:
     kind, body = name.split("_", 1)
     detector = KINDS[f"{kind}_"]
     if body == TINY:
@@ -160,7 +160,7 @@ def _freeze_batch_norm(module: nn.Module) -> None:
             _freeze_batch_norm(child)
 
 
-def load_weights(model: nn.Module, path: str | os.PathLike) -> list[str]:
+def load_weights(model: FasterRCNN, path: str | os.PathLike) -> list[str]:
     """Load a local file into a detector: a torchvision detector, or a ResNet for its backbone.
 
     The file is a state dict in torchvision's names, bare or under ``model`` or ``state_dict``. A

@@ -44,7 +44,7 @@ class PSKDEpochs:
     ) -> None:
         self._model = getattr(model, "module", model)
         heads = getattr(self._model, "roi_heads", None)
-        if not isinstance(getattr(heads, "pskd", None), PSKDState):
+        if heads is None or not isinstance(getattr(heads, "pskd", None), PSKDState):
             raise ValueError("model: expected one that has gone through add_pskd, got another")
         if num_epochs < 1:
             raise ValueError(f"num_epochs: expected 1 or more, got {num_epochs}")
@@ -83,7 +83,7 @@ class PSKDEpochs:
         # Batch norm's statistics differ between processes, and one teacher is the same in all.
         take_buffers_of_first_process(self._model)
         # The RPN of the teacher is never asked for.
-        student = {"backbone": self._model.backbone, "roi_heads": self._model.roi_heads}
+        student = {name: self._model.get_submodule(name) for name in ("backbone", "roi_heads")}
         self._pskd.snapshot.refresh(nn.ModuleDict(student))
 
     def take_means(self) -> dict[str, float]:

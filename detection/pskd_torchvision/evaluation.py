@@ -19,8 +19,9 @@ from pskd_detection import (
     average_precision,
     write_confidence,
 )
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader, Subset
+from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 
 from pskd.distributed import World, gather, sum_over_processes
 from pskd.plots import reliability_diagram, risk_coverage_plot
@@ -35,7 +36,7 @@ logger = logging.getLogger(__name__)
 
 
 def evaluate(
-    model: nn.Module,
+    model: GeneralizedRCNN,
     images: DetectionImages,
     world: World,
     *,
@@ -85,7 +86,7 @@ def evaluate(
 
 @torch.no_grad()
 def _detect(
-    model: nn.Module, images: DetectionImages, world: World, batch_size: int, workers: int
+    model: GeneralizedRCNN, images: DetectionImages, world: World, batch_size: int, workers: int
 ) -> tuple[dict[int, Detections], Tensor]:
     """Return the detections of this process's images by their id, and (3,) sums of true boxes."""
     share = range(world.rank, len(images), world.size)  # no image twice
@@ -112,7 +113,7 @@ def _detect(
     return detections, totals
 
 
-def _score_true_boxes(model: nn.Module, features, images, targets: list[dict]) -> Tensor:
+def _score_true_boxes(model: GeneralizedRCNN, features, images, targets: list[dict]) -> Tensor:
     """Return (3,) float64: the sum of the NLL, of right classes, and the number of boxes."""
     labels = torch.cat([target["labels"] for target in targets])
     if not len(labels):

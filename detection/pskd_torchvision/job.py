@@ -121,6 +121,7 @@ def build_trainer(job: Job) -> tuple[Trainer, int]:
             another training.
     """
     args, world = job.args, job.world
+    assert job.train is not None
     masks = has_masks(args.model)
     images = DetectionImages(job.train, hflip=args.hflip, masks=masks, seed=args.seed)
     done = job.saved["epoch"] if job.saved else 0

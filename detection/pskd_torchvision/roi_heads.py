@@ -51,42 +51,55 @@ class PSKDRoIHeads(RoIHeads):
         try:
             with captured(self.box_predictor) as predictions:
                 result, losses = super().forward(features, proposals, image_shapes, targets)
-            boxes, labels = self._sampled
+            boxes, image_labels = self._sampled
         finally:
             self._sampled = None
-        (scores, _deltas), labels = predictions[0], torch.cat(labels)
-        past = self._score_by_teacher(images, boxes, image_shapes) if pskd.active else None
-        losses["loss_classifier"] = self._softened(scores, labels, past)
+        (scores, _deltas), labels = predictions[0], torch.cat(image_labels)
+        past = None
+        if pskd.active:
+            past = _score_by_teacher(pskd.snapshot.model, images, boxes, image_shapes)
+        losses["loss_classifier"] = _softened(pskd, scores, labels, past)
         return result, losses
 
-    @torch.no_grad()
-    def _score_by_teacher(
-        self, images: Tensor | None, boxes: list[Tensor], image_shapes: list[tuple[int, int]]
-    ) -> Tensor:
-        """Return the (R, K + 1) probabilities of the snapshot teacher for the sampled boxes."""
-        if images is None:
-            raise RuntimeError(
-                "the teacher has no images: expected the transform that the model had in add_pskd"
-            )
-        teacher = self.pskd.snapshot.model
-        features = teacher["backbone"](images)
-        scores = class_logits(teacher["roi_heads"], features, boxes, image_shapes)
-        return scores.float().softmax(dim=1)
 
-    def _softened(self, scores: Tensor, labels: Tensor, past: Tensor | None) -> Tensor:
-        pskd = self.pskd
-        smoothing = {"label_smoothing": pskd.label_smoothing, "reduction": "sum"}
-        if past is None:
-            loss = pskd_cross_entropy(scores, labels, None, 0.0, **smoothing)
-        else:
-            softened = labels > 0 if pskd.foreground_only else torch.ones_like(labels)
-            alpha = softened * pskd.alpha
-            loss, stats = pskd_cross_entropy(
-                scores, labels, past, alpha, return_stats=True, **smoothing
-            )
-            self.pskd.means.add_teacher(scores, past, alpha, stats)
-        # An empty batch has the loss 0 and stays in the graph.
-        return loss / max(1, len(labels))
+@torch.no_grad()
+def _score_by_teacher(
+    teacher: nn.Module,
+    images: Tensor | None,
+    boxes: list[Tensor],
+    image_shapes: list[tuple[int, int]],
+) -> Tensor:
+    """Return the (R, K + 1) probabilities of the snapshot teacher for the sampled boxes."""
+    if images is None:
+        raise RuntimeError(
+            "the teacher has no images: expected the transform that the model had in add_pskd"
+        )
+    features = teacher.get_submodule("backbone")(images)
+    heads = teacher.get_submodule("roi_heads")
+    return class_logits(heads, features, boxes, image_shapes).float().softmax(dim=1)
+
+
+def _softened(pskd: PSKDState, scores: Tensor, labels: Tensor, past: Tensor | None) -> Tensor:
+    smoothing = pskd.label_smoothing
+    if past is None:
+        loss = pskd_cross_entropy(
+            scores, labels, None, 0.0, label_smoothing=smoothing, reduction="sum"
+        )
+    else:
+        softened = labels > 0 if pskd.foreground_only else torch.ones_like(labels)
+        alpha = softened * pskd.alpha
+        loss, stats = pskd_cross_entropy(
+            scores,
+            labels,
+            past,
+            alpha,
+            label_smoothing=smoothing,
+            reduction="sum",
+            return_stats=True,
+        )
+        pskd.means.add_teacher(scores, past, alpha, stats)
+    # An empty batch has the loss 0 and stays in the graph.
+    return loss / max(1, len(labels))
 
 
 def class_logits(

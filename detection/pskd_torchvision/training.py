@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler
+from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 
 from pskd.distributed import World, take_buffers_of_first_process
 from pskd.run.log import MetricsLog
@@ -106,7 +107,9 @@ class Trainer:
         if world.size > 1:
             devices = [world.device] if on_gpu else None
             self._wrapped = DistributedDataParallel(model, device_ids=devices)
-        self._sampler = DistributedSampler(images, world.size, world.rank, seed=seed)
+        self._sampler: DistributedSampler[int] = DistributedSampler(
+            images, world.size, world.rank, seed=seed
+        )
         self._loader = DataLoader(
             images,
             batch_size=batch_size,
@@ -197,7 +200,7 @@ def _check_finite(losses: dict[str, float], iteration: int, count: int) -> None:
         )
 
 
-def _keep_boxes_in_float32(model: nn.Module) -> None:
+def _keep_boxes_in_float32(model: GeneralizedRCNN) -> None:
     """Keep what boxes are computed from out of half precision.
 
     torchvision adds deltas to boxes in the precision of the deltas. A coordinate of 100 pixels in

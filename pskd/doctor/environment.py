@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from typing import Any
 
 PARTS = ("core", "translation", "detection", "plots")
 SEVERITIES = ("error", "warning", "note")
@@ -137,7 +138,7 @@ class Report:
         """Whether no error was found: the core, every present part and every asked part work."""
         return all(finding.severity != "error" for finding in self.findings)
 
-    def as_dict(self) -> dict:
+    def as_dict(self) -> dict[str, Any]:
         """Return the report as plain JSON types."""
         env = self.environment
         return {

@@ -105,7 +105,7 @@ def run_probes(steps: Mapping[str, Mapping[str, str]], timeout: float) -> dict[s
 
 def _start(
     steps: Mapping[str, str], stack: ExitStack
-) -> tuple[subprocess.Popen, IO[bytes], IO[bytes]]:
+) -> tuple[subprocess.Popen[bytes], IO[bytes], IO[bytes]]:
     # Files and not pipes: whatever a killed probe leaves running could hold a pipe open for ever.
     stdout = stack.enter_context(tempfile.TemporaryFile())
     stderr = stack.enter_context(tempfile.TemporaryFile())

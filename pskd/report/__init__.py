@@ -15,7 +15,9 @@ from pskd.run.files import write_json, written_aside
 __all__ = ["write_report"]
 
 
-def write_report(runs: Sequence[str], out: str | os.PathLike, *, preset: str = "paper") -> Path:
+def write_report(
+    runs: Sequence[str], out: str | os.PathLike[str], *, preset: str = "paper"
+) -> Path:
     """Read runs and write report.html, report.json and report.csv.
 
     Args:

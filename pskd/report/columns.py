@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 from pskd.presets import Metric, Preset, measure
 from pskd.report.runs import Run
@@ -40,15 +42,13 @@ _COCO = {
     "AP50": f"{_AP} at an IoU of at least 0.50.",
     "AP75": f"{_AP} at an IoU of at least 0.75.",
 }
-_PERCENT = {"unit": "%", "digits": 2, "better": "higher"}
-_COUNT = {"unit": "", "digits": 0, "better": ""}
-_TEMPERATURE = Metric(
+_percent = partial(Metric, unit="%", digits=2, better="higher")
+_number = partial(Metric, unit="", better="")
+_TEMPERATURE = _number(
     "T",
     "The temperature by which logits are divided, fitted on validation data after training; above "
     "1 the run was overconfident. Predictions stay as they are.",
-    unit="",
     digits=2,
-    better="",
 )
 
 
@@ -91,7 +91,7 @@ def _seconds(of: str, digits: int) -> Column:
 
 
 def _classification(preset: Preset) -> list[Column]:
-    epochs = Metric("epochs", "The epoch of the weights that were tested: the last.", **_COUNT)
+    epochs = _number("epochs", "The epoch of the weights that were tested: the last.", digits=0)
     return [
         *_confidence(preset, *preset.metrics, of=("last",)),
         *_after_scaling(preset),
@@ -101,8 +101,8 @@ def _classification(preset: Preset) -> list[Column]:
 
 
 def _detection(preset: Preset) -> list[Column]:
-    columns = [Column(k, Metric(k, text, **_PERCENT), (("bbox", k),)) for k, text in _COCO.items()]
-    voc = Metric("VOC AP50", f"{_AP} at an IoU of at least 0.50, as VOC computes it.", **_PERCENT)
+    columns = [Column(k, _percent(k, text), (("bbox", k),)) for k, text in _COCO.items()]
+    voc = _percent("VOC AP50", f"{_AP} at an IoU of at least 0.50, as VOC computes it.")
     columns.append(Column("voc_AP50", voc, (("voc", "AP50"),)))
     ece, area, excess = _confidence(preset, "ece", "aurc", "e_aurc", of=("confidence",))
     d_ece = dataclasses.replace(
@@ -132,17 +132,17 @@ def _detection(preset: Preset) -> list[Column]:
         ("score\u00a0≥", "score_threshold", 2, "The score from which a detection counts."),
         ("boxes", "num_detections", 0, "Detections that count; what was missed is not seen."),
     ):
-        metric = Metric(title, text, **(_COUNT | {"digits": digits}))
+        metric = _number(title, text, digits=digits)
         columns.append(Column(key, metric, (("confidence", key),)))
     return [*columns, _seconds("iteration", 3)]
 
 
 def _translation(preset: Preset) -> list[Column]:
-    scored = {"unit": "points", "digits": 2, "better": "higher"}
-    bleu = Metric("BLEU", "sacreBLEU of the detokenised translations.", **scored)
-    chrf = Metric("chrF", "sacreBLEU's chrF of the same.", **scored)
-    tokenised = Metric(
-        "tok. BLEU", "BLEU of the tokens, as fairseq-generate prints it; not sacreBLEU's.", **scored
+    scored = partial(Metric, unit="points", digits=2, better="higher")
+    bleu = scored("BLEU", "sacreBLEU of the detokenised translations.")
+    chrf = scored("chrF", "sacreBLEU's chrF of the same.")
+    tokenised = scored(
+        "tok. BLEU", "BLEU of the tokens, as fairseq-generate prints it; not sacreBLEU's."
     )
     error, *confidence = _confidence(preset, "top1_error", "nll", "ece", "aurc", "e_aurc")
     error = dataclasses.replace(
@@ -211,12 +211,13 @@ def _measured(run: Run, preset: Preset) -> dict[str, float]:
 def _bins(run: Run) -> int:
     """Return how many bins the run's own ECE has: 15 where it does not say."""
     for told in (run.numbers.get("confidence", {}), run.numbers.get("last", {}), run.numbers):
-        if isinstance(told.get("bins"), int):
-            return told["bins"]
+        bins = told.get("bins")
+        if isinstance(bins, int):
+            return bins
     return 15
 
 
-def _told(numbers: Mapping, paths: tuple[tuple[str, ...], ...]) -> float | None:
+def _told(numbers: Mapping[str, Any], paths: tuple[tuple[str, ...], ...]) -> float | None:
     for *outer, key in paths:
         found = numbers
         for name in outer:

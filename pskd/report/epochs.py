@@ -6,7 +6,9 @@ import json
 import math
 import re
 from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -74,14 +76,16 @@ def read_epochs(metrics: Path | None, log: Path | None) -> list[dict[str, float]
         raise ValueError(f"{path}: expected the numbers of a training, got {error}") from error
 
 
-def _json_lines(text: str) -> list[dict]:
+def _json_lines(text: str) -> list[dict[str, Any]]:
     # After the last line break there is nothing, or half a line of a run that was stopped.
     return [json.loads(line) for line in text.split("\n")[:-1] if line.strip()]
 
 
-def _by_step(lines: list[dict]) -> list[dict[str, float]]:
+def _by_step(lines: Sequence[Mapping[str, Any]]) -> list[dict[str, float]]:
     unit = "epoch" if any("epoch" in line for line in lines) else "iteration"
-    found: dict = defaultdict(lambda: defaultdict(list))
+    found: defaultdict[float, defaultdict[str, list[float]]] = defaultdict(
+        lambda: defaultdict(list)
+    )
     for line in lines:
         for name, value in line.items():
             key = _PREFIX.sub("", name)

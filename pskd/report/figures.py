@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import base64
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -41,7 +42,7 @@ def confidence_figures(table: Table, preset: Preset) -> list[Figure]:
         return []
     figures = [
         Figure(
-            _drawn(lambda path, one={name: pair}: reliability_diagram(one, path, bins=preset.bins)),
+            _drawn(partial(reliability_diagram, {name: pair}, bins=preset.bins)),
             f"Reliability of {name}, {preset.bins} bins.",
             columns=1,
         )
@@ -51,7 +52,7 @@ def confidence_figures(table: Table, preset: Preset) -> list[Figure]:
         "Risk against coverage: the error rate if only the most confident rows are kept. Dashed, "
         "the best ranking of the same predictions; the area between is the E-AURC."
     )
-    return [*figures, Figure(_drawn(lambda path: risk_coverage_plot(runs, path)), caption)]
+    return [*figures, Figure(_drawn(partial(risk_coverage_plot, runs)), caption)]
 
 
 def _rows(run: Run) -> tuple[np.ndarray, np.ndarray]:
@@ -74,11 +75,11 @@ def teacher_figures(table: Table) -> list[Figure]:
             "What PS-KD did in the course of the training: alpha, and the factor on the gradient "
             "of the label's logit against plain cross-entropy, 1 without a teacher."
         )
-        figures.append(Figure(_drawn(lambda path, runs=drawn: teacher_plot(runs, path)), caption))
+        figures.append(Figure(_drawn(partial(teacher_plot, drawn)), caption))
     return figures
 
 
-def _has_teacher(records: Sequence[dict]) -> bool:
+def _has_teacher(records: Sequence[Mapping[str, float]]) -> bool:
     return any(record.get("alpha", 0.0) > 0.0 for record in records)
 
 
@@ -99,9 +100,7 @@ def hard_example_figures(table: Table) -> list[Figure]:
             f"for {baseline.name}. At 1 (dotted) it is that of plain training, at 0 nothing is "
             "left of it, below 0 the label's probability is pushed down."
         )
-        figures.append(
-            Figure(_drawn(lambda path, pair=pair: hard_example_plot(*pair, path)), caption)
-        )
+        figures.append(Figure(_drawn(partial(hard_example_plot, *pair)), caption))
     return figures
 
 

@@ -96,14 +96,13 @@ def _table(table: Table) -> str:
             f'<tr class="groups"><td colspan="{len(plain) + 1 + seeds}"></td><th scope="colgroup" '
             f'colspan="{len(scaled)}">after temperature scaling</th></tr>'
         )
-    heads = "".join(_column_head(column, column is (scaled or [None])[0]) for column in columns)
+    heads = "".join(_column_head(column, column in scaled[:1]) for column in columns)
     runs = '<th scope="col">runs</th>' if seeds else ""
     lines += [f'<tr><th scope="col" class="text">run</th>{runs}{heads}</tr>', "</thead>", "<tbody>"]
     best = {column.key: table.best(column) for column in columns}
     for row in table.rows:
         cells = [
-            _cell(row, column, row in best[column.key], column is (scaled or [None])[0])
-            for column in columns
+            _cell(row, column, row in best[column.key], column in scaled[:1]) for column in columns
         ]
         count = f"<td>{len(row.runs)}</td>" if seeds else ""
         lines.append(f'<tr><th scope="row">{escape(row.name)}</th>{count}{"".join(cells)}</tr>')

@@ -17,6 +17,7 @@ from pskd._drawing import INK, RUN_COLORS, literal, new_figure, save, short, sty
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.lines import Line2D
 
 __all__ = ["grouped_quartiles", "hard_example_plot", "teacher_plot"]
 
@@ -75,7 +76,9 @@ def teacher_plot(
     return save(figure, path)
 
 
-def _draw_curves(axes: Axes, runs: Mapping[str, Sequence], quantity: str) -> dict:
+def _draw_curves(
+    axes: Axes, runs: Mapping[str, Sequence[Mapping[str, float]]], quantity: str
+) -> dict[str, Line2D]:
     """Draw one quantity of each run that has it; return the lines by name."""
     lines = {}
     for (name, records), color in zip(runs.items(), itertools.cycle(RUN_COLORS), strict=False):
@@ -85,8 +88,14 @@ def _draw_curves(axes: Axes, runs: Mapping[str, Sequence], quantity: str) -> dic
         if points:
             # Between the many iterations of a log a marker at each hides the line.
             marker = "o" if len(points) <= 60 else ""
-            look = {"color": color, "linewidth": 1.8, "marker": marker, "markersize": 3}
-            (lines[name],) = axes.plot(*zip(*points, strict=True), label=short(name), **look)
+            (lines[name],) = axes.plot(
+                *zip(*points, strict=True),
+                label=short(name),
+                color=color,
+                linewidth=1.8,
+                marker=marker,
+                markersize=3,
+            )
     return lines
 
 
@@ -144,8 +153,16 @@ def hard_example_plot(
     axes = figure.add_subplot()
     shown = np.linspace(0, len(difficulty) - 1, min(len(difficulty), _MOST_POINTS)).astype(int)
     # As one image within the file: thousands of circles make a vector file slow to open.
-    points = {"s": 5, "alpha": 0.18, "color": "#555555", "linewidths": 0, "rasterized": True}
-    axes.scatter(difficulty[shown], rescaling[shown], label="example", **points)
+    axes.scatter(
+        difficulty[shown],
+        rescaling[shown],
+        s=5,
+        alpha=0.18,
+        color="#555555",
+        linewidths=0,
+        rasterized=True,
+        label="example",
+    )
     center, quartiles = grouped_quartiles(difficulty, rescaling)
     if len(center):
         low, median, high = quartiles
@@ -166,7 +183,7 @@ def hard_example_plot(
     legend = figure.legend(
         loc="outside lower center", ncols=3, fontsize=9, labelcolor=INK, frameon=False
     )
-    for handle in legend.legend_handles[:1]:
+    for handle in filter(None, legend.legend_handles[:1]):
         handle.set(alpha=0.8, sizes=[20])
     return save(figure, path)
 

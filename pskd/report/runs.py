@@ -12,6 +12,7 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -63,7 +64,7 @@ class Run:
     name: str
     folder: Path
     task: str
-    numbers: dict = field(default_factory=dict)
+    numbers: dict[str, Any] = field(default_factory=dict)
     rows: dict[str, np.ndarray] = field(default_factory=dict)
     epochs: list[dict[str, float]] = field(default_factory=list)
     examples: dict[str, np.ndarray] = field(default_factory=dict)
@@ -155,7 +156,7 @@ def _find(folder: Path, *names: str) -> Path | None:
     return next((path for path in paths if path.is_file()), None)
 
 
-def _find_log(folder: Path, numbers: dict) -> Path | None:
+def _find_log(folder: Path, numbers: dict[str, Any]) -> Path | None:
     """Return the log of fairseq-train, kept in the run's folder or beside the checkpoint."""
     places = [folder]
     if "checkpoint" in numbers:
@@ -165,7 +166,7 @@ def _find_log(folder: Path, numbers: dict) -> Path | None:
     return next((path for path in paths if path.is_file()), None)
 
 
-def _read_json(path: Path) -> dict:
+def _read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -175,7 +176,7 @@ def _read_json(path: Path) -> dict:
     return value
 
 
-def _read_numbers(path: Path) -> dict:
+def _read_numbers(path: Path) -> dict[str, Any]:
     numbers = _read_json(path)
     for key in ("last", "best", "last_scaled", "bbox", "voc", "confidence", "ground_truth_rois"):
         if not isinstance(numbers.get(key, {}), dict):
@@ -183,9 +184,9 @@ def _read_numbers(path: Path) -> dict:
     return numbers
 
 
-def _task(numbers: dict, path: Path | None) -> str:
+def _task(numbers: dict[str, Any], path: Path | None) -> str:
     """Return the task that the numbers name, or else show."""
-    task = numbers.get("task")
+    task: str | None = numbers.get("task")
     if task is None:
         detection = {"bbox", "voc", "confidence"} & numbers.keys()
         return "detection" if detection else "translation" if "bleu" in numbers else TASKS[0]
@@ -275,7 +276,7 @@ def _read_reweighted(folder: Path) -> dict[str, list[Example]]:
         ) from error
 
 
-def _example(entry: dict) -> Example:
+def _example(entry: dict[str, Any]) -> Example:
     image, difficulty = entry.get("image"), entry.get("difficulty")
     if image is not None and not _IMAGE.fullmatch(image):
         raise ValueError(f"image: expected a data URI of an image in base64, got {image[:40]!r}")

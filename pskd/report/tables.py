@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -92,7 +92,7 @@ def _values(run: Run, preset: Preset) -> dict[str, float]:
     return values
 
 
-def as_json(tables: Sequence[Table], preset: Preset) -> dict:
+def as_json(tables: Sequence[Table], preset: Preset) -> dict[str, object]:
     """Return report.json: every run's raw values, and what each of them means."""
     return {
         "preset": {"name": preset.name, "source": preset.source, "bins": preset.bins},
@@ -123,7 +123,7 @@ def as_json(tables: Sequence[Table], preset: Preset) -> dict:
     }
 
 
-def _described(column: Column) -> dict:
+def _described(column: Column) -> dict[str, object]:
     metric = column.metric
     return {
         "title": metric.title,
@@ -147,7 +147,7 @@ def as_csv(tables: Sequence[Table]) -> str:
     return text.getvalue()
 
 
-def _identity(table: Table, row: Row, run: Run) -> dict:
+def _identity(table: Table, row: Row, run: Run) -> dict[str, object]:
     return {
         "name": row.name,
         "task": table.task,
@@ -156,7 +156,7 @@ def _identity(table: Table, row: Row, run: Run) -> dict:
     }
 
 
-def _each(tables: Sequence[Table]):
+def _each(tables: Sequence[Table]) -> Iterator[tuple[Table, Row, Run, dict[str, float]]]:
     for table in tables:
         for row in table.rows:
             for run, values in zip(row.runs, row.values, strict=True):

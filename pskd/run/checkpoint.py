@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -23,13 +24,13 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 
-def write_checkpoint(path: Path, content: Mapping) -> None:
+def write_checkpoint(path: Path, content: Mapping[str, object]) -> None:
     """Save what a run needs; a stop at any moment leaves the old file or the new one."""
     with written_aside(path) as aside:
         torch.save(dict(content), aside)
 
 
-def read_checkpoint(path: Path, keys: Collection[str]) -> dict:
+def read_checkpoint(path: Path, keys: Collection[str]) -> dict[str, Any]:
     """Read a checkpoint that has at least these keys; no code in it is run.
 
     Raises:
@@ -46,7 +47,7 @@ def read_checkpoint(path: Path, keys: Collection[str]) -> dict:
     return content
 
 
-def load_weights(path: Path, model: torch.nn.Module, weights: Mapping) -> None:
+def load_weights(path: Path, model: torch.nn.Module, weights: Mapping[str, Any]) -> None:
     """Load a model's weights; raise ValueError, naming the file, if they are another model's."""
     try:
         model.load_state_dict(weights)
@@ -55,7 +56,9 @@ def load_weights(path: Path, model: torch.nn.Module, weights: Mapping) -> None:
         raise ValueError(f"{path}: expected the weights of this model: {first}") from error
 
 
-def check_same(path: Path, saved: Mapping, now: Mapping, names: Iterable[str]) -> None:
+def check_same(
+    path: Path, saved: Mapping[str, object], now: Mapping[str, object], names: Iterable[str]
+) -> None:
     """Raise ValueError, naming the file, if an option is another than that of the checkpoint."""
     for name in names:
         if saved.get(name) != now[name]:
@@ -70,14 +73,14 @@ def check_classes(path: Path, saved: Sequence[str], now: Sequence[str]) -> None:
         raise ValueError(f"{path}: expected the classes {', '.join(now)}, got {', '.join(saved)}")
 
 
-def tell_changes(path: Path, saved: Mapping, now: Mapping) -> None:
+def tell_changes(path: Path, saved: Mapping[str, object], now: Mapping[str, object]) -> None:
     """Warn of options that a resumed run has otherwise than the checkpoint."""
     for name, value in saved.items():
         if name in now and now[name] != value:
             logger.warning("%s: trained with %s %s, goes on with %s", path, name, value, now[name])
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
     """Load what the optimizer has gathered; its rates and decays are those of this run."""
     own = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
     optimizer.load_state_dict(state)

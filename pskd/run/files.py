@@ -15,7 +15,7 @@ __all__ = ["write_json", "written_aside"]
 
 
 @contextlib.contextmanager
-def written_aside(path: str | os.PathLike) -> Iterator[Path]:
+def written_aside(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Give a path to write to, which becomes ``path`` if all goes well and is removed if not."""
     path = Path(path)
     # Processes of one run may write the same file, each under a name of its own.
@@ -27,7 +27,7 @@ def written_aside(path: str | os.PathLike) -> Iterator[Path]:
         aside.unlink(missing_ok=True)
 
 
-def write_json(path: str | os.PathLike, value: object, *, indent: int | None = None) -> Path:
+def write_json(path: str | os.PathLike[str], value: object, *, indent: int | None = None) -> Path:
     """Write strict JSON aside and rename it, so that a reader never finds half a file.
 
     NaN and infinity, which JSON does not have, become null; numpy's numbers and arrays become

@@ -8,8 +8,12 @@ import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from pskd.run.files import written_aside
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 __all__ = ["MetricsLog"]
 
@@ -28,26 +32,20 @@ class MetricsLog:
             was stopped may have written, are dropped; with 0 all are.
     """
 
-    def __init__(self, output_dir: str | os.PathLike | None, epoch: int = 0) -> None:
-        self._path = None if output_dir is None else Path(output_dir) / "metrics.json"
-        self._board = None
-        if self._path is None:
+    def __init__(self, output_dir: str | os.PathLike[str] | None, epoch: int = 0) -> None:
+        self._path: Path | None = None
+        self._board: SummaryWriter | None = None
+        if output_dir is None:
             return
+        self._path = Path(output_dir) / "metrics.json"
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        last = self._drop_lines_after(epoch)
+        last = _drop_lines_after(self._path, epoch)
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
             logger.info("TensorBoard is not installed: metrics are in %s only", self._path)
         else:
             self._board = SummaryWriter(os.fspath(output_dir), purge_step=last + 1)
-
-    def _drop_lines_after(self, epoch: int) -> int:
-        """Rewrite metrics.json; return the last iteration in it."""
-        kept = [line for line in _lines(self._path) if line["epoch"] <= epoch]
-        with written_aside(self._path) as aside:
-            aside.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-        return max((line["iteration"] for line in kept), default=-1)
 
     def write(self, values: Mapping[str, float | None]) -> None:
         """Write named numbers, with ``epoch`` and ``iteration``; what is not finite is null."""
@@ -71,7 +69,15 @@ class MetricsLog:
             self._board.close()
 
 
-def _lines(path: Path) -> list[dict]:
+def _drop_lines_after(path: Path, epoch: int) -> int:
+    """Rewrite metrics.json; return the last iteration in it."""
+    kept = [line for line in _lines(path) if line["epoch"] <= epoch]
+    with written_aside(path) as aside:
+        aside.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+    return max((int(line["iteration"]) for line in kept), default=-1)
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
     """Return the whole lines of a file that may end in half of one, or be none of ours."""
     lines = []
     text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""

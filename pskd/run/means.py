@@ -24,9 +24,9 @@ class Means:
     def add(self, name: str, numerator: Tensor, denominator: Tensor | float = 1.0) -> None:
         """Add to both sums of a mean."""
         top = numerator.detach().float()
-        is_tensor = isinstance(denominator, Tensor)
-        bottom = denominator.float() if is_tensor else torch.full_like(top, denominator)
-        pair = torch.stack([top, bottom])
+        if not isinstance(denominator, Tensor):
+            denominator = torch.full_like(top, denominator)
+        pair = torch.stack([top, denominator.float()])
         self._sums[name] = self._sums[name] + pair if name in self._sums else pair
 
     @torch.no_grad()

@@ -160,7 +160,9 @@ class TestReliabilityBins:
         assert (filled.confidence[used] >= filled.edges[:-1][used] - 1e-7).all()
 
     def test_no_row_fills_no_bin(self):
-        assert reliability_bins([], [], bins=3).count.tolist() == [0, 0, 0]
+        bins = reliability_bins([], [], bins=3)
+        assert bins.count.tolist() == [0, 0, 0]
+        assert bins.confidence_sum.dtype == np.float64
 
     def test_bins_of_other_widths_do_not_add(self):
         with pytest.raises(ValueError, match="expected 3 bins.*got 4"):
