@@ -114,7 +114,7 @@ def _digest(teacher: dict) -> str:
     for name, value in sorted((teacher["model"] or {}).items()):
         digest.update(name.encode())
         if isinstance(value, torch.Tensor):
-            digest.update(value.contiguous().reshape(-1).view(torch.uint8).numpy())
+            digest.update(value.contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -3,8 +3,8 @@
 Shapes: B sentences, T target positions, V types in the target dictionary, N = B * T rows.
 """
 
-import math
 import os
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import NamedTuple, Optional, Union
 
@@ -16,15 +16,17 @@ from fairseq.criterions.label_smoothed_cross_entropy import (
     LabelSmoothedCrossEntropyCriterionConfig,
 )
 from fairseq.dataclass import ChoiceEnum
-from fairseq.logging import metrics
 from omegaconf import II
 from torch import Tensor
 
-from pskd import PSKDStats, TopK, pskd_cross_entropy
+from pskd import LinearTeacher, PSKDStats, TopK, pskd_cross_entropy, pskd_linear_cross_entropy
 from pskd.schedule import SCHEDULES
+from pskd_fairseq import fused
 from pskd_fairseq.checkpoint import ResumePlan, SavePlan, check_resume
 from pskd_fairseq.epoch import AlphaSchedule, EpochState
+from pskd_fairseq.fused import FeaturesOnly
 from pskd_fairseq.memory import TokenMemory
+from pskd_fairseq.step_statistics import COMPARED, log_statistics, no_statistics, step_statistics
 
 
 @dataclass
@@ -33,14 +35,15 @@ class PSKDCriterionConfig(LabelSmoothedCrossEntropyCriterionConfig):
         default=0.7,
         metadata={"help": "weight of the teacher at the end of training (alpha_T), in [0, 1]"},
     )
-    pskd_alpha_schedule: ChoiceEnum(list(SCHEDULES)) = field(
+    # fairseq's way to name the choices is no type.
+    pskd_alpha_schedule: ChoiceEnum(list(SCHEDULES)) = field(  # type: ignore[valid-type]
         default="linear",
         metadata={
             "help": "how alpha grows with the epochs of --max-epoch (or, with --max-update "
             "alone, with the updates)"
         },
     )
-    pskd_teacher: ChoiceEnum(["snapshot", "memory"]) = field(
+    pskd_teacher: ChoiceEnum(["snapshot", "memory"]) = field(  # type: ignore[valid-type]  # as above
         default="snapshot",
         metadata={
             "help": "where last epoch's predictions come from; snapshot: a frozen copy of "
@@ -62,6 +65,13 @@ class PSKDCriterionConfig(LabelSmoothedCrossEntropyCriterionConfig):
     pskd_skip_wrong_teacher: bool = field(
         default=False,
         metadata={"help": "keep the hard target of tokens where the teacher prefers another type"},
+    )
+    pskd_fused_linear: bool = field(
+        default=False,
+        metadata={
+            "help": "make the training loss of decoder features and output embedding, without the "
+            "logits of a whole batch; for a Transformer that shares the decoder's embeddings"
+        },
     )
     pskd_allow_schedule_change: bool = field(
         default=False,
@@ -124,10 +134,13 @@ class PSKDCriterion(LabelSmoothedCrossEntropyCriterion):
                 "--pskd-teacher snapshot copies the whole model: expected --ddp-backend "
                 "legacy_ddp or pytorch_ddp, got fully_sharded"
             )
+        if cfg.pskd_fused_linear:
+            fused.check_options(cfg.pskd_skip_wrong_teacher, report_accuracy, cfg.ddp_backend)
         memory = _build_memory(cfg, task) if has_memory else None
         self.epoch_state = EpochState(schedule, cfg.train_subset, memory)
         self._skip_wrong_teacher = cfg.pskd_skip_wrong_teacher
-        self._step_statistics: dict[str, Tensor] = {}
+        self._fused_linear = cfg.pskd_fused_linear
+        self._step_statistics: Mapping[str, Union[float, Tensor]] = {}
         self._output_is_logits: Optional[bool] = None  # known from the first batch
         if cfg.path is None:
             suffix = cfg.checkpoint_suffix
@@ -139,6 +152,9 @@ class PSKDCriterion(LabelSmoothedCrossEntropyCriterion):
 
     def forward(self, model, sample, reduce=True):
         """As `LabelSmoothedCrossEntropyCriterion.forward`, with PS-KD's sums in the log output."""
+        # A loss a token is made of logits; fairseq's own training does not ask for it.
+        if self._fused_linear and self.training and reduce:
+            model = FeaturesOnly(model)
         loss, sample_size, logging_output = super().forward(model, sample, reduce=reduce)
         if self.training:
             # Every rank logs the same keys in every step: fairseq concatenates them by position.
@@ -148,21 +164,22 @@ class PSKDCriterion(LabelSmoothedCrossEntropyCriterion):
     def compute_loss(self, model, net_output, sample, reduce=True):
         """Return the loss that is trained and the hard NLL, sums over tokens (or (N, 1) each)."""
         state = self.epoch_state
-        self._step_statistics = _no_statistics() if self.training else {}
+        self._step_statistics = no_statistics() if self.training else {}
+        if isinstance(model, FeaturesOnly):
+            return self._fused_loss(model, net_output, sample)
         if not self.training or not (state.active or state.records):
             return super().compute_loss(model, net_output, sample, reduce=reduce)
 
         scores, target = self._scores_and_target(model, net_output, sample)
         is_token = target != self.padding_idx
-        rows = None
-        if state.memory is not None:
-            rows = self._token_rows(model, net_output, sample)
-        past = self._past(sample, target, is_token, rows) if state.active else None
+        kept = self._token_rows(model, net_output, sample)
+        recorded = kept if state.records else None
+        past = self._past(sample, target, is_token, kept, self._teacher_scores)
         if past is None:
-            if state.records:
-                state.memory.write(rows[0], scores)
+            if recorded is not None:
+                recorded.write(scores)
             return super().compute_loss(model, net_output, sample, reduce=reduce)
-        types = scores.size(-1)
+        assert not isinstance(past.scores, LinearTeacher)  # those are of the fused loss
         loss, stats = pskd_cross_entropy(
             scores,
             target,
@@ -170,43 +187,102 @@ class PSKDCriterion(LabelSmoothedCrossEntropyCriterion):
             past.alpha,
             teacher_logits=past.scores,
             ignore_index=self.padding_idx,
-            # fairseq spreads epsilon over the other V - 1 types, torch over all V.
-            label_smoothing=self.eps * types / (types - 1),
+            label_smoothing=self._smoothing(scores.size(-1)),
             reduction="sum" if reduce else "none",
             return_stats=True,
         )
-        if state.records:
+        if recorded is not None:
             label = scores.detach().gather(1, target[:, None]).squeeze(1)
-            state.memory.write(rows[0], scores, stats.nll + label)
+            recorded.write(scores, stats.nll + label)
         self._step_statistics = _statistics(
             scores.detach(), target, past, is_token, stats, state.alpha
         )
         return (loss, stats.nll.sum()) if reduce else (loss[:, None], stats.nll[:, None])
 
-    def _token_rows(self, model, net_output, sample) -> tuple[Tensor, Tensor]:
-        """Return the memory's rows of a batch's tokens, (N,), and the mask of those that count."""
+    def _fused_loss(self, model: FeaturesOnly, net_output, sample) -> tuple[Tensor, Tensor]:
+        """As `compute_loss` in training, of features (B, T, H) in place of logits."""
+        if self._output_is_logits is None:
+            logits = model.logits_of_first(net_output)
+            self._output_is_logits = _is_logits(model.model, logits, sample)
+        if not self._output_is_logits:
+            raise fused.refuse_distribution(model)
+        state, projection = self.epoch_state, model.projection
+        hidden, target = self._rows(net_output[0], model.get_targets(sample, net_output))
+        is_token = target != self.padding_idx
+        kept = self._token_rows(model, net_output, sample)
+        recorded = kept if state.records else None
+        past = self._past(sample, target, is_token, kept, self._teacher_features)
+        teacher = None
+        if past is not None:
+            teacher = past.scores if past.top_k is None else past.top_k
+        loss, stats = pskd_linear_cross_entropy(
+            hidden,
+            projection.weight,
+            target,
+            teacher,
+            0.0 if past is None else past.alpha,
+            bias=projection.bias,
+            ignore_index=self.padding_idx,
+            label_smoothing=self._smoothing(len(projection.weight)),
+            reduction="sum",
+            stats_top_k=1 if recorded is None else recorded.memory.top_k,
+        )
+        if recorded is not None:
+            recorded.memory.write(recorded.rows, stats.student_top_k)
+        if past is not None:
+            self._step_statistics = step_statistics(
+                target=target,
+                is_token=is_token,
+                taught=past.taught,
+                nll=stats.nll,
+                teacher_at_label=stats.teacher_probs_at_label,
+                student_prefers=stats.student_top_k.indices[COMPARED, 0],
+                teacher_prefers=stats.teacher_preferred[COMPARED],
+                top_k_mass=past.top_k_mass(),
+                alpha=state.alpha,
+            )
+        return loss, stats.nll.sum()
+
+    def _smoothing(self, types: int) -> float:
+        # fairseq spreads epsilon over the other V - 1 types, torch over all V.
+        return self.eps * types / (types - 1)
+
+    def _token_rows(self, model, net_output, sample) -> Optional["_Kept"]:
+        """Return where the memory keeps a batch's tokens, if it is read or written."""
+        memory = self.epoch_state.memory
+        if memory is None or not (self.epoch_state.active or self.epoch_state.records):
+            return None
         target = model.get_targets(sample, net_output)
-        parts = self.epoch_state.memory.rows(sample, target, self.padding_idx)
-        rows, valid = (part[:, self.ignore_prefix_size :].reshape(-1) for part in parts)
-        return rows, valid
+        return _Kept(memory, *self._rows(*memory.rows(sample, target, self.padding_idx)))
 
     def _past(
-        self, sample, target: Tensor, is_token: Tensor, rows: tuple[Tensor, Tensor] | None
-    ) -> "_Past":
-        """Return what the teacher says of a batch, and which tokens learn from it."""
+        self,
+        sample,
+        target: Tensor,
+        is_token: Tensor,
+        kept: Optional["_Kept"],
+        ask_snapshot: Callable[[dict], Union[Tensor, LinearTeacher]],
+    ) -> Optional["_Past"]:
+        """Return what the teacher says of a batch, and which tokens learn from it, if any do."""
+        if not self.epoch_state.active:
+            return None
         scores, top_k, taught = None, None, is_token
-        if rows is None:
-            scores = self._teacher_scores(sample)
+        if kept is None:
+            scores = ask_snapshot(sample)
         else:
-            top_k, taught = self.epoch_state.memory.read(*rows)
+            top_k, taught = kept.memory.read(kept.rows, kept.valid)
         past = _Past(scores, top_k, taught, self.epoch_state.alpha)
         if self._skip_wrong_teacher:
             past = past._replace(taught=taught & (past.preferred(slice(None)) == target))
-        if rows is not None or self._skip_wrong_teacher:
+        if kept is not None or self._skip_wrong_teacher:
             past = past._replace(alpha=past.taught * self.epoch_state.alpha)
         return past
 
-    def _scores_and_target(self, model, net_output, sample) -> tuple[Tensor, Tensor]:
+    def _rows(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """Return tensors of (B, T, ...) as rows, (N, ...), without the ignored prefixes."""
+        return tuple(tensor[:, self.ignore_prefix_size :].flatten(0, 1) for tensor in tensors)
+
+    def _scores_and_target(self, model, net_output, sample) -> tuple[Tensor, ...]:
         """Return scores whose softmax is the model's distribution, (N, V), and labels, (N,).
 
         These are the decoder's logits, which spares a normalisation forward and backward, or where
@@ -217,84 +293,61 @@ class PSKDCriterion(LabelSmoothedCrossEntropyCriterion):
             self._output_is_logits = _is_logits(model, net_output, sample)
         if not self._output_is_logits:
             return self.get_lprobs_and_target(model, net_output, sample)
-        logits, target = net_output[0], model.get_targets(sample, net_output)
-        logits = logits[:, self.ignore_prefix_size :]
-        target = target[:, self.ignore_prefix_size :]
-        return logits.reshape(-1, logits.size(-1)), target.reshape(-1)
+        return self._rows(net_output[0], model.get_targets(sample, net_output))
 
+    # The teacher is in eval mode, so it draws no random number and the student's dropout is the
+    # same with and without it.
     @torch.no_grad()
     def _teacher_scores(self, sample) -> Tensor:
-        """Return the teacher's scores on the batch, (N, V).
-
-        The teacher is in eval mode, so it draws no random number and the student's dropout is the
-        same with and without it.
-        """
+        """Return the teacher's scores on the batch, (N, V)."""
         teacher = self.epoch_state.teacher.model
         scores, _ = self._scores_and_target(teacher, teacher(**sample["net_input"]), sample)
         return scores
 
+    @torch.no_grad()
+    def _teacher_features(self, sample) -> LinearTeacher:
+        """Return the teacher's features on the batch, (N, H), with its output embedding."""
+        teacher = FeaturesOnly(self.epoch_state.teacher.model)
+        (hidden,) = self._rows(teacher(**sample["net_input"])[0])
+        return LinearTeacher(hidden, teacher.projection.weight, teacher.projection.bias)
+
     @classmethod
     def reduce_metrics(cls, logging_outputs) -> None:
-        """Aggregate the log outputs; the teacher's NLL is in bits, as fairseq's ``nll_loss``."""
+        """Aggregate the log outputs, fairseq's and PS-KD's."""
         super().reduce_metrics(logging_outputs)
-        if not logging_outputs or "pskd_tokens" not in logging_outputs[0]:
-            return
-        total = {key: utils.item(sum(log[key] for log in logging_outputs)) for key in _STATISTICS}
-        tokens, error = total["pskd_tokens"], max(total["pskd_student_error"], 1e-12)
-        if tokens == 0:  # no teacher yet
-            metrics.log_scalar("alpha", 0.0, 1, round=4)
-            return
-        metrics.log_scalar("alpha", total["pskd_alpha"] / tokens, tokens, round=4)
-        taught = total["pskd_taught"]
-        metrics.log_scalar("teacher_coverage", taught / tokens, tokens, round=4)
-        if taught == 0:  # no token of these batches has a past
-            return
-        metrics.log_scalar(
-            "teacher_nll", total["pskd_teacher_nll"] / taught / math.log(2), taught, round=3
-        )
-        if total["pskd_top_k_mass"] > 0:  # of a memory
-            metrics.log_scalar("top_k_mass", total["pskd_top_k_mass"] / taught, taught, round=4)
-        compared = max(total["pskd_compared"], 1.0)
-        metrics.log_scalar("teacher_agreement", total["pskd_agree"] / compared, compared, round=4)
-        metrics.log_scalar(
-            "gradient_rescaling", 1.0 - total["pskd_teacher_error"] / error, error, round=4
-        )
-        hard = total["pskd_hard_student_error"]
-        if hard > 0:
-            rescaling = 1.0 - total["pskd_hard_teacher_error"] / hard
-            metrics.log_scalar("gradient_rescaling_hard", rescaling, hard, round=4)
+        log_statistics(logging_outputs)
 
 
-_STATISTICS = (
-    "pskd_tokens",
-    "pskd_alpha",
-    "pskd_taught",
-    "pskd_teacher_nll",
-    "pskd_top_k_mass",
-    "pskd_compared",
-    "pskd_agree",
-    "pskd_student_error",
-    "pskd_teacher_error",
-    "pskd_hard_student_error",
-    "pskd_hard_teacher_error",
-)
+class _Kept(NamedTuple):
+    """Where a memory keeps a batch's tokens.
 
+    Attributes:
+        memory: whose rows they are.
+        rows: (N,) int64.
+        valid: (N,) bool, those that count.
+    """
 
-def _no_statistics() -> dict[str, float]:
-    return dict.fromkeys(_STATISTICS, 0.0)
+    memory: TokenMemory
+    rows: Tensor
+    valid: Tensor
+
+    def write(self, scores: Tensor, logsumexp: Optional[Tensor] = None) -> None:
+        """Keep the predictions, the softmax of (N, V) scores, for the next epoch."""
+        k = self.memory.top_k
+        self.memory.write(self.rows, TopK.from_logits(scores.detach(), k, logsumexp=logsumexp))
 
 
 class _Past(NamedTuple):
     """What the teacher says of a batch's tokens, in one of two forms.
 
     Attributes:
-        scores: (N, V) a snapshot's scores, or None.
+        scores: (N, V) a snapshot's scores, or what they are made of in the fused loss, or None.
         top_k: a memory's predictions, or None.
         taught: (N,) bool, the tokens that learn from the teacher.
         alpha: its weight, one for all or (N,).
     """
 
-    scores: Optional[Tensor]
+    scores: Union[Tensor, LinearTeacher, None]
     top_k: Optional[TopK]
     taught: Tensor
     alpha: Union[float, Tensor]
@@ -303,6 +356,7 @@ class _Past(NamedTuple):
         """Return the most likely type of some tokens."""
         if self.top_k is not None:
             return self.top_k.indices[part, 0]
+        assert isinstance(self.scores, Tensor)
         return self.scores[part].argmax(1)
 
     def top_k_mass(self) -> Tensor:
@@ -329,44 +383,18 @@ def _statistics(
     stats: PSKDStats,
     alpha: float,
 ) -> dict[str, Tensor]:
-    """Return what one step adds to the log, as sums over tokens, so that ranks can be summed.
-
-    The mean gradient rescaling weights each token by its plain gradient on the label's logit,
-    1 - p[y]: the factor itself divides by it and has no finite mean over well-learned tokens. Hard
-    tokens are those on which the teacher preferred another type than the label.
-
-    Args:
-        scores: (N, V) the student's scores.
-        target: (N,) labels.
-        past: what the teacher says.
-        is_token: (N,) False in padding.
-        stats: what the loss says of each row.
-        alpha: weight of the teacher.
-    """
-    tokens, taught = is_token.sum(), past.taught
-    # A float32 softmax rounds what is very unlikely to 0, and its logarithm would spoil the sum.
-    teacher_at_label = stats.teacher_probs_at_label.clamp_min(torch.finfo(torch.float32).tiny)
-    # Finding the largest of V scores costs as much as a softmax: every eighth token tells enough.
-    part = slice(None, None, 8)
-    preferred = past.preferred(part)
-    agree = (scores[part].argmax(1) == preferred) & taught[part]
-    hard = (preferred != target[part]) & taught[part]
-    student_error = 1.0 - stats.nll.neg().exp()
-    teacher_error = alpha * (1.0 - teacher_at_label)
-    sums = {
-        "pskd_tokens": tokens,
-        "pskd_alpha": alpha * tokens,
-        "pskd_taught": taught.sum(),
-        "pskd_teacher_nll": -(teacher_at_label.log() * taught).sum(),
-        "pskd_top_k_mass": past.top_k_mass(),
-        "pskd_compared": taught[part].sum(),
-        "pskd_agree": agree.sum(),
-        "pskd_student_error": (student_error * taught).sum(),
-        "pskd_teacher_error": (teacher_error * taught).sum(),
-        "pskd_hard_student_error": (student_error[part] * hard).sum(),
-        "pskd_hard_teacher_error": (teacher_error[part] * hard).sum(),
-    }
-    return {key: sums[key].float() for key in _STATISTICS}
+    """Return what one step adds to the log, of the (N, V) student's scores."""
+    return step_statistics(
+        target=target,
+        is_token=is_token,
+        taught=past.taught,
+        nll=stats.nll,
+        teacher_at_label=stats.teacher_probs_at_label,
+        student_prefers=scores[COMPARED].argmax(1),
+        teacher_prefers=past.preferred(COMPARED),
+        top_k_mass=past.top_k_mass(),
+        alpha=alpha,
+    )
 
 
 @torch.no_grad()

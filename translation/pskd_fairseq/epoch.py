@@ -119,24 +119,26 @@ class EpochState:
         if self.schedule.alpha_final == 0.0:
             return
         if self.memory is not None:
-            self._begin_memory(task, epoch, (restored or {}).get("memory"))
+            self._begin_memory(self.memory, task, epoch, (restored or {}).get("memory"))
             return
-        resumed = restored is not None and restored["epoch"] == epoch
-        if resumed:
+        if restored is not None and restored["epoch"] == epoch:
             # In the middle of an epoch the model is no longer the one that ended the last.
             self.teacher.load_state_dict(restored["teacher"], student=model)
-        if resumed and self.teacher.available:
-            logger.info("PS-KD: restored the teacher of epoch %d", epoch)
-        elif epoch > 1:
+            if self.teacher.available:
+                logger.info("PS-KD: restored the teacher of epoch %d", epoch)
+                return
+        if epoch > 1:
             self._refuse_the_middle(task, epoch)
             self.teacher.refresh(model)
 
-    def _begin_memory(self, task: FairseqTask, epoch: int, restored: dict | None) -> None:
+    def _begin_memory(
+        self, memory: TokenMemory, task: FairseqTask, epoch: int, restored: dict | None
+    ) -> None:
         if restored:
-            self.memory.load_state_dict(restored)
+            memory.load_state_dict(restored)
         elif epoch > 1:
             self._refuse_the_middle(task, epoch)
-        self.memory.begin_epoch(epoch, task.dataset(self._train_subset))
+        memory.begin_epoch(epoch, task.dataset(self._train_subset))
 
     def _refuse_the_middle(self, task: FairseqTask, epoch: int) -> None:
         """Stop where the model would become the teacher of the rest of an epoch.

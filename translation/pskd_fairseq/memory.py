@@ -35,7 +35,7 @@ class TokenMemory:
     """
 
     def __init__(self, folder: str, num_types: int, top_k: int, num_shards: int = 1) -> None:
-        self._folder, self._num_types, self._top_k = folder, num_types, top_k
+        self._folder, self._num_types, self.top_k = folder, num_types, top_k
         self._num_shards = num_shards
         self._shards: dict[int, _Shard] = {}
         self._current: _Shard | None = None
@@ -79,7 +79,8 @@ class TokenMemory:
             sentence whose length is not that of the data set (a task may cut or extend it). The
             others have the last row, which nobody reads.
         """
-        starts = self._current.starts = self._current.starts.to(target.device)
+        shard = self._running()
+        starts = shard.starts = shard.starts.to(target.device)
         is_token = target != padding_idx
         ids = sample["id"].clamp(0, len(starts) - 2)
         first, end = starts[ids], starts[ids + 1]
@@ -90,13 +91,18 @@ class TokenMemory:
 
     def read(self, rows: Tensor, valid: Tensor) -> tuple[TopK, Tensor]:
         """Return the past predictions of (N,) rows and the (N,) mask of those that have one."""
-        past, seen = self._current.memory.read(rows)
+        past, seen = self._running().memory.read(rows)
+        assert isinstance(past, TopK)  # of a memory with top_k
         return past, seen & valid
 
-    def write(self, rows: Tensor, scores: Tensor, logsumexp: Tensor | None = None) -> None:
-        """Keep the predictions of (N,) rows, the softmax of (N, V) scores, for the next epoch."""
-        probs = TopK.from_logits(scores.detach(), self._top_k, logsumexp=logsumexp)
-        self._current.memory.write(rows, probs)
+    def write(self, rows: Tensor, probs: TopK) -> None:
+        """Keep the predictions of (N,) rows, of `top_k` types each, for the next epoch."""
+        self._running().memory.write(rows, probs)
+
+    def _running(self) -> _Shard:
+        if self._current is None:
+            raise RuntimeError("expected begin_epoch before the first batch")
+        return self._current
 
     def state_dict(self) -> dict[str, dict]:
         """Return what a checkpoint keeps; the predictions stay in their files."""
@@ -116,7 +122,7 @@ class TokenMemory:
         memory = PredictionMemory(
             int(starts[-1]) + 1,  # the last row takes what has no row
             self._num_types,
-            top_k=self._top_k,
+            top_k=self.top_k,
             path=Path(self._folder) / f"shard_{index}",
             fingerprint=hashlib.sha256(sizes.tobytes()).hexdigest()[:16],
         )
