@@ -180,8 +180,8 @@ def pskd_cross_entropy(
     rows = Rows(
         logits.detach(),
         target.long(),  # an unsigned label would never equal a negative ignore_index
-        None if teacher_probs is None else teacher_probs.detach(),
-        None if teacher_logits is None else teacher_logits.detach(),
+        _constant(teacher_probs),
+        _constant(teacher_logits),
         indices,
         alpha.detach() if isinstance(alpha, Tensor) else alpha,
         ignore_index,
@@ -199,6 +199,10 @@ def pskd_cross_entropy(
     else:
         loss, *stats = values_only(rows, reduction, with_stats=return_stats)
     return (loss, PSKDStats(*stats)) if return_stats else loss
+
+
+def _constant(teacher: Tensor | None) -> Tensor | None:
+    return None if teacher is None else teacher.detach()
 
 
 def _weights(alpha: float | Tensor, label_smoothing: float, logits: Tensor) -> float | Tensor:

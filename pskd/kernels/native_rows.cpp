@@ -146,47 +146,66 @@ EACH_PROCESSOR void hard_sums(const float* z, float max, int64_t n, float* e, Su
   }
 }
 
-// What a share of the mass that is spread evenly over classes needs.
-EACH_PROCESSOR void shifted_sums(const float* z, float max, int64_t n, Sums& sums) {
+// As hard_sums, with what a share of the mass needs that is spread evenly over classes.
+EACH_PROCESSOR void spread_sums(const float* z, float max, int64_t n, float* e, Sums& sums) {
   for (int64_t start = 0; start < n; start += kBlock) {
     const int64_t end = std::min(n, start + kBlock);
-    float shifted = 0.0f, infinite = 0.0f;
-#pragma omp simd reduction(+ : shifted, infinite)
-    for (int64_t i = start; i < end; ++i) {
-      const float t = z[i] - max;
-      shifted += t == -kInfinity ? 0.0f : t;
-      infinite += t == -kInfinity ? 1.0f : 0.0f;
+    float exps = 0.0f, shifted = 0.0f, infinite = 0.0f;
+    if (e) {
+#pragma omp simd reduction(+ : exps, shifted, infinite)
+      for (int64_t i = start; i < end; ++i) {
+        const float t = z[i] - max, x = exp_nonpositive(t);
+        e[i] = x;
+        exps += x;
+        shifted += t == -kInfinity ? 0.0f : t;
+        infinite += t == -kInfinity ? 1.0f : 0.0f;
+      }
+    } else {
+#pragma omp simd reduction(+ : exps, shifted, infinite)
+      for (int64_t i = start; i < end; ++i) {
+        const float t = z[i] - max;
+        exps += exp_nonpositive(t);
+        shifted += t == -kInfinity ? 0.0f : t;
+        infinite += t == -kInfinity ? 1.0f : 0.0f;
+      }
     }
+    sums.exps += exps;
     sums.shifted += shifted;
     sums.infinite += infinite;
   }
 }
 
-// As hard_sums, with a teacher's probabilities.
+// As spread_sums, with a teacher's probabilities.
 EACH_PROCESSOR void dense_sums(const float* z, float max, const float* p, int64_t n, float* e,
                                Sums& sums) {
   for (int64_t start = 0; start < n; start += kBlock) {
     const int64_t end = std::min(n, start + kBlock);
-    float exps = 0.0f, probs = 0.0f, dot = 0.0f;
+    float exps = 0.0f, shifted = 0.0f, infinite = 0.0f, probs = 0.0f, dot = 0.0f;
     if (e) {
-#pragma omp simd reduction(+ : exps, probs, dot)
+#pragma omp simd reduction(+ : exps, shifted, infinite, probs, dot)
       for (int64_t i = start; i < end; ++i) {
         const float t = z[i] - max, x = exp_nonpositive(t);
         e[i] = x;
         exps += x;
+        shifted += t == -kInfinity ? 0.0f : t;
+        infinite += t == -kInfinity ? 1.0f : 0.0f;
         probs += p[i];
         dot += p[i] == 0.0f ? 0.0f : p[i] * t;  // 0 * -infinity is 0 here
       }
     } else {
-#pragma omp simd reduction(+ : exps, probs, dot)
+#pragma omp simd reduction(+ : exps, shifted, infinite, probs, dot)
       for (int64_t i = start; i < end; ++i) {
         const float t = z[i] - max;
         exps += exp_nonpositive(t);
+        shifted += t == -kInfinity ? 0.0f : t;
+        infinite += t == -kInfinity ? 1.0f : 0.0f;
         probs += p[i];
         dot += p[i] == 0.0f ? 0.0f : p[i] * t;
       }
     }
     sums.exps += exps;
+    sums.shifted += shifted;
+    sums.infinite += infinite;
     sums.probs += probs;
     sums.dot += dot;
   }
@@ -286,9 +305,8 @@ class Row {
     const double smoothing = call_.label_smoothing, hard = 1.0 - alpha;
     const bool soft = call_.teacher && (alpha != 0.0 || call_.teacher_at_label);
     Teacher teacher;
-    if (smoothing != 0.0) shifted_sums(z_, max_, classes_, sums_);
     if (!soft) {
-      hard_sums(z_, max_, classes_, g_, sums_);
+      student_sums(smoothing != 0.0);
     } else if (call_.indices) {
       teacher = sparse(label);
     } else {
@@ -333,6 +351,11 @@ class Row {
     if (call_.grad) std::memset(grad_row(), 0, classes_ * (call_.logits_type == kFloat32 ? 4 : 2));
   }
 
+  void student_sums(bool spread) {
+    if (spread) spread_sums(z_, max_, classes_, g_, sums_);
+    else hard_sums(z_, max_, classes_, g_, sums_);
+  }
+
   Teacher dense(int64_t label) {
     p_ = as_float(call_.teacher, call_.teacher_type, row_ * call_.teacher_stride, classes_,
                   scratch_.p);
@@ -367,10 +390,7 @@ class Row {
     }
     teacher.tail = others ? std::max(0.0, 1.0 - listed) / others : 0.0;
     if (!label_is_listed) teacher.at_label = teacher.tail;
-    if (teacher.tail > 0.0 && call_.label_smoothing == 0.0) {
-      shifted_sums(z_, max_, classes_, sums_);
-    }
-    hard_sums(z_, max_, classes_, g_, sums_);
+    student_sums(teacher.tail > 0.0 || call_.label_smoothing != 0.0);
     const double rest = sums_.infinite > listed_infinite ? -kInfinity : sums_.shifted - listed_shifted;
     teacher.expectation = expectation + weighted(teacher.tail, rest);
     teacher.mass = listed + teacher.tail * others;
