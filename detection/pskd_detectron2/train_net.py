@@ -1,0 +1,109 @@
+"""Train or evaluate a Detectron2 model with PS-KD.
+
+    python detection/train_net.py --num-gpus 8 \\
+        --config-file configs/detection/faster_rcnn_R_50_FPN_1x_pskd.yaml MODEL.PSKD.ALPHA_FINAL 0.5
+    python detection/train_net.py --config-file configs/detection/bccd_pskd.yaml \\
+        --train voc:BCCD:train --test voc:BCCD:test OUTPUT_DIR runs/bccd
+
+Outside a checkout it is ``python -m pskd_detectron2.train_net``. The options are those of
+Detectron2's own train_net.py. --config-file also takes the configs that come with Detectron2, as
+detectron2:COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml; a ``.py`` is a LazyConfig. --train and
+--test give any data set without code.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import CfgNode
+from detectron2.engine import default_argument_parser, default_setup, launch
+from detectron2.evaluation import verify_results
+from detectron2.utils import comm
+from pskd_detection import add_dataset_arguments, write_results
+
+from pskd_detectron2 import Trainer, load_config, register_spec
+from pskd_detectron2.config import recipe_path
+from pskd_detectron2.lazy import run_lazy
+from pskd_detectron2.trainer import check_config
+
+
+def setup(args) -> CfgNode:
+    """Return the config; with --train and --test its datasets and class count are set from them."""
+    cfg = load_config(args.config_file, args.opts)
+    class_names = None
+    if args.train:
+        dataset = register_spec(args.train, cfg.OUTPUT_DIR)
+        class_names = dataset.class_names
+        cfg.DATASETS.TRAIN = (args.train,)
+        cfg.MODEL.ROI_HEADS.NUM_CLASSES = len(class_names)
+    if args.test:
+        register_spec(args.test, cfg.OUTPUT_DIR, class_names)
+        cfg.DATASETS.TEST = (args.test,)
+    cfg.freeze()
+    check_config(cfg)
+    default_setup(cfg, args)
+    return cfg
+
+
+def evaluate(cfg: CfgNode, resume: bool) -> dict:
+    """Evaluate MODEL.WEIGHTS, or with --resume the last checkpoint.
+
+    Raises:
+        ValueError: if there is neither, since random weights were evaluated.
+    """
+    model = Trainer.build_model(cfg)
+    checkpointer = DetectionCheckpointer(model, save_dir=cfg.OUTPUT_DIR)
+    if not cfg.MODEL.WEIGHTS and not (resume and checkpointer.has_checkpoint()):
+        raise ValueError(
+            "--eval-only: expected MODEL.WEIGHTS, or --resume and a checkpoint in "
+            f"{cfg.OUTPUT_DIR}, got neither"
+        )
+    checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
+    results = Trainer.test(cfg, model)
+    if comm.is_main_process():
+        verify_results(cfg, results)  # TEST.EXPECTED_RESULTS
+    return results
+
+
+def main(args) -> None:
+    args.config_file = recipe_path(args.config_file)
+    if args.config_file.endswith(".py"):
+        run_lazy(args)
+        return
+    cfg = setup(args)
+    results: dict = {"command": sys.argv, "seed": cfg.SEED}
+    if args.eval_only:
+        results |= evaluate(cfg, args.resume)
+    else:
+        trainer = Trainer(cfg)
+        trainer.resume_or_load(resume=args.resume)
+        trainer.train()  # its last hook evaluates
+        results |= trainer.results()
+    if comm.is_main_process():
+        write_results(cfg.OUTPUT_DIR, results, evaluation=args.eval_only)
+
+
+def parse(argv: list[str] | None = None):
+    parser = default_argument_parser(epilog=__doc__)
+    add_dataset_arguments(parser, required=False)
+    return parser.parse_args(argv)
+
+
+def run() -> None:
+    """Train or evaluate as the command line says, in as many processes as it names."""
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    args = parse()
+    launch(
+        main,
+        args.num_gpus,
+        num_machines=args.num_machines,
+        machine_rank=args.machine_rank,
+        dist_url=args.dist_url,
+        args=(args,),
+    )
+
+
+if __name__ == "__main__":
+    run()
