@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from _loss_forms import COMPILED, Case, Step, forms_of, steps_of
 
-__all__ = ["Wanted", "extra_peak", "memory"]
+__all__ = ["Wanted", "extra_peak", "memory", "start_measuring"]
 
 Multiples = dict[str, float] | None  # of the logits' size by form; None where nothing can tell
 _M_MMAP_THRESHOLD, _MAPPED_BYTES = -3, 1 << 16  # the first of glibc's malloc.h
@@ -39,12 +39,13 @@ def memory(wanted: Sequence[Wanted], threads: int, device: str) -> list[Multiple
     if torch.device(device).type == "cuda":
         return [_multiples(one, device) for one in wanted]
     fresh = multiprocessing.get_context("spawn")
-    start = partial(_start, threads)
+    start = partial(start_measuring, threads)
     with ProcessPoolExecutor(1, mp_context=fresh, initializer=start) as process:
         return list(process.map(_multiples, wanted, [device] * len(wanted)))
 
 
-def _start(threads: int) -> None:
+def start_measuring(threads: int) -> None:
+    """Prepare a process of its own: each block of memory is mapped apart from now on."""
     torch.set_num_threads(threads)
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:

@@ -1,4 +1,4 @@
-"""What the benchmarks of a training step share: the machine, the clock, ratios to one of the forms.
+"""What the benchmarks share: the machine, the clock, ratios to one of the forms, types of options.
 
 A figure belongs to a form, one of what is compared; forms take turns, so that a machine whose speed
 drifts slows all.
@@ -6,14 +6,16 @@ drifts slows all.
 
 from __future__ import annotations
 
+import argparse
 import platform
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
-__all__ = ["machine", "medians", "quartiles", "ratios_to", "seconds"]
+__all__ = ["at_least", "machine", "medians", "new_file", "quartiles", "ratios_to", "seconds"]
 
 Figures = dict[str, list[float]]  # of each form, in the order in which they were taken
 
@@ -49,3 +51,22 @@ def ratios_to(base: str, figures: Figures) -> Figures:
         for name, values in figures.items()
         if name != base
     }
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """Return a type of options: integers from ``least`` on."""
+
+    def number(text: str) -> int:
+        if not text.removeprefix("-").isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"expected an integer of at least {least}, got {text}")
+        return int(text)
+
+    return number
+
+
+def new_file(text: str) -> Path:
+    """A type of options: a file that can be written when all is measured."""
+    path = Path(text)
+    if not path.parent.is_dir() or path.is_dir():
+        raise argparse.ArgumentTypeError(f"expected a file in a folder that is there, got {text}")
+    return path

@@ -19,11 +19,10 @@ import json
 import sys
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from _timing import machine, medians, quartiles, ratios_to, seconds
+from _timing import at_least, machine, medians, new_file, quartiles, ratios_to, seconds
 from pskd_classification import build_model
 from torch import Tensor, nn
 
@@ -212,20 +211,23 @@ def table(title: str, found: dict) -> str:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", default="preact_resnet18", help="any of train.py's")
-    parser.add_argument("--classes", type=int, default=100, help="C")
-    parser.add_argument("--batch-size", type=int, default=128, help="images of 32x32 in a step")
+    parser.add_argument("--classes", type=at_least(1), default=100, help="C")
+    parser.add_argument("--batch-size", type=at_least(2), default=128, help="images of 32x32")
     parser.add_argument("--rows", type=int, default=50_000, help="M, images in the data set")
-    parser.add_argument("--steps", type=int, default=2, help="of each form in a round")
+    parser.add_argument("--steps", type=at_least(1), default=2, help="of each form in a round")
     parser.add_argument("--rounds", type=int, default=7, help="2 or more")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
-    parser.add_argument("--json", type=Path, help="a file for the figures")
+    parser.add_argument("--threads", type=at_least(1), default=1, help="CPU threads")
+    parser.add_argument("--json", type=new_file, help="a file for the figures")
     args = parser.parse_args(argv)
     least = max(args.batch_size, *(batch_size for batch_size, _ in PARTS))
     if args.rows < least or args.rounds < 2:
         parser.error(f"expected --rows {least} or more, which is a batch, and --rounds 2 or more")
     torch.set_num_threads(args.threads)
-    result = run(args)
+    try:
+        result = run(args)
+    except ValueError as error:  # of the model's name
+        parser.error(str(error))
     print(f"{result['machine']}, torch {result['torch']}, {args.rows:,} rows")
     print(table(f"step of {args.model}, {args.batch_size} images", result["step"]))
     for batch_size, classes in PARTS:

@@ -16,7 +16,7 @@ import json
 from collections.abc import Callable
 
 import torch
-from _timing import machine, medians, quartiles, ratios_to, seconds
+from _timing import at_least, machine, medians, quartiles, ratios_to, seconds
 from detectron2.config import CfgNode
 from detectron2.engine import DefaultTrainer
 from detectron2.structures import Boxes, Instances
@@ -121,14 +121,17 @@ def main() -> None:
     parser.add_argument(
         "--config-file", default="configs/detection/bccd_pskd.yaml", help="default: %(default)s"
     )
-    parser.add_argument("--iterations", type=int, default=20, help="timed ones of each model")
-    parser.add_argument("--warmup", type=int, default=3, help="iterations that are not counted")
-    parser.add_argument("--boxes", type=int, default=12, help="annotations an image")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
+    parser.add_argument("--iterations", type=at_least(2), default=20, help="timed, of each model")
+    parser.add_argument("--warmup", type=at_least(1), default=3, help="that are not counted")
+    parser.add_argument("--boxes", type=at_least(1), default=12, help="annotations an image")
+    parser.add_argument("--threads", type=at_least(1), default=1, help="CPU threads")
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE pairs for the config")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    cfg = load_config(args.config_file, args.opts)
+    try:
+        cfg = load_config(args.config_file, args.opts)
+    except ValueError as error:
+        parser.error(str(error))
     print(json.dumps(run(cfg, args.iterations, args.warmup, args.boxes), indent=2))
 
 

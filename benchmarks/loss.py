@@ -28,7 +28,7 @@ import torch
 from _loss_forms import ALPHA, BASE, COMPILED, KEPT, Case, Form, Step, check, forms_of, steps_of
 from _loss_memory import Wanted, memory
 from _loss_report import memory_table, plot, time_table
-from _timing import medians, quartiles, ratios_to, seconds
+from _timing import at_least, medians, new_file, quartiles, ratios_to, seconds
 
 from pskd.kernels import Rows, backend_of
 from pskd.run.files import write_json
@@ -206,18 +206,17 @@ def flags(argv: list[str] | None) -> argparse.Namespace:
         "--shapes", nargs="+", type=shape_name, default=SHAPES, help="rows x classes"
     )
     parser.add_argument(
-        "--threads", nargs="+", type=int, default=[1], help="CPU threads, each number in turn"
+        "--threads", nargs="+", type=at_least(1), default=[1], help="CPU threads, each in turn"
     )
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--rounds", type=int, default=9, help="3 or more")
+    parser.add_argument("--rounds", type=at_least(3), default=9, help="3 or more")
     parser.add_argument("--without-compile", action="store_true", help="leave out torch.compile")
-    parser.add_argument("--json", type=Path, help="a file for the figures")
-    parser.add_argument("--plot", type=Path, help="a file for a picture; its suffix is the format")
-    args = parser.parse_args(argv)
-    if args.rounds < 3 or min(args.threads) < 1:
-        parser.error("expected --rounds 3 or more, and --threads 1 or more")
-    return args
+    parser.add_argument("--json", type=new_file, help="a file for the figures")
+    parser.add_argument(
+        "--plot", type=new_file, help="a file for a picture; its suffix is the format"
+    )
+    return parser.parse_args(argv)
 
 
 def told(result: dict) -> str:

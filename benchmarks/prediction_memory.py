@@ -15,8 +15,10 @@ import resource
 import statistics
 import tempfile
 import time
+from pathlib import Path
 
 import torch
+from _timing import at_least
 
 from pskd import PredictionMemory, TopK
 
@@ -86,10 +88,14 @@ def measure(rows: int, form: str, folder: str, batches: int) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--rows", type=int, nargs="+", default=[1_000_000, 130_000_000])
+    parser.add_argument(
+        "--rows", type=at_least(RUN + 1), nargs="+", default=[1_000_000, 130_000_000]
+    )
     parser.add_argument("--folder", default=".", help="where the files are made and removed")
-    parser.add_argument("--batches", type=int, default=500)
+    parser.add_argument("--batches", type=at_least(1), default=500)
     args = parser.parse_args()
+    if not Path(args.folder).is_dir():
+        parser.error(f"--folder: expected a folder that is there, got {args.folder}")
     torch.manual_seed(1)
     print(
         f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, "

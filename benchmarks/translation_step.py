@@ -21,7 +21,7 @@ from collections.abc import Iterable
 from functools import partial
 
 import torch
-from _timing import machine, medians, quartiles, ratios_to, seconds
+from _timing import at_least, machine, medians, quartiles, ratios_to, seconds
 from fairseq import models, options, tasks, utils
 from fairseq.data import Dictionary, FairseqDataset
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
@@ -188,12 +188,14 @@ def main() -> None:
     parser.add_argument(
         "--arch", default="small", help="a fairseq architecture, or small (2 + 2 layers of 96)"
     )
-    parser.add_argument("--vocabulary", type=int, default=6000, help="types in the dictionary")
-    parser.add_argument("--tokens", type=int, default=2048, help="target tokens in a batch")
-    parser.add_argument("--length", type=int, default=16, help="tokens in a sentence")
-    parser.add_argument("--updates", type=int, default=30, help="timed updates of each criterion")
-    parser.add_argument("--warmup", type=int, default=3, help="updates that are not counted")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
+    parser.add_argument(
+        "--vocabulary", type=at_least(16), default=6000, help="types in the dictionary"
+    )
+    parser.add_argument("--tokens", type=at_least(1), default=2048, help="of targets in a batch")
+    parser.add_argument("--length", type=at_least(1), default=16, help="tokens in a sentence")
+    parser.add_argument("--updates", type=at_least(2), default=30, help="timed, of each criterion")
+    parser.add_argument("--warmup", type=at_least(0), default=3, help="that are not counted")
+    parser.add_argument("--threads", type=at_least(1), default=1, help="CPU threads")
     parser.add_argument("--cpu", action="store_true", help="do not use a GPU")
     parser.add_argument("--user-dir", default="translation/pskd_fairseq")
     args = parser.parse_args()

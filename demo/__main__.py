@@ -1,6 +1,8 @@
 """Both halves of the demo, translation and detection, and their results in one table.
 
-python -m demo    the same as: make demo
+    python -m demo    the same as: make demo
+
+runs/demo/results.json holds both results afterwards.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.parse_args(argv)
     try:
         reports = [half.run(half.parse([])) for half in (translation, detection)]
-    except (StepFailed, ValueError) as error:
+    except (StepFailed, OSError, ValueError) as error:
         print(f"demo: error: {error}", file=sys.stderr)
         return 1
     results = Path("runs/demo/results.json")

@@ -78,6 +78,8 @@ def prepare(args: argparse.Namespace, out: Path) -> dict[str, str]:
     """Return the training and the test set, the user's or handwritten digits made here."""
     if args.train:
         say(1, f"data sets {args.train} and {args.test}")
+        # The trainings would refuse them only after those of an earlier demo are deleted.
+        load_dataset(args.test, load_dataset(args.train).class_names)
         return {"train": args.train, "test": args.test}
     say(1, f"{args.num_train} + {args.num_test} images of handwritten digits in {out / 'images'}")
     files = write_digits(out / "images", num_train=args.num_train, num_test=args.num_test)
@@ -206,6 +208,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if bool(args.train) != bool(args.test):
         parser.error("expected --train and --test together, got one of them")
+    for option in ("num_train", "num_test"):
+        if (number := getattr(args, option)) < 1:
+            parser.error(f"--{option.replace('_', '-')}: expected at least 1, got {number}")
     return args
 
 
@@ -214,6 +219,7 @@ def run(args: argparse.Namespace) -> Report:
 
     Raises:
         StepFailed: naming the step and its log.
+        OSError: if the output folder cannot be made or written.
         ValueError: for a data set that cannot be used, or an output folder that holds what the demo
             would delete.
     """
@@ -230,7 +236,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     try:
         print(f"\n{run(args).table()}")
-    except (StepFailed, ValueError) as error:
+    except (StepFailed, OSError, ValueError) as error:
         print(f"demo: error: {error}", file=sys.stderr)
         return 1
     return 0

@@ -196,6 +196,7 @@ def run(args: argparse.Namespace) -> Report:
 
     Raises:
         StepFailed: naming the step and its log.
+        OSError: if the output folder cannot be made or written.
         ValueError: if the output folder holds what the demo would delete, or the embedded corpus
             is too small.
     """
@@ -214,7 +215,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     try:
         print(f"\n{run(args).table()}")
-    except (StepFailed, ValueError) as error:
+    except (StepFailed, OSError, ValueError) as error:
         print(f"demo: error: {error}", file=sys.stderr)
         return 1
     return 0

@@ -306,12 +306,8 @@ def write_weights(path: str | os.PathLike, weights: Mapping[str, Tensor]) -> Non
 
     Source: detectron2/checkpoint/detection_checkpoint.py (keys of the file).
     """
-    path = Path(path)
+    path = _checked_target(path)
     content = {"model": dict(weights), "__author__": "pskd", "matching_heuristics": True}
-    if path.suffix not in (".pth", ".pkl"):
-        raise ValueError(f"{path}: expected a name that ends in .pth or .pkl, got {path.suffix!r}")
-    if not path.parent.is_dir():
-        raise ValueError(f"{path}: expected an existing folder, got {path.parent}")
     aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         with open(aside, "wb") as file:
@@ -325,6 +321,15 @@ def write_weights(path: str | os.PathLike, weights: Mapping[str, Tensor]) -> Non
         aside.unlink(missing_ok=True)
 
 
+def _checked_target(path: str | os.PathLike) -> Path:
+    path = Path(path)
+    if path.suffix not in (".pth", ".pkl"):
+        raise ValueError(f"{path}: expected a name that ends in .pth or .pkl, got {path.suffix!r}")
+    if not path.parent.is_dir():
+        raise ValueError(f"{path}: expected an existing folder, got {path.parent}")
+    return path
+
+
 def convert_file(source: str | os.PathLike, target: str | os.PathLike) -> dict[str, object]:
     """Convert a checkpoint file and return the config keys that go with it.
 
@@ -334,6 +339,7 @@ def convert_file(source: str | os.PathLike, target: str | os.PathLike) -> dict[s
     """
     if Path(source).resolve() == Path(target).resolve():
         raise ValueError(f"{target}: expected another file than the one that is read, got the same")
+    _checked_target(target)
     state_dict = read_state_dict(source)
     try:
         weights, architecture = convert(state_dict)

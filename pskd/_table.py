@@ -179,7 +179,7 @@ def _read_header(path: Path) -> dict[str, object]:
     except ValueError as error:
         raise ValueError(f"{path}: expected a file of {FORMAT!r}, got another") from error
     found = header.get("format") if isinstance(header, dict) else None
-    if found != FORMAT:
+    if not isinstance(header, dict) or found != FORMAT:
         got = "another" if found is None else repr(found)
         raise ValueError(f"{path}: expected a file of {FORMAT!r}, got {got}")
     return header

@@ -176,12 +176,9 @@ class _Criterion(ABC):
             raise ValueError(
                 f"epoch: expected a state of epoch 0 to {self.num_epochs}, got {state['epoch']}"
             )
-        examples = self.examples if "examples" in state else None
-        if examples is not None:
-            examples.check_state_dict(state["examples"])
         self._load_teacher(state)
-        if examples is not None:
-            examples.load_state_dict(state["examples"])
+        if self.examples is not None and "examples" in state:
+            self.examples.load_state_dict(state["examples"])
         self._set_epoch(state["epoch"])
 
     @abstractmethod
@@ -418,6 +415,8 @@ class SnapshotCriterion(_Criterion):
         return state | ({"teacher": self.teacher.state_dict()} if inside_epoch else {})
 
     def _load_teacher(self, state: dict[str, Any]) -> None:
+        if self.examples is not None and "examples" in state:
+            self.examples.check_state_dict(state["examples"])  # nothing may fail after the teacher
         try:
             self.teacher.load_state_dict(state.get("teacher", {"model": None}), self._student)
         except RuntimeError as error:  # a line for each weight that does not fit

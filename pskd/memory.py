@@ -246,6 +246,8 @@ class PredictionMemory:
                     f"memory: expected {key} {value!r}, got {state['header'].get(key)!r}"
                 )
         if isinstance(peers, Processes):  # in RAM
+            if run is not None:
+                raise ValueError("path: expected the folder of the state's files, got none")
             self._load_tables(state)
             return
         epoch, before = state["epoch"], self._run
@@ -446,12 +448,14 @@ class PredictionMemory:
         shape = (self.num_rows, self.bytes_per_row)
         for name in ("past", "present"):
             records = state.get(name)
-            if records is not None and (
-                not isinstance(records, Tensor)
-                or records.dtype != torch.uint8
-                or tuple(records.shape) != shape
-            ):
-                raise ValueError(f"memory: expected {name} records of {shape} bytes, got another")
+            if records is None:
+                continue
+            kind = (records.dtype, tuple(records.shape)) if isinstance(records, Tensor) else None
+            if kind != (torch.uint8, shape):
+                got = type(records).__name__ if kind is None else f"{kind[0]} of {kind[1]}"
+                raise ValueError(
+                    f"memory: expected {name} records, torch.uint8 of {shape}, got {got}"
+                )
         for name in ("past", "present"):
             table = None if state.get(name) is None else self._new_table()
             if table is not None:

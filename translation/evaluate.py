@@ -46,6 +46,8 @@ logger = logging.getLogger("evaluate")
 _GENERATE = "import pskd_fairseq; from fairseq_cli.generate import cli_main; cli_main()"
 
 
+# What is read of prepare.json.
+_PREPARED = {"source_lang", "target_lang", "lowercase"}
 # Of a vocabulary of 32,000 types these are 0.5 GB of log-probabilities.
 _TEMPERATURE_TOKENS = 4096
 _LEAST_LPROB = -1e4
@@ -66,7 +68,14 @@ def read_preparation(data: Path) -> dict:
         raise UserError(
             f"{data}: expected a folder that translation/prepare.py made, got no {path.name}"
         )
-    return json.loads(path.read_text(encoding="utf-8"))
+    try:
+        preparation = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path}: expected JSON, got {error}") from error
+    if not isinstance(preparation, dict) or not preparation.keys() >= _PREPARED:
+        got = sorted(preparation) if isinstance(preparation, dict) else type(preparation).__name__
+        raise UserError(f"{path}: expected an object with {sorted(_PREPARED)}, got {got}")
+    return preparation
 
 
 def load(args: argparse.Namespace) -> tuple[BaseFairseqModel, DictConfig, FairseqTask]:
@@ -132,14 +141,17 @@ def detokenised(tokenised: list[str], preparation: dict) -> list[str]:
     return [detokenizer.detokenize(line.split()) for line in tokenised]
 
 
+def raw_reference(args: argparse.Namespace, preparation: dict) -> Path:
+    return args.data / "raw" / f"{args.split}.{preparation['target_lang']}"
+
+
 def score(translations: list[str], args: argparse.Namespace, preparation: dict) -> dict:
     """Return BLEU and chrF of the detokenised translations, with their sacreBLEU signatures.
 
     Raises:
         UserError: if the reference is of another length.
     """
-    language, lowercase = preparation["target_lang"], preparation["lowercase"]
-    reference_file = args.data / "raw" / f"{args.split}.{language}"
+    lowercase, reference_file = preparation["lowercase"], raw_reference(args, preparation)
     references = reference_file.read_text(encoding="utf-8").split("\n")[:-1]
     if len(translations) != len(references):
         raise UserError(
@@ -248,6 +260,9 @@ def evaluate(args: argparse.Namespace) -> dict:
     preparation = read_preparation(args.data)
     if not args.checkpoint.is_file():
         raise UserError(f"{args.checkpoint}: expected a checkpoint, got no such file")
+    reference_file = raw_reference(args, preparation)
+    if not reference_file.is_file():  # which is read when all is translated
+        raise UserError(f"{reference_file}: expected the raw reference, got no such file")
     if args.user_dir:
         utils.import_user_module(argparse.Namespace(user_dir=args.user_dir))
     model, config, task = load(args)
@@ -313,7 +328,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--max-tokens", type=int, default=4000, help="in a batch (default: 4000)")
     parser.add_argument("--user-dir", help="the plugin of your own model or task, if it has one")
     parser.add_argument("--cpu", action="store_true", help="do not use a GPU")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    for option in ("beam", "max_tokens"):
+        if (number := getattr(args, option)) < 1:
+            parser.error(f"--{option.replace('_', '-')}: expected at least 1, got {number}")
+    if not math.isfinite(args.lenpen):
+        parser.error(f"--lenpen: expected a finite number, got {args.lenpen}")
+    return args
 
 
 def main(argv: list[str] | None = None) -> int:

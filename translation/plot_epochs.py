@@ -22,7 +22,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="the picture: .png, .pdf or .svg")
     args = parser.parse_args()
     try:
-        print(epoch_plot(fairseq_epochs(args.log.read_text(encoding="utf-8")), args.out))
+        records = fairseq_epochs(args.log.read_text(encoding="utf-8"))
+    except OSError as error:
+        sys.exit(str(error))
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        sys.exit(f"{args.log}: expected a log of fairseq-train, got {error}")
+    try:
+        print(epoch_plot(records, args.out))
     except (OSError, ValueError) as error:
         sys.exit(f"{args.log}: {error}")
 

@@ -67,7 +67,10 @@ class Images(Dataset):
         return len(self._indices)
 
     def __getitem__(self, row: int) -> tuple[Tensor, int]:
-        image, label = self._source[self._indices[row]]
+        try:
+            image, label = self._source[self._indices[row]]
+        except (OSError, SyntaxError) as error:  # what PIL raises for a damaged file
+            raise ValueError(f"{self.ids[row]}: expected an image, got {error}") from error
         return self._transform(_as_rgb(image)), int(label)
 
     def picture(self, row: int) -> Image.Image:

@@ -22,7 +22,6 @@ OPTIMIZERS = ("sgd", "adamw")
 # name: (least, most), both allowed; of a list every entry.
 RANGES = TRAINING_RANGES | {
     "lr_warmup_epochs": (0, math.inf),
-    "clip_grad_norm": (0.0, math.inf),
     "val_fraction": (0.0, 0.999),
     "image_size": (1, math.inf),
     "hflip": (0.0, 1.0),
@@ -58,21 +57,28 @@ def parse(description: str, argv: Sequence[str]) -> argparse.Namespace:
     first = argparse.ArgumentParser(add_help=False)
     first.add_argument("--config")
     config = first.parse_known_args(argv)[0].config
-    return parser.parse_args([*(_config_flags(Path(config)) if config else []), *argv])
+    return parser.parse_args([*(_config_flags(parser, Path(config)) if config else []), *argv])
 
 
-def _config_flags(path: Path, above: tuple[Path, ...] = ()) -> list[str]:
+def _config_flags(
+    parser: argparse.ArgumentParser, path: Path, above: tuple[Path, ...] = ()
+) -> list[str]:
     """Return a config file's options, those of its ``base`` first, as a command line has them."""
     if path.resolve() in above:
         raise ValueError(f"{path}: expected a base that does not lead back to it, got one")
     try:
         options = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path}: expected YAML, got {error}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        told = " ".join(str(error).split())  # of several lines
+        raise ValueError(f"{path}: expected YAML, got {told}") from error
     if not isinstance(options, dict):
         raise ValueError(f"{path}: expected options as KEY: VALUE, got {type(options).__name__}")
     base = options.pop("base", None)
-    flags = _config_flags(path.parent / base, (*above, path.resolve())) if base else []
+    if not isinstance(base, str | None):
+        raise ValueError(f"{path}: base: expected the name of a config, got {base!r}")
+    if "config" in options:
+        raise ValueError(f"{path}: expected base: FILE for another config, got config: FILE")
+    flags: list[str] = []
     for key, value in options.items():
         flag = "--" + str(key).replace("_", "-")
         if isinstance(value, bool):
@@ -82,7 +88,11 @@ def _config_flags(path: Path, above: tuple[Path, ...] = ()) -> list[str]:
                 flag,
                 *(str(entry) for entry in (value if isinstance(value, list) else [value])),
             ]
-    return flags
+    unknown = parser.parse_known_args(flags)[1]
+    if unknown:
+        raise ValueError(f"{path}: expected options of this program, got {' '.join(unknown)}")
+    before = _config_flags(parser, path.parent / base, (*above, path.resolve())) if base else []
+    return [*before, *flags]
 
 
 def build_parser(description: str) -> argparse.ArgumentParser:
@@ -209,8 +219,10 @@ def check(args: argparse.Namespace) -> None:
     """
     check_ranges(args, RANGES)
     check_alpha(args.pskd_alpha_final, "--pskd-alpha-final")
-    if not 0.0 < args.tf_kd_temperature < math.inf:
-        raise ValueError(f"--tf-kd-temperature: expected above 0, got {args.tf_kd_temperature}")
+    for name in ("tf_kd_temperature", "clip_grad_norm"):
+        value = getattr(args, name)
+        if value is not None and not 0.0 < value < math.inf:
+            raise ValueError(f"--{name.replace('_', '-')}: expected above 0, got {value}")
     if args.tf_kd_alpha and args.pskd_alpha_final:
         raise ValueError("--tf-kd-alpha: expected 0 with PS-KD, which has a teacher, got both")
     if args.test_only and not args.weights:

@@ -7,6 +7,9 @@ mean is the past prediction of every ROI that is matched to it. Shapes: M rows, 
 
 from __future__ import annotations
 
+import zlib
+from collections.abc import Mapping
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -84,19 +87,19 @@ class AnnotationMemory:
             dist.all_reduce(self._sums)
             dist.all_reduce(self._counts)
 
-    def state_dict(self) -> dict[str, str | Tensor]:
+    def state_dict(self) -> dict[str, str | int | Tensor]:
         """Return everything, this process's part of the unfinished epoch included, on the CPU."""
-        tensors = {name: getattr(self, attribute) for name, attribute in _TENSORS.items()}
-        return {"fingerprint": self.fingerprint} | {
-            name: value.cpu().clone() for name, value in tensors.items()
+        tensors = {
+            name: getattr(self, attribute).cpu().clone() for name, attribute in _TENSORS.items()
         }
+        return {"fingerprint": self.fingerprint, "crc32": _checksum(tensors), **tensors}
 
-    def load_state_dict(self, state: dict[str, str | Tensor]) -> None:
+    def load_state_dict(self, state: dict[str, str | int | Tensor]) -> None:
         """Restore what `state_dict` returned.
 
         Raises:
             ValueError: if it is that of other annotations, of another number of rows or classes,
-                or no memory at all.
+                damaged, or no memory at all.
         """
         if not isinstance(state, dict) or not {"fingerprint", *_TENSORS} <= state.keys():
             got = sorted(state) if isinstance(state, dict) else type(state).__name__
@@ -114,8 +117,21 @@ class AnnotationMemory:
                 f"expected the annotations {self.fingerprint}, got {state['fingerprint']}: "
                 "another training set"
             )
+        found = _checksum(state)
+        if state.get("crc32", found) != found:  # older ones have none
+            raise ValueError(f"damaged: expected CRC-32 {state['crc32']:#x}, got {found:#x}")
         for name, attribute in _TENSORS.items():
             getattr(self, attribute).copy_(state[name])
 
 
 _TENSORS = {"probs": "probs", "seen": "seen", "sums": "_sums", "counts": "_counts"}
+
+
+def _checksum(state: Mapping[str, str | int | Tensor]) -> int:
+    """Return the CRC-32 of a state's tensors; torch reads flipped bits without a word."""
+    checksum = 0
+    for name in _TENSORS:
+        tensor = state[name]
+        assert isinstance(tensor, Tensor)
+        checksum = zlib.crc32(tensor.contiguous().numpy().data, checksum)
+    return checksum

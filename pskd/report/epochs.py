@@ -77,8 +77,14 @@ def read_epochs(metrics: Path | None, log: Path | None) -> list[dict[str, float]
 
 
 def _json_lines(text: str) -> list[dict[str, Any]]:
+    lines = []
     # After the last line break there is nothing, or half a line of a run that was stopped.
-    return [json.loads(line) for line in text.split("\n")[:-1] if line.strip()]
+    for number, line in enumerate(text.split("\n")[:-1], start=1):
+        try:
+            lines += [json.loads(line)] if line.strip() else []
+        except ValueError as error:
+            raise ValueError(f"line {number}: {error}") from error
+    return lines
 
 
 def _by_step(lines: Sequence[Mapping[str, Any]]) -> list[dict[str, float]]:

@@ -181,6 +181,9 @@ def _read_numbers(path: Path) -> dict[str, Any]:
     for key in ("last", "best", "last_scaled", "bbox", "voc", "confidence", "ground_truth_rois"):
         if not isinstance(numbers.get(key, {}), dict):
             raise ValueError(f"{path}: {key}: expected an object, got {numbers[key]!r}")
+    command = numbers.get("command")
+    if not isinstance(command, str | list | None):
+        raise ValueError(f"{path}: command: expected text or a list of words, got {command!r}")
     return numbers
 
 

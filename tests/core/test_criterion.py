@@ -189,6 +189,25 @@ def test_the_first_epoch_is_cross_entropy_to_the_last_bit(form):
     assert same(criterion, plain)
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("ignored", [[2], [0, 1, 2, 3]])
+def test_ignored_rows_neither_count_nor_spoil_the_first_epoch(ignored, smoothing):
+    """torch's mean is NaN if all rows are ignored, and its gradient if one of them holds NaN."""
+    criterion = memory_of(None, label_smoothing=smoothing)
+    criterion.begin_epoch(1)
+    values, target = logits().detach(), TARGET[:4].clone()
+    values[ignored], target[ignored] = torch.nan, -100
+    loss = criterion(made := values.clone().requires_grad_(), target, torch.arange(4))
+    loss.backward()
+    expected = torch.zeros(())
+    if kept := [row for row in range(4) if row not in ignored]:
+        expected = F.cross_entropy(values[kept], target[kept], label_smoothing=smoothing)
+    torch.testing.assert_close(loss.detach(), expected)
+    assert made.grad.isfinite().all() and not made.grad[ignored].any()
+    with torch.no_grad():
+        assert criterion(values, target).isfinite()
+
+
 @pytest.mark.parametrize("schedule", ["linear", "constant", "cosine"])
 def test_alpha_is_the_schedules_from_the_second_epoch_on(schedule):
     criterion = memory_of(None, alpha_final=0.6, schedule=schedule)

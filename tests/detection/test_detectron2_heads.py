@@ -379,6 +379,20 @@ def test_what_an_epoch_writes_is_read_in_the_next_one_only():
     assert memory.read(torch.tensor([1]))[1].all()
 
 
+def test_a_memory_that_was_saved_without_a_checksum_is_read():
+    memory, other = (AnnotationMemory(3, 2, "set") for _ in range(2))
+    memory.write(torch.arange(3), torch.full((3, 2), 0.5), torch.ones(3, dtype=torch.bool))
+    memory.next_epoch()
+    state = memory.state_dict()
+    checksum = state.pop("crc32")
+    other.load_state_dict(state)
+    assert torch.equal(other.probs, memory.probs) and other.state_dict()["crc32"] == checksum
+    state["probs"][0, 0] += 1.0
+    with pytest.raises(ValueError, match="damaged: expected CRC-32"):
+        other.load_state_dict(state | {"crc32": checksum})
+    assert torch.equal(other.probs, memory.probs)
+
+
 def test_the_rows_survive_flips_crops_and_filters(spec, tmp_path):
     opts = (
         "MODEL.PSKD.TEACHER memory INPUT.CROP.ENABLED True INPUT.CROP.TYPE absolute "

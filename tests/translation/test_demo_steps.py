@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import json
+import re
 import sys
 import time
 from pathlib import Path
@@ -16,6 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from demo import translation  # noqa: E402
+from demo.report import Report  # noqa: E402
 from demo.steps import Step, StepFailed, check_folder, fresh_folder, run_all  # noqa: E402
 
 both = importlib.import_module("demo.__main__")
@@ -140,3 +143,23 @@ def test_the_whole_demo_names_a_folder_that_it_may_not_delete(monkeypatch, capsy
     monkeypatch.setattr(both.translation, "run", refuses)
     assert both.main([]) == 1
     assert "demo: error: runs/demo/translation/pskd" in capsys.readouterr().err
+
+
+def test_the_whole_demo_tells_of_both_halves(monkeypatch, capsys, tmp_path):
+    """As `make demo` runs it; the halves have tests of their own from end to end."""
+    for half, name in ((both.translation, "translation"), (both.detection, "detection")):
+        told = Report(
+            name, {"nll": ("NLL", ".2f")}, {"baseline": {"nll": 1}, "PS-KD": {"nll": 2}}, ""
+        )
+        monkeypatch.setattr(half, "run", lambda args, told=told: told)
+    (tmp_path / "runs/demo").mkdir(parents=True)  # by the halves
+    monkeypatch.chdir(tmp_path)
+    assert both.main([]) == 0
+    results = {"baseline": {"nll": 1}, "PS-KD": {"nll": 2}}
+    written = json.loads((tmp_path / "runs/demo/results.json").read_text())
+    assert written == {"translation": results, "detection": results}
+    printed = capsys.readouterr().out
+    assert printed.index("translation") < printed.index("detection")
+    assert printed.count("PS-KD      2.00") == 2 and str(tmp_path / "runs/demo") in printed
+    makefile = (ROOT / "Makefile").read_text()
+    assert re.search(r"^demo: .*\n\t\$\(BIN\)/python -m demo$", makefile, flags=re.MULTILINE)

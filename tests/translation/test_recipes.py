@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
 
 pytest.importorskip("fairseq", reason="needs fairseq: pip install 'pskd[translation]'")
 
-from conftest import PLUGIN, ROOT  # noqa: E402
+from conftest import MODEL, PLUGIN, ROOT  # noqa: E402
 from fairseq import options  # noqa: E402
 
 from pskd.report.epochs import fairseq_epochs  # noqa: E402
@@ -21,6 +22,8 @@ BASELINES = sorted(
     path.name for path in RECIPES.glob("*.sh")
     if not path.stem.endswith("_pskd") and path.name != "iwslt_text.sh"
 )  # fmt: skip
+TRAINED = [recipe for recipe in BASELINES if recipe != "demo.sh"]
+SMALL = MODEL[MODEL.index("--encoder-layers") :]
 
 
 def flags_of(recipe: str, folder: Path, *more: str) -> list[str]:
@@ -51,6 +54,43 @@ def test_the_recipe_with_pskd_is_a_small_change_of_its_baseline(recipe, tmp_path
         key for key in changed if not key.startswith("pskd") and baseline.get(key) != changed[key]
     }
     assert differing == {"criterion", "user_dir", "label_smoothing"}
+
+
+@pytest.fixture(scope="module")
+def joined(fairseq) -> Path:
+    """The toy corpus with one dictionary for both languages, as the recipes share embeddings."""
+    text = fairseq.folder
+    parts = {f"--{part}pref": str(text / part) for part in ("train", "valid", "test")}
+    fairseq.forked(
+        "preprocess", "-s", "de", "-t", "en", *(word for pair in parts.items() for word in pair),
+        "--destdir", str(text / "joined"), "--joined-dictionary", "--workers", "1", name="joined",
+    ).expect_success()  # fmt: skip
+    return text / "joined"
+
+
+@pytest.fixture(scope="module")
+def trained(fairseq, joined) -> dict[str, Future]:
+    """Each recipe and the change by PS-KD, with the sizes of a toy; the demo runs its own."""
+    few = "--max-tokens 200 --max-epoch 2 --num-workers 0 --cpu --log-format json".split()
+
+    def train(recipe: str):
+        name = recipe.replace(".sh", "_pskd")
+        folder = fairseq.folder / f"flags_of_{name}"
+        folder.mkdir()
+        flags = flags_of(f"{name}.sh", folder, *SMALL, *few)
+        assert flags[:3] == ["DATA", "--save-dir", "SAVE_DIR"]
+        flags[:3] = [str(joined), "--save-dir", str(fairseq.folder / name)]
+        return fairseq.forked("train", *flags, name=name)
+
+    return {recipe: fairseq.submit(train, recipe) for recipe in TRAINED}
+
+
+@pytest.mark.parametrize("recipe", TRAINED)
+def test_a_recipe_trains(recipe, trained):
+    run = trained[recipe].result().expect_success()
+    assert run.column("alpha") == [0.0, 0.7]
+    assert len(run.column("nll_loss", "valid")) == 2
+    assert (run.save_dir / "checkpoint_best.pt").exists()
 
 
 def test_the_recipe_for_hydra_trains(fairseq):

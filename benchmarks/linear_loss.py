@@ -1,0 +1,152 @@
+"""What the loss costs from hidden states, with and without the logits.
+
+A step is the output layer of student and teacher, the loss, and the gradients on the student's
+hidden states and output embedding. The forms take turns in each round. Compared with hard-label
+cross-entropy of the student's logits are PS-KD from the logits of both, and
+`pskd.pskd_linear_cross_entropy`, which makes some rows of them at a time. Extra peak memory is what
+a step adds to the memory in use before it, over the size of the logits; the gradients count.
+
+    python benchmarks/linear_loss.py [--rows 1024 --classes 32000 --hidden 512] [--json FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from _loss_memory import extra_peak, start_measuring
+from _timing import machine, medians, quartiles, ratios_to, seconds
+from torch import Tensor
+
+from pskd import LinearTeacher, pskd_cross_entropy, pskd_linear_cross_entropy
+from pskd.run.files import write_json
+
+BASE = "cross-entropy"
+ALPHA = 0.7
+SETTINGS = ("rows", "classes", "hidden", "dtype", "rounds")  # told with the figures
+
+
+class Case:
+    """Hidden states and output embeddings of a student and of a teacher, and labels."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        made = {"dtype": getattr(torch, args.dtype), "device": args.device}
+        torch.manual_seed(1)
+        self.student = [
+            torch.randn(args.rows, args.hidden, **made).requires_grad_(),
+            (torch.randn(args.classes, args.hidden, **made) * 0.05).requires_grad_(),
+        ]
+        self.teacher = LinearTeacher(*(t.detach() + 0.01 for t in self.student))
+        self.target = torch.randint(args.classes, (args.rows,), device=args.device)
+
+    def hard(self) -> Tensor:
+        return F.cross_entropy(F.linear(*self.student), self.target)
+
+    def from_logits(self) -> Tensor:
+        with torch.no_grad():
+            past = F.linear(*self.teacher)
+        logits = F.linear(*self.student)
+        return pskd_cross_entropy(
+            logits, self.target, None, ALPHA, teacher_logits=past, inplace=True
+        )
+
+    def from_hidden(self) -> Tensor:
+        return pskd_linear_cross_entropy(*self.student, self.target, self.teacher, ALPHA)
+
+    def steps(self) -> dict:
+        """Return what is timed: each loss to its gradients."""
+        forms = {
+            BASE: self.hard,
+            "pskd_cross_entropy, in place": self.from_logits,
+            "pskd_linear_cross_entropy": self.from_hidden,
+        }
+        return {name: partial(self._step, form) for name, form in forms.items()}
+
+    def _step(self, form) -> list[Tensor]:
+        return list(torch.autograd.grad(form(), self.student))
+
+
+def check(case: Case) -> None:
+    """Raise AssertionError unless both forms of PS-KD give the same."""
+    for form in (case.from_logits, case.from_hidden):
+        assert form().isfinite()
+    torch.testing.assert_close(case.from_logits(), case.from_hidden(), rtol=1e-3, atol=1e-3)
+
+
+def times(args: argparse.Namespace) -> dict:
+    case = Case(args)
+    check(case)
+    steps = case.steps()
+    found: dict[str, list[float]] = {name: [] for name in steps}
+    for turn in range(args.rounds + 1):
+        for name, step in steps.items():
+            taken = seconds(step, args.device)
+            if turn:  # the first warms up
+                found[name].append(taken)
+    ratios = ratios_to(BASE, found)
+    return {
+        "seconds": medians(found),
+        "ratio_median": medians(ratios),
+        "ratio_quartiles": quartiles(ratios),
+    }
+
+
+def peaks(args: argparse.Namespace) -> dict[str, float | None]:
+    """Return the extra peak memory of each form over the logits' size."""
+    case = Case(args)
+    size = args.rows * args.classes * case.student[0].element_size()
+    found = {name: extra_peak(step, args.device) for name, step in case.steps().items()}
+    return {name: None if peak is None else peak / size for name, peak in found.items()}
+
+
+def memory(args: argparse.Namespace) -> dict[str, float | None]:
+    if torch.device(args.device).type == "cuda":
+        return peaks(args)
+    fresh = multiprocessing.get_context("spawn")
+    start = partial(start_measuring, torch.get_num_threads())
+    with ProcessPoolExecutor(1, mp_context=fresh, initializer=start) as process:
+        return process.submit(peaks, args).result()
+
+
+def told(result: dict) -> str:
+    lines = ["| form | ms | time over cross-entropy's | memory over the logits' |"]
+    lines.append("| --- | ---: | ---: | ---: |")
+    for name, taken in result["seconds"].items():
+        ratio = "1"
+        if name in result["ratio_median"]:
+            low, high = result["ratio_quartiles"][name]
+            ratio = f"{result['ratio_median'][name]:.2f} ({low:.2f} to {high:.2f})"
+        peak = result["memory"][name]
+        held = "-" if peak is None else f"{peak:.2f}"
+        lines.append(f"| {name} | {taken * 1e3:,.0f} | {ratio} | {held} |")
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--rows", type=int, default=1024, help="target tokens")
+    parser.add_argument("--classes", type=int, default=32000, help="types of the vocabulary")
+    parser.add_argument("--hidden", type=int, default=512, help="units of the decoder")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--rounds", type=int, default=7, help="2 or more")
+    parser.add_argument("--json", type=Path, help="a file for the figures")
+    args = parser.parse_args(argv)
+    if min(args.rows, args.classes, args.hidden) < 1 or args.rounds < 2:
+        parser.error("expected sizes of 1 or more, and --rounds 2 or more")
+    result = {name: getattr(args, name) for name in SETTINGS}
+    result |= {"machine": machine(args.device), **times(args), "memory": memory(args)}
+    print(result["machine"], told(result), sep="\n\n")
+    if args.json:
+        write_json(args.json, result, indent=2)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,343 @@
+"""Bad input to detection/train_net.py: config keys, LazyConfigs, data, the memory's file."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from bad_input import ROOT, Part, check, every_case, toys
+
+#: What Detectron2 and the registration of a data set leave before the first iteration.
+LOGS = ("run/log.txt", "run/config.yaml", "run/datasets/*")
+KEYS = Part(
+    "Detectron2: config keys",
+    "`detection/train_net.py --config-file ... KEY VALUE ...`; nothing is trained.",
+    ("detectron2",),
+)
+LAZY = Part(
+    "Detectron2: LazyConfig",
+    "`configs/detection/mask_rcnn_R_50_FPN_1x_pskd.py` with overrides of `train.pskd`.",
+    ("detectron2",),
+)
+RESUMED = Part(
+    "Detectron2: resume and the memory's file",
+    "Of a run with `MODEL.PSKD.TEACHER memory`, resumed in the second of two epochs. The memory "
+    "stays as it was.",
+    ("detectron2",),
+)
+PARTS = [KEYS, LAZY, RESUMED]
+
+
+def tiny():
+    return toys("detection", "detectron2_tiny")
+
+
+def train(line: str = "", *flags: str, kind: str = "fpn", train: str | None = "", **specs) -> None:
+    """Train a tiny model on the images of the folder."""
+    spec = "coco:set.json:set" if train == "" else train
+    tiny().run(kind, Path.cwd() / "run", line, flags=flags, train=spec, **specs)
+
+
+@functools.cache
+def _images() -> Path:
+    folder = Path(tempfile.mkdtemp())
+    tiny().make_images(folder)
+    return folder
+
+
+def write_images() -> None:
+    shutil.copytree(_images(), ".", dirs_exist_ok=True)
+
+
+def keyed(tried: str, line: str, says: str, *, ends=ValueError, **specs) -> None:
+    """Add a case of keys under which train_net.py cannot train."""
+
+    def run():
+        write_images()
+        yield None
+        train(line, **specs)
+
+    KEYS.add(tried, run, says, ends=ends, leaves=LOGS)
+
+
+for _line, _says in (
+    ("ALPHA_FINAL 1.5", "MODEL.PSKD.ALPHA_FINAL: expected a number in [0, 1], got 1.5"),
+    (
+        "ALPHA_SCHEDULE step",
+        "MODEL.PSKD.ALPHA_SCHEDULE: expected one of linear, constant, cosine, got 'step'",
+    ),
+    ("TEACHER ema", "MODEL.PSKD.TEACHER: expected one of snapshot, memory, got 'ema'"),
+    ("EPOCH_ITERS -1", "MODEL.PSKD.EPOCH_ITERS: expected 0 or more, got -1"),
+    ("LABEL_SMOOTHING 2.0", "MODEL.PSKD.LABEL_SMOOTHING: expected a number in [0, 1], got 2.0"),
+    (
+        "ALPHA_FINAL high",
+        "Type mismatch (...float... vs. ...str...) with values (0.7 vs. high) for config key: "
+        "MODEL.PSKD.ALPHA_FINAL",
+    ),
+):
+    keyed(f"`MODEL.PSKD.{_line}`", f"MODEL.PSKD.{_line}", _says)
+keyed(
+    "`MODEL.PSKD.ALPHA 0.5`, which is no key",
+    "MODEL.PSKD.ALPHA 0.5",
+    "Non-existent key: MODEL.PSKD.ALPHA",
+    ends=Exception,
+)
+keyed(
+    "a key without a value",
+    "MODEL.PSKD.ALPHA_FINAL",
+    "Override list has odd length: ...",
+    ends=AssertionError,
+)
+keyed(
+    "Detectron2's own head",
+    "MODEL.ROI_HEADS.NAME StandardROIHeads",
+    "MODEL.ROI_HEADS.NAME: with PS-KD expected PSKDROIHeads, got StandardROIHeads",
+)
+keyed(
+    "no iterations",
+    "SOLVER.MAX_ITER 0",
+    "SOLVER.MAX_ITER: expected 1 or more, got 0",
+)
+keyed(
+    "a config file that is not there",
+    "",
+    "--config-file: expected a YAML or LazyConfig file, got '...none.yaml'",
+    kind="none.yaml",
+)
+keyed(
+    "a data set that nobody registered",
+    "DATASETS.TRAIN ('nowhere',)",
+    "dataset 'nowhere': expected a registered one, or --train/--test with a coco:... or voc:... "
+    "spec",
+    train=None,
+)
+keyed(
+    "`--train set.json`",
+    "",
+    "dataset: expected coco:ANNOTATIONS.json:IMAGE_DIR or voc:ROOT:SPLIT, got 'set.json'",
+    train="set.json",
+)
+keyed(
+    "a sampler whose epochs have no size",
+    "DATALOADER.SAMPLER_TRAIN RepeatFactorTrainingSampler DATALOADER.REPEAT_THRESHOLD 0.1",
+    "MODEL.PSKD.EPOCH_ITERS: expected a number of iterations with DATALOADER.SAMPLER_TRAIN "
+    "RepeatFactorTrainingSampler, whose epochs have no size of their own, got 0",
+)
+
+
+@KEYS.case(
+    "a key in a YAML file that is none",
+    "Non-existent config key: MODEL.PSKD.ALPHA",
+    ends=KeyError,
+)
+def _key_in_yaml():
+    from pskd_detectron2 import load_config
+
+    Path("mine.yaml").write_text("MODEL:\n  PSKD:\n    ALPHA: 0.5\n")
+    yield None
+    load_config("mine.yaml")
+
+
+@KEYS.case(
+    "`--eval-only` without weights",
+    "--eval-only: expected MODEL.WEIGHTS, or --resume and a checkpoint in ...run, got neither",
+    leaves=LOGS,
+)
+def _nothing_to_evaluate():
+    write_images()
+    yield None
+    train("", "--eval-only", test="coco:set.json:set")
+
+
+@KEYS.case(
+    "a test set of another class",
+    "other.json: expected the classes of the training set (square, ring), got also circle",
+    leaves=LOGS,
+)
+def _other_classes():
+    write_images()
+    content = json.loads(Path("set.json").read_text())
+    content["categories"][0]["name"] = "circle"
+    Path("other.json").write_text(json.dumps(content))
+    yield None
+    train(test="coco:other.json:set")
+
+
+# ---- LazyConfig ----------------------------------------------------------------------------------
+
+
+@LAZY.case(
+    "a file that is not there",
+    "No such file or directory: 'none.py'",
+    ends=FileNotFoundError,
+)
+def _no_lazy_file():
+    program = tiny().train_net
+    program.main(program.parse(["--config-file", "none.py"]))
+
+
+def lazy(tried: str, says: str, *overrides: str) -> None:
+    """Add a case of overrides that are refused when the hook, or what it needs, is built."""
+
+    def run():
+        from detectron2.config import LazyConfig
+        from pskd_detectron2 import lazy
+
+        write_images()
+        path = ROOT / "configs" / "detection" / "mask_rcnn_R_50_FPN_1x_pskd.py"
+        cfg = LazyConfig.apply_overrides(LazyConfig.load(str(path)), list(overrides))
+        cfg.train.output_dir = str(Path.cwd() / "run")
+        yield None
+        lazy.use_specs(cfg, "coco:set.json:set", None)
+        if "memory" in cfg.train.pskd.values():
+            lazy.carry_rows(cfg)
+        lazy.pskd_hook(cfg, None)
+
+    LAZY.add(tried, run, says, leaves=LOGS)
+
+
+lazy(
+    "an option that is none",
+    "train.pskd: expected options of PSKDHook: ...unexpected keyword argument 'alpha'",
+    "train.pskd.alpha=0.5",
+)
+lazy(
+    "alpha_final 1.5",
+    "MODEL.PSKD.ALPHA_FINAL: expected a number in [0, 1], got 1.5",
+    "train.pskd.alpha_final=1.5",
+)
+lazy(
+    "the memory with another mapper",
+    "dataloader.train.mapper: with the memory teacher expected "
+    "detectron2.data.dataset_mapper.DatasetMapper, got somewhere.Mapper",
+    "train.pskd.teacher=memory",
+    "dataloader.train.mapper._target_=somewhere.Mapper",
+)
+
+
+# ---- resume --------------------------------------------------------------------------------------
+
+ANNOTATIONS, CLASSES = 5, 2
+FILE = Path("run/pskd_memory_0000002.pt")
+
+
+def hook_of(iteration: int = 0, max_iter: int = 4, **options):
+    """Return a hook and its memory, on heads that hold what it asks of them."""
+    from pskd_detectron2 import PSKDHook
+    from pskd_detectron2.state import PSKDState
+
+    heads = torch.nn.Linear(1, 1)
+    heads.num_classes, heads.pskd = CLASSES, PSKDState(True)
+    model = torch.nn.Module()
+    model.roi_heads = heads
+    given = {"epoch_iters": 2, "teacher": "memory", "num_annotations": ANNOTATIONS}
+    hook = PSKDHook(model, **(given | {"output_dir": "run", "fingerprint": "mine"} | options))
+    hook.trainer = SimpleNamespace(iter=iteration, start_iter=iteration, max_iter=max_iter)
+    return hook, heads.pskd.memory
+
+
+def resumed(tried: str, says: str, spoil=lambda: None, **options) -> None:
+    """Add a case of a run that cannot be gone on with."""
+
+    def run():
+        FILE.parent.mkdir()
+        hook, memory = hook_of()
+        hook.before_train()
+        hook.trainer.iter = 2
+        memory.write(torch.arange(5), torch.full((5, 3), 1 / 3), torch.ones(5, dtype=torch.bool))
+        memory.next_epoch()
+        state = hook.state_dict()
+        spoil()
+        hook, memory = hook_of(iteration=3, **options)
+        yield None if memory is None else memory.state_dict
+        hook.load_state_dict(state)
+
+    RESUMED.add(tried, run, says)
+
+
+def change(function) -> None:
+    state = torch.load(FILE, weights_only=True)
+    function(state)
+    torch.save(state, FILE)
+
+
+def flip() -> None:
+    """Flip a bit of a number that a prediction is made of."""
+    content = bytearray(FILE.read_bytes())
+    probs = torch.load(FILE, weights_only=True)["probs"].numpy().tobytes()
+    content[content.find(probs) + 5] ^= 4
+    FILE.write_bytes(content)
+
+
+HERE = f"{FILE}: expected the memory of "
+resumed(
+    "a file cut off",
+    f"{HERE}this run: ...",
+    lambda: os.truncate(FILE, FILE.stat().st_size // 2),
+)
+resumed("a flipped bit", f"{HERE}this run: damaged: expected CRC-32 0x..., got 0x...", flip)
+resumed("a file deleted", f"{HERE}the checkpoint, got no file", FILE.unlink)
+resumed(
+    "another file under its name",
+    f"{HERE}this run: expected a memory with ['counts', 'probs', 'seen', 'sums'], got ['model']",
+    lambda: torch.save({"model": {}}, FILE),
+)
+resumed(
+    "a memory of other annotations",
+    f"{HERE}this run: probs: expected torch.float32 of shape (5, 3) (annotations x stages, "
+    "classes), got ((4, 3), torch.float32)",
+    lambda: change(lambda state: state.update(probs=state["probs"][1:])),
+)
+resumed(
+    "a memory of another training set",
+    f"{HERE}this run: expected the annotations mine, got other: another training set",
+    lambda: change(lambda state: state.update(fingerprint="other")),
+)
+resumed(
+    "another alpha",
+    "alpha_final: expected 0.7, with which the checkpoint was trained, got 0.1 "
+    "(MODEL.PSKD.ALLOW_SCHEDULE_CHANGE True allows it)",
+    alpha_final=0.1,
+)
+resumed(
+    "another teacher",
+    "teacher: expected 'memory', with which the checkpoint was trained, got 'snapshot'",
+    teacher="snapshot",
+)
+
+
+@RESUMED.case(
+    "another length",
+    "num_epochs: expected 2, with which the checkpoint was trained, got 5 "
+    "(MODEL.PSKD.ALLOW_SCHEDULE_CHANGE True allows it)",
+)
+def _another_length():
+    FILE.parent.mkdir()
+    hook, _ = hook_of()
+    hook.before_train()
+    options = hook.state_dict()["options"]
+    hook, _ = hook_of(max_iter=9, teacher="snapshot")
+    hook.load_state_dict({"options": options | {"teacher": "snapshot"}})
+    yield None
+    hook.before_train()
+
+
+@RESUMED.case(
+    "a stock checkpoint, in the second epoch",
+    "iteration 3 is in epoch 2: expected a checkpoint with the memory of its last epoch, got one "
+    "without",
+)
+def _stock_checkpoint():
+    hook, _ = hook_of(iteration=3)
+    hook.before_train()
+
+
+@every_case(*PARTS)
+def test_what_the_user_sees(case, tmp_path):
+    check(case, tmp_path)

@@ -1,0 +1,489 @@
+"""Bad input to the fairseq plugin, its memory and checkpoints, to data preparation and evaluation.
+
+The plugin is asked as fairseq-train does it: command line, task, criterion; it refuses before the
+data are read.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import gzip
+import os
+import sys
+from pathlib import Path
+from unittest import mock
+
+import torch
+from bad_input import ROOT, Part, as_command, check, every_case, loaded
+
+PLUGIN = ROOT / "translation" / "pskd_fairseq"
+TYPES = 24  # four of fairseq's and twenty words
+
+FLAGS = Part(
+    "fairseq: options of the criterion `pskd`",
+    "`fairseq-train` with a dictionary of 24 types and `--max-epoch 4`, before the data are read.",
+    ("fairseq",),
+)
+RESUMED = Part(
+    "fairseq: checkpoints and memory at a resume",
+    "`run/checkpoint_last.pt` of a training with `--max-epoch 4`.",
+    ("fairseq",),
+)
+PREPARATION = Part(
+    "Translation: `prepare.py`",
+    "No folder is made, and one that is there stays.",
+    ("fairseq", "sacremoses", "subword_nmt"),
+)
+EVALUATION = Part(
+    "Translation: `evaluate.py` and `plot_epochs.py`",
+    "Before the model is loaded.",
+    ("fairseq", "sacrebleu", "sacremoses"),
+)
+PARTS = [FLAGS, RESUMED, PREPARATION, EVALUATION]
+
+
+# ---- the plugin ----------------------------------------------------------------------------------
+
+
+def write_dictionaries() -> None:
+    Path("data").mkdir()
+    for language in ("de", "en"):
+        words = "".join(f"w{number} 1\n" for number in range(TYPES - 4))
+        Path(f"data/dict.{language}.txt").write_text(words)
+
+
+def build(*flags: str) -> None:
+    """Go as far as fairseq-train goes until it has a criterion."""
+    from fairseq import tasks
+
+    cfg = copy.deepcopy(parsed(*flags))
+    tasks.setup_task(cfg.task).build_criterion(cfg.criterion)
+
+
+@functools.cache
+def parsed(*flags: str):
+    """Return the configuration that fairseq-train makes of its command line."""
+    from fairseq import options
+    from fairseq.dataclass.utils import convert_namespace_to_omegaconf
+
+    line = ["data", "-s", "de", "-t", "en", "--arch", "transformer", "--optimizer", "adam"]
+    line += ["--criterion", "pskd", "--user-dir", str(PLUGIN), "--save-dir", "run", *flags]
+    with mock.patch.object(sys, "argv", ["fairseq-train", *line]):
+        args = options.parse_args_and_arch(options.get_training_parser(), input_args=line)
+    return convert_namespace_to_omegaconf(args)
+
+
+def flagged(tried: str, flags: str, says: str, *, ends=ValueError, end: str = "--max-epoch 4"):
+    """Add a case of options that the plugin refuses."""
+
+    def run():
+        write_dictionaries()
+        yield None
+        build(*end.split(), *flags.split())
+
+    FLAGS.add(tried, run, says, ends=ends)
+
+
+flagged(
+    "no end of the training",
+    "",
+    "expected --max-epoch or --max-update, got --max-epoch 0 --max-update 0 (no end)",
+    end="",
+)
+flagged(
+    "`--pskd-alpha-final 1.2`",
+    "--pskd-alpha-final 1.2",
+    "--pskd-alpha-final: expected a number in [0, 1], got 1.2",
+)
+flagged(
+    "`--pskd-alpha-final half`",
+    "--pskd-alpha-final half",
+    "argument --pskd-alpha-final: invalid ... value: 'half'",
+    ends=2,
+)
+flagged(
+    "`--pskd-alpha-schedule cubic`",
+    "--pskd-alpha-schedule cubic",
+    "argument --pskd-alpha-schedule: invalid choice: 'cubic' (choose from ...linear...constant..."
+    "cosine...)",
+    ends=2,
+)
+flagged(
+    "`--pskd-teacher oracle`",
+    "--pskd-teacher oracle",
+    "argument --pskd-teacher: invalid choice: 'oracle' (choose from ...snapshot...memory...)",
+    ends=2,
+)
+flagged(
+    "`--pskd-alpha 0.7`, which is no option",
+    "--pskd-alpha 0.7",
+    "fairseq-train: error: unrecognized arguments: --pskd-alpha 0.7",
+    ends=2,
+)
+flagged(
+    "`--label-smoothing 2`",
+    "--label-smoothing 2",
+    "--label-smoothing: expected a number in [0, 1 - 1/24], got 2.0",
+)
+flagged(
+    "`--ignore-prefix-size -1`",
+    "--ignore-prefix-size=-1",
+    "--ignore-prefix-size: expected a number of at least 0, got -1",
+)
+flagged(
+    "`--pskd-start-epoch 9`",
+    "--pskd-start-epoch 9",
+    "--pskd-start-epoch: expected 1 to --max-epoch 4, got 9",
+)
+flagged(
+    "the memory with `--pskd-top-k 0`",
+    "--pskd-teacher memory --pskd-top-k 0",
+    "--pskd-top-k: expected 1 to 24, got 0",
+)
+flagged(
+    "the memory with more types than there are",
+    "--pskd-teacher memory --pskd-top-k 25",
+    "--pskd-top-k: expected 1 to 24, got 25",
+)
+flagged(
+    "a snapshot of a sharded model",
+    "--ddp-backend fully_sharded",
+    "--pskd-teacher snapshot copies the whole model: expected --ddp-backend legacy_ddp or "
+    "pytorch_ddp, got fully_sharded",
+)
+flagged(
+    "the fused loss with `--report-accuracy`",
+    "--pskd-fused-linear --report-accuracy",
+    "expected no --report-accuracy, got both",
+)
+flagged(
+    "`--restore-file nowhere.pt`",
+    "--restore-file nowhere.pt",
+    "--restore-file: expected a checkpoint (a path from the working directory, which "
+    "--checkpoint-suffix is added to), got none: 'nowhere.pt'",
+    ends=OSError,
+)
+
+
+def resumed(tried: str, says: str, change=lambda state, entry: None, flags="--max-epoch 4") -> None:
+    """Add a case of a checkpoint that the plugin refuses."""
+
+    def run():
+        write_dictionaries()
+        write_checkpoint(change)
+        yield None
+        build(*flags.split())
+
+    RESUMED.add(tried, run, f"run/checkpoint_last.pt: {says}")
+
+
+def write_checkpoint(change) -> None:
+    from pskd_fairseq import checkpoint
+
+    schedule = {"name": "linear", "alpha_final": 0.7, "unit": "epoch", "total": 4, "start_epoch": 1}
+    entry = checkpoint.make_entry(
+        epoch=2,
+        schedule=schedule,
+        vocabulary={"source": TYPES, "target": TYPES},
+        teacher={"model": {"weight": torch.ones(2, 2)}},
+    )
+    state = {
+        "train_iterator": {"epoch": 2, "iterations_in_epoch": 3},
+        "TranslationTask": {"pskd": entry},
+    }
+    Path("run").mkdir()
+    change(state, entry)
+    path = Path("run/checkpoint_last.pt")
+    torch.save({"extra_state": state}, path)
+    if not entry:  # told so by a case
+        os.truncate(path, path.stat().st_size // 2)
+
+
+def damage_teacher(state: dict, entry: dict) -> None:
+    entry["teacher"]["model"]["weight"][0, 0] += 1.0
+
+
+resumed(
+    "a checkpoint cut off",
+    "expected a complete fairseq checkpoint, got a damaged file (...); name an older one with "
+    "--restore-file",
+    lambda state, entry: entry.clear(),
+)
+resumed(
+    "a teacher with flipped bits",
+    "the teacher's weights are damaged: expected SHA-256 ..., got ...",
+    damage_teacher,
+)
+resumed(
+    "a checkpoint of another length",
+    "expected the alpha schedule it was trained with, ...'total': 4..., got ...'total': 9...; "
+    "--pskd-allow-schedule-change continues with the new one",
+    flags="--max-epoch 9",
+)
+resumed(
+    "a checkpoint of other dictionaries",
+    "expected the dictionaries it was trained with, of {'source': 24, 'target': 99} types, got "
+    "{'source': 24, 'target': 24}",
+    lambda state, entry: entry["vocabulary"].update(target=99),
+)
+resumed(
+    "another criterion's checkpoint, inside an epoch",
+    "saved in the middle of epoch 2; expected its teacher, got none; resume from a checkpoint of "
+    "an epoch's end, or start over with --reset-dataloader",
+    lambda state, entry: state.pop("TranslationTask"),
+)
+resumed(
+    "the state of a later version",
+    "expected PS-KD state 1, got 2",
+    lambda state, entry: entry.update(format=2),
+)
+
+
+class Sentences:
+    """What the memory asks of a data set."""
+
+    def __init__(self, *lengths: int) -> None:
+        self.tgt_sizes = list(lengths)
+
+
+def token_memory(epochs: int):
+    from pskd_fairseq.memory import TokenMemory
+
+    made = TokenMemory("run/pskd_memory", TYPES, 4)
+    for epoch in range(1, epochs + 1):
+        made.begin_epoch(epoch, Sentences(3, 5))
+    return made
+
+
+def memory_resumed(tried: str, says: str, spoil=lambda file: None, lengths=(3, 5)) -> None:
+    def run():
+        state = token_memory(epochs=2).state_dict()
+        spoil(Path("run/pskd_memory/shard_0/epoch_00001.pskd"))
+        made = token_memory(epochs=0)
+        made.load_state_dict(state)
+        yield None
+        made.begin_epoch(2, Sentences(*lengths))
+
+    RESUMED.add(tried, run, says)
+
+
+memory_resumed(
+    "the memory's file cut off",
+    "run/pskd_memory/shard_0/epoch_00001.pskd: expected 4,249 bytes, got 4,149: cut off",
+    lambda file: os.truncate(file, file.stat().st_size - 100),
+)
+memory_resumed(
+    "the memory's file deleted",
+    "run/pskd_memory/shard_0/epoch_00001.pskd: expected the predictions of epoch 1, got none",
+    Path.unlink,
+)
+memory_resumed(
+    "the memory of another text",
+    "memory: expected fingerprint '...', got '...'",
+    lengths=(4, 4),
+)
+
+
+@RESUMED.case(
+    "the memory of a data set without targets' lengths",
+    "--pskd-teacher memory: expected a data set of sentence pairs with tgt_sizes, got object; "
+    "--pskd-teacher snapshot takes any",
+)
+def _no_target_sizes():
+    token_memory(epochs=0).begin_epoch(1, object())
+
+
+@RESUMED.case(
+    "a file where the memory's folder should be",
+    "Not a directory: 'run/pskd_memory/shard_0'",
+    ends=OSError,
+)
+def _memory_is_a_file():
+    Path("run").mkdir()
+    Path("run/pskd_memory").write_text("notes")
+    yield None
+    token_memory(epochs=1)
+
+
+# ---- prepare.py ----------------------------------------------------------------------------------
+
+
+def write_text(name: str, lines: int = 40) -> None:
+    text = "".join(f"sentence {number} of {name}\n" for number in range(lines))
+    Path(name).write_text(text)
+
+
+def prepared(tried: str, line: str, says: str, spoil=lambda: None) -> None:
+    """Add a case of a text, an option or a folder that prepare.py refuses."""
+
+    def run():
+        for name in ("a.de", "a.en", "v.de", "v.en"):
+            write_text(name)
+        spoil()
+        yield None
+        words = f"--source-lang de --target-lang en --out data {line}".split()
+        return as_command(loaded("translation/prepare.py").main, "prepare.py", *words)
+
+    PREPARATION.add(tried, run, f"prepare.py: error: {says}", ends=2)
+
+
+PAIR = "a.de a.en"
+prepared("a text that is not there", "a.de none.en", "none.en: No such file or directory")
+prepared(
+    "one more line in one language",
+    PAIR,
+    "unequal line counts: a.de has 41, a.en has 40",
+    lambda: write_text("a.de", 41),
+)
+prepared(
+    "an empty line in text to be scored against",
+    f"{PAIR} --valid v.de v.en",
+    "v.en:3: empty sentence in text to be scored against",
+    lambda: Path("v.en").write_text("a\nb\n \n" + "c\n" * 37),
+)
+prepared("an empty file", PAIR, "a.en: empty file", lambda: Path("a.en").write_text(""))
+prepared(
+    "a text in Latin-1",
+    PAIR,
+    "a.de:2: not UTF-8: byte 0xfc at byte offset 1 of the line, 6 of the (unpacked) file",
+    lambda: Path("a.de").write_bytes(b"eins\n" + b"f\xfcnf\n" + b"x\n" * 38),
+)
+prepared(
+    "a damaged .gz",
+    "a.de.gz a.en",
+    "a.de.gz:...: damaged .gz: ...",
+    lambda: Path("a.de.gz").write_bytes(gzip.compress(b"ein Satz\n" * 900)[:-9]),
+)
+prepared("one text only", "a.de", "texts come in pairs SRC_TEXT TGT_TEXT, but 1 was given")
+prepared(
+    "one language twice",
+    f"{PAIR} --target-lang de",
+    "source and target language are both 'de'",
+)
+prepared("no merges", f"{PAIR} --bpe-size 0", "--bpe-size must be at least 1, not 0")
+prepared(
+    "more held-out sentences than there are",
+    f"{PAIR} --valid-size 30 --test-size 30",
+    "too few pairs: the training text has 40 distinct source sentences, from which 30 valid and "
+    "30 test pairs cannot be held out; give --valid and --test, or smaller --valid-size and "
+    "--test-size",
+)
+
+
+def foreign_folder() -> None:
+    Path("data").mkdir()
+    Path("data/thesis.txt").write_text("mine")
+
+
+prepared(
+    "a folder with other files",
+    f"{PAIR} --overwrite",
+    "data: is not empty, and without prepare.json not a prepared set; choose another --out",
+    foreign_folder,
+)
+prepared(
+    "a prepared folder with a file of one's own",
+    f"{PAIR} --overwrite",
+    "data: holds files that are not part of the prepared set, such as thesis.txt; --overwrite "
+    "would delete them, move them away first",
+    lambda: (foreign_folder(), Path("data/prepare.json").write_text('{"files": ["prepare.json"]}')),
+)
+
+
+# ---- evaluate.py and plot_epochs.py --------------------------------------------------------------
+
+RECORD = '{"source_lang": "de", "target_lang": "en", "lowercase": false}'
+
+
+def evaluated(tried: str, line: str, says: str, spoil=lambda: None) -> None:
+    """Add a case of a checkpoint, a folder or an option that evaluate.py refuses."""
+
+    def run():
+        Path("data/raw").mkdir(parents=True)
+        Path("data/prepare.json").write_text(RECORD)
+        Path("data/raw/test.en").write_text("a sentence\n")
+        torch.save({"model": {}}, "model.pt")
+        spoil()
+        yield None
+        with mock.patch("logging.basicConfig"):  # which would take pytest's handlers away
+            words = ["--data", "data", "--out", "out", *line.split()]
+            return as_command(loaded("translation/evaluate.py").main, "evaluate.py", *words)
+
+    EVALUATION.add(tried, run, f"evaluate.py: error: {says}", ends=2)
+
+
+evaluated(
+    "a folder that prepare.py did not make",
+    "model.pt",
+    "data: expected a folder that translation/prepare.py made, got no prepare.json",
+    lambda: Path("data/prepare.json").unlink(),
+)
+evaluated(
+    "a damaged prepare.json",
+    "model.pt",
+    "data/prepare.json: expected JSON, got ...line 1 column ...",
+    lambda: Path("data/prepare.json").write_text(RECORD[:20]),
+)
+evaluated(
+    "a prepare.json of another program",
+    "model.pt",
+    "data/prepare.json: expected an object with ['lowercase', 'source_lang', 'target_lang'], got "
+    "['files']",
+    lambda: Path("data/prepare.json").write_text('{"files": []}'),
+)
+evaluated("no checkpoint", "none.pt", "none.pt: expected a checkpoint, got no such file")
+evaluated(
+    "a checkpoint that is none",
+    "model.pt",
+    "model.pt: expected a whole fairseq checkpoint that fits data, got ...",
+)
+evaluated(
+    "the raw reference deleted",
+    "model.pt",
+    "data/raw/test.en: expected the raw reference, got no such file",
+    lambda: Path("data/raw/test.en").unlink(),
+)
+evaluated("`--beam 0`", "model.pt --beam 0", "--beam: expected at least 1, got 0")
+evaluated("`--lenpen nan`", "model.pt --lenpen nan", "--lenpen: expected a finite number, got nan")
+
+
+def plotted(tried: str, says: str, text: str | None, out: str = "epochs.png") -> None:
+    def run():
+        if text is not None:
+            Path("train.log").write_text(text)
+        yield None
+        main = loaded("translation/plot_epochs.py").main
+        return as_command(main, "plot_epochs.py", "train.log", "--out", out)
+
+    EVALUATION.add(tried, run, says, ends=1, needs=("matplotlib",))
+
+
+EPOCH = '2026-01-01 00:00:00 | INFO | train | {"epoch": 1, "train_alpha": "0.2"}\n'
+plotted("no log", "No such file or directory: 'train.log'", None)
+plotted(
+    "a log without PS-KD",
+    "train.log: records: expected an epoch with one of ['alpha', ...], got none",
+    EPOCH.replace("alpha", "loss"),
+)
+plotted(
+    "a log with a damaged line",
+    "train.log: expected a log of fairseq-train, got Expecting ...: line 1 column ...",
+    EPOCH[:-9] + "\n",
+)
+plotted(
+    "a log with a line without its epoch",
+    "train.log: expected a log of fairseq-train, got ...'epoch'",
+    EPOCH.replace('"epoch": 1, ', ""),
+)
+plotted(
+    "a picture of no known format",
+    "path: expected a name that ends in one of ..., got epochs.doc",
+    EPOCH,
+    "epochs.doc",
+)
+
+
+@every_case(*PARTS)
+def test_what_the_user_sees(case, tmp_path):
+    check(case, tmp_path)
