@@ -9,14 +9,25 @@ its label. Half precision is computed in float32, everything that is summed in f
 
 from __future__ import annotations
 
-import operator
-from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+from pskd._bins import ReliabilityBins, fill_bins, reliability_bins
+from pskd._inputs import (
+    Array,
+    Booleans,
+    Doubles,
+    Floats,
+    check_bins,
+    check_not_empty,
+    check_pair,
+    confidence_rows,
+    correct_rows,
+    float_rows,
+)
 
 __all__ = [
     "ConfidenceAccumulator",
@@ -30,103 +41,7 @@ __all__ = [
     "risk_coverage_curve",
 ]
 
-Array = Tensor | np.ndarray
-Booleans = NDArray[np.bool_]
-Floats = NDArray[np.floating]
-Doubles = NDArray[np.float64]
-Integers = NDArray[np.int64]
 Kind = TypeVar("Kind", bound=np.generic)
-
-# A float16 or bfloat16 softmax sums to 1 within half a unit in the last place (up to 0.002), plus,
-# over a large vocabulary, what its smallest entries lost. Logits and log-probabilities lie far off.
-_ROW_SUM_TOLERANCE = 0.01
-
-
-def _as_tensor(name: str, values: Array) -> Tensor:
-    """Return ``values`` as a detached tensor of real numbers, on the device where they are."""
-    if not isinstance(values, Tensor):
-        array = np.asarray(values)
-        if array.dtype.kind not in "fiub":
-            raise ValueError(f"{name}: expected real numbers, got dtype {array.dtype}")
-        native = np.float64 if array.dtype.itemsize > 8 else array.dtype.newbyteorder("=")
-        values = torch.from_numpy(np.require(array, native, ["C", "W"]))
-    if values.is_complex():
-        raise ValueError(f"{name}: expected real numbers, got dtype {values.dtype}")
-    return values.detach()
-
-
-def _check_vector(name: str, values: Tensor, rows: int | None = None) -> None:
-    if values.dim() != 1 or rows not in (None, values.size(0)):
-        expected = "(N,)" if rows is None else f"({rows},)"
-        raise ValueError(f"{name}: expected shape {expected}, got {tuple(values.shape)}")
-
-
-def _float_rows(name: str, values: Array, rows: int | None = None) -> Floats:
-    """Return a vector in the precision that is computed in: float64 kept, halves to float32."""
-    values = _as_tensor(name, values)
-    _check_vector(name, values, rows)
-    # First to the CPU: not every device has float64.
-    values = values.cpu()
-    exact = torch.promote_types(values.dtype, torch.float32)
-    return values.to(exact if values.is_floating_point() else torch.float64).numpy()
-
-
-def _check_not_empty(count: int) -> None:
-    if count == 0:
-        raise ValueError(
-            "expected at least one example, got none: a metric of zero examples is undefined"
-        )
-
-
-def _check_bins(bins: int) -> int:
-    try:
-        number = operator.index(bins)
-    except TypeError:
-        number = 0
-    if number < 1:
-        raise ValueError(f"bins: expected an integer of at least 1, got {bins!r}")
-    return number
-
-
-def _check_probs(probs: Tensor) -> None:
-    """Refuse what is no table of distributions, with one read-back from the device."""
-    if probs.dim() != 2 or probs.size(1) == 0:
-        raise ValueError(f"probs: expected shape (N, C) with C >= 1, got {tuple(probs.shape)}")
-    if not probs.is_floating_point():
-        raise ValueError(f"probs: expected a floating-point dtype, got {probs.dtype}")
-    if probs.size(0) == 0:
-        return
-    totals = probs.sum(dim=1, dtype=torch.promote_types(probs.dtype, torch.float32))
-    worst = totals[(totals - 1.0).abs().argmax()]
-    low, high = probs.aminmax()
-    low, high, worst = torch.stack([low.to(worst.dtype), high.to(worst.dtype), worst]).tolist()
-    if not (low >= 0.0 and high <= 1.0):  # also true of NaN
-        raise ValueError(f"probs: expected values in [0, 1], got values in [{low:g}, {high:g}]")
-    if abs(worst - 1.0) > _ROW_SUM_TOLERANCE:
-        raise ValueError(f"probs: expected rows that sum to 1, got a row that sums to {worst:g}")
-
-
-def _check_target(target: Tensor, rows: int, classes: int) -> Tensor:
-    """Return the labels as int64, or refuse them."""
-    _check_vector("target", target, rows)
-    if target.is_floating_point() or target.dtype == torch.bool:
-        raise ValueError(f"target: expected an integer dtype, got {target.dtype}")
-    target = target.long()
-    if rows:
-        low, high = torch.stack(target.aminmax()).tolist()
-        if low < 0 or high >= classes:
-            raise ValueError(
-                f"target: expected labels in [0, {classes}), got labels in [{low}, {high}]"
-            )
-    return target
-
-
-def _check_pair(probs: Array, target: Array) -> tuple[Tensor, Tensor]:
-    """Return probabilities (N, C) and int64 labels (N,) on the device of the probabilities."""
-    probs = _as_tensor("probs", probs)
-    _check_probs(probs)
-    target = _as_tensor("target", target).to(probs.device)
-    return probs, _check_target(target, probs.size(0), probs.size(1))
 
 
 def _label_nll(probs: Tensor, target: Tensor) -> Tensor:
@@ -137,134 +52,7 @@ def _label_nll(probs: Tensor, target: Tensor) -> Tensor:
 def _top1(probs: Tensor, target: Tensor) -> tuple[Floats, Booleans]:
     """Return the confidence (N,) and whether the prediction is the label (N,)."""
     confidence, predicted = probs.max(dim=1)
-    return _float_rows("probs", confidence), (predicted == target).cpu().numpy()
-
-
-def _confidence_rows(
-    confidence: Array, correct: Array, *, unit_range: bool
-) -> tuple[Floats, Booleans]:
-    """Return a confidence (N,) float and a correct (N,) bool array, checked."""
-    confidence = _float_rows("confidence", confidence)
-    correct = _correct_rows(correct, len(confidence))
-    if np.isnan(confidence).any():
-        raise ValueError("confidence: expected numbers, got NaN")
-    if unit_range and not np.all((confidence >= 0.0) & (confidence <= 1.0)):
-        raise ValueError(
-            "confidence: expected values in [0, 1], got values in "
-            f"[{confidence.min():g}, {confidence.max():g}]"
-        )
-    return confidence, correct
-
-
-def _correct_rows(correct: Array, rows: int | None = None) -> Booleans:
-    correct = _as_tensor("correct", correct)
-    _check_vector("correct", correct, rows)
-    if correct.dtype != torch.bool:
-        strange = correct[(correct != 0) & (correct != 1)]
-        if strange.numel():
-            raise ValueError(f"correct: expected booleans or 0 and 1, got {strange[0].item()!r}")
-    return correct.bool().cpu().numpy()
-
-
-@dataclass(frozen=True)
-class ReliabilityBins:
-    """What falls into each of B equal-width confidence bins (lo, hi]; bin 0 also holds 0.0.
-
-    Two of them over the same bins add up to the bins of both sets of rows together.
-
-    Attributes:
-        count: (B,) int64, rows in each bin.
-        confidence_sum: (B,) float64, sum of their confidences.
-        correct_sum: (B,) int64, how many of them are correct.
-    """
-
-    count: Integers
-    confidence_sum: Doubles
-    correct_sum: Integers
-
-    @classmethod
-    def empty(cls, bins: int) -> ReliabilityBins:
-        """Return ``bins`` bins without a row."""
-        bins = _check_bins(bins)
-        return cls(np.zeros(bins, np.int64), np.zeros(bins), np.zeros(bins, np.int64))
-
-    @property
-    def edges(self) -> Doubles:
-        """The bins' borders, (B + 1,) float64 from 0 to 1."""
-        return np.arange(len(self.count) + 1) / len(self.count)
-
-    @property
-    def confidence(self) -> Doubles:
-        """The mean confidence in each bin, (B,) float64; NaN where a bin is empty."""
-        return self._mean(self.confidence_sum)
-
-    @property
-    def accuracy(self) -> Doubles:
-        """The fraction of correct rows in each bin, (B,) float64; NaN where a bin is empty."""
-        return self._mean(self.correct_sum)
-
-    @property
-    def expected_calibration_error(self) -> float:
-        """``sum(count / N * |accuracy - confidence|)`` over the bins that are not empty.
-
-        Raises:
-            ValueError: there is no row in any bin.
-        """
-        total = int(self.count.sum())
-        _check_not_empty(total)
-        return float(np.abs(self.correct_sum - self.confidence_sum).sum() / total)
-
-    def _mean(self, total: Doubles | Integers) -> Doubles:
-        return np.where(self.count > 0, total / np.maximum(self.count, 1), np.nan)
-
-    def __add__(self, other: ReliabilityBins) -> ReliabilityBins:
-        if not isinstance(other, ReliabilityBins):
-            return NotImplemented
-        if len(self.count) != len(other.count):
-            raise ValueError(
-                f"bins: expected {len(self.count)} bins as on the left, got {len(other.count)}"
-            )
-        return ReliabilityBins(
-            self.count + other.count,
-            self.confidence_sum + other.confidence_sum,
-            self.correct_sum + other.correct_sum,
-        )
-
-
-def _fill_bins(confidence: Floats, correct: Booleans, bins: int) -> ReliabilityBins:
-    # Borders rounded to the data's own precision: a float32 0.6 belongs to the bin that ends at
-    # 0.6, though as a float64 it lies above it.
-    borders = (np.arange(1, bins) / bins).astype(confidence.dtype)
-    index = np.searchsorted(borders, confidence, side="left")
-    return ReliabilityBins(
-        np.bincount(index, minlength=bins),
-        # Of no rows they are whole numbers, whatever the weights.
-        np.asarray(np.bincount(index, weights=confidence, minlength=bins), np.float64),
-        np.bincount(index[correct], minlength=bins),
-    )
-
-
-def reliability_bins(confidence: Array, correct: Array, *, bins: int = 15) -> ReliabilityBins:
-    """Sort rows into equal-width confidence bins (lo, hi].
-
-    Row i enters bin ``max(ceil(confidence[i] * bins) - 1, 0)``: 1.0 the last, 0.0 the first.
-
-    Args:
-        confidence: (N,) tensor or array, in [0, 1].
-        correct: (N,) boolean, or 0 and 1.
-        bins: the number of bins.
-
-    Returns:
-        The bins' counters; all zero if N is 0.
-
-    Raises:
-        ValueError: shapes that do not match, confidences outside [0, 1] or NaN, ``correct`` other
-            than 0 and 1, ``bins`` below 1.
-
-    Source: Guo et al. 2017, "On Calibration of Modern Neural Networks", section 2.
-    """
-    bins = _check_bins(bins)
-    return _fill_bins(*_confidence_rows(confidence, correct, unit_range=True), bins)
+    return float_rows("probs", confidence), (predicted == target).cpu().numpy()
 
 
 def negative_log_likelihood(probs: Array, target: Array) -> float:
@@ -286,8 +74,8 @@ def negative_log_likelihood(probs: Array, target: Array) -> float:
 
     Source: Guo et al. 2017, section 2.
     """
-    probs, target = _check_pair(probs, target)
-    _check_not_empty(probs.size(0))
+    probs, target = check_pair(probs, target)
+    check_not_empty(probs.size(0))
     return float(_label_nll(probs, target).mean())
 
 
@@ -311,8 +99,8 @@ def expected_calibration_error(probs: Array, target: Array, *, bins: int = 15) -
 
     Source: Guo et al. 2017, section 2 (top-1, L1); Kim et al. 2021 report it.
     """
-    bins = _check_bins(bins)
-    return _fill_bins(*_top1(*_check_pair(probs, target)), bins).expected_calibration_error
+    bins = check_bins(bins)
+    return fill_bins(*_top1(*check_pair(probs, target)), bins).expected_calibration_error
 
 
 def risk_coverage_curve(confidence: Array, correct: Array) -> tuple[Doubles, Doubles]:
@@ -337,8 +125,8 @@ def risk_coverage_curve(confidence: Array, correct: Array) -> tuple[Doubles, Dou
     Source: Geifman & El-Yaniv 2019, "Bias-Reduced Uncertainty Estimation for Deep Neural
     Classifiers".
     """
-    confidence, correct = _confidence_rows(confidence, correct, unit_range=False)
-    _check_not_empty(len(confidence))
+    confidence, correct = confidence_rows(confidence, correct, unit_range=False)
+    check_not_empty(len(confidence))
     order = np.argsort(confidence)[::-1]
     confidence, errors = confidence[order], np.cumsum(~correct[order])
     ends = np.flatnonzero(np.append(confidence[1:] != confidence[:-1], True))
@@ -364,8 +152,8 @@ def optimal_risk_coverage_curve(correct: Array) -> tuple[Doubles, Doubles]:
 
     Source: Geifman & El-Yaniv 2019.
     """
-    correct = _correct_rows(correct)
-    _check_not_empty(len(correct))
+    correct = correct_rows(correct)
+    check_not_empty(len(correct))
     kept = np.arange(1, len(correct) + 1)
     return kept / len(kept), np.maximum(kept - np.count_nonzero(correct), 0) / kept
 
@@ -478,7 +266,7 @@ class ConfidenceAccumulator:
         Raises:
             ValueError: as `negative_log_likelihood`, save that N may be 0.
         """
-        probs, target = _check_pair(probs, target)
+        probs, target = check_pair(probs, target)
         self._add(*_top1(probs, target), float(_label_nll(probs, target).sum()))
 
     def update_from(self, confidence: Array, correct: Array, nll: Array) -> None:
@@ -496,8 +284,8 @@ class ConfidenceAccumulator:
             ValueError: shapes that do not match, confidences outside [0, 1] or NaN, ``correct``
                 other than 0 and 1, ``nll`` negative or NaN.
         """
-        confidence, correct = _confidence_rows(confidence, correct, unit_range=True)
-        nll = _float_rows("nll", nll, len(confidence))
+        confidence, correct = confidence_rows(confidence, correct, unit_range=True)
+        nll = float_rows("nll", nll, len(confidence))
         if not np.all(nll >= 0.0):
             raise ValueError(f"nll: expected values of at least 0, got {nll.min():g}")
         # Copies, because the caller may fill the same buffers with the next batch.
@@ -506,7 +294,7 @@ class ConfidenceAccumulator:
     def _add(self, confidence: Floats, correct: Booleans, nll_sum: float) -> None:
         if len(confidence) == 0:
             return
-        self._bins = self._bins + _fill_bins(confidence, correct, len(self._bins.count))
+        self._bins = self._bins + fill_bins(confidence, correct, len(self._bins.count))
         self._nll_sum += nll_sum
         self._confidence.append(confidence)
         self._correct.append(correct)
@@ -521,7 +309,7 @@ class ConfidenceAccumulator:
         Raises:
             ValueError: there was no row yet.
         """
-        _check_not_empty(self.count)
+        check_not_empty(self.count)
         correct = self.correct
         area = aurc(self.confidence, correct)
         return {

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pskd._drawing import INK, RUN_COLORS, literal, new_figure, save, short, style
+from pskd._inputs import Array
 from pskd.calibration import (
-    Array,
     ReliabilityBins,
     optimal_risk_coverage_curve,
     reliability_bins,

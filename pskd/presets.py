@@ -11,16 +11,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from pskd.calibration import (
-    Array,
-    Booleans,
-    Floats,
-    _correct_rows,
-    _float_rows,
-    aurc,
-    optimal_risk_coverage_curve,
-    reliability_bins,
-)
+from pskd._inputs import Array, Booleans, Floats, correct_rows, float_rows
+from pskd.calibration import aurc, optimal_risk_coverage_curve, reliability_bins
 
 __all__ = ["PRESETS", "Metric", "Preset", "measure"]
 
@@ -123,7 +115,7 @@ def measure(
 
 
 def _nll_rows(nll: Array, rows: int) -> Floats:
-    values = _float_rows("nll", nll, rows)
+    values = float_rows("nll", nll, rows)
     if not (values >= 0.0).all():  # also true of NaN
         raise ValueError(f"nll: expected values of at least 0, got {values.min():g}")
     return values
@@ -131,7 +123,7 @@ def _nll_rows(nll: Array, rows: int) -> Floats:
 
 def _named_rows(name: str, flags: Array, rows: int) -> Booleans:
     try:
-        return _correct_rows(flags, rows)
+        return correct_rows(flags, rows)
     except ValueError as error:
         raise ValueError(str(error).replace("correct", name, 1)) from error
 

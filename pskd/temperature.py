@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pskd.calibration import Array, _as_tensor, _check_not_empty, _check_target
+from pskd._inputs import Array, as_tensor, check_not_empty, check_target
 
 __all__ = ["HIGHEST_TEMPERATURE", "LOWEST_TEMPERATURE", "fit_temperature"]
 
@@ -48,7 +48,7 @@ def fit_temperature(logits: Array, target: Array) -> float:
     Source: Guo et al. 2017, "On Calibration of Modern Neural Networks", section 4.2.
     """
     logits = _check_logits(logits)
-    target = _check_target(_as_tensor("target", target).cpu(), *logits.shape)
+    target = check_target(as_tensor("target", target).cpu(), *logits.shape)
     pieces = _pieces(logits, target)
     low, high = 1.0 / HIGHEST_TEMPERATURE, 1.0 / LOWEST_TEMPERATURE
     if bool((logits.amax(dim=1) == logits.amin(dim=1)).all()):
@@ -62,12 +62,12 @@ def fit_temperature(logits: Array, target: Array) -> float:
 
 
 def _check_logits(logits: Array) -> Tensor:
-    logits = _as_tensor("logits", logits).cpu()
+    logits = as_tensor("logits", logits).cpu()
     if logits.dim() != 2 or logits.size(1) == 0:
         raise ValueError(f"logits: expected shape (N, C) with C >= 1, got {tuple(logits.shape)}")
     if not logits.is_floating_point():
         raise ValueError(f"logits: expected a floating-point dtype, got {logits.dtype}")
-    _check_not_empty(logits.size(0))
+    check_not_empty(logits.size(0))
     low, high = logits.aminmax()
     if not bool(torch.isfinite(low) & torch.isfinite(high)):  # also true of NaN
         raise ValueError(
