@@ -1,3 +1,4 @@
+# make setup   make .venv with everything, as constraints.txt pins it
 # make demo    train baselines and PS-KD, translation and detection; print a table, write pictures
 # make test    run the tests
 # make lint    run ruff and mypy

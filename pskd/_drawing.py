@@ -30,7 +30,7 @@ def new_figure(width: float, height: float) -> Figure:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError(
-            "plots need matplotlib, which could not be imported: pip install 'pskd[plots]'"
+            "plots need matplotlib, which could not be imported: pip install matplotlib"
         ) from error
     figure = Figure(figsize=(width, height), dpi=_DPI, facecolor="white", layout="constrained")
     FigureCanvasAgg(figure)

@@ -14,13 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pskd.distributed import take_buffers_of_first_process
 from pskd.examples import ExampleStats
 from pskd.loss import pskd_cross_entropy
+from pskd.means import Means
 from pskd.memory import PredictionMemory
 from pskd.rows import WithRows, check_distinct, check_given, check_range
-from pskd.run.means import Means
-from pskd.schedule import SCHEDULES, check_alpha
+from pskd.schedule import AlphaSchedule, check_unchanged
 from pskd.targets import TopK, check_labels, check_rows
 from pskd.teacher import SnapshotTeacher
 
@@ -54,14 +53,11 @@ class _Criterion(ABC):
         label_smoothing: float,
         examples: ExampleStats | None,
     ) -> None:
-        if num_epochs < 1:
-            raise ValueError(f"num_epochs: expected 1 or more, got {num_epochs}")
-        if schedule not in SCHEDULES:
-            raise ValueError(f"schedule: expected one of {', '.join(SCHEDULES)}, got {schedule!r}")
+        self._schedule = AlphaSchedule(alpha_final, num_epochs, schedule)
         if not 0.0 <= label_smoothing <= 1.0:
             raise ValueError(f"label_smoothing: expected a number in [0, 1], got {label_smoothing}")
         self.num_epochs, self.schedule = num_epochs, schedule
-        self.alpha_final = check_alpha(alpha_final, "alpha_final")
+        self.alpha_final = self._schedule.alpha_final
         self.label_smoothing = float(label_smoothing)
         self.examples = examples
         #: The epoch that is trained, from 1; 0 before the first.
@@ -80,18 +76,13 @@ class _Criterion(ABC):
         Raises:
             ValueError: if it is none of them, or not the one after the last.
         """
-        if not 1 <= epoch <= self.num_epochs:
-            raise ValueError(f"epoch: expected one of 1 to {self.num_epochs}, got {epoch}")
-        if epoch != self.epoch + 1:
-            raise ValueError(f"epoch: expected {self.epoch + 1} after the last, got {epoch}")
+        self._schedule.check_next(epoch, self.epoch)
         if self.alpha_final:
             self._turn()
         self._set_epoch(epoch)
 
     def _set_epoch(self, epoch: int) -> None:
-        self.epoch, self.alpha = epoch, 0.0
-        if epoch > 1:
-            self.alpha = SCHEDULES[self.schedule](epoch, self.num_epochs, self.alpha_final)
+        self.epoch, self.alpha = epoch, self._schedule.at(epoch)
 
     @abstractmethod
     def _turn(self) -> None:
@@ -134,14 +125,8 @@ class _Criterion(ABC):
 
     def _options(self) -> dict[str, object]:
         """Return what makes two trainings different ones."""
-        options: dict[str, object] = {
-            "alpha_final": self.alpha_final,
-            "label_smoothing": self.label_smoothing,
-        }
-        if self.alpha_final:
-            options |= {"schedule": self.schedule, "num_epochs": self.num_epochs}
-            options |= {"criterion": type(self).__name__}
-        return options
+        options = self._schedule.options() | {"label_smoothing": self.label_smoothing}
+        return options | ({"criterion": type(self).__name__} if self.alpha_final else {})
 
     def state_dict(self, *, inside_epoch: bool = False) -> dict[str, Any]:
         """Return what a run that goes on after this epoch needs beside the model.
@@ -166,12 +151,7 @@ class _Criterion(ABC):
         if not isinstance(state, dict) or not {"epoch", "options"} <= state.keys():
             got = sorted(state) if isinstance(state, dict) else type(state).__name__
             raise ValueError(f"expected a criterion's state with 'epoch' and 'options', got {got}")
-        for name, value in self._options().items():
-            if state["options"].get(name, value) != value:
-                raise ValueError(
-                    f"{name}: expected {state['options'][name]!r}, with which the state was "
-                    f"trained, got {value!r}"
-                )
+        check_unchanged(state["options"], self._options())
         if not 0 <= state["epoch"] <= self.num_epochs:
             raise ValueError(
                 f"epoch: expected a state of epoch 0 to {self.num_epochs}, got {state['epoch']}"
@@ -362,11 +342,14 @@ class SnapshotCriterion(_Criterion):
             rows: (N,) which samples they are, for `examples`; may be missing.
 
         Raises:
-            ValueError: labels or shapes that the loss refuses.
+            ValueError: without inputs, which the teacher is called with; labels or shapes that the
+                loss refuses.
             RuntimeError: if no epoch was begun.
         """
         if not torch.is_grad_enabled():
             return _cross_entropy(logits, target)
+        if self.alpha_final and not (inputs or named_inputs):  # in the first epoch too
+            raise ValueError("inputs: expected what the model was called with, got none")
         return self.loss(logits, target, self.score(*inputs, **named_inputs), rows)
 
     @torch.no_grad()
@@ -405,9 +388,7 @@ class SnapshotCriterion(_Criterion):
 
     def _turn(self) -> None:
         if self.epoch:  # the weights that an epoch left; before the first they are random
-            # Batch norm's statistics differ between processes, and one teacher is the same in all.
-            take_buffers_of_first_process(self._student)
-            self.teacher.refresh(self._student)
+            self.teacher.refresh_in_all(self._student)
 
     def state_dict(self, *, inside_epoch: bool = False) -> dict[str, Any]:
         state = super().state_dict(inside_epoch=inside_epoch)
@@ -417,11 +398,7 @@ class SnapshotCriterion(_Criterion):
     def _load_teacher(self, state: dict[str, Any]) -> None:
         if self.examples is not None and "examples" in state:
             self.examples.check_state_dict(state["examples"])  # nothing may fail after the teacher
-        try:
-            self.teacher.load_state_dict(state.get("teacher", {"model": None}), self._student)
-        except RuntimeError as error:  # a line for each weight that does not fit
-            first = str(error).split("\n\t")[:2][-1]
-            raise ValueError(f"teacher: expected the weights of this model: {first}") from error
+        self.teacher.load_state_dict(state.get("teacher", {"model": None}), self._student)
 
 
 def make_criterion(

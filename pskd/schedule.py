@@ -1,13 +1,25 @@
-"""Alpha, the weight of the teacher, as a pure function of training progress.
+"""Alpha, the weight of the teacher, as a pure function of training progress; and what a resume may
+change of it.
 
 ``epoch`` counts from 1 to ``num_epochs``; any other unit of progress (updates, iterations) can be
 given in its place, as long as both arguments use the same one.
 """
 
 import math
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass
 from typing import SupportsFloat
 
-__all__ = ["SCHEDULES", "check_alpha", "constant_alpha", "cosine_alpha", "linear_alpha"]
+__all__ = [
+    "SCHEDULES",
+    "SCHEDULE_OPTIONS",
+    "AlphaSchedule",
+    "check_alpha",
+    "check_unchanged",
+    "constant_alpha",
+    "cosine_alpha",
+    "linear_alpha",
+]
 
 
 def check_alpha(alpha: SupportsFloat, name: str = "alpha") -> float:
@@ -70,3 +82,102 @@ def cosine_alpha(epoch: float, num_epochs: float, alpha_final: float) -> float:
 
 #: The schedules by the name that configs and flags use.
 SCHEDULES = {"linear": linear_alpha, "constant": constant_alpha, "cosine": cosine_alpha}
+
+
+@dataclass(frozen=True)
+class AlphaSchedule:
+    """Alpha of a whole training: 0 while there is no teacher, then the schedule's.
+
+    Attributes:
+        alpha_final: alpha at the end of training (the paper's alpha_T), in [0, 1].
+        num_epochs: of the whole training; or its number of updates, see `at`.
+        schedule: ``"linear"``, ``"constant"`` or ``"cosine"``.
+        start_epoch: before it alpha is 0. It is 0 in the first epoch whatever this says, for there
+            is nothing to learn from.
+
+    Raises:
+        ValueError: for a value out of range, by the name of its attribute.
+    """
+
+    alpha_final: float
+    num_epochs: float
+    schedule: str = "linear"
+    start_epoch: int = 1
+
+    def __post_init__(self) -> None:
+        # A frozen dataclass has no other way to keep the checked value.
+        object.__setattr__(self, "alpha_final", check_alpha(self.alpha_final, "alpha_final"))
+        if not self.num_epochs >= 1 or math.isinf(self.num_epochs):
+            raise ValueError(f"num_epochs: expected 1 or more, got {self.num_epochs}")
+        if self.schedule not in SCHEDULES:
+            expected = ", ".join(SCHEDULES)
+            raise ValueError(f"schedule: expected one of {expected}, got {self.schedule!r}")
+        if self.start_epoch < 1:
+            raise ValueError(f"start_epoch: expected 1 or more, got {self.start_epoch}")
+
+    def at(self, epoch: int, progress: float | None = None) -> float:
+        """Return alpha of an epoch, counted from 1.
+
+        Args:
+            epoch: tells whether there is a teacher.
+            progress: how far training has come, in the unit of ``num_epochs``, if that is not
+                epochs.
+
+        Raises:
+            ValueError: if the progress lies outside the training.
+        """
+        if epoch <= 1 or epoch < self.start_epoch:
+            return 0.0
+        progress = epoch if progress is None else progress
+        return SCHEDULES[self.schedule](progress, self.num_epochs, self.alpha_final)
+
+    def check_next(self, epoch: int, last: int) -> None:
+        """Raise ValueError unless an epoch is of this training and the one after the last.
+
+        Args:
+            epoch: that is to begin.
+            last: that was begun before it, or that a resumed run goes on after; 0 if none was.
+        """
+        if not 1 <= epoch <= self.num_epochs:
+            raise ValueError(f"epoch: expected one of 1 to {self.num_epochs}, got {epoch}")
+        if epoch != last + 1:
+            raise ValueError(f"epoch: expected {last + 1} after the last, got {epoch}")
+
+    def options(self) -> dict[str, object]:
+        """Return what makes two trainings different ones; without a teacher the rest is unused."""
+        return asdict(self) if self.alpha_final else {"alpha_final": self.alpha_final}
+
+
+#: The names of `AlphaSchedule.options`.
+SCHEDULE_OPTIONS = frozenset(AlphaSchedule.__dataclass_fields__)
+
+
+def check_unchanged(
+    saved: Mapping[str, object],
+    now: Mapping[str, object],
+    *,
+    changeable: Collection[str] = (),
+    allowed: bool = False,
+    allowed_by: str = "",
+) -> None:
+    """Refuse to go on with other options than those of a checkpoint.
+
+    Args:
+        saved: the options in the checkpoint. What it lacks, as older ones do, may be anything.
+        now: those of the run that would go on.
+        changeable: the names of those that may change if that is allowed.
+        allowed: whether it is.
+        allowed_by: the option that allows it, for the message.
+
+    Raises:
+        ValueError: naming the option, what was expected and what came.
+    """
+    for name, value in now.items():
+        expected = saved.get(name, value)
+        if value == expected or (allowed and name in changeable):
+            continue
+        hint = f" ({allowed_by} allows it)" if allowed_by and name in changeable else ""
+        raise ValueError(
+            f"{name}: expected {expected!r}, with which the checkpoint was trained, got {value!r}"
+            f"{hint}"
+        )

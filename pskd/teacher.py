@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import copy
 import itertools
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["SnapshotTeacher"]
+from pskd.distributed import take_buffers_of_first_process
+
+__all__ = ["SnapshotTeacher", "load_weights"]
 
 
 class SnapshotTeacher:
@@ -58,6 +62,15 @@ class SnapshotTeacher:
         for own, new in zip(self._model.buffers(), student.buffers(), strict=True):
             own.copy_(new)  # a state dict leaves out those that are not persistent
 
+    def refresh_in_all(self, student: nn.Module) -> None:
+        """As `refresh`, in every process of a training; a collective.
+
+        The statistics of batch norm differ between processes, and one teacher is the same in all:
+        it has those of the first.
+        """
+        self.refresh(student)
+        take_buffers_of_first_process(self.model)
+
     def state_dict(self) -> dict[str, dict[str, Tensor] | None]:
         """Return the weights on the CPU, in their own dtype; None in their place if none."""
         if self._model is None:
@@ -81,8 +94,8 @@ class SnapshotTeacher:
                 weights only. Its own weights are not used.
 
         Raises:
-            ValueError: if the state is no teacher's, or there is no architecture to load it into.
-            RuntimeError: if names or shapes of the weights do not match (from torch).
+            ValueError: if the state is no teacher's, there is no architecture to load it into, or
+                names or shapes of the weights do not match; the teacher is what it was then.
         """
         if not isinstance(state_dict, dict) or "model" not in state_dict:
             raise ValueError(f"expected a teacher's state with the key 'model', got {state_dict!r}")
@@ -95,12 +108,28 @@ class SnapshotTeacher:
             raise ValueError("expected a student to take the architecture from, got none")
         # torch loads what fits before it raises: a mismatch must leave the teacher that was.
         model = self._frozen_copy(source)
-        model.load_state_dict(weights)
+        try:
+            load_weights(model, weights)
+        except ValueError as error:
+            raise ValueError(f"teacher: {error}") from error
         self._model = model
 
     def _frozen_copy(self, student: nn.Module) -> nn.Module:
         # A student that carries this teacher does not take the old copy into the new one.
         return copy.deepcopy(student, {id(self): SnapshotTeacher()}).eval().requires_grad_(False)
+
+
+def load_weights(module: nn.Module, weights: Mapping[str, Any]) -> None:
+    """Load a module's state, and tell of a mismatch in a line.
+
+    Raises:
+        ValueError: naming the first weight that does not fit.
+    """
+    try:
+        module.load_state_dict(weights)
+    except RuntimeError as error:  # a line for each of them, below one that names the class
+        first = str(error).split("\n\t")[:2][-1].strip()
+        raise ValueError(f"expected the weights of this model: {first}") from error
 
 
 def _kinds(module: nn.Module) -> list[tuple[torch.dtype, torch.device]]:

@@ -70,6 +70,9 @@ def prepare(args: argparse.Namespace, world: World) -> Job:
             expected and what came.
     """
     check(args)
+    if not args.test_only:
+        last = Path(args.output_dir) / LAST
+        checkpoint.check_is_new(last, resume=args.resume, overwrite=args.overwrite)
     splits = load_splits(
         args.dataset,
         args.data_dir,

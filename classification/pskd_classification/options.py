@@ -109,6 +109,7 @@ def build_parser(description: str) -> argparse.ArgumentParser:
         help="default: %(default)s",
     )  # fmt: skip
     add("--resume", action="store_true", help="go on from OUTPUT_DIR/checkpoint.pth, if it exists")
+    add("--overwrite", action="store_true", help="replace a training that lies in OUTPUT_DIR")
     add("--test-only", action="store_true", help="evaluate --weights and train nothing")
     add(
         "--weights", metavar="FILE", help="a checkpoint of this script to start from or to evaluate"

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from pskd import WithRows
 from pskd.distributed import World, take_buffers_of_first_process
-from pskd.run.means import Means
+from pskd.means import Means
 from pskd.run.seeding import seed_epoch
 from pskd_classification.data import Images
 from pskd_classification.objective import Objective

@@ -12,6 +12,7 @@ from pskd_detection import DetectionDataset, load_dataset
 from torch import nn
 
 from pskd.distributed import World
+from pskd.run.checkpoint import check_is_new
 from pskd.run.log import MetricsLog
 from pskd_torchvision import checkpoint
 from pskd_torchvision.build import build_detector, has_masks, load_weights
@@ -62,6 +63,8 @@ def prepare(args: argparse.Namespace, world: World) -> Job:
     """
     check(args)
     path = Path(args.output_dir) / checkpoint.NAME
+    if not args.test_only:
+        check_is_new(path, resume=args.resume, overwrite=args.overwrite)
     saved = _saved(args, path)
     train = load_dataset(args.train) if args.train else None
     class_names = train.class_names if train else tuple(saved["class_names"] if saved else ())

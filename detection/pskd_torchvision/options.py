@@ -43,6 +43,7 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--output-dir", default="runs/torchvision", help="default: %(default)s")
     add("--resume", action="store_true", help="go on from OUTPUT_DIR/checkpoint.pth, if it exists")
+    add("--overwrite", action="store_true", help="replace a training that lies in OUTPUT_DIR")
     add(
         "--test-only", "--eval-only", action="store_true",
         help="evaluate --weights, or with --resume the checkpoint, and train nothing",
@@ -109,7 +110,7 @@ def _add_pskd(group) -> None:
     )  # fmt: skip
     add(
         "--pskd-allow-schedule-change", action="store_true",
-        help="resume with other PS-KD options than those of the checkpoint",
+        help="resume with another alpha, schedule or length than the checkpoint's",
     )  # fmt: skip
 
 

@@ -118,7 +118,8 @@ def _detection(preset: Preset) -> list[Column]:
         dataclasses.replace(ece, metric=d_ece, paths=(("confidence", "d_ece"),)),
         Column("la_ece", la_ece, (("confidence", "la_ece"),)),
         area,
-        dataclasses.replace(excess, paths=(("confidence", "excess_aurc"),)),
+        # Runs of earlier versions have the second.
+        dataclasses.replace(excess, paths=(*excess.paths, ("confidence", "excess_aurc"))),
     ]
     nll = dataclasses.replace(
         preset.metrics["nll"],

@@ -20,8 +20,8 @@ _SIMPLE = re.compile(r"epoch (\d+) \| (.*)$")
 # A cascade's box heads have a teacher each: stage0/pskd/..., whose mean is kept.
 _PREFIX = re.compile(r"^(stage\d+/)?(pskd/|train_)")
 
-#: What a report keeps of a line.
-_QUANTITIES = ("alpha", "teacher_agreement", "teacher_nll", "gradient_rescaling")
+#: What a report draws of a line.
+_QUANTITIES = ("alpha", "gradient_rescaling")
 
 
 def fairseq_epochs(log: str) -> list[dict[str, float]]:
@@ -53,8 +53,8 @@ def read_epochs(metrics: Path | None, log: Path | None) -> list[dict[str, float]
 
     Args:
         metrics: a file of one JSON object a line, with ``epoch`` or ``iteration`` and any of
-            ``pskd/alpha``, ``pskd/teacher_agreement``, ``pskd/teacher_nll`` (nats) and
-            ``pskd/gradient_rescaling``; several lines of an epoch count as their mean.
+            ``pskd/alpha`` and ``pskd/gradient_rescaling``; several lines of an epoch count as
+            their mean.
         log: of fairseq-train; read where there is no ``metrics``.
 
     Returns:

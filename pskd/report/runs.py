@@ -136,7 +136,7 @@ def read_run(folder: Path, name: str) -> Run:
         raise ValueError(
             f"{folder}: expected the folder of a run, with confidence.npz, results.json or "
             "evaluation.json in it or in its inference or evaluation folder, got "
-            + ("none of them" if folder.is_dir() else "no such folder")
+            + (f"none of them{_elsewhere(folder)}" if folder.is_dir() else "no such folder")
         )
     numbers = _read_numbers(numbers_path) if numbers_path else {}
     return Run(
@@ -149,6 +149,17 @@ def read_run(folder: Path, name: str) -> Run:
         examples=_read_examples(folder),
         reweighted=_read_reweighted(folder),
     )
+
+
+def _elsewhere(folder: Path) -> str:
+    """Return where to look instead, for a folder that is no run."""
+    names = (*_NUMBERS, "confidence.npz")
+    runs = sorted({path.parent for name in names for path in folder.glob(f"*/{name}")})
+    if runs:
+        return f"; of its folders these are runs: {', '.join(map(str, runs))}"
+    if any(folder.glob("*.pt")):
+        return "; of fairseq's checkpoints a run is made by translation/evaluate.py, in its --out"
+    return ""
 
 
 def _find(folder: Path, *names: str) -> Path | None:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from pskd.distributed import World, join, leave
 
-__all__ = ["run_program"]
+__all__ = ["exit_status", "run_program"]
 
 logger = logging.getLogger(__name__)
 
@@ -19,16 +19,15 @@ def run_program(
     parse: Callable[[], argparse.Namespace],
     run: Callable[[argparse.Namespace, World], None],
 ) -> int:
-    """Join the processes of torchrun and run; return the exit status.
-
-    What the user can mend (ValueError, OSError, FloatingPointError) is told in one line.
+    """Join the processes of torchrun and run; return the exit status, as `exit_status` does.
 
     Args:
         name: of the script, before an error.
         parse: returns its options, with ``device``.
         run: does the work.
     """
-    try:
+
+    def work() -> None:
         args = parse()
         world = join(args.device)
         logging.basicConfig(
@@ -37,12 +36,28 @@ def run_program(
             level=logging.INFO if world.is_first else logging.WARNING,
         )
         run(args, world)
+
+    try:
+        return exit_status(name, work)
+    finally:
+        leave()
+
+
+def exit_status(name: str, work: Callable[[], object]) -> int:
+    """Do the work of a program and return its exit status.
+
+    What the user can mend (ValueError, OSError, FloatingPointError) is told in one line.
+
+    Args:
+        name: of the program, before an error.
+        work: does it.
+    """
+    try:
+        work()
     except (OSError, ValueError, FloatingPointError) as error:
         logger.debug("", exc_info=True)
         # A worker's error comes with its traceback; what it says is in the last line.
         lines = str(error).strip().splitlines() or [repr(error)]
         print(f"{name}: {lines[-1]}", file=sys.stderr)
         return 1
-    finally:
-        leave()
     return 0

@@ -40,7 +40,7 @@ MODULES = (
 #: How to get what a case needs, where a package is not called like its module.
 SOURCES = {
     "detectron2": "https://detectron2.readthedocs.io/tutorials/install.html",
-    "fairseq": "pip install 'pskd[translation]'",
+    "fairseq": "pip install '.[translation]'",
     "sklearn": "pip install scikit-learn",
     "subword_nmt": "pip install subword-nmt",
     "yaml": "pip install pyyaml",

@@ -276,6 +276,17 @@ def test_what_cannot_be_trained_is_refused_before_anything_is_written(
     assert not (tmp_path / "run" / "checkpoint.pth").exists()
 
 
+def test_a_training_is_not_written_over_unasked(tmp_path, capsys):
+    checkpoint = tmp_path / "checkpoint.pth"
+    checkpoint.write_bytes(b"of another training")
+    assert train(tmp_path, "--epochs", "1") == 1
+    message = f"--output-dir: expected a folder without a training, got {checkpoint} (--resume"
+    assert message in capsys.readouterr().err
+    assert checkpoint.read_bytes() == b"of another training"
+    assert train(tmp_path, "--epochs", "1", "--overwrite") == 0
+    assert checkpoint.read_bytes() != b"of another training"
+
+
 @pytest.fixture(scope="module")
 def of_two_epochs(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("stopped")

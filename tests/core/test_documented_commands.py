@@ -363,6 +363,7 @@ def check_recipe(words: list[str]) -> None:
             [ROOT / recipe, *arguments],
             env={"NOTES": str(notes), "PATH": f"{folder}:{os.defpath}"},
             cwd=folder,
+            capture_output=True,  # to its end: a recipe's log is written by a process of its own
             check=True,
         )
         noted = read(notes)

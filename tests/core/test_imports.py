@@ -170,7 +170,7 @@ def test_the_other_packages_reach_neither_sideways_nor_up(name):
 def test_the_modules_ask_for_the_core_and_their_framework_only(name):
     framework = MODULES[name]
     if importlib.util.find_spec(framework) is None:
-        pytest.skip(f"{framework} is not installed: pip install 'pskd[{framework}]'")
+        pytest.skip(f"{framework} is not installed: pip install '.[{framework}]'")
     seen, error = watch([name])
     assert len(seen) == 1, f"{name} must be installed or on the PYTHONPATH: {error}"
     asked, loaded = seen[0]

@@ -12,7 +12,7 @@ import pytest
 from pskd.calibration import aurc, excess_aurc, reliability_bins
 from pskd.plots import epoch_plot, reliability_diagram, risk_coverage_plot
 
-pytest.importorskip("matplotlib", reason="needs matplotlib: pip install 'pskd[plots]'")
+pytest.importorskip("matplotlib", reason="needs matplotlib: pip install matplotlib")
 
 PLOTS = [reliability_diagram, risk_coverage_plot]
 

@@ -14,7 +14,7 @@ from pskd.calibration import aurc, excess_aurc, reliability_bins
 from pskd.cli import main
 from pskd.report import write_report
 
-pytest.importorskip("matplotlib", reason="needs matplotlib: pip install 'pskd[plots]'")
+pytest.importorskip("matplotlib", reason="needs matplotlib: pip install matplotlib")
 
 ROWS, EXAMPLES = 300, 60
 NASTY = '<b>&"'

@@ -18,7 +18,7 @@ from pskd.report.plots import grouped_quartiles, hard_example_plot, teacher_plot
 from pskd.report.runs import TASKS, read_run, read_runs
 from pskd.report.tables import make_tables
 
-NEEDS_MATPLOTLIB = "needs matplotlib: pip install 'pskd[plots]'"
+NEEDS_MATPLOTLIB = "needs matplotlib: pip install matplotlib"
 MAKERS = {task: getattr(made, task) for task in TASKS}
 
 
@@ -58,11 +58,17 @@ def test_a_log_without_epochs_is_told_by_iteration(tmp_path):
 
 def test_a_cascades_stages_are_averaged_and_nan_is_left_out(tmp_path):
     lines = [
-        {"iteration": 19, "stage0/pskd/teacher_nll": 1.0, "stage1/pskd/teacher_nll": 3.0},
-        {"iteration": 39, "pskd/alpha": None, "stage0/pskd/teacher_nll": float("nan")},
+        {
+            "iteration": 19,
+            "stage0/pskd/gradient_rescaling": 0.25,
+            "stage1/pskd/gradient_rescaling": 0.75,
+            "pskd/teacher_nll": 1.0,  # not drawn
+        },
+        {"iteration": 39, "pskd/alpha": None, "stage0/pskd/gradient_rescaling": float("nan")},
     ]
     made.write(tmp_path, "metrics.json", lines)
-    assert read_epochs(tmp_path / "metrics.json", None) == [{"iteration": 19, "teacher_nll": 2.0}]
+    epochs = read_epochs(tmp_path / "metrics.json", None)
+    assert epochs == [{"iteration": 19, "gradient_rescaling": 0.5}]
 
 
 @pytest.mark.parametrize(

@@ -81,8 +81,8 @@ def test_known_numbers():
     assert results["la_ece"] == pytest.approx((0.35 + 0.1 + 0.3) / 3)
     # Errors among the first 1, 2, 3, 4: 0, 1, 1, 2; at best 0, 0, 1, 2.
     assert results["aurc"] == pytest.approx((1 / 2 + 1 / 3 + 2 / 4) / 4)
-    assert results["excess_aurc"] == pytest.approx((1 / 2) / 4)
-    rest = {k: results[k] for k in results if k not in ("d_ece", "la_ece", "aurc", "excess_aurc")}
+    assert results["e_aurc"] == pytest.approx((1 / 2) / 4)
+    rest = {k: results[k] for k in results if k not in ("d_ece", "la_ece", "aurc", "e_aurc")}
     assert rest == {
         "num_detections": 4,
         "num_matched": 2,
@@ -170,7 +170,7 @@ def test_la_ece_asks_for_the_fit_of_the_box_too():
 def test_without_detections_there_is_nothing_to_measure(detections, objects):
     confidence = measured(dataset({1: objects}), detections)
     results = confidence.compute()
-    assert [results[k] for k in ("d_ece", "la_ece", "aurc", "excess_aurc")] == [None] * 4
+    assert [results[k] for k in ("d_ece", "la_ece", "aurc", "e_aurc")] == [None] * 4
     assert results["num_detections"] == results["num_matched"] == 0
     assert confidence.correct.shape == confidence.confidence.shape == (0,)
 
@@ -349,7 +349,7 @@ def test_the_numbers_are_those_of_the_core_on_the_kept_detections(seed, bins):
     filled = calibration.reliability_bins(*rows, bins=bins)
     assert results["d_ece"] == filled.expected_calibration_error
     assert results["aurc"] == calibration.aurc(*rows)
-    assert 0 <= results["excess_aurc"] <= results["aurc"] <= 1
+    assert 0 <= results["e_aurc"] <= results["aurc"] <= 1
     assert 0 <= results["la_ece"] <= 1
     # By its definition, one bin at a time.
     errors = []

@@ -392,7 +392,7 @@ def test_results_are_a_file(evaluated, spec):
     assert results["seed"] == 1 and results["seconds_per_iteration"] > 0
     assert {"AP", "AP50", "AP75"} <= results["bbox"].keys()
     confidence = results["confidence"]
-    assert {"d_ece", "la_ece", "aurc", "excess_aurc", "num_detections"} <= confidence.keys()
+    assert {"d_ece", "la_ece", "aurc", "e_aurc", "num_detections"} <= confidence.keys()
     assert (confidence["iou_threshold"], confidence["score_threshold"]) == (0.5, 0.05)
     rois = results["ground_truth_rois"]
     assert rois["num_rois"] == 14 and rois["nll"] > 0 and 0 <= rois["accuracy"] <= 1

@@ -28,8 +28,8 @@ from torchvision.ops import FrozenBatchNorm2d
 from torchvision_toys import CLASSES, SIZE, same, write_images
 
 from pskd.distributed import World
+from pskd.means import Means
 from pskd.run.log import MetricsLog
-from pskd.run.means import Means
 from pskd.run.seeding import seed_epoch
 
 

@@ -146,7 +146,7 @@ def test_results_tell_the_command_and_every_metric(tool, straight):
     assert 0.0 < results["seconds_per_iteration"] < 60.0
     names = {"AP", "AP50", "AP75", "APs", "APm", "APl", "AP-red", "AP-green"}
     assert results["bbox"].keys() == names
-    names = {"d_ece", "la_ece", "aurc", "excess_aurc", "num_detections", "num_matched"}
+    names = {"d_ece", "la_ece", "aurc", "e_aurc", "num_detections", "num_matched"}
     assert results["confidence"].keys() == names | {"iou_threshold", "score_threshold", "bins"}
     rois = results["ground_truth_rois"]
     assert rois["num_rois"] == 8 and rois["nll"] > 0.0 and 0.0 <= rois["accuracy"] <= 1.0
@@ -332,6 +332,15 @@ def test_a_failing_write_leaves_the_last_checkpoint(tool, straight, monkeypatch)
     assert tool.run("full", *flags).code == 1
     assert (folder / checkpoint.NAME).read_bytes() == before
     assert not [path for path in folder.iterdir() if path.name.endswith(".part")]
+
+
+def test_a_training_is_not_written_over_unasked(tool, tmp_path, capsys):
+    saved = tmp_path / checkpoint.NAME
+    saved.write_bytes(b"of another training")
+    flags = ["--train", tool.data, "--test", tool.test, "--output-dir", str(tmp_path), *FLAGS]
+    assert program.main(flags) == 1
+    assert "--output-dir: expected a folder without a training, got" in capsys.readouterr().err
+    assert saved.read_bytes() == b"of another training"
 
 
 # ---- evaluation of given weights -----------------------------------------------------------------

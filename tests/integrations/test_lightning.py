@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader, DistributedSampler
 
-pytest.importorskip("lightning", reason="needs lightning: pip install 'pskd[lightning]'")
+pytest.importorskip("lightning", reason="needs lightning: pip install '.[lightning]'")
 
 import lightning
 from lightning.pytorch.callbacks import ModelCheckpoint

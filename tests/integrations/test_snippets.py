@@ -123,7 +123,7 @@ def test_the_loss_of_mixed_images_that_is_shown(tmp_path):
 
 
 def test_lightning_before_and_after(tmp_path):
-    pytest.importorskip("lightning", reason="needs lightning: pip install 'pskd[lightning]'")
+    pytest.importorskip("lightning", reason="needs lightning: pip install '.[lightning]'")
     from lightning.pytorch import LightningModule, Trainer
     from pskd_lightning import PSKDCallback
 
@@ -164,7 +164,7 @@ class Mappings(Dataset):
 
 def test_transformers_before_and_after(tmp_path):
     for library in ("transformers", "accelerate"):
-        reason = f"needs {library}: pip install 'pskd[transformers]'"
+        reason = f"needs {library}: pip install '.[transformers]'"
         pytest.importorskip(library, reason=reason)
     from pskd_transformers import PSKDTrainerMixin
     from transformers import Trainer, TrainingArguments, ViTConfig, ViTForImageClassification

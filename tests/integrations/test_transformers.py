@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import Dataset
 
-pytest.importorskip("transformers", reason="needs transformers: pip install 'pskd[transformers]'")
-pytest.importorskip("accelerate", reason="needs accelerate: pip install 'pskd[transformers]'")
+pytest.importorskip("transformers", reason="needs transformers: pip install '.[transformers]'")
+pytest.importorskip("accelerate", reason="needs accelerate: pip install '.[transformers]'")
 
 from pskd_transformers import PSKDTrainerMixin
 from transformers import (

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
-pytest.importorskip("fairseq", reason="needs fairseq: pip install 'pskd[translation]'")
+pytest.importorskip("fairseq", reason="needs fairseq: pip install '.[translation]'")
 
 from conftest import PLUGIN, ROOT  # noqa: E402
 

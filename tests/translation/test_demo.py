@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-pytest.importorskip("fairseq", reason="needs fairseq: pip install 'pskd[translation]'")
-pytest.importorskip("babel", reason="needs babel: pip install 'pskd[demo]'")
+pytest.importorskip("fairseq", reason="needs fairseq: pip install '.[translation]'")
+pytest.importorskip("babel", reason="needs babel: pip install '.[demo]'")
 
 import sacrebleu  # noqa: E402
 

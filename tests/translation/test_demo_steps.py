@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("babel", reason="needs babel: pip install 'pskd[demo]'")
-pytest.importorskip("torchvision", reason="needs torchvision: pip install 'pskd[detection]'")
+pytest.importorskip("babel", reason="needs babel: pip install '.[demo]'")
+pytest.importorskip("torchvision", reason="needs torchvision: pip install '.[detection]'")
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))

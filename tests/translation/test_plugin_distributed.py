@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 
-pytest.importorskip("fairseq", reason="needs fairseq: pip install 'pskd[translation]'")
+pytest.importorskip("fairseq", reason="needs fairseq: pip install '.[translation]'")
 
 import torch  # noqa: E402
 from conftest import ALPHA_FINAL, EPOCHS, continued_from, same  # noqa: E402

@@ -8,7 +8,7 @@ from copy import deepcopy
 
 import pytest
 
-pytest.importorskip("fairseq", reason="needs fairseq: pip install 'pskd[translation]'")
+pytest.importorskip("fairseq", reason="needs fairseq: pip install '.[translation]'")
 
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402

@@ -8,7 +8,7 @@ import signal
 
 import pytest
 
-pytest.importorskip("fairseq", reason="needs fairseq: pip install 'pskd[translation]'")
+pytest.importorskip("fairseq", reason="needs fairseq: pip install '.[translation]'")
 
 import torch  # noqa: E402
 from conftest import (  # noqa: E402

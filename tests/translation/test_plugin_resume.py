@@ -11,7 +11,7 @@ import signal
 
 import pytest
 
-pytest.importorskip("fairseq", reason="needs fairseq: pip install 'pskd[translation]'")
+pytest.importorskip("fairseq", reason="needs fairseq: pip install '.[translation]'")
 
 from conftest import (  # noqa: E402
     ALPHA_FINAL,

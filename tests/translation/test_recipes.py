@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("fairseq", reason="needs fairseq: pip install 'pskd[translation]'")
+pytest.importorskip("fairseq", reason="needs fairseq: pip install '.[translation]'")
 
 from conftest import MODEL, PLUGIN, ROOT  # noqa: E402
 from fairseq import options  # noqa: E402
@@ -34,7 +34,12 @@ def flags_of(recipe: str, folder: Path, *more: str) -> list[str]:
     path = f"{folder}{os.pathsep}{os.environ['PATH']}"
     line = [str(RECIPES / recipe), "DATA", "SAVE_DIR", *more]
     done = subprocess.run(
-        line, env=os.environ | {"PATH": path}, capture_output=True, text=True, check=True
+        line,
+        env=os.environ | {"PATH": path},
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=True,
     )
     return done.stdout.splitlines()
 
@@ -54,6 +59,21 @@ def test_the_recipe_with_pskd_is_a_small_change_of_its_baseline(recipe, tmp_path
         key for key in changed if not key.startswith("pskd") and baseline.get(key) != changed[key]
     }
     assert differing == {"criterion", "user_dir", "label_smoothing"}
+
+
+@pytest.mark.parametrize("recipe", TRAINED)
+def test_the_log_is_kept_beside_the_checkpoints(recipe, tmp_path):
+    tool = tmp_path / "fairseq-train"
+    tool.write_text("#!/bin/sh\necho said; echo warned >&2; exit 3\n")
+    tool.chmod(0o755)
+    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+    line = [str(RECIPES / recipe.replace(".sh", "_pskd.sh")), "DATA", "runs/new"]
+    for _ in "stopped", "resumed":
+        done = subprocess.run(
+            line, env=os.environ | {"PATH": path}, cwd=tmp_path, capture_output=True, text=True
+        )
+        assert (done.returncode, done.stdout, done.stderr) == (3, "said\nwarned\n", "")
+    assert (tmp_path / "runs" / "new" / "train.log").read_text() == "said\nwarned\n" * 2
 
 
 @pytest.fixture(scope="module")
