@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from pskd import SnapshotTeacher
-from pskd.run.means import Means
+from pskd.means import Means
 
 __all__ = ["PSKDState"]
 
