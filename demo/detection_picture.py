@@ -8,13 +8,14 @@ from __future__ import annotations
 import json
 import math
 import os
-import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from pycocotools import mask as coco_mask
+
+from pskd.run.files import written_aside
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -277,10 +278,6 @@ def _rectangle(pen: ImageDraw, corners: Sequence[float], color: str) -> None:
 
 def _save(sheet: Image, path: Path) -> Path:
     """Write the picture under another name, then rename it."""
-    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
+    with written_aside(path) as aside:
         sheet.save(aside, format="PNG")
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
     return path

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from pskd.distributed import take_buffers_of_first_process
 
-__all__ = ["SnapshotTeacher", "load_weights"]
+__all__ = ["SnapshotTeacher", "load_into"]
 
 
 class SnapshotTeacher:
@@ -66,10 +66,10 @@ class SnapshotTeacher:
         """As `refresh`, in every process of a training; a collective.
 
         The statistics of batch norm differ between processes, and one teacher is the same in all:
-        it has those of the first.
+        teacher and student get those of the first process.
         """
+        take_buffers_of_first_process(student)
         self.refresh(student)
-        take_buffers_of_first_process(self.model)
 
     def state_dict(self) -> dict[str, dict[str, Tensor] | None]:
         """Return the weights on the CPU, in their own dtype; None in their place if none."""
@@ -109,7 +109,7 @@ class SnapshotTeacher:
         # torch loads what fits before it raises: a mismatch must leave the teacher that was.
         model = self._frozen_copy(source)
         try:
-            load_weights(model, weights)
+            load_into(model, weights)
         except ValueError as error:
             raise ValueError(f"teacher: {error}") from error
         self._model = model
@@ -119,16 +119,20 @@ class SnapshotTeacher:
         return copy.deepcopy(student, {id(self): SnapshotTeacher()}).eval().requires_grad_(False)
 
 
-def load_weights(module: nn.Module, weights: Mapping[str, Any]) -> None:
+def load_into(module: nn.Module, weights: Mapping[str, Any]) -> None:
     """Load a module's state, and tell of a mismatch in a line.
 
     Raises:
-        ValueError: naming the first weight that does not fit.
+        ValueError: naming the first weight of another shape, or else those that are missing or
+            too many.
     """
     try:
         module.load_state_dict(weights)
-    except RuntimeError as error:  # a line for each of them, below one that names the class
-        first = str(error).split("\n\t")[:2][-1].strip()
+    except RuntimeError as error:
+        # Below a line with the class one for all names that do not fit, then one for each shape.
+        lines = str(error).split("\n\t")
+        shapes = [line for line in lines if line.startswith("size mismatch")]
+        first = (shapes + lines[1:] + lines)[0].strip()
         raise ValueError(f"expected the weights of this model: {first}") from error
 
 

@@ -2,14 +2,16 @@
 
     python translation/evaluate.py CHECKPOINT --data DIR --out OUT
 
-DIR is a folder that translation/prepare.py made. Translations (beam search, every sentence of the
-split) are detokenised and scored against the raw reference with sacreBLEU and chrF; beside them
-stands the tokenised BLEU that fairseq-generate prints. Confidence is that of the next token when
-the reference is read along (teacher forcing): NLL, ECE and AURC over every target token, the end of
-the sentence included, as raw fractions. On the test split they are also given after temperature
-scaling: one number, fitted on at most 4096 tokens, evenly spread over the validation split. OUT
-gets evaluation.json, translations.txt, generate.log, confidence.npz (confidence, correctness and
-NLL of every token, also after temperature scaling) and two plots; it is a run of `pskd report`.
+DIR is a folder that translation/prepare.py made, or any other that fairseq-preprocess did.
+Translations (beam search, every sentence of the split) are detokenised and scored against the raw
+reference with sacreBLEU and chrF; beside them stands the tokenised BLEU that fairseq-generate
+prints. Without prepare.json there is no raw reference, and only the tokenised BLEU is told.
+Confidence is that of the next token when the reference is read along (teacher forcing): NLL, ECE
+and AURC over every target token, the end of the sentence included, as raw fractions. On the test
+split they are also given after temperature scaling: one number, fitted on at most 4096 tokens,
+evenly spread over the validation split. OUT gets evaluation.json, translations.txt, generate.log,
+confidence.npz (confidence, correctness and NLL of every token, also after temperature scaling) and
+two plots; it is a run of `pskd report`.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ import pskd_fairseq  # noqa: F401  torch's allow-list for fairseq checkpoints
 import sacrebleu
 import torch
 from fairseq import checkpoint_utils, utils
+from fairseq.data import Dictionary
 from fairseq.models import BaseFairseqModel
 from fairseq.tasks import FairseqTask
 from omegaconf import DictConfig
@@ -53,21 +56,24 @@ _TEMPERATURE_TOKENS = 4096
 _LEAST_LPROB = -1e4
 
 
-class UserError(Exception):
+class UserError(ValueError):
     """Something the user gave is wrong; shown without a traceback."""
 
 
-def read_preparation(data: Path) -> dict:
-    """Return what prepare.py wrote of its steps.
+def read_preparation(data: Path) -> dict | None:
+    """Return what prepare.py wrote of its steps, or None for data that another program prepared.
 
     Raises:
-        UserError: if the folder was not made by it.
+        UserError: if the folder holds no data of fairseq, or a prepare.json that is none.
     """
     path = data / "prepare.json"
     if not path.is_file():
-        raise UserError(
-            f"{data}: expected a folder that translation/prepare.py made, got no {path.name}"
-        )
+        if not any(data.glob("dict.*.txt")):
+            raise UserError(
+                f"{data}: expected a folder that translation/prepare.py or fairseq-preprocess "
+                f"made, got no {path.name} and no dict.*.txt"
+            )
+        return None
     try:
         preparation = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -100,8 +106,38 @@ def load(args: argparse.Namespace) -> tuple[BaseFairseqModel, DictConfig, Fairse
     return models[0].eval(), config, task
 
 
-def generate(args: argparse.Namespace, preparation: dict) -> tuple[list[str], str]:
+def languages(args: argparse.Namespace, config: DictConfig, task: FairseqTask) -> tuple[str, str]:
+    """Return source and target language, as the task found them in the data's names.
+
+    Raises:
+        UserError: if the task is not one that translates from one language to another.
+    """
+    own = getattr(task, "cfg", None) or config.task
+    found = getattr(own, "source_lang", None), getattr(own, "target_lang", None)
+    if not all(found):
+        raise UserError(
+            f"{args.checkpoint}: expected a model of one source and one target language, got the "
+            f"task {type(task).__name__}"
+        )
+    return found
+
+
+def subwords_of(dictionary: Dictionary) -> str | None:
+    """Return fairseq's name of how a dictionary's words are cut; None where they are whole."""
+    types = dictionary.symbols[dictionary.nspecial :]
+    if any(word.endswith("@@") for word in types):
+        return "subword_nmt"
+    return "sentencepiece" if any(word.startswith("\u2581") for word in types) else None
+
+
+def generate(
+    args: argparse.Namespace, pair: tuple[str, str], subwords: str | None
+) -> tuple[list[str], str]:
     """Translate the split with fairseq-generate.
+
+    Args:
+        pair: source and target language.
+        subwords: how words are put together again (``--post-process``); None: they are whole.
 
     Returns:
         the tokenised translations in the order of the reference, and fairseq's own BLEU line.
@@ -111,11 +147,11 @@ def generate(args: argparse.Namespace, preparation: dict) -> tuple[list[str], st
     """
     log = args.out / "generate.log"
     command = [sys.executable, "-c", _GENERATE, str(args.data)]
-    command += ["--source-lang", preparation["source_lang"]]
-    command += ["--target-lang", preparation["target_lang"]]
+    command += ["--source-lang", pair[0], "--target-lang", pair[1]]
     command += ["--path", str(args.checkpoint), "--gen-subset", args.split]
     command += ["--beam", str(args.beam), "--lenpen", str(args.lenpen)]
-    command += ["--max-len-a", "1.5", "--max-len-b", "10", "--post-process", "subword_nmt"]
+    command += ["--max-len-a", "1.5", "--max-len-b", "10"]
+    command += ["--post-process", subwords] if subwords else []
     # By default fairseq drops the last batch where its size is no multiple of 8.
     command += ["--required-batch-size-multiple", "1", "--max-tokens", str(args.max_tokens)]
     command += ["--user-dir", args.user_dir] if args.user_dir else []
@@ -260,20 +296,30 @@ def evaluate(args: argparse.Namespace) -> dict:
     preparation = read_preparation(args.data)
     if not args.checkpoint.is_file():
         raise UserError(f"{args.checkpoint}: expected a checkpoint, got no such file")
-    reference_file = raw_reference(args, preparation)
-    if not reference_file.is_file():  # which is read when all is translated
-        raise UserError(f"{reference_file}: expected the raw reference, got no such file")
+    if preparation is not None:  # the reference is read when all is translated
+        reference_file = raw_reference(args, preparation)
+        if not reference_file.is_file():
+            raise UserError(f"{reference_file}: expected the raw reference, got no such file")
     if args.user_dir:
         utils.import_user_module(argparse.Namespace(user_dir=args.user_dir))
     model, config, task = load(args)
+    if preparation is not None:
+        pair, subwords = (preparation["source_lang"], preparation["target_lang"]), "subword_nmt"
+    else:
+        pair, subwords = languages(args, config, task), subwords_of(task.target_dictionary)
     args.out.mkdir(parents=True, exist_ok=True)
     logger.info("scoring the reference tokens of %s under teacher forcing", args.split)
     # What is reported of the validation split itself would be fitted to it.
     fitted = args.split == "test"
     temperature = fit_temperature_on_valid(args, model, config, task) if fitted else None
     tokens = measure_confidence(args, model, config, task, temperature)
-    tokenised, bleu_line = generate(args, preparation)
-    translations = detokenised(tokenised, preparation)
+    translations, bleu_line = generate(args, pair, subwords)
+    if preparation is not None:
+        translations = detokenised(translations, preparation)
+        scores = score(translations, args, preparation)
+    else:
+        logger.info("%s has no prepare.json: no BLEU and chrF of detokenised text", args.data)
+        scores = {"sentences": len(translations)}
     confidence = summary(tokens)
     result = {
         "task": "translation",
@@ -281,7 +327,7 @@ def evaluate(args: argparse.Namespace) -> dict:
         "split": args.split,
         "beam": args.beam,
         "lenpen": args.lenpen,
-        **score(translations, args, preparation),
+        **scores,
         "tokenised_bleu_line": bleu_line,
         "tokenised_bleu": float(re.search(r"BLEU4 = ([\d.]+)", bleu_line)[1]),
         "tokens": confidence.pop("count"),
@@ -317,7 +363,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         prog="evaluate.py", description=__doc__.split("\n")[0], epilog=__doc__.split("\n\n", 2)[2]
     )
     parser.add_argument("checkpoint", type=Path, help="any fairseq translation checkpoint")
-    parser.add_argument("--data", type=Path, required=True, help="folder of translation/prepare.py")
+    parser.add_argument(
+        "--data",
+        type=Path,
+        required=True,
+        help="folder of translation/prepare.py, or of fairseq-preprocess",
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder for the results")
     parser.add_argument(
         "--split", choices=("test", "valid"), default="test", help="default: %(default)s"
@@ -359,7 +410,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"evaluate.py: error: {error}", file=sys.stderr)
         return 1
     keys = ("bleu", "chrf", "tokenised_bleu", "nll", "ece", "aurc", "accuracy")
-    print(" ".join(f"{key}={result[key]:.4g}" for key in keys), result["bleu_signature"])
+    told = [f"{key}={result[key]:.4g}" for key in keys if key in result]
+    print(*told, *([result["bleu_signature"]] if "bleu_signature" in result else []))
     return 0
 
 

@@ -1,9 +1,9 @@
 #!/usr/bin/env python
 """The log of a fairseq-train run with PS-KD -> a plot of what the teacher did in each epoch.
 
-    python translation/plot_epochs.py train.log --out epochs.png
+    python translation/plot_epochs.py SAVE_DIR/train.log --out epochs.png
 
-Reads what fairseq writes with --log-format simple or json.
+Reads what fairseq prints with --log-format simple or json; the recipes keep it in SAVE_DIR.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
 #!/bin/sh
 # The demo's baseline: fairseq's label-smoothed cross-entropy on the embedded locale corpus.
+# The demo keeps its output in SAVE_DIR/train.log.
 #
 #     configs/translation/demo.sh DATA SAVE_DIR [any fairseq-train flag, the last wins]
 set -eu

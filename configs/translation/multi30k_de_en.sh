@@ -1,4 +1,4 @@
-#!/bin/sh
+#!/usr/bin/env bash
 # Multi30k German-English, all 29,000 pairs: fairseq's label-smoothed cross-entropy.
 # A small Transformer that trains on one CPU core; in 3 epochs cross-entropy underfits.
 #
@@ -9,6 +9,9 @@
 set -eu
 data=$1 save_dir=$2
 shift 2
+# The log is kept beside the checkpoints, where `pskd report` looks; a resumed run adds to it.
+mkdir -p "$save_dir"
+exec > >(exec tee -ia "$save_dir/train.log") 2>&1
 exec fairseq-train "$data" --save-dir "$save_dir" \
     --arch transformer --share-all-embeddings --dropout 0.1 \
     --encoder-layers 2 --encoder-embed-dim 96 --encoder-ffn-embed-dim 384 \

@@ -1,4 +1,4 @@
-#!/bin/sh
+#!/usr/bin/env bash
 # WMT 2014 English-German: fairseq's transformer_wmt_en_de (the base model, 6 + 6 layers of 512).
 # Batches of 8 x 4,096 tokens: on one GPU by --update-freq 8 (set here), on eight give 1.
 #
@@ -6,6 +6,9 @@
 set -eu
 data=$1 save_dir=$2
 shift 2
+# The log is kept beside the checkpoints, where `pskd report` looks; a resumed run adds to it.
+mkdir -p "$save_dir"
+exec > >(exec tee -ia "$save_dir/train.log") 2>&1
 exec fairseq-train "$data" --save-dir "$save_dir" \
     --arch transformer_wmt_en_de --share-all-embeddings --dropout 0.1 \
     --optimizer adam --adam-betas '(0.9, 0.98)' --clip-norm 0.0 \

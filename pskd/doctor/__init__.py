@@ -5,8 +5,9 @@ part in a Python process of its own, since importing a framework takes seconds a
 interpreter; `diagnose` is a pure function from that `Environment` to a `Report`. So nothing here
 may import torch: a torch that does not load is one of the findings.
 
-A part is *present* where its framework and pskd's adapter for it are both found; for detection,
-Detectron2 or torchvision is enough.
+A part is *present* where its framework and pskd's adapter for it are both found; for detection
+Detectron2 or torchvision is enough, for the integrations Lightning or transformers. Classification
+needs torchvision and scikit-learn: what has only one of them was installed for another part.
 """
 
 from pskd.doctor.environment import (

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-PARTS = ("core", "translation", "detection", "plots")
+PARTS = ("core", "translation", "detection", "classification", "integrations", "plots")
 SEVERITIES = ("error", "warning", "note")
 UNSAFE_LOAD = "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
 
@@ -24,10 +24,17 @@ PACKAGES: Mapping[str, str] = {
     "subword-nmt": "translation",
     "hydra-core": "translation, detection",
     "omegaconf": "translation, detection",
-    "torchvision": "detection",
+    "torchvision": "detection, classification",
     "detectron2": "detection",
     "pycocotools": "detection (COCO data and evaluation)",
     "setuptools": "detection (pkg_resources)",
+    "scikit-learn": "classification",
+    "pyyaml": "classification",
+    "tqdm": "classification",
+    "tensorboard": "classification, detection",
+    "lightning": "integrations",
+    "transformers": "integrations",
+    "accelerate": "integrations (transformers)",
     "matplotlib": "plots",
 }
 

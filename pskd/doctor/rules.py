@@ -44,7 +44,12 @@ def diagnose(env: Environment) -> Report:
 
 def _present(env: Environment, part: str) -> bool:
     ways = WAYS[part]
-    return not ways or any(_installed(env, w.framework) and not env.lacks(w.adapter) for w in ways)
+    return not ways or any(
+        _installed(env, way.framework)
+        and not env.lacks(way.adapter)
+        and not any(env.lacks(module) for module in way.beside)
+        for way in ways
+    )
 
 
 def _installed(env: Environment, module: str) -> bool:
@@ -150,6 +155,9 @@ def _parts_are_absent(env: Environment) -> Iterator[Finding]:
                     f"{way.framework} is there, but this installation of pskd has no {way.adapter}."
                 )
                 yield Finding("error" if wanted else "warning", part, message, INSTALL_PSKD)
+            for package in (way.beside[module] for module in way.beside if env.lacks(module)):
+                severity = "error" if wanted else "note"
+                yield Finding(severity, part, f"{package} is not installed.", way.install)
 
 
 def _framework_is_absent(env: Environment, part: str, way: Way, severity: str) -> Finding:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 # pskd's own licence line needs setuptools 77; from 82 on Detectron2 misses pkg_resources.
 _BUILD_TOOLS = "pip install torch numpy cython 'setuptools>=77,<82' wheel"
@@ -17,6 +17,16 @@ INSTALL_DETECTRON2 = (
 )
 INSTALL_CONFIG_PAIR = "pip install 'hydra-core==1.3.2' 'omegaconf==2.3.0'"
 INSTALL_SETUPTOOLS = "pip install 'setuptools<82'"
+# As the extra of pyproject.toml: module -> distribution.
+_CLASSIFICATION = {
+    "sklearn": "scikit-learn",
+    "yaml": "pyyaml",
+    "tqdm": "tqdm",
+    "tensorboard": "tensorboard",
+}
+INSTALL_CLASSIFICATION = f"pip install torchvision {' '.join(_CLASSIFICATION.values())}"
+INSTALL_LIGHTNING = "pip install 'lightning>=2.2'"
+INSTALL_TRANSFORMERS = "pip install 'transformers>=4.48' 'accelerate>=1.2'"
 INSTALL_PSKD = "pip install --no-deps --force-reinstall .  # in a checkout of pskd"
 
 
@@ -33,8 +43,8 @@ _REBUILD_DETECTRON2 = _rebuild("detectron2", INSTALL_DETECTRON2)
 # Modules that frameworks import -> what brings them. A list, since advice to install whatever name
 # an error mentions could name a stranger's package.
 _SAME_NAME = (
-    "bitarray cffi cloudpickle fvcore iopath matplotlib pycocotools regex tabulate termcolor "
-    "torchaudio torchvision tqdm yacs"
+    "accelerate bitarray cffi cloudpickle fvcore iopath matplotlib pycocotools regex tabulate "
+    "tensorboard termcolor torchaudio torchvision tqdm yacs"
 )
 _DEPENDENCIES: Mapping[str, str] = {name: f"pip install {name}" for name in _SAME_NAME.split()} | {
     "PIL": "pip install pillow",
@@ -49,12 +59,16 @@ _DEPENDENCIES: Mapping[str, str] = {name: f"pip install {name}" for name in _SAM
 
 @dataclass(frozen=True)
 class Way:
-    """A framework that a part can stand on, with pskd's adapter for it."""
+    """A framework that a part can stand on, with pskd's adapter for it.
+
+    ``beside`` is module -> distribution of what the part is absent without, too.
+    """
 
     framework: str
     packages: tuple[str, ...]
     adapter: str
     install: str
+    beside: Mapping[str, str] = field(default_factory=dict)
 
 
 WAYS: Mapping[str, tuple[Way, ...]] = {
@@ -63,6 +77,19 @@ WAYS: Mapping[str, tuple[Way, ...]] = {
     "detection": (
         Way("detectron2", ("detectron2",), "pskd_detectron2", INSTALL_DETECTRON2),
         Way("torchvision", ("torchvision",), "pskd_torchvision", "pip install torchvision"),
+    ),
+    "classification": (
+        Way(
+            "torchvision",
+            ("torchvision",),
+            "pskd_classification",
+            INSTALL_CLASSIFICATION,
+            {"sklearn": "scikit-learn"},
+        ),
+    ),
+    "integrations": (
+        Way("lightning", ("lightning",), "pskd_lightning", INSTALL_LIGHTNING),
+        Way("transformers", ("transformers",), "pskd_transformers", INSTALL_TRANSFORMERS),
     ),
     "plots": (Way("matplotlib", ("matplotlib",), "pskd.plots", "pip install matplotlib"),),
 }
@@ -142,6 +169,32 @@ torchvision.ops.roi_align(torch.zeros(1, 1, 4, 4), [boxes], output_size=2)
 import torchvision.models.detection
 """
 
+_TRY_CLASSIFICATION = """
+import torch, pskd_classification
+from torch.nn.functional import cross_entropy
+model = pskd_classification.build_model("preact_resnet10_tiny", 3)
+loss = cross_entropy(model(torch.zeros(2, 3, 32, 32)), torch.tensor([0, 2]))
+loss.backward()
+if not all(p.grad is not None for p in model.parameters()):
+    raise ArithmeticError("one step left parameters without a gradient")
+"""
+
+_TRY_LIGHTNING = """
+import pskd_lightning
+from lightning.pytorch import Trainer
+Trainer(logger=False, enable_progress_bar=False, enable_model_summary=False, accelerator="cpu",
+        enable_checkpointing=False, callbacks=[pskd_lightning.PSKDCallback(num_classes=3)])
+"""
+
+_TRY_TRANSFORMERS = """
+import tempfile, torch, pskd_transformers
+from transformers import Trainer, TrainingArguments
+class PSKDTrainer(pskd_transformers.PSKDTrainerMixin, Trainer):
+    pass
+with tempfile.TemporaryDirectory() as folder:
+    PSKDTrainer(torch.nn.Linear(2, 3), TrainingArguments(folder, report_to=[], use_cpu=True))
+"""
+
 _TRY_PYCOCOTOOLS = """
 import pycocotools.mask, numpy
 mask = numpy.asfortranarray(numpy.eye(3, dtype=numpy.uint8))
@@ -159,6 +212,15 @@ Figure().savefig(io.BytesIO(), format="png")
 def _on(framework: str, code: str, problem: str, mend: str = INSTALL_PSKD) -> Step:
     return Step(code, problem, mend, framework=framework, needs=framework)
 
+
+#: Both detection and classification stand on it.
+_TORCHVISION = Step(
+    _TRY_TORCHVISION,
+    "torchvision {torchvision} does not load beside torch {torch} ({build}); the two "
+    "must be of one release and both CPU-only or both for CUDA",
+    "pip uninstall -y torch torchvision && pip install torch torchvision",
+    framework="torchvision",
+)
 
 #: Part -> name -> step, in the order of trying. A step that tries a module is called like it.
 STEPS: Mapping[str, Mapping[str, Step]] = {
@@ -207,13 +269,7 @@ STEPS: Mapping[str, Mapping[str, Step]] = {
         "pskd_fairseq": _on("fairseq", _TRY_PLUGIN, "fairseq cannot load pskd_fairseq"),
     },
     "detection": {
-        "torchvision": Step(
-            _TRY_TORCHVISION,
-            "torchvision {torchvision} does not load beside torch {torch} ({build}); the two "
-            "must be of one release and both CPU-only or both for CUDA",
-            "pip uninstall -y torch torchvision && pip install torch torchvision",
-            framework="torchvision",
-        ),
+        "torchvision": _TORCHVISION,
         "pycocotools": Step(
             _TRY_PYCOCOTOOLS,
             "pycocotools {pycocotools} does not work beside numpy {numpy} (wheels before 2.0.8 "
@@ -240,6 +296,44 @@ STEPS: Mapping[str, Mapping[str, Step]] = {
         ),
         "pskd_detectron2": _on(
             "detectron2", "import pskd_detectron2", "pskd_detectron2 does not load"
+        ),
+    },
+    "classification": {
+        "torchvision": _TORCHVISION,
+        **{
+            module: Step(
+                "import sklearn.datasets" if module == "sklearn" else f"import {module}",
+                f"{package} does not load",
+                f"pip install {package}",
+                framework="sklearn",
+            )
+            for module, package in _CLASSIFICATION.items()
+        },
+        "pskd_classification": _on(
+            "torchvision", _TRY_CLASSIFICATION, "one step of pskd_classification fails"
+        ),
+    },
+    "integrations": {
+        "lightning": Step(
+            "import lightning.pytorch",
+            "lightning does not load",
+            _rebuild("lightning", INSTALL_LIGHTNING),
+            framework="lightning",
+        ),
+        "pskd_lightning": _on(
+            "lightning", _TRY_LIGHTNING, "lightning {lightning} does not take pskd_lightning"
+        ),
+        "transformers": Step(
+            "import transformers.trainer",
+            "transformers does not load",
+            _rebuild("transformers", INSTALL_TRANSFORMERS),
+            framework="transformers",
+        ),
+        "pskd_transformers": _on(
+            "transformers",
+            _TRY_TRANSFORMERS,
+            "transformers {transformers} (accelerate {accelerate}) does not take pskd_transformers",
+            INSTALL_TRANSFORMERS,
         ),
     },
     "plots": {

@@ -17,6 +17,8 @@ __all__ = ["fairseq_epochs", "read_epochs"]
 # As fairseq-train and fairseq-hydra-train head the line that ends an epoch.
 _TRAIN_LINE = re.compile(r"(?:INFO \| train \||\[train\]\[INFO\] -) (.*)$")
 _SIMPLE = re.compile(r"epoch (\d+) \| (.*)$")
+# The same line in the file of --log-file, where none has a head; a validation's names its subset.
+_BARE_LINE = re.compile(r'(\{"epoch": \d+, "train_.*|epoch \d+ \| (?!valid on ).* \| .*)$')
 # A cascade's box heads have a teacher each: stage0/pskd/..., whose mean is kept.
 _PREFIX = re.compile(r"^(stage\d+/)?(pskd/|train_)")
 
@@ -28,7 +30,7 @@ def fairseq_epochs(log: str) -> list[dict[str, float]]:
     """Return what a log of fairseq-train says of each epoch; after a resume the later line counts.
 
     Args:
-        log: what it printed with ``--log-format simple`` or ``json``.
+        log: what it printed with ``--log-format simple`` or ``json``, or wrote to ``--log-file``.
 
     Returns:
         One record an epoch, with ``epoch`` and the numbers under the names that fairseq gives them
@@ -36,7 +38,7 @@ def fairseq_epochs(log: str) -> list[dict[str, float]]:
     """
     records: dict[int, dict[str, float]] = {}
     for line in log.splitlines():
-        if not (found := _TRAIN_LINE.search(line)):
+        if not (found := _TRAIN_LINE.search(line) or _BARE_LINE.match(line)):
             continue
         if found[1].startswith("{"):
             values = json.loads(found[1])

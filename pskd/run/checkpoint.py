@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from pskd.run.files import written_aside
+from pskd.teacher import load_into
 
 __all__ = [
     "check_classes",
@@ -60,10 +61,9 @@ def check_is_new(path: Path, *, resume: bool, overwrite: bool) -> None:
 def load_weights(path: Path, model: torch.nn.Module, weights: Mapping[str, Any]) -> None:
     """Load a model's weights; raise ValueError, naming the file, if they are another model's."""
     try:
-        model.load_state_dict(weights)
-    except RuntimeError as error:
-        first = str(error).splitlines()[-1].strip()
-        raise ValueError(f"{path}: expected the weights of this model: {first}") from error
+        load_into(model, weights)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def check_same(

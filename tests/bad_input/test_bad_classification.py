@@ -254,6 +254,12 @@ def going_on(tried: str, line: str, says: str, spoil=lambda: None, **options) ->
 
 CHECKPOINT = Path("run/checkpoint.pth")
 going_on(
+    "a training over another one",
+    FOLDER,
+    "--output-dir: expected a folder without a training, got run/checkpoint.pth (--resume goes on "
+    "with it, --overwrite replaces it)",
+)
+going_on(
     "`--resume` from a checkpoint cut off",
     f"{PSKD} --resume",
     "run/checkpoint.pth: expected a checkpoint of this program, got ...",
@@ -268,7 +274,7 @@ going_on(
 going_on(
     "`--resume` with another alpha",
     f"{PSKD} --resume --pskd-alpha-final 0.5",
-    "run/checkpoint.pth: alpha_final: expected 0.8, with which the state was trained, got 0.5",
+    "run/checkpoint.pth: alpha_final: expected 0.8, with which the checkpoint was trained, got 0.5",
 )
 going_on(
     "`--resume` with another length",

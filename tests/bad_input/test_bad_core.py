@@ -352,7 +352,7 @@ loaded(
 )
 loaded(
     "the state of another alpha",
-    "alpha_final: expected 0.8, with which the state was trained, got 0.5",
+    "alpha_final: expected 0.8, with which the checkpoint was trained, got 0.5",
     lambda: trained(memory_criterion(alpha_final=0.5)),
     lambda: trained(memory_criterion()).state_dict(),
 )
@@ -364,7 +364,7 @@ loaded(
 )
 loaded(
     "the state of the snapshot's form",
-    "criterion: expected 'SnapshotCriterion', with which the state was trained, got "
+    "criterion: expected 'SnapshotCriterion', with which the checkpoint was trained, got "
     "'MemoryCriterion'",
     memory_criterion,
     lambda: snapshot_state(net()),

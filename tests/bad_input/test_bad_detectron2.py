@@ -38,10 +38,11 @@ def tiny():
     return toys("detection", "detectron2_tiny")
 
 
-def train(line: str = "", *flags: str, kind: str = "fpn", train: str | None = "", **specs) -> None:
-    """Train a tiny model on the images of the folder."""
+def train(line: str = "", *flags: str, kind: str = "fpn", train: str | None = "", **specs) -> int:
+    """Train a tiny model on the images of the folder, and return the program's exit status."""
     spec = "coco:set.json:set" if train == "" else train
-    tiny().run(kind, Path.cwd() / "run", line, flags=flags, train=spec, **specs)
+    words = tiny().arguments(kind, Path.cwd() / "run", line, train=spec, **specs)
+    return tiny().train_net.run([*flags, *words])
 
 
 @functools.cache
@@ -55,15 +56,15 @@ def write_images() -> None:
     shutil.copytree(_images(), ".", dirs_exist_ok=True)
 
 
-def keyed(tried: str, line: str, says: str, *, ends=ValueError, **specs) -> None:
+def keyed(tried: str, line: str, says: str, **specs) -> None:
     """Add a case of keys under which train_net.py cannot train."""
 
     def run():
         write_images()
         yield None
-        train(line, **specs)
+        return train(line, **specs)
 
-    KEYS.add(tried, run, says, ends=ends, leaves=LOGS)
+    KEYS.add(tried, run, f"train_net: {says}", ends=1, leaves=LOGS)
 
 
 for _line, _says in (
@@ -86,13 +87,11 @@ keyed(
     "`MODEL.PSKD.ALPHA 0.5`, which is no key",
     "MODEL.PSKD.ALPHA 0.5",
     "Non-existent key: MODEL.PSKD.ALPHA",
-    ends=Exception,
 )
 keyed(
     "a key without a value",
     "MODEL.PSKD.ALPHA_FINAL",
     "Override list has odd length: ...",
-    ends=AssertionError,
 )
 keyed(
     "Detectron2's own head",
@@ -118,12 +117,6 @@ keyed(
     train=None,
 )
 keyed(
-    "`--train set.json`",
-    "",
-    "dataset: expected coco:ANNOTATIONS.json:IMAGE_DIR or voc:ROOT:SPLIT, got 'set.json'",
-    train="set.json",
-)
-keyed(
     "a sampler whose epochs have no size",
     "DATALOADER.SAMPLER_TRAIN RepeatFactorTrainingSampler DATALOADER.REPEAT_THRESHOLD 0.1",
     "MODEL.PSKD.EPOCH_ITERS: expected a number of iterations with DATALOADER.SAMPLER_TRAIN "
@@ -133,31 +126,53 @@ keyed(
 
 @KEYS.case(
     "a key in a YAML file that is none",
-    "Non-existent config key: MODEL.PSKD.ALPHA",
-    ends=KeyError,
+    "train_net: Non-existent config key: MODEL.PSKD.ALPHA",
+    ends=1,
 )
 def _key_in_yaml():
-    from pskd_detectron2 import load_config
-
     Path("mine.yaml").write_text("MODEL:\n  PSKD:\n    ALPHA: 0.5\n")
     yield None
-    load_config("mine.yaml")
+    return tiny().train_net.run(["--config-file", "mine.yaml"])
+
+
+@KEYS.case(
+    "`--train set.json`",
+    "error: argument --train: expected coco:ANNOTATIONS.json:IMAGE_DIR or voc:ROOT:SPLIT, got "
+    "'set.json'",
+    ends=2,
+)
+def _no_spec():
+    return train(train="set.json")
+
+
+@KEYS.case(
+    "`MODEL.PSKD.ALPHA_FINAL 0.5 --train coco:set.json:set`",
+    "error: expected flags before KEY VALUE, got --train after MODEL.PSKD.ALPHA_FINAL",
+    ends=2,
+)
+def _flag_after_keys():
+    words = ["--config-file", "none.yaml", "MODEL.PSKD.ALPHA_FINAL", "0.5"]
+    return tiny().train_net.run([*words, "--train", "coco:set.json:set"])
 
 
 @KEYS.case(
     "`--eval-only` without weights",
-    "--eval-only: expected MODEL.WEIGHTS, or --resume and a checkpoint in ...run, got neither",
+    "train_net: --eval-only: expected MODEL.WEIGHTS, or --resume and a checkpoint in ...run, got "
+    "neither",
+    ends=1,
     leaves=LOGS,
 )
 def _nothing_to_evaluate():
     write_images()
     yield None
-    train("", "--eval-only", test="coco:set.json:set")
+    return train("", "--eval-only", test="coco:set.json:set")
 
 
 @KEYS.case(
     "a test set of another class",
-    "other.json: expected the classes of the training set (square, ring), got also circle",
+    "train_net: other.json: expected the classes of the training set (square, ring), got also "
+    "circle",
+    ends=1,
     leaves=LOGS,
 )
 def _other_classes():
@@ -166,7 +181,7 @@ def _other_classes():
     content["categories"][0]["name"] = "circle"
     Path("other.json").write_text(json.dumps(content))
     yield None
-    train(test="coco:other.json:set")
+    return train(test="coco:other.json:set")
 
 
 # ---- LazyConfig ----------------------------------------------------------------------------------
@@ -174,12 +189,21 @@ def _other_classes():
 
 @LAZY.case(
     "a file that is not there",
-    "No such file or directory: 'none.py'",
-    ends=FileNotFoundError,
+    "train_net: [Errno 2] No such file or directory: 'none.py'",
+    ends=1,
 )
 def _no_lazy_file():
-    program = tiny().train_net
-    program.main(program.parse(["--config-file", "none.py"]))
+    return tiny().train_net.run(["--config-file", "none.py"])
+
+
+@LAZY.case(
+    "an override without a value",
+    "train_net: expected overrides as path.key=value: Error parsing override 'train.max_iter'",
+    ends=1,
+)
+def _no_value():
+    path = ROOT / "configs" / "detection" / "mask_rcnn_R_50_FPN_1x_pskd.py"
+    return tiny().train_net.run(["--config-file", str(path), "train.max_iter"])
 
 
 def lazy(tried: str, says: str, *overrides: str) -> None:
@@ -219,6 +243,30 @@ lazy(
     "train.pskd.teacher=memory",
     "dataloader.train.mapper._target_=somewhere.Mapper",
 )
+
+
+@LAZY.case(
+    "label smoothing of a sigmoid head",
+    "pskd_label_smoothing: expected 0 with a sigmoid head (USE_SIGMOID_CE), got 0.1",
+)
+def _smoothed_sigmoid():
+    built_heads("pskd_label_smoothing=0.1", "box_predictor.use_sigmoid_ce=True")
+
+
+@LAZY.case(
+    "`model.roi_heads.pskd_label_smoothing=1.5`",
+    "pskd_label_smoothing: expected a number in [0, 1], got 1.5",
+)
+def _too_smooth():
+    built_heads("pskd_label_smoothing=1.5")
+
+
+def built_heads(*overrides: str) -> None:
+    from detectron2.config import LazyConfig, instantiate
+
+    path = ROOT / "configs" / "detection" / "mask_rcnn_R_50_FPN_1x_pskd.py"
+    options = [f"model.roi_heads.{override}" for override in overrides]
+    instantiate(LazyConfig.apply_overrides(LazyConfig.load(str(path)), options).model.roi_heads)
 
 
 # ---- resume --------------------------------------------------------------------------------------

@@ -73,7 +73,8 @@ reported(
 reported(
     "a folder that is no run",
     ".",
-    f"{ERROR}.: expected the folder of a run, ... got none of them",
+    f"{ERROR}.: expected the folder of a run, ... got none of them; of its folders these are "
+    "runs: other, run",
 )
 reported(
     "a run twice",

@@ -86,11 +86,9 @@ def unbuilt(tried: str, line: str, says: str, spoil=lambda: None) -> None:
     """Add a case of a model, of weights or of a checkpoint that cannot be trained."""
 
     def run():
-        files = _trained()
         write_images()
-        Path("run").mkdir()
-        for name, content in files.items():
-            Path("run", name).write_bytes(content)
+        if "--resume" in line:
+            write_run()
         spoil()
         yield None
         return train(f"--train {SPEC} {line}")
@@ -109,7 +107,30 @@ def _trained() -> dict[str, bytes]:
         return {path.name: path.read_bytes() for path in Path("run").iterdir() if path.is_file()}
 
 
+def write_run() -> None:
+    """Write what a training left."""
+    files = _trained()
+    Path("run").mkdir()
+    for name, content in files.items():
+        Path("run", name).write_bytes(content)
+
+
 CHECKPOINT = Path("run/checkpoint.pth")
+
+
+@OPTIONS.case(
+    "a training over another one",
+    "train_torchvision: --output-dir: expected a folder without a training, got "
+    "run/checkpoint.pth (--resume goes on with it, --overwrite replaces it)",
+    ends=1,
+)
+def _over_another():
+    write_images()
+    write_run()
+    yield None
+    return train(f"--train {SPEC}")
+
+
 unbuilt(
     "`--model yolo`",
     "--model yolo",
@@ -155,7 +176,7 @@ unbuilt(
     "`--resume` with another alpha",
     "--pskd-alpha-final 0.3 --resume",
     "run/checkpoint.pth: alpha_final: expected 0.5, with which the checkpoint was trained, got 0.3 "
-    "(--pskd-allow-schedule-change allows it)",
+    "(allow_schedule_change allows it)",
 )
 unbuilt(
     "`--resume` with another optimizer",
@@ -178,6 +199,16 @@ unbuilt(
 
 def change_checkpoint(**changes) -> None:
     torch.save(torch.load(CHECKPOINT, weights_only=True) | changes, CHECKPOINT)
+
+
+@OPTIONS.case(
+    "`--test set.json`",
+    "error: argument --test: expected coco:ANNOTATIONS.json:IMAGE_DIR or voc:ROOT:SPLIT, got "
+    "'set.json'",
+    ends=2,
+)
+def _no_spec():
+    return train(f"--train {SPEC} --test set.json")
 
 
 @OPTIONS.case(
@@ -237,7 +268,7 @@ def annotated(tried: str, says: str, **changes) -> None:
 
 WHERE = f"{SET}: annotation 'number 2': "
 read(
-    "`set.json`",
+    '`pskd_detection.load_dataset("set.json")`',
     "dataset: expected coco:ANNOTATIONS.json:IMAGE_DIR or voc:ROOT:SPLIT, got 'set.json'",
     spec="set.json",
 )

@@ -217,9 +217,14 @@ resumed(
 )
 resumed(
     "a checkpoint of another length",
-    "expected the alpha schedule it was trained with, ...'total': 4..., got ...'total': 9...; "
-    "--pskd-allow-schedule-change continues with the new one",
+    "length of the training: expected '4 epochs', with which the checkpoint was trained, got "
+    "'9 epochs' (--pskd-allow-schedule-change allows it)",
     flags="--max-epoch 9",
+)
+resumed(
+    "a snapshot's checkpoint with `--pskd-teacher memory`",
+    "--pskd-teacher: expected 'snapshot', with which the checkpoint was trained, got 'memory'",
+    flags="--max-epoch 4 --pskd-teacher memory --pskd-top-k 4",
 )
 resumed(
     "a checkpoint of other dictionaries",
@@ -414,9 +419,10 @@ def evaluated(tried: str, line: str, says: str, spoil=lambda: None) -> None:
 
 
 evaluated(
-    "a folder that prepare.py did not make",
+    "a folder that nobody prepared",
     "model.pt",
-    "data: expected a folder that translation/prepare.py made, got no prepare.json",
+    "data: expected a folder that translation/prepare.py or fairseq-preprocess made, got no "
+    "prepare.json and no dict.*.txt",
     lambda: Path("data/prepare.json").unlink(),
 )
 evaluated(

@@ -15,7 +15,7 @@ import subprocess
 import tempfile
 import textwrap
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -37,12 +37,14 @@ EXECUTABLES = ("configs/**/*.sh", "classification/*.py", "detection/*.py", "tran
 OTHER_LANGUAGES = {"python", "yaml"}
 #: Code within a line that begins as a command does: the program and a word.
 BEGINS = re.compile(r"(pip|pskd|make|python3?|torchrun|sacrebleu|fairseq-[\w-]+|\S+\.(py|sh)) +\S")
-#: What begins as a command and is none: a name, what a memory's file begins with, half a command.
-NO_COMMANDS = {"pskd report", "pskd memory 1", "torchrun --nproc-per-node 8"}
+#: What begins as a command and is none: what a memory's file begins with.
+NO_COMMANDS = {"pskd memory 1"}
 #: Variables that a page says the user has set.
 VARIABLES = {"M": "MULTI30K"}
 #: What a usage line leaves to the user, where a parser wants more than any word.
-EXAMPLES = {"PART": "core", "SECONDS": "60", "KEY": "SEED", "VALUE": "1"}
+EXAMPLES = {
+    "KEY": "SEED", "VALUE": "1", "PART": "core", "SECONDS": "60", "SPEC": "coco:train.json:images",
+}  # fmt: skip
 
 PRELUDE = """\
 set -eu
@@ -60,32 +62,39 @@ class Command:
         place: the file and the line at which it or its block begins.
         words: the program and its arguments; "..." stands for more of them.
         error: of bash; then there are no words.
+        whole: whether it is to be run as it stands; within a line it may lack arguments.
     """
 
     place: str
     words: tuple[str, ...]
     error: str = ""
+    whole: bool = True
 
     def __str__(self) -> str:
         return f"{self.place} {' '.join(self.words[:2])}"
 
 
 def all_commands() -> list[Command]:
-    """Return every documented command, in the order of the files."""
+    """Return every documented command, those within a line last."""
     found: list[tuple[str, str]] = []
     for path in pages():
-        found += [*blocks(path), *inline(path)]
+        found += blocks(path)
     for path in scripts():
         found += usage(path, docstring(path))
     for path in files(*RECIPES):
         found += usage(path, comments(path))
-    makefile = ROOT / "Makefile"
     found += [
         (f"Makefile:{number}", without_remark(line))
-        for number, line in enumerate(comments(makefile), start=1)
+        for number, line in enumerate(comments(ROOT / "Makefile"), start=1)
         if line.startswith("make ")
     ]
-    return [command for place, text in found for command in noted(place, text)]
+    named = [place_and_text for path in pages() for place_and_text in inline(path)]
+    return [
+        replace(command, whole=whole)
+        for whole, texts in ((True, found), (False, named))
+        for place, text in texts
+        for command in noted(place, text)
+    ]
 
 
 def pages() -> list[Path]:

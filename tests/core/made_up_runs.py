@@ -85,7 +85,7 @@ def classification(folder: Path, seed: int = 1, *, pskd: bool = False) -> Path:
 def detection(folder: Path, seed: int = 1, *, pskd: bool = False, epochs: bool = True) -> Path:
     arrays = {name: rows(seed)[name] for name in ("confidence", "correct")}
     write(folder / "inference", "confidence.npz", arrays)
-    confidence = {"d_ece": 0.1, "la_ece": 0.2, "aurc": 0.3, "excess_aurc": 0.1, "bins": 15}
+    confidence = {"d_ece": 0.1, "la_ece": 0.2, "aurc": 0.3, "e_aurc": 0.1, "bins": 15}
     confidence |= {"num_detections": 300, "iou_threshold": 0.5, "score_threshold": 0.05}
     numbers = {
         "command": ["train_torchvision.py"],

@@ -103,7 +103,10 @@ class TestExpectedCalibrationError:
     @few
     @given(st.integers(0, 10**6), st.integers(1, 80), st.integers(1, 40))
     def test_is_torchmetrics_below_confidence_one(self, seed, rows, bins):
-        metrics = pytest.importorskip("torchmetrics.functional.classification")
+        metrics = pytest.importorskip(
+            "torchmetrics.functional.classification",
+            reason="needs torchmetrics: pip install torchmetrics",
+        )
         probs, target = predictions(seed, rows)
         reference = metrics.multiclass_calibration_error(
             probs, target, num_classes=probs.size(1), n_bins=bins, norm="l1"

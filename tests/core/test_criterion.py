@@ -407,7 +407,7 @@ def test_a_snapshot_that_was_not_saved_is_missed():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"alpha_final": 0.5}, "alpha_final: expected 0.9, with which the state was trained, got"),
+        ({"alpha_final": 0.5}, "alpha_final: expected 0.9, with which the checkpoint was trained"),
         ({"alpha_final": 0.0}, "alpha_final: expected 0.9, .* got 0.0"),
         ({"num_epochs": 9}, "num_epochs: expected 4, .* got 9"),
         ({"schedule": "cosine"}, "schedule: expected 'linear', .* got 'cosine'"),
@@ -505,6 +505,18 @@ def test_a_batch_before_the_first_epoch_is_refused(form):
     model = net()
     with pytest.raises(RuntimeError, match=r"expected begin_epoch\(1\) before the first batch"):
         loss_by(form(model))(model, torch.arange(4), INPUTS[:4], TARGET[:4])
+
+
+def test_a_snapshot_that_is_given_no_inputs_says_so_in_the_first_epoch():
+    model = net()
+    criterion = snapshot_of(model)
+    criterion.begin_epoch(1)
+    with pytest.raises(ValueError, match="inputs: expected what the model was called with, got no"):
+        criterion(model(INPUTS), TARGET)
+    criterion(model(INPUTS), TARGET, input=INPUTS)
+    plain = snapshot_of(model, alpha_final=0.0)
+    plain.begin_epoch(1)
+    plain(model(INPUTS), TARGET)  # without a teacher nobody asks for them
 
 
 @pytest.mark.parametrize("alpha_final", [0.0, 0.8])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import itertools
 import json
 import os
@@ -34,12 +35,22 @@ GOOD_VERSIONS = {
     "detectron2": "0.6",
     "pycocotools": "2.0.11",
     "setuptools": "81.0.0",
+    "scikit-learn": "1.7.2",
+    "pyyaml": "6.0.3",
+    "tqdm": "4.67.1",
+    "tensorboard": "2.20.0",
+    "lightning": "2.6.0",
+    "transformers": "4.57.1",
+    "accelerate": "1.12.0",
     "matplotlib": "3.11.2",
 }
 FRAMEWORK_PACKAGES = {
     "fairseq": ("fairseq-fixed", "fairseq"),
     "detectron2": ("detectron2",),
     "torchvision": ("torchvision",),
+    "sklearn": ("scikit-learn",),
+    "lightning": ("lightning",),
+    "transformers": ("transformers",),
     "matplotlib": ("matplotlib",),
 }
 
@@ -285,6 +296,11 @@ ABSENT = [
     ("detection", ["detectron2", "pskd_torchvision"]),
     ("detection", ["pskd_detectron2", "pskd_torchvision"]),
     ("detection", ["pskd_detectron2", "torchvision"]),
+    ("classification", ["torchvision", "detectron2"]),
+    ("classification", ["sklearn"]),
+    ("classification", ["pskd_classification"]),
+    ("integrations", ["lightning", "transformers"]),
+    ("integrations", ["lightning", "pskd_transformers"]),
     ("plots", ["matplotlib"]),
     ("plots", ["pskd.plots"]),
 ]
@@ -310,6 +326,30 @@ def test_what_is_wrong_with_an_absent_part_is_a_warning_unless_it_was_asked_for(
         assert diagnose(env).ok == (severity == "warning")
 
 
+@pytest.mark.parametrize("gone", ["lightning", "pskd_lightning", "transformers"])
+def test_one_integration_is_enough(gone):
+    report = diagnose(without(gone, asked=["integrations"]))
+    assert report.parts["integrations"] == "works" and report.ok
+
+
+def test_what_other_parts_brought_makes_no_classification():
+    """Detection brings torchvision, translation scikit-learn."""
+    detection = diagnose(without("sklearn", "yaml", "tqdm"))
+    translation = diagnose(without("torchvision", "detectron2", "yaml"))
+    for report, package in (detection, "scikit-learn"), (translation, "torchvision"):
+        told = [f for f in report.findings if f.part == "classification"]
+        assert report.parts["classification"] == "absent" and report.ok
+        assert [(f.severity, f.message) for f in told if f.severity == "note"] == [
+            ("note", f"{package} is not installed.")
+        ]
+
+
+@pytest.mark.parametrize("module", ["yaml", "tqdm", "tensorboard"])
+def test_classification_without_a_package_of_its_own_is_broken(module):
+    report = diagnose(without(module, asked=["classification"]))
+    assert report.parts["classification"] == "broken" and not report.ok
+
+
 @pytest.mark.parametrize("gone", ["detectron2", "pskd_detectron2", "pskd_torchvision"])
 def test_one_detection_framework_is_enough(gone):
     report = diagnose(without(gone, asked=["detection"]))
@@ -323,6 +363,7 @@ def test_one_detection_framework_is_enough(gone):
         ("fairseq", "sklearn.utils", "pip install scikit-learn"),
         ("fairseq", "hydra", "pip install 'hydra-core==1.3.2' 'omegaconf==2.3.0'"),
         ("fairseq", "a_stranger", STEPS["translation"]["fairseq"].mend),
+        ("pskd_transformers", "accelerate", "pip install accelerate"),
         ("matplotlib", "matplotlib", STEPS["plots"]["matplotlib"].mend),
     ],
 )
@@ -494,6 +535,21 @@ def test_real_run_tries_the_core_and_imports_no_framework():
     for framework in ("torch", "fairseq", "fairseq_cli", "detectron2", "torchvision", "omegaconf"):
         assert f"'{framework}'" not in modules
     assert "'pskd'" in modules
+
+
+@pytest.mark.parametrize(
+    ("part", "modules"),
+    [
+        ("classification", ["torchvision", "sklearn", "yaml", "tqdm", "tensorboard"]),
+        ("integrations", ["lightning", "transformers", "accelerate"]),
+    ],
+)
+def test_real_run_tries_a_part(part, modules):
+    for module in modules:
+        if importlib.util.find_spec(module) is None:
+            pytest.skip(f"needs {module}: pip install '.[test]'")
+    report = diagnose(doctor.gather([part], timeout=240.0))
+    assert report.parts == {"core": "works", part: "works"}, report.findings
 
 
 def test_torch_that_does_not_load_is_told_and_no_traceback(tmp_path):

@@ -68,7 +68,10 @@ def test_it_is_what_the_core_measures(bins):
 
 @pytest.mark.parametrize("preset", PRESETS.values(), ids=list(PRESETS))
 def test_errors_and_ece_are_those_of_torchmetrics(preset):
-    metrics = pytest.importorskip("torchmetrics.functional.classification")
+    metrics = pytest.importorskip(
+        "torchmetrics.functional.classification",
+        reason="needs torchmetrics: pip install torchmetrics",
+    )
     probs, target = rows(1)
     # torchmetrics counts a confidence of exactly 1 in a bin of its own.
     assert probs.max() < 1.0

@@ -50,6 +50,20 @@ def test_translation_is_read_from_its_evaluation_as_from_its_training(tmp_path):
     assert read_run(elsewhere, "run").epochs == whole.epochs
 
 
+def test_a_trainings_folder_names_the_runs_in_it(tmp_path):
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    with pytest.raises(ValueError, match="got none of them$"):
+        read_run(folder, "mine")
+    (folder / "checkpoint_best.pt").touch()
+    with pytest.raises(ValueError, match=r"got none of them; .* by translation/evaluate.py, in"):
+        read_run(folder, "mine")
+    for name in ("test", "best"):
+        (made.translation(tmp_path / name) / "evaluation").rename(folder / name)
+    with pytest.raises(ValueError, match=f"these are runs: {folder}/best, {folder}/test$"):
+        read_run(folder, "mine")
+
+
 def test_a_log_without_epochs_is_told_by_iteration(tmp_path):
     run = read_run(made.detection(tmp_path / "run", pskd=True, epochs=False), "run")
     assert [record["iteration"] for record in run.epochs] == list(range(8))
@@ -78,11 +92,21 @@ def test_a_cascades_stages_are_averaged_and_nan_is_left_out(tmp_path):
         '[2026-01-01 00:00:00,000][train][INFO] - {"epoch": 2, "train_loss": "3.5", '
         '"train_alpha": "0.4"}',
         "| INFO | train | epoch 002 | loss 3.5 | alpha 0.4",
+        '{"epoch": 2, "train_loss": "3.5", "train_alpha": "0.4"}',
+        "epoch 002 | loss 3.5 | alpha 0.4",
     ],
 )
 def test_every_form_of_fairseqs_log_is_read(line):
     log = "\n".join([line.replace("3.5", "9"), "| INFO | train_inner | {}", line, "other"])
     assert fairseq_epochs(log) == [{"epoch": 2, "loss": 3.5, "alpha": 0.4}]
+
+
+@pytest.mark.parametrize("key", ["e_aurc", "excess_aurc"])  # the second in earlier versions' runs
+def test_a_detectors_e_aurc_is_read(key, tmp_path):
+    numbers = {"task": "detection", "confidence": {"d_ece": 0.1, key: 0.25}}
+    made.write(tmp_path, "results.json", numbers)
+    (table,) = tables(tmp_path)
+    assert table.rows[0].values[0]["e_aurc"] == pytest.approx(0.25)
 
 
 @pytest.mark.parametrize("task", TASKS)

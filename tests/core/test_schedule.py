@@ -10,7 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import pskd
-from pskd.schedule import SCHEDULES, check_alpha
+from pskd.schedule import (
+    SCHEDULE_OPTIONS,
+    SCHEDULES,
+    AlphaSchedule,
+    check_alpha,
+    check_unchanged,
+)
 
 few = settings(max_examples=30, deadline=None, derandomize=True)
 weights = st.floats(0.0, 1.0)
@@ -118,3 +124,73 @@ def test_check_alpha_names_the_argument_that_it_was_told(alpha):
 def test_schedules_are_found_by_the_name_of_their_function():
     assert set(SCHEDULES) == {"linear", "constant", "cosine"}
     assert all(getattr(pskd, f"{name}_alpha") is found for name, found in SCHEDULES.items())
+
+
+# ---- alpha of a whole training -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("start", [1, 2, 3, 6])
+def test_alpha_is_0_without_a_teacher_and_then_the_schedules(name, start):
+    alphas = AlphaSchedule(0.7, 6, name, start)
+    expected = [SCHEDULES[name](epoch, 6, 0.7) for epoch in range(1, 7)]
+    first = max(2, start)  # the first epoch has none
+    assert [alphas.at(epoch) for epoch in range(1, first)] == [0.0] * (first - 1)
+    assert [alphas.at(epoch) for epoch in range(first, 7)] == expected[first - 1 :]
+
+
+def test_progress_may_be_counted_in_updates():
+    alphas = AlphaSchedule(0.8, 1000)
+    assert alphas.at(1, 100) == 0.0
+    assert alphas.at(2, 250) == pytest.approx(0.2)
+    with pytest.raises(ValueError, match=r"epoch: expected .*\[0, 1000\], got 1001"):
+        alphas.at(3, 1001)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"alpha_final": 1.5}, r"alpha_final: expected a number in \[0, 1\], got 1.5"),
+        ({"num_epochs": 0}, "num_epochs: expected 1 or more, got 0"),
+        ({"num_epochs": math.nan}, "num_epochs: expected 1 or more, got nan"),
+        ({"num_epochs": math.inf}, "num_epochs: expected 1 or more, got inf"),
+        ({"schedule": "step"}, "schedule: expected one of linear, constant, cosine, got 'step'"),
+        ({"start_epoch": 0}, "start_epoch: expected 1 or more, got 0"),
+    ],
+)
+def test_a_schedule_out_of_range_is_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        AlphaSchedule(**({"alpha_final": 0.5, "num_epochs": 4} | changes))
+
+
+@pytest.mark.parametrize(
+    ("epoch", "last", "message"),
+    [(0, 0, "of 1 to 4, got 0"), (5, 4, "of 1 to 4, got 5"), (3, 0, "1 after the last, got 3"),
+     (2, 2, "3 after the last, got 2")],
+)  # fmt: skip
+def test_epochs_come_in_order(epoch, last, message):
+    alphas = AlphaSchedule(0.5, 4)
+    with pytest.raises(ValueError, match=f"epoch: expected .*{message}"):
+        alphas.check_next(epoch, last)
+    alphas.check_next(1, 0)
+    alphas.check_next(4, 3)
+
+
+def test_the_options_of_a_schedule():
+    assert AlphaSchedule(1, 4).options().keys() == SCHEDULE_OPTIONS
+    assert AlphaSchedule(0, 4, "cosine").options() == {"alpha_final": 0.0}
+
+
+def test_changed_options_are_refused_unless_they_may_change():
+    saved, now = {"alpha_final": 0.5, "smoothing": 0.1}, {"alpha_final": 0.5, "smoothing": 0.1}
+    rules = {"changeable": {"alpha_final"}, "allowed_by": "--allow"}
+    check_unchanged(saved, now, **rules)
+    check_unchanged({}, now, **rules)  # an older checkpoint
+    check_unchanged(saved | {"dropped": 1}, now, **rules)
+    message = r"^alpha_final: expected 0.5, with which .*, got 0.6 \(--allow allows it\)$"
+    with pytest.raises(ValueError, match=message):
+        check_unchanged(saved, now | {"alpha_final": 0.6}, **rules)
+    check_unchanged(saved, now | {"alpha_final": 0.6}, allowed=True, **rules)
+    for allowed in (False, True):
+        with pytest.raises(ValueError, match="^smoothing: expected 0.1, with which .*, got 0.2$"):
+            check_unchanged(saved, now | {"smoothing": 0.2}, allowed=allowed, **rules)

@@ -316,7 +316,8 @@ def test_a_state_that_does_not_fit_leaves_the_old_teacher(how, give_student, stu
     before = everything(teacher.model)
     state = broken(teacher.state_dict(), how)
     named = "other.weight" if how == "unexpected" else "frozen.weight"
-    with pytest.raises(RuntimeError, match=re.escape(named)):
+    message = f"teacher: expected the weights of this model: .*{re.escape(named)}"
+    with pytest.raises(ValueError, match=message):
         teacher.load_state_dict(state, student=student if give_student else None)
     assert teacher.available
     assert_same(everything(teacher.model), before)
@@ -324,9 +325,10 @@ def test_a_state_that_does_not_fit_leaves_the_old_teacher(how, give_student, stu
 
 def test_a_state_that_does_not_fit_leaves_no_teacher_where_there_was_none(student):
     teacher = SnapshotTeacher()
-    with pytest.raises(RuntimeError, match="size mismatch"):
+    with pytest.raises(ValueError, match="of this model: size mismatch for .*") as error:
         teacher.load_state_dict(refreshed(student).state_dict(), student=Student(width=4))
     assert not teacher.available
+    assert len(str(error.value).splitlines()) == 1  # of many that do not fit
 
 
 @pytest.mark.parametrize("state", [{}, {"weights": {}}, None, [1]])

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 pytest.importorskip(
     "detectron2",
@@ -17,6 +19,7 @@ from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog  # no
 from detectron2.data.datasets import register_coco_instances  # noqa: E402
 from pskd_detectron2 import PSKDHook, Trainer, register_spec  # noqa: E402
 from pskd_detectron2.lazy import carry_rows, pskd_hook  # noqa: E402
+from pskd_detectron2.state import PSKDState  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +69,7 @@ def test_values_of_pskd(opts, message, spec, tmp_path):
         ),
         (
             "MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE True MODEL.PSKD.LABEL_SMOOTHING 0.1",
-            "LABEL_SMOOTHING: expected 0 with ROI_BOX_HEAD.USE_SIGMOID_CE, got 0.1",
+            "LABEL_SMOOTHING: expected 0 with a sigmoid head .USE_SIGMOID_CE., got 0.1",
         ),
         ("TEST.AUG.ENABLED True", "TEST.AUG.ENABLED: expected False, got True"),
         ("SOLVER.MAX_ITER 0", "SOLVER.MAX_ITER: expected 1 or more, got 0"),
@@ -155,6 +158,26 @@ def test_the_memory_wants_annotations_that_tell_their_rows(spec, tmp_path, monke
         tiny.run("fpn", tmp_path, "MODEL.PSKD.TEACHER memory", train=spec)
 
 
+@pytest.mark.parametrize(
+    "opts, told",
+    [
+        ("", "stock one, in spite of MODEL.ROI_HEADS.NAME PSKDROIHeads, MODEL.PSKD.TEACHER memory"),
+        ("MODEL.ROI_HEADS.NAME StandardROIHeads", "in spite of MODEL.PSKD.TEACHER memory"),
+        ("MODEL.ROI_HEADS.NAME StandardROIHeads MODEL.PSKD.TEACHER snapshot", ""),
+        ("MODEL.PSKD.ENABLED True", ""),
+    ],
+)
+def test_keys_without_enabled_are_told(opts, told, spec, tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr(
+        "pskd_detectron2.config.logger.warning", lambda *a: said.append(a[0] % a[1:])
+    )
+    keys = "MODEL.PSKD.ENABLED False MODEL.PSKD.TEACHER memory"
+    cfg = tiny.config("fpn", tmp_path, keys, opts, train=spec)
+    Trainer(cfg)
+    assert len(said) == bool(told) and all(line.endswith(told) for line in said)
+
+
 def test_the_hook_wants_heads_that_listen(spec, tmp_path):
     cfg = tiny.config("fpn", tmp_path, "MODEL.PSKD.ENABLED False", train=spec)
     with pytest.raises(ValueError, match="expected heads with MODEL.PSKD.ENABLED True, got False"):
@@ -179,16 +202,31 @@ def test_a_loader_of_ones_own_is_trained_from(spec, tmp_path):
 
 def test_the_first_process_tells_all_teachers_the_statistics(spec, tmp_path, monkeypatch):
     told = []
-    monkeypatch.setattr("pskd_detectron2.hooks.comm.get_world_size", lambda: 2)
-    monkeypatch.setattr(
-        "pskd_detectron2.hooks.dist.broadcast", lambda t, src: told.append((t, src))
-    )
+    monkeypatch.setattr("pskd.distributed.is_distributed", lambda: True)
+    monkeypatch.setattr("pskd.distributed.dist.broadcast", lambda t, src: told.append((t, src)))
     model = Trainer.build_model(tiny.config("fpn", tmp_path, train=spec))
     hook = PSKDHook(model, epoch_iters=3)
     hook._refresh()
     buffers = list(model.roi_heads.pskd.snapshot.model.buffers())
     assert len(told) == len(buffers) > 0 and all(src == 0 for _, src in told)
     assert all(t is b for (t, _), b in zip(told, buffers, strict=True))
+
+
+@pytest.mark.parametrize("teacher", ["snapshot", "memory"])
+def test_without_alpha_no_teacher_is_kept(teacher, spec, tmp_path):
+    options = f"MODEL.PSKD.TEACHER {teacher} MODEL.PSKD.EPOCH_ITERS 3 SOLVER.CHECKPOINT_PERIOD 2"
+    zero = "MODEL.PSKD.ALPHA_FINAL 0.0"
+    tiny.run("fpn", tmp_path, options, zero, "SOLVER.MAX_ITER 5", train=spec)
+    hook = torch.load(tmp_path / "model_0000003.pth", weights_only=True)["trainer"]["hooks"]
+    assert hook["PSKDHook"].keys() == {"options"}
+    assert not list(tmp_path.glob("pskd_memory*"))
+    # Resumed as it was, it goes on; with a teacher there is none to go on with.
+    (tmp_path / "last_checkpoint").write_text("model_0000003.pth")
+    changed = "MODEL.PSKD.ALPHA_FINAL 0.7 MODEL.PSKD.ALLOW_SCHEDULE_CHANGE True"
+    flags, more = ("--resume",), "SOLVER.MAX_ITER 5"
+    with pytest.raises(ValueError, match="expected a checkpoint (with the snaps|that names)"):
+        tiny.run("fpn", tmp_path, options, more, changed, flags=flags, train=spec)
+    tiny.run("fpn", tmp_path, options, more, zero, flags=flags, train=spec)
 
 
 def test_a_training_of_one_epoch_says_that_it_has_no_teacher(spec, tmp_path):
@@ -254,6 +292,17 @@ def test_lazy_options(spec, tmp_path):
     cfg.dataloader.train.mapper._target_ = "somewhere.OtherMapper"
     with pytest.raises(ValueError, match="mapper: with the memory.*expected .*DatasetMapper, got"):
         carry_rows(cfg)
+
+
+def test_a_lazy_pskd_head_without_its_section_is_told(monkeypatch):
+    said = []
+    monkeypatch.setattr("pskd_detectron2.lazy.logger.warning", said.append)
+    cfg = LazyConfig.load(str(tiny.CONFIGS / "mask_rcnn_R_50_FPN_1x_pskd.py"))
+    del cfg.train["pskd"]
+    for enabled in (True, False):
+        model = SimpleNamespace(roi_heads=SimpleNamespace(pskd=PSKDState(enabled)))
+        assert pskd_hook(cfg, model) is None
+    assert said == ["train.pskd is missing: the PSKD head trains without a teacher"]
 
 
 @pytest.mark.parametrize(

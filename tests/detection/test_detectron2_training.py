@@ -30,6 +30,7 @@ from detectron2.data.datasets import register_pascal_voc  # noqa: E402
 from detectron2.structures import Boxes, BoxMode, Instances  # noqa: E402
 from pskd_detectron2 import register_spec  # noqa: E402
 from pskd_detectron2.evaluation import build_evaluators  # noqa: E402
+from pskd_detectron2.resume import AsideCheckpointer  # noqa: E402
 
 ITERATIONS, EPOCH = 8, 3
 SCHEDULED = f"MODEL.PSKD.ALPHA_FINAL 0.6 MODEL.PSKD.EPOCH_ITERS {EPOCH}"
@@ -156,6 +157,22 @@ def test_a_run_that_is_killed_goes_on_where_it_stood(spec, tmp_path):
     assert tiny.differing(tiny.checkpoint(whole)["model"], tiny.checkpoint(out)["model"]) == []
 
 
+def test_a_checkpoint_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    checkpointer = AsideCheckpointer(torch.nn.Linear(1, 1), str(tmp_path))
+    checkpointer.save("first", iteration=1)
+    names = ["first.pth", "last_checkpoint"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+    assert checkpointer.get_checkpoint_file() == str(tmp_path / "first.pth")
+    half = lambda state, file: (file.write(b"half"), 1 / 0)  # noqa: E731
+    monkeypatch.setattr("fvcore.common.checkpoint.torch.save", half)
+    with pytest.raises(ZeroDivisionError):
+        checkpointer.save("second")
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+    assert checkpointer.get_checkpoint_file() == str(tmp_path / "first.pth")
+    AsideCheckpointer(torch.nn.Linear(1, 1), str(tmp_path), save_to_disk=False).save("third")
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+
+
 def test_resume_without_a_checkpoint_starts_from_the_beginning(straight, spec, tmp_path):
     out = resume("snapshot", tmp_path / "new", spec)
     model = [tiny.checkpoint(folder)["model"] for folder in (straight["snapshot"], out)]
@@ -215,7 +232,7 @@ def test_a_checkpoint_of_another_training_set_is_refused(teacher, straight, tmp_
 def test_a_teacher_of_another_model_is_refused(straight, spec, tmp_path):
     out = stopped_after(straight["snapshot"], 5, tmp_path / "stopped")
     with pytest.raises(
-        ValueError, match="the checkpoint's teacher is another model's: size mismatch for roi_h"
+        ValueError, match="teacher: expected the weights of this model: size mismatch for roi_h"
     ):
         resume("snapshot", out, spec, "MODEL.ROI_BOX_HEAD.FC_DIM 8")
 
@@ -563,6 +580,7 @@ def test_a_lazy_config_trains_and_resumes(teacher, spec, tmp_path):
     tiny.train_net.main(tiny.train_net.parse(line))
     out = tmp_path / "run"
     log = (out / "log.txt").read_text()
+    assert log.rstrip().endswith(f"results: {out / 'results.json'}")
     assert "PS-KD: epoch 2 of 2, alpha 0.7000" in log
     # The last line holds the evaluation.
     assert any(line.get("pskd/teacher_nll", 0) > 0 for line in tiny.metrics(out))

@@ -472,6 +472,8 @@ def test_epochs_need_a_model_with_pskd_and_come_in_order(plain):
     for epoch in (0, 4):
         with pytest.raises(ValueError, match=f"expected one of 1 to 3, got {epoch}"):
             epochs.begin_epoch(epoch)
+    with pytest.raises(ValueError, match="expected 1 after the last, got 2"):
+        epochs.begin_epoch(2)  # its teacher would be random weights
     epochs.begin_epoch(1)
     with pytest.raises(ValueError, match="expected 2 after the last, got 3"):
         epochs.begin_epoch(3)
@@ -485,7 +487,8 @@ def test_a_resumed_schedule_is_the_same_one(student):
     changes = {"num_epochs": 5, "alpha_final": 0.5, "schedule": "cosine"}
     for name, value in changes.items():
         changed = options | {name: value}
-        with pytest.raises(ValueError, match=f"{name}: expected {options[name]!r}, .* {value!r}"):
+        message = f"{name}: expected {options[name]!r}, .* {value!r} .allow_schedule_change"
+        with pytest.raises(ValueError, match=message):
             PSKDEpochs(student, **changed).load_state_dict(state)
         PSKDEpochs(student, **changed, allow_schedule_change=True).load_state_dict(state)
     resumed = PSKDEpochs(student, **options)
@@ -496,14 +499,19 @@ def test_a_resumed_schedule_is_the_same_one(student):
 
 
 def test_the_heads_options_and_alpha_belong_to_the_schedule(stock):
-    def epochs(alpha_final=ALPHA, num_epochs=4, **options):
+    def epochs(alpha_final=ALPHA, num_epochs=4, allow=False, **options):
         model = add_pskd(copy.deepcopy(stock), **options)
-        return PSKDEpochs(model, num_epochs=num_epochs, alpha_final=alpha_final)
+        return PSKDEpochs(
+            model, num_epochs=num_epochs, alpha_final=alpha_final, allow_schedule_change=allow
+        )
 
     state = epochs().state_dict()
     for changes in ({"foreground_only": True}, {"label_smoothing": 0.1}, {"alpha_final": 0.0}):
         with pytest.raises(ValueError, match=f"{next(iter(changes))}: expected"):
             epochs(**changes).load_state_dict(state)
+        if "alpha_final" not in changes:  # what may change is the schedule, not the loss
+            with pytest.raises(ValueError, match=rf"{next(iter(changes))}: .* got \S+$"):
+                epochs(**changes, allow=True).load_state_dict(state)
     with pytest.raises(ValueError, match="alpha_final: expected 0.0"):
         epochs().load_state_dict(epochs(alpha_final=0.0).state_dict())
     # The length of the baseline is no part of PS-KD.

@@ -509,7 +509,6 @@ def expect_refusal(tool, capsys, name: str, flags: list[str], *parts: str) -> No
         ("--seed -1", "--seed: expected 0 to"),
         ("--device tpu", "--device: expected cpu, cuda or cuda:NUMBER, got 'tpu'"),
         ("--device cuda:99", "--device: expected one that torch finds, got cuda:99"),
-        ("--train voc", "dataset: expected coco:ANNOTATIONS.json:IMAGE_DIR or voc:ROOT:SPLIT"),
         ("--test-only", "--test-only: expected --weights FILE or --resume, got neither"),
         ("--test-only --resume", "--resume: expected a checkpoint to evaluate, got no"),
         ("--weights absent.pth", "absent.pth: expected a state dict, got FileNotFoundError"),
@@ -517,6 +516,14 @@ def expect_refusal(tool, capsys, name: str, flags: list[str], *parts: str) -> No
 )
 def test_bad_options_are_refused_before_anything_is_written(tool, capsys, flags, message):
     expect_refusal(tool, capsys, "refused", flags.split(), message)
+
+
+@pytest.mark.parametrize("option", ["--train", "--test"])
+def test_what_is_no_spec_is_told_with_its_option(option, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        program.main([option, "voc"])
+    form = "expected coco:ANNOTATIONS.json:IMAGE_DIR or voc:ROOT:SPLIT, got 'voc'"
+    assert f"argument {option}: {form}" in capsys.readouterr().err
 
 
 def test_a_set_is_missed(capsys):

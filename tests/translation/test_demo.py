@@ -18,6 +18,7 @@ pytest.importorskip("babel", reason="needs babel: pip install '.[demo]'")
 import sacrebleu  # noqa: E402
 
 from pskd.calibration import aurc, reliability_bins  # noqa: E402
+from pskd.report.runs import read_run  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "translation")]
@@ -196,7 +197,7 @@ def test_many_tokens_are_fitted_to_evenly(demo, tmp_path, monkeypatch):
     ("change", "message"),
     [
         ({"checkpoint": "missing.pt"}, "missing.pt: expected a checkpoint"),
-        ({"data": "."}, "expected a folder that translation/prepare.py made"),
+        ({"data": "."}, "expected a folder that translation/prepare.py or fairseq-preprocess made"),
     ],
 )
 def test_evaluate_names_what_is_missing(demo, tmp_path, capsys, change, message):
@@ -214,6 +215,45 @@ def evaluation(demo, out: Path, **changes: Path) -> list[str]:
     given = {"checkpoint": folder / "pskd" / "checkpoint_last.pt", "data": folder / "data"}
     given |= changes
     return [str(given["checkpoint"]), "--data", str(given["data"]), "--out", str(out)]
+
+
+def test_evaluate_takes_data_of_fairseq_preprocess_alone(demo, tmp_path, capsys, caplog):
+    data = shutil.copytree(demo[0] / "data", tmp_path / "data")
+    (data / "prepare.json").unlink()
+    shutil.rmtree(data / "raw")
+    caplog.set_level("INFO")
+    out = tmp_path / "run"
+    assert evaluate.main(evaluation(demo, out, data=data)) == 0
+    assert f"{data} has no prepare.json: no BLEU and chrF" in caplog.text
+    assert "tokenised_bleu=" in (printed := capsys.readouterr().out) and " bleu=" not in printed
+    result = json.loads((out / "evaluation.json").read_text())
+    whole = json.loads((demo[0] / "pskd" / "evaluation" / "evaluation.json").read_text())
+    assert {"bleu", "bleu_signature", "chrf", "chrf_signature"} == whole.keys() - result.keys()
+    assert result == {key: whole[key] for key in result}
+    words = (out / "translations.txt").read_text(encoding="utf-8")
+    assert words.count("\n") == 40 and "@@" not in words
+    run = read_run(out, "run")
+    assert run.task == "translation" and len(run.rows["confidence"]) == result["tokens"]
+    assert len(run.epochs) == 2  # of the log beside the checkpoint
+
+
+@pytest.mark.parametrize(
+    ("words", "cut"),
+    [
+        (["ein", "Wo@@", "rt"], "subword_nmt"),
+        (["\u2581ein", "\u2581Wo", "rt"], "sentencepiece"),
+        (["ein", "Wort"], None),
+    ],
+)
+def test_a_dictionary_tells_how_words_were_cut(words, cut):
+    dictionary = evaluate.Dictionary()
+    for word in words:
+        dictionary.add_symbol(word)
+    assert evaluate.subwords_of(dictionary) == cut
+
+
+def test_what_evaluate_raises_of_user_input_is_a_value_error():
+    assert issubclass(evaluate.UserError, ValueError)
 
 
 def test_evaluate_names_a_damaged_checkpoint(demo, tmp_path, capsys):

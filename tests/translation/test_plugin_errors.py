@@ -36,6 +36,10 @@ SCHEDULE = {
     "name": "linear", "alpha_final": ALPHA_FINAL, "unit": "epoch", "total": EPOCHS, "start_epoch": 1
 }  # fmt: skip
 
+OPTIONS = {
+    "--label-smoothing": 0.1, "--pskd-teacher": "snapshot", "--pskd-skip-wrong-teacher": False
+}  # fmt: skip
+
 #: By name: the flags, and what the error must say (the flag or file, what it expected, what came).
 WRONG_OPTIONS = {
     "no_end": ([], ["--max-epoch", "--max-update", "(no end)"]),
@@ -73,7 +77,7 @@ WRONG_CHECKPOINTS = {
     ),
     "other_length": (
         ["--max-epoch", "9"],
-        ["checkpoint_last.pt", "'total': 4", "'total': 9", "--pskd-allow-schedule-change"],
+        ["checkpoint_last.pt", "'4 epochs'", "'9 epochs'", "--pskd-allow-schedule-change"],
     ),
     "no_teacher": (
         [*TO_THE_END, "--reset-optimizer"],
@@ -88,7 +92,7 @@ WRONG_CHECKPOINTS = {
             "--max-epoch", "9", "--checkpoint-suffix", "_a",
             "--restore-file", "wrong_suffix_and_file/older.pt",
         ],
-        ["older_a.pt", "'total': 4", "'total': 9", "--pskd-allow-schedule-change"],
+        ["older_a.pt", "'4 epochs'", "'9 epochs'", "--pskd-allow-schedule-change"],
     ),
 }  # fmt: skip
 #: The checkpoint's name where it is not checkpoint_last.pt.
@@ -220,9 +224,9 @@ def test_sharded_models_are_refused_by_name(task, tmp_path):
 def check(task, tmp_path):
     """Check a resume from the checkpoint in ``tmp_path``, as a new criterion does."""
 
-    def check_resume(allow_change=False, reset_dataloader=False, **schedule):
+    def check_resume(allow_change=False, reset_dataloader=False, options=OPTIONS, **schedule):
         plan = checkpoint.ResumePlan(str(tmp_path), "checkpoint_last.pt", reset_dataloader)
-        checkpoint.check_resume(plan, task, {**SCHEDULE, **schedule}, allow_change)
+        checkpoint.check_resume(plan, task, {**SCHEDULE, **schedule}, allow_change, options)
 
     return check_resume
 
@@ -312,19 +316,61 @@ def test_the_allow_list_lets_no_payload_run(last, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "changed",
+    "changed, message",
     [
-        {"alpha_final": 0.6},
-        {"name": "cosine"},
-        {"unit": "update"},
-        {"total": 5},
-        {"start_epoch": 2},
+        ({"alpha_final": 0.6}, f"--pskd-alpha-final: expected {ALPHA_FINAL}, .*got 0.6"),
+        ({"name": "cosine"}, "--pskd-alpha-schedule: expected 'linear', .*got 'cosine'"),
+        ({"unit": "update"}, f"length of .*: expected '{EPOCHS} epochs', .*got '{EPOCHS} updates'"),
+        ({"total": 5}, f"length of the training: expected '{EPOCHS} epochs', .*got '5 epochs'"),
+        ({"start_epoch": 2}, "--pskd-start-epoch: expected 1, .*got 2"),
     ],
 )
-def test_another_schedule_is_refused_unless_it_is_allowed(check, last, changed):
-    with pytest.raises(ValueError, match="alpha schedule .*--pskd-allow-schedule-change"):
+def test_another_schedule_is_refused_unless_it_is_allowed(check, last, changed, message):
+    expected = rf"checkpoint_last.pt: {message} \(--pskd-allow-schedule-change allows it\)$"
+    with pytest.raises(ValueError, match=expected):
         check(**changed)
     check(allow_change=True, **changed)
+
+
+CHANGED_OPTIONS = pytest.mark.parametrize(
+    "flag, value",
+    [("--label-smoothing", 0.2), ("--pskd-teacher", "memory"), ("--pskd-skip-wrong-teacher", True)],
+)
+
+
+@CHANGED_OPTIONS
+def test_another_loss_or_teacher_is_refused(check, last, flag, value):
+    """A change of schedule that is allowed allows no other."""
+    expected = f"checkpoint_last.pt: {flag}: expected {OPTIONS[flag]!r}, with which .*got {value!r}"
+    for allowed in (False, True):
+        with pytest.raises(ValueError, match=f"{expected}$"):
+            check(allow_change=allowed, options=OPTIONS | {flag: value})
+    check(reset_dataloader=True, options=OPTIONS | {flag: value})
+
+
+@CHANGED_OPTIONS
+def test_an_older_checkpoint_tells_its_teacher_only(check, last, flag, value):
+    change(last, lambda state: entry(state).pop("options"))
+    check()
+    if flag != "--pskd-teacher":
+        check(options=OPTIONS | {flag: value})
+        return
+    with pytest.raises(ValueError, match="--pskd-teacher: expected 'snapshot', .*got 'memory'"):
+        check(options=OPTIONS | {flag: value})
+    change(last, lambda state: entry(state).update(memory={"0": {}}))
+    check(options=OPTIONS | {flag: value})
+
+
+def test_what_is_refused_is_what_the_criterion_was_told(task, last, tmp_path):
+    build_criterion(task, tmp_path)
+    build_criterion(task, tmp_path, pskd_allow_schedule_change=True, max_epoch=9)
+    for changed, flag in (
+        ({"pskd_teacher": "memory"}, "--pskd-teacher"),
+        ({"label_smoothing": 0.2}, "--label-smoothing"),
+        ({"pskd_skip_wrong_teacher": True}, "--pskd-skip-wrong-teacher"),
+    ):
+        with pytest.raises(ValueError, match=f"{flag}: expected .* with which the checkpoint"):
+            build_criterion(task, tmp_path, **changed)
 
 
 @pytest.mark.parametrize("side", ["source", "target"])

@@ -34,7 +34,7 @@ from fairseq.criterions.label_smoothed_cross_entropy import (  # noqa: E402
 )
 from fairseq.logging import metrics  # noqa: E402
 from pskd_fairseq.criterion import PSKDCriterion  # noqa: E402
-from pskd_fairseq.epoch import AlphaSchedule  # noqa: E402
+from pskd_fairseq.epoch import Schedule  # noqa: E402
 
 STATISTICS = ("alpha", "teacher_nll", "teacher_agreement", "gradient_rescaling")
 
@@ -560,15 +560,15 @@ def test_in_evaluation_the_criterion_is_the_stock_one_to_the_bit(task, models, t
 
 @pytest.mark.parametrize("name", ["linear", "constant", "cosine"])
 def test_alpha_stays_final_past_the_end(name):
-    schedule = AlphaSchedule.build(name, 0.7, 10, 0)
+    schedule = Schedule.build(name, 0.7, 10, 0)
     assert schedule.alpha(10, 10) == schedule.alpha(11, 11) == pytest.approx(0.7)
     assert schedule.unit == "epoch"
 
 
 def test_epochs_come_before_updates_as_the_unit_of_progress():
-    assert AlphaSchedule.build("linear", 0.7, 10, 500).unit == "epoch"
-    by_update = AlphaSchedule.build("linear", 0.7, 0, 500)
-    assert (by_update.unit, by_update.total) == ("update", 500)
+    assert Schedule.build("linear", 0.7, 10, 500).unit == "epoch"
+    by_update = Schedule.build("linear", 0.7, 0, 500)
+    assert (by_update.unit, by_update.alphas.num_epochs) == ("update", 500)
     assert by_update.alpha(250, 3) == pytest.approx(0.35)
 
 

@@ -12,6 +12,7 @@ import pickle
 import re
 import shutil
 import typing
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +20,8 @@ import omegaconf
 import torch
 from fairseq.distributed.utils import _TensorPlaceholder
 from fairseq.tasks import FairseqTask
+
+from pskd.schedule import check_unchanged
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +77,13 @@ def _omegaconf_types() -> list:
 
 
 def make_entry(
-    *, epoch: int, schedule: dict, vocabulary: dict, teacher: dict, memory: dict | None = None
+    *,
+    epoch: int,
+    schedule: dict,
+    vocabulary: dict,
+    teacher: dict,
+    memory: dict | None = None,
+    options: Mapping[str, object] | None = None,
 ) -> dict:
     """Return what a checkpoint keeps of PS-KD: plain values and tensors only.
 
@@ -84,6 +93,7 @@ def make_entry(
         vocabulary: number of types of each dictionary, by language.
         teacher: a `pskd.SnapshotTeacher` state; without a model at an epoch's end.
         memory: a `TokenMemory` state, which names files; None with a snapshot.
+        options: by flag, what beside the schedule a resumed run must have too.
     """
     return {
         "format": _FORMAT,
@@ -93,6 +103,7 @@ def make_entry(
         "teacher": teacher,
         "teacher_sha256": _digest(teacher),
         "memory": memory,
+        "options": dict(options or {}),
     }
 
 
@@ -206,20 +217,33 @@ class ResumePlan:
         return path if os.path.isfile(path) and not self.reset_dataloader else None
 
 
-def check_resume(plan: ResumePlan, task: FairseqTask, schedule: dict, allow_change: bool) -> None:
+def check_resume(
+    plan: ResumePlan,
+    task: FairseqTask,
+    schedule: dict,
+    allow_change: bool,
+    options: Mapping[str, object] | None = None,
+) -> None:
     """Refuse, before anything is loaded or trained, a checkpoint that cannot be continued.
+
+    Args:
+        plan: what is resumed from.
+        task: tells the dictionaries.
+        schedule: the fields of the alpha schedule.
+        allow_change: whether the checkpoint's schedule may be another.
+        options: as of `make_entry`.
 
     Raises:
         ValueError: if the file is damaged or holds objects that fairseq does not write, if it was
-            made with dictionaries of another size, with another alpha schedule (unless
-            ``allow_change``), or stops in the middle of an epoch without its teacher.
+            made with dictionaries of another size, with other options, with another alpha schedule
+            (unless ``allow_change``), or stops in the middle of an epoch without its teacher.
     """
     path = plan.path()
     if path is None:
         return
     state = _read(path)
     try:
-        _check_state(path, state, task, schedule, allow_change)
+        _check_state(path, state, task, schedule, allow_change, options or {})
     except (AttributeError, LookupError, RuntimeError, TypeError) as error:
         raise _damaged(path, error) from error
 
@@ -246,13 +270,22 @@ def _damaged(path: str, error: Exception) -> ValueError:
 
 
 def _check_state(
-    path: str, state: dict, task: FairseqTask, schedule: dict, allow_change: bool
+    path: str,
+    state: dict,
+    task: FairseqTask,
+    schedule: dict,
+    allow_change: bool,
+    options: Mapping[str, object],
 ) -> None:
     extra_state = state["extra_state"]
     position = extra_state["train_iterator"]
     entry = extra_state.get(type(task).__name__, {}).get(ENTRY)
     if entry is not None:
-        _check_entry(path, entry, vocabulary_sizes(task), schedule, allow_change)
+        _check_entry(path, entry, vocabulary_sizes(task))
+        try:
+            _check_options(entry, schedule, allow_change, options)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
     has_teacher = entry is not None and (
         entry["teacher"]["model"] is not None or bool(entry.get("memory"))
     )
@@ -265,9 +298,7 @@ def _check_state(
         )
 
 
-def _check_entry(
-    path: str, entry: dict, vocabulary: dict, schedule: dict, allow_change: bool
-) -> None:
+def _check_entry(path: str, entry: dict, vocabulary: dict) -> None:
     if entry.get("format") != _FORMAT:
         raise ValueError(f"{path}: expected PS-KD state {_FORMAT}, got {entry.get('format')!r}")
     if entry["vocabulary"] != vocabulary:
@@ -280,12 +311,31 @@ def _check_entry(
             f"{path}: the teacher's weights are damaged: expected SHA-256 "
             f"{entry['teacher_sha256']}, got {_digest(entry['teacher'])}"
         )
-    trained = {"start_epoch": 1} | entry["schedule"]  # which older checkpoints do not tell
-    if trained == schedule:
-        return
-    if not allow_change:
-        raise ValueError(
-            f"{path}: expected the alpha schedule it was trained with, {trained}, got "
-            f"{schedule}; --pskd-allow-schedule-change continues with the new one"
-        )
-    logger.warning("PS-KD: the schedule changes from %s to %s", trained, schedule)
+
+
+def _check_options(
+    entry: dict, schedule: dict, allow_change: bool, options: Mapping[str, object]
+) -> None:
+    trained, now = _by_flag(entry["schedule"]), _by_flag(schedule)
+    check_unchanged(
+        trained,
+        now,
+        changeable=now,
+        allowed=allow_change,
+        allowed_by="--pskd-allow-schedule-change",
+    )
+    if trained != now:
+        logger.warning("PS-KD: the schedule changes from %s to %s", trained, now)
+    # Older checkpoints have no options; their memory, though, which is None with a snapshot.
+    older = {"--pskd-teacher": "snapshot" if entry.get("memory") is None else "memory"}
+    check_unchanged(entry.get("options") or older, options)
+
+
+def _by_flag(schedule: dict) -> dict[str, object]:
+    """Return the fields of an alpha schedule by what sets them."""
+    return {
+        "--pskd-alpha-final": schedule["alpha_final"],
+        "--pskd-alpha-schedule": schedule["name"],
+        "--pskd-start-epoch": schedule.get("start_epoch", 1),  # older ones do not tell
+        "length of the training": f"{schedule['total']} {schedule['unit']}s",
+    }

@@ -5,7 +5,7 @@ Shapes: B sentences, T target positions, V types in the target dictionary, N = B
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import NamedTuple, Optional, Union
 
 import torch
@@ -23,7 +23,7 @@ from pskd import LinearTeacher, PSKDStats, TopK, pskd_cross_entropy, pskd_linear
 from pskd.schedule import SCHEDULES
 from pskd_fairseq import fused
 from pskd_fairseq.checkpoint import ResumePlan, SavePlan, check_resume
-from pskd_fairseq.epoch import AlphaSchedule, EpochState
+from pskd_fairseq.epoch import EpochState, Schedule
 from pskd_fairseq.fused import FeaturesOnly
 from pskd_fairseq.memory import TokenMemory
 from pskd_fairseq.step_statistics import COMPARED, log_statistics, no_statistics, step_statistics
@@ -110,7 +110,7 @@ class PSKDCriterion(LabelSmoothedCrossEntropyCriterion):
         report_accuracy=False,
     ):
         super().__init__(task, sentence_avg, label_smoothing, ignore_prefix_size, report_accuracy)
-        schedule = AlphaSchedule.build(
+        schedule = Schedule.build(
             str(cfg.pskd_alpha_schedule),
             cfg.pskd_alpha_final,
             cfg.max_epoch,
@@ -137,7 +137,11 @@ class PSKDCriterion(LabelSmoothedCrossEntropyCriterion):
         if cfg.pskd_fused_linear:
             fused.check_options(cfg.pskd_skip_wrong_teacher, report_accuracy, cfg.ddp_backend)
         memory = _build_memory(cfg, task) if has_memory else None
-        self.epoch_state = EpochState(schedule, cfg.train_subset, memory)
+        options: dict[str, object] = {"--label-smoothing": label_smoothing}
+        if cfg.pskd_alpha_final:
+            options["--pskd-teacher"] = str(cfg.pskd_teacher)
+            options["--pskd-skip-wrong-teacher"] = cfg.pskd_skip_wrong_teacher
+        self.epoch_state = EpochState(schedule, cfg.train_subset, memory, options)
         self._skip_wrong_teacher = cfg.pskd_skip_wrong_teacher
         self._fused_linear = cfg.pskd_fused_linear
         self._step_statistics: Mapping[str, Union[float, Tensor]] = {}
@@ -147,7 +151,8 @@ class PSKDCriterion(LabelSmoothedCrossEntropyCriterion):
             plan = ResumePlan(
                 cfg.save_dir, cfg.restore_file, cfg.reset_dataloader, cfg.continue_once, suffix
             )
-            check_resume(plan, task, asdict(schedule), cfg.pskd_allow_schedule_change)
+            allow_change = cfg.pskd_allow_schedule_change
+            check_resume(plan, task, schedule.options(), allow_change, options)
             self.epoch_state.attach(task, SavePlan(cfg.save_dir, suffix, cfg.keep_best_checkpoints))
 
     def forward(self, model, sample, reduce=True):

@@ -10,7 +10,8 @@ versions, which are called first.
 from __future__ import annotations
 
 import logging
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import partial
 
 from fairseq.data.iterators import EpochBatchIterator
@@ -18,7 +19,7 @@ from fairseq.models import BaseFairseqModel
 from fairseq.tasks import FairseqTask
 
 from pskd import SnapshotTeacher
-from pskd.schedule import SCHEDULES, check_alpha
+from pskd.schedule import AlphaSchedule, check_alpha
 from pskd_fairseq import checkpoint
 from pskd_fairseq.memory import TokenMemory
 
@@ -26,27 +27,21 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class AlphaSchedule:
+class Schedule:
     """Alpha as a function of the epoch, or of the update where only their number is known.
 
     Attributes:
-        name: ``linear``, ``constant`` or ``cosine``.
-        alpha_final: alpha at the end of training, in [0, 1].
-        unit: what progress is counted in, ``epoch`` or ``update``.
-        total: the number of those in the whole training.
-        start_epoch: the first epoch with a teacher; before it alpha is 0.
+        alphas: counts progress in this unit.
+        unit: ``epoch`` or ``update``.
     """
 
-    name: str
-    alpha_final: float
+    alphas: AlphaSchedule
     unit: str
-    total: int
-    start_epoch: int = 1
 
     @classmethod
     def build(
         cls, name: str, alpha_final: float, max_epoch: int, max_update: int, start_epoch: int = 1
-    ):
+    ) -> Schedule:
         """Choose the unit of progress from fairseq's two limits, of which 0 means none.
 
         Raises:
@@ -57,9 +52,9 @@ class AlphaSchedule:
             end = f" to --max-epoch {max_epoch}" if max_epoch > 0 else " or more"
             raise ValueError(f"--pskd-start-epoch: expected 1{end}, got {start_epoch}")
         if max_epoch > 0:
-            return cls(name, alpha_final, "epoch", max_epoch, start_epoch)
+            return cls(AlphaSchedule(alpha_final, max_epoch, name, start_epoch), "epoch")
         if max_update > 0:
-            return cls(name, alpha_final, "update", max_update, start_epoch)
+            return cls(AlphaSchedule(alpha_final, max_update, name, start_epoch), "update")
         raise ValueError(
             "PS-KD grows alpha towards the end of training: expected --max-epoch or --max-update, "
             f"got --max-epoch {max_epoch} --max-update {max_update} (no end)"
@@ -67,26 +62,45 @@ class AlphaSchedule:
 
     def alpha(self, progress: int, epoch: int) -> float:
         """Return alpha for an epoch or update, counted from 1; past the end it stays final."""
-        if epoch < self.start_epoch:
-            return 0.0
         # A finished run that is started again makes one more step before fairseq stops it.
-        return SCHEDULES[self.name](min(progress, self.total), self.total, self.alpha_final)
+        return self.alphas.at(epoch, min(progress, self.alphas.num_epochs))
+
+    def options(self) -> dict[str, object]:
+        """Return what a checkpoint keeps of it, and a resumed run is compared with."""
+        return {
+            "name": self.alphas.schedule,
+            "alpha_final": self.alphas.alpha_final,
+            "unit": self.unit,
+            "total": self.alphas.num_epochs,
+            "start_epoch": self.alphas.start_epoch,
+        }
 
 
 class EpochState:
-    """The alpha and the teacher of the running epoch, kept true by the task's own calls."""
+    """The alpha and the teacher of the running epoch, kept true by the task's own calls.
+
+    Args:
+        schedule: alpha.
+        train_subset: the name of the training data.
+        memory: in place of the snapshot.
+        options: what beside the schedule makes two trainings different ones, for the checkpoint.
+    """
 
     def __init__(
-        self, schedule: AlphaSchedule, train_subset: str, memory: TokenMemory | None = None
+        self,
+        schedule: Schedule,
+        train_subset: str,
+        memory: TokenMemory | None = None,
+        options: Mapping[str, object] | None = None,
     ) -> None:
         self.schedule = schedule
         self.teacher = SnapshotTeacher()
-        self.memory = memory  # in place of the snapshot
+        self.memory = memory
         self.alpha = 0.0
         self.is_dummy = False  # a batch that stands in where a process has none left
         self._epoch = 0
         self._checkpoint_bytes = 0
-        self._train_subset = train_subset
+        self._train_subset, self._options = train_subset, dict(options or {})
         self._restored: dict | None = None
 
     def attach(self, task: FairseqTask, plan: checkpoint.SavePlan) -> None:
@@ -99,6 +113,11 @@ class EpochState:
         task.get_checkpoint_dict = lambda: self._get_checkpoint_dict(task, plan, original())
 
     @property
+    def has_teacher(self) -> bool:
+        """Whether any epoch of the training has a teacher."""
+        return self.schedule.alphas.alpha_final > 0.0
+
+    @property
     def active(self) -> bool:
         """Whether this step has a teacher to learn from."""
         teacher = self.teacher if self.memory is None else self.memory
@@ -107,7 +126,7 @@ class EpochState:
     @property
     def records(self) -> bool:
         """Whether this step's predictions are kept for the next epoch."""
-        return self.memory is not None and self.schedule.alpha_final > 0.0 and not self.is_dummy
+        return self.memory is not None and self.has_teacher and not self.is_dummy
 
     def _begin_epoch(self, task: FairseqTask, epoch: int, model: BaseFairseqModel) -> None:
         restored, self._restored = self._restored, None
@@ -116,7 +135,7 @@ class EpochState:
         self._checkpoint_bytes = 3 * 4 * sum(p.numel() for p in model.parameters())
         if self.schedule.unit == "epoch":
             self.alpha = self.schedule.alpha(epoch, epoch)
-        if self.schedule.alpha_final == 0.0:
+        if not self.has_teacher:
             return
         if self.memory is not None:
             self._begin_memory(self.memory, task, epoch, (restored or {}).get("memory"))
@@ -176,7 +195,8 @@ class EpochState:
         )
         entry = checkpoint.make_entry(
             epoch=self._epoch,
-            schedule=asdict(self.schedule),
+            schedule=self.schedule.options(),
+            options=self._options,
             vocabulary=checkpoint.vocabulary_sizes(task),
             teacher=teacher,
             memory=None if self.memory is None else self.memory.state_dict(),
