@@ -181,19 +181,19 @@ class DetectionConfidence:
         """The metrics of all detections so far; more may follow.
 
         Returns:
-            ``d_ece``, ``la_ece``, ``aurc`` and ``excess_aurc`` as fractions, None if no detection
+            ``d_ece``, ``la_ece``, ``aurc`` and ``e_aurc`` as fractions, None if no detection
             was kept; ``num_detections`` kept and ``num_matched`` among them; ``iou_threshold``,
             ``score_threshold`` and ``bins``.
         """
         confidence, correct = self.confidence, self.correct
-        metrics = dict.fromkeys(("d_ece", "la_ece", "aurc", "excess_aurc"))
+        metrics = dict.fromkeys(("d_ece", "la_ece", "aurc", "e_aurc"))
         if len(confidence):
             bins = reliability_bins(confidence, correct, bins=self._bins)
             metrics = {
                 "d_ece": bins.expected_calibration_error,
                 "la_ece": self._la_ece(),
                 "aurc": aurc(confidence, correct),
-                "excess_aurc": excess_aurc(confidence, correct),
+                "e_aurc": excess_aurc(confidence, correct),
             }
         counts = {"num_detections": len(confidence), "num_matched": int(correct.sum())}
         return {**metrics, **counts, **self._options}

@@ -95,13 +95,27 @@ def load_dataset(spec: str, class_names: Sequence[str] | None = None) -> Detecti
 
 
 def _read(spec: str) -> RawAnnotations:
+    kind, first, second = _parts(spec)
+    if kind == "coco":
+        return read_coco(Path(first), Path(second))
+    return read_voc(Path(first), second)
+
+
+def _parts(spec: str) -> tuple[str, str, str]:
     kind, _, rest = spec.partition(":")
     first, _, second = rest.rpartition(":")  # the last colon: a path may hold others
     if kind not in ("coco", "voc") or not first or not second:
         raise ValueError(f"dataset: expected {_FORMS}, got {spec!r}")
-    if kind == "coco":
-        return read_coco(Path(first), Path(second))
-    return read_voc(Path(first), second)
+    return kind, first, second
+
+
+def _spec(text: str) -> str:
+    """Return an option's text if it has the form of a spec; argparse puts the option's name."""
+    try:
+        _parts(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error).removeprefix("dataset: ")) from None
+    return text
 
 
 def _use_classes(coco: dict, class_names: Sequence[str], source: Path) -> None:
@@ -127,12 +141,14 @@ def add_dataset_arguments(parser: argparse.ArgumentParser, required: bool = True
     parser.add_argument(
         "--train",
         metavar="SPEC",
+        type=_spec,
         required=required,
         help=f"training set: {_FORMS}; its classes set the number of classes",
     )
     parser.add_argument(
         "--test",
         metavar="SPEC",
+        type=_spec,
         required=required,
         help="test set, in the same form; its classes are matched to the training set's by name",
     )

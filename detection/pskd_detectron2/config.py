@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Sequence
 
@@ -13,11 +14,15 @@ from pskd.schedule import SCHEDULES, check_alpha
 __all__ = [
     "TEACHERS",
     "add_pskd_config",
+    "check_label_smoothing",
     "check_options",
     "check_pskd_config",
     "load_config",
     "recipe_path",
+    "warn_of_unused_keys",
 ]
+
+logger = logging.getLogger("detectron2." + __name__)
 
 TEACHERS = ("snapshot", "memory")
 HEADS = {
@@ -73,7 +78,7 @@ def load_config(config_file: str | os.PathLike, opts: Sequence[str] = ()) -> Cfg
     The file and its ``_BASE_`` may be ``detectron2:`` and the name of one of Detectron2's own.
 
     Raises:
-        ValueError: if there is no such file.
+        ValueError: if there is no such file, or for a key that is none or has no value.
     """
     path = recipe_path(os.fspath(config_file))
     if not os.path.isfile(path):
@@ -82,8 +87,11 @@ def load_config(config_file: str | os.PathLike, opts: Sequence[str] = ()) -> Cfg
     add_pskd_config(cfg)
     # As `merge_from_file` does: some of Detectron2's own recipes hold Python expressions.
     loaded = _RecipeNode.load_yaml_with_base(path, allow_unsafe=True)
-    cfg.merge_from_other_cfg(CfgNode(loaded))
-    cfg.merge_from_list(list(opts))
+    try:
+        cfg.merge_from_other_cfg(CfgNode(loaded))
+        cfg.merge_from_list(list(opts))
+    except (AssertionError, KeyError) as error:  # as yacs tells of a key that it does not have
+        raise ValueError(str(error.args[0])) from error
     return cfg
 
 
@@ -92,7 +100,7 @@ def check_options(
 ) -> None:
     """Raise ValueError for a value that is none of its option's."""
     check_alpha(alpha_final, "MODEL.PSKD.ALPHA_FINAL")
-    check_alpha(label_smoothing, "MODEL.PSKD.LABEL_SMOOTHING")
+    check_label_smoothing(label_smoothing)
     if schedule not in SCHEDULES:
         raise ValueError(
             f"MODEL.PSKD.ALPHA_SCHEDULE: expected one of {', '.join(SCHEDULES)}, got {schedule!r}"
@@ -103,6 +111,26 @@ def check_options(
         )
     if epoch_iters < 0:
         raise ValueError(f"MODEL.PSKD.EPOCH_ITERS: expected 0 or more, got {epoch_iters}")
+
+
+def check_label_smoothing(
+    label_smoothing: float, sigmoid: bool = False, name: str = "MODEL.PSKD.LABEL_SMOOTHING"
+) -> None:
+    """Refuse a label smoothing that is none, or that the head would not apply.
+
+    Args:
+        label_smoothing: torch's, 0 to 1.
+        sigmoid: whether the head has K binary outputs (``USE_SIGMOID_CE``).
+        name: of the option, for the error.
+
+    Raises:
+        ValueError: naming the option, what was expected and what came.
+    """
+    check_alpha(label_smoothing, name)
+    if sigmoid and label_smoothing:
+        raise ValueError(
+            f"{name}: expected 0 with a sigmoid head (USE_SIGMOID_CE), got {label_smoothing}"
+        )
 
 
 def check_pskd_config(cfg: CfgNode) -> None:
@@ -125,10 +153,26 @@ def check_pskd_config(cfg: CfgNode) -> None:
     if name not in HEADS.values():
         wanted = HEADS.get(name, " or ".join(HEADS.values()))
         raise ValueError(f"MODEL.ROI_HEADS.NAME: with PS-KD expected {wanted}, got {name}")
-    if pskd.LABEL_SMOOTHING and cfg.MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE:
-        raise ValueError(
-            "MODEL.PSKD.LABEL_SMOOTHING: expected 0 with ROI_BOX_HEAD.USE_SIGMOID_CE, got "
-            f"{pskd.LABEL_SMOOTHING}"
-        )
+    check_label_smoothing(pskd.LABEL_SMOOTHING, cfg.MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE)
     if cfg.SOLVER.MAX_ITER < 1:
         raise ValueError(f"SOLVER.MAX_ITER: expected 1 or more, got {cfg.SOLVER.MAX_ITER}")
+
+
+def warn_of_unused_keys(cfg: CfgNode) -> None:
+    """Say in the log which keys ask for PS-KD where ``MODEL.PSKD.ENABLED`` is False."""
+    if cfg.MODEL.PSKD.ENABLED:
+        return
+    defaults = CfgNode({"MODEL": {}})
+    add_pskd_config(defaults)
+    unused = [
+        f"MODEL.PSKD.{key} {value}"
+        for key, value in cfg.MODEL.PSKD.items()
+        if value != defaults.MODEL.PSKD[key]
+    ]
+    if cfg.MODEL.ROI_HEADS.NAME in HEADS.values():
+        unused.insert(0, f"MODEL.ROI_HEADS.NAME {cfg.MODEL.ROI_HEADS.NAME}")
+    if unused:
+        logger.warning(
+            "MODEL.PSKD.ENABLED is False: the head trains as the stock one, in spite of %s",
+            ", ".join(unused),
+        )

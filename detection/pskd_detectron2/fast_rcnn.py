@@ -12,6 +12,7 @@ from detectron2.utils.events import get_event_storage
 from torch import Tensor
 
 from pskd import pskd_cross_entropy
+from pskd_detectron2.config import check_label_smoothing
 from pskd_detectron2.memory import AnnotationMemory
 from pskd_detectron2.state import PSKDState
 
@@ -49,7 +50,7 @@ class PSKDFastRCNNOutputLayers(FastRCNNOutputLayers):
 
         Raises:
             ValueError: if the predictor is neither stock nor a subclass of this one, since its own
-                loss would be lost.
+                loss would be lost; for a label smoothing outside [0, 1], or with a sigmoid head.
         """
         if type(predictor) is FastRCNNOutputLayers:
             predictor.__class__ = cls
@@ -58,6 +59,9 @@ class PSKDFastRCNNOutputLayers(FastRCNNOutputLayers):
                 f"box_predictor: expected FastRCNNOutputLayers or a subclass of {cls.__name__}, "
                 f"got {type(predictor).__name__}"
             )
+        check_label_smoothing(
+            pskd.label_smoothing, pskd.enabled and predictor.use_sigmoid_ce, "pskd_label_smoothing"
+        )
         predictor.pskd, predictor.stage = pskd, stage
         return predictor
 

@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import TypedDict
 
 import torch
-import torch.distributed as dist
 from detectron2.engine import HookBase
 from detectron2.modeling import ROIHeads
 from detectron2.utils import comm
 from torch import nn
 
-from pskd.schedule import SCHEDULES
+from pskd.distributed import take_buffers_of_first_process
+from pskd.run.files import written_aside
+from pskd.schedule import SCHEDULE_OPTIONS, AlphaSchedule, check_unchanged
 from pskd_detectron2.config import check_options
 from pskd_detectron2.memory import AnnotationMemory
 from pskd_detectron2.state import PSKDState
@@ -25,7 +26,7 @@ __all__ = ["PSKDHook"]
 logger = logging.getLogger("detectron2." + __name__)
 
 # What ALLOW_SCHEDULE_CHANGE allows to be another after a resume.
-_SCHEDULE = {"epoch_iters", "alpha_final", "schedule", "num_epochs"}
+_CHANGEABLE = SCHEDULE_OPTIONS | {"epoch_iters"}
 _LOGGED = ("pskd/teacher_nll", "pskd/teacher_agreement", "pskd/gradient_rescaling")
 
 
@@ -51,7 +52,8 @@ class PSKDHook(HookBase):
     Args:
         model: holds ``backbone`` and PSKD ``roi_heads``; may be wrapped in DDP.
         epoch_iters: iterations of an epoch, at least 1.
-        alpha_final: weight of the teacher at the end of training (the paper's alpha_T).
+        alpha_final: weight of the teacher at the end of training (the paper's alpha_T); 0 trains as
+            Detectron2 does and keeps no teacher.
         schedule: ``"linear"``, ``"constant"`` or ``"cosine"``.
         teacher: ``"snapshot"`` or ``"memory"``.
         output_dir: where memory files are written.
@@ -59,7 +61,8 @@ class PSKDHook(HookBase):
         fingerprint: names the training set; a checkpoint of another one is refused. Empty: unknown.
         checkpoint_period: iterations between checkpoints, before which the processes' parts of the
             memory are brought together.
-        allow_schedule_change: resume with other options than those of the checkpoint.
+        allow_schedule_change: resume with another alpha, schedule or length (of an epoch or of the
+            training) than the checkpoint's.
         log_period: iterations between two lines in the log.
 
     Raises:
@@ -107,9 +110,13 @@ class PSKDHook(HookBase):
         self._output_dir = Path(output_dir)
         self._checkpoint_period, self._log_period = checkpoint_period, log_period
         self._epoch = 0  # none yet
-        if teacher == "memory":
+        if teacher == "memory" and alpha_final:
             self._pskd.memory = _new_memory(heads, num_annotations, fingerprint)
             self._pskd.rows_per_stage = num_annotations
+
+    @property
+    def _has_snapshot(self) -> bool:
+        return bool(self._options["alpha_final"]) and self._options["teacher"] == "snapshot"
 
     def _student(self) -> nn.ModuleDict:
         # The RPN and the losses of the teacher are never asked for.
@@ -120,8 +127,9 @@ class PSKDHook(HookBase):
         """Fix the number of epochs; refuse to go on without the teacher that there must be."""
         options, start = self._options, self.trainer.start_iter
         num_epochs = math.ceil(self.trainer.max_iter / options["epoch_iters"])
-        self._check_unchanged("num_epochs", num_epochs)
+        self._check_unchanged({"num_epochs": num_epochs})
         options["num_epochs"] = num_epochs
+        self._schedule = AlphaSchedule(options["alpha_final"], num_epochs, options["schedule"])
         logger.info("PS-KD: %s", ", ".join(f"{name} {value}" for name, value in options.items()))
         if num_epochs == 1:
             logger.warning("PS-KD: the training is one epoch long, and the first has no teacher")
@@ -140,29 +148,25 @@ class PSKDHook(HookBase):
         return start % self._options["epoch_iters"] == 0 or self._pskd.snapshot.available
 
     def before_step(self) -> None:
-        iteration, options = self.trainer.iter, self._options
-        epoch = iteration // options["epoch_iters"] + 1
+        iteration, epoch_iters = self.trainer.iter, self._options["epoch_iters"]
+        epoch = iteration // epoch_iters + 1
         if epoch == self._epoch:
             return
-        if iteration and iteration % options["epoch_iters"] == 0:
+        if iteration and iteration % epoch_iters == 0:
             self._refresh()
-        schedule = SCHEDULES[options["schedule"]]
-        alpha = schedule(epoch, options["num_epochs"], options["alpha_final"])
-        # There is nothing to learn from in the first epoch.
-        self._epoch, self._pskd.alpha = epoch, alpha if epoch > 1 else 0.0
+        self._epoch, self._pskd.alpha = epoch, self._schedule.at(epoch)
         logger.info(
-            "PS-KD: epoch %d of %d, alpha %.4f", epoch, options["num_epochs"], self._pskd.alpha
+            "PS-KD: epoch %d of %d, alpha %.4f", epoch, self._schedule.num_epochs, self._pskd.alpha
         )
 
     def _refresh(self) -> None:
         if self._pskd.memory is not None:
             self._pskd.memory.next_epoch()
-        elif self._options["alpha_final"]:
+        elif self._has_snapshot:
             self._pskd.snapshot.refresh(self._student())
-            if comm.get_world_size() > 1:
-                # Detectron2 lets the statistics of batch norm drift apart, and saves the first's.
-                for buffer in self._pskd.snapshot.model.buffers():
-                    dist.broadcast(buffer, src=0)
+            # Detectron2 lets the students' statistics of batch norm drift apart, and saves the
+            # first's.
+            take_buffers_of_first_process(self._pskd.snapshot.model)
 
     def after_step(self) -> None:
         if self._pskd.memory is not None and self._checkpoint_follows():
@@ -192,19 +196,14 @@ class PSKDHook(HookBase):
         state: dict = {"options": dict(self._options)}
         if self._pskd.memory is not None:
             state["memory_file"] = self._write_memory(self._pskd.memory)
-        elif (self.trainer.iter + 1) % self._options["epoch_iters"]:
+        elif self._has_snapshot and (self.trainer.iter + 1) % self._options["epoch_iters"]:
             state["snapshot"] = self._pskd.snapshot.state_dict()
         return state
 
     def _write_memory(self, memory: AnnotationMemory) -> str:
         name = f"pskd_memory_{self.trainer.iter:07d}.pt"
-        path = self._output_dir / name
-        aside = path.with_suffix(".tmp")
-        try:
+        with written_aside(self._output_dir / name) as aside:
             torch.save(memory.state_dict(), aside)
-            os.replace(aside, path)
-        finally:
-            aside.unlink(missing_ok=True)
         return name
 
     def load_state_dict(self, state: dict) -> None:
@@ -215,26 +214,19 @@ class PSKDHook(HookBase):
                 is missing, damaged or that of another training set.
         """
         self._loaded_options = state.get("options", {})
-        for name, value in self._options.items():
-            self._check_unchanged(name, value)
+        self._check_unchanged(dict(self._options))
         if self._pskd.memory is not None:
             self._read_memory(self._pskd.memory, state.get("memory_file"))
-        elif "snapshot" in state:
-            try:
-                self._pskd.snapshot.load_state_dict(state["snapshot"], self._student())
-            except RuntimeError as error:  # a line for each parameter that does not fit
-                first = str(error).split("\n\t")[:2][-1]
-                raise ValueError(f"the checkpoint's teacher is another model's: {first}") from error
+        elif self._has_snapshot and "snapshot" in state:
+            self._pskd.snapshot.load_state_dict(state["snapshot"], self._student())
 
-    def _check_unchanged(self, name: str, value: object) -> None:
-        expected = self._loaded_options.get(name, value)
-        changeable = name in _SCHEDULE
-        if value == expected or (self._allow_schedule_change and changeable):
-            return
-        hint = " (MODEL.PSKD.ALLOW_SCHEDULE_CHANGE True allows it)" if changeable else ""
-        raise ValueError(
-            f"{name}: expected {expected!r}, with which the checkpoint was trained, got {value!r}"
-            f"{hint}"
+    def _check_unchanged(self, options: dict[str, object]) -> None:
+        check_unchanged(
+            self._loaded_options,
+            options,
+            changeable=_CHANGEABLE,
+            allowed=self._allow_schedule_change,
+            allowed_by="MODEL.PSKD.ALLOW_SCHEDULE_CHANGE True",
         )
 
     def _read_memory(self, memory: AnnotationMemory, name: str | None) -> None:

@@ -7,6 +7,7 @@ Such a config is one of Detectron2's with ``model.roi_heads._target_`` set to a 
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from typing import Any
@@ -17,7 +18,9 @@ from detectron2.engine import default_setup, default_writers, hooks
 from detectron2.engine.defaults import create_ddp_model
 from detectron2.evaluation import DatasetEvaluators, inference_on_dataset, print_csv_format
 from detectron2.utils import comm
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from pskd_detection import write_results
 
 from pskd_detectron2.config import recipe_path
@@ -35,9 +38,17 @@ from pskd_detectron2.data import (
 from pskd_detectron2.evaluation import ConfidenceEvaluator, ground_truth_rois
 from pskd_detectron2.hooks import PSKDHook
 from pskd_detectron2.resume import AsideCheckpointer, same_random_state_after
-from pskd_detectron2.trainer import ddp_options, seconds_per_iteration, step_trainer
+from pskd_detectron2.state import PSKDState
+from pskd_detectron2.trainer import (
+    ddp_options,
+    epoch_length,
+    seconds_per_iteration,
+    step_trainer,
+)
 
 __all__ = ["load_recipe", "run_lazy"]
+
+logger = logging.getLogger("detectron2." + __name__)
 
 
 def load_recipe(name: str) -> DictConfig:
@@ -50,9 +61,14 @@ def run_lazy(args) -> None:
     """Train or evaluate; ``args`` are those of Detectron2's default parser.
 
     Raises:
-        ValueError: for options that PS-KD does not have.
+        ValueError: for overrides that are none, or options that PS-KD does not have.
     """
-    cfg = LazyConfig.apply_overrides(LazyConfig.load(args.config_file), args.opts)
+    cfg = LazyConfig.load(args.config_file)
+    try:
+        cfg = LazyConfig.apply_overrides(cfg, args.opts)
+    except (HydraException, OmegaConfBaseException) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"expected overrides as path.key=value: {reason}") from error
     use_specs(cfg, args.train, args.test)
     check_data(cfg)
     default_setup(cfg, args)
@@ -67,7 +83,8 @@ def run_lazy(args) -> None:
     if comm.is_main_process():
         seed = OmegaConf.select(cfg, "train.seed", default=-1)
         results = {"command": sys.argv, "seed": seed} | results
-        write_results(cfg.train.output_dir, results, evaluation=args.eval_only)
+        path = write_results(cfg.train.output_dir, results, evaluation=args.eval_only)
+        logger.info("results: %s", path)
 
 
 def use_specs(cfg: DictConfig, train: str | None, test: str | None) -> None:
@@ -179,9 +196,22 @@ def _name(target) -> str:
 
 
 def pskd_hook(cfg: DictConfig, model) -> PSKDHook | None:
-    """Build the hook of ``train.pskd``; None if the config has no such section."""
+    """Build the hook of ``train.pskd``; None if the config has no such section.
+
+    Args:
+        cfg: a LazyConfig.
+        model: built from it; may be wrapped in DDP.
+
+    Raises:
+        ValueError: for options that `PSKDHook` does not have or refuses, a model without PSKD
+            heads, or a training set that would stop the run later.
+    """
     section = OmegaConf.select(cfg, "train.pskd")
     if section is None:
+        heads = getattr(getattr(model, "module", model), "roi_heads", None)
+        state = getattr(heads, "pskd", None)
+        if isinstance(state, PSKDState) and state.enabled:
+            logger.warning("train.pskd is missing: the PSKD head trains without a teacher")
         return None
     options: dict[str, Any] = dict(section)
     dicts = instantiate(cfg.dataloader.train.dataset)
@@ -189,7 +219,8 @@ def pskd_hook(cfg: DictConfig, model) -> PSKDHook | None:
     check_classes(_names(cfg, "train"), heads.num_classes)  # known when the data is loaded
     check_records(dicts, heads.num_classes, masks=bool(heads.get("mask_head")))
     if not options.get("epoch_iters"):
-        options["epoch_iters"] = max(1, len(dicts) // cfg.dataloader.train.total_batch_size)
+        batch = cfg.dataloader.train.total_batch_size
+        options["epoch_iters"] = epoch_length(len(dicts), batch)
     try:
         return PSKDHook(
             model,

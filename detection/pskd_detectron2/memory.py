@@ -11,8 +11,9 @@ import zlib
 from collections.abc import Mapping
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
+
+from pskd.distributed import is_first, sum_over_processes
 
 __all__ = ["AnnotationMemory"]
 
@@ -74,7 +75,7 @@ class AnnotationMemory:
         A collective: all processes call it, before one of them saves.
         """
         self._add_up()
-        if dist.is_available() and dist.is_initialized() and dist.get_rank():
+        if not is_first():
             self.forget_unfinished_epoch()
 
     def forget_unfinished_epoch(self) -> None:
@@ -83,9 +84,8 @@ class AnnotationMemory:
         self._counts.zero_()
 
     def _add_up(self) -> None:
-        if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(self._sums)
-            dist.all_reduce(self._counts)
+        self._sums = sum_over_processes(self._sums)
+        self._counts = sum_over_processes(self._counts)
 
     def state_dict(self) -> dict[str, str | int | Tensor]:
         """Return everything, this process's part of the unfinished epoch included, on the CPU."""

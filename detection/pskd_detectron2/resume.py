@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import os
 import random
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.data.samplers import TrainingSampler
 from detectron2.engine import HookBase
+
+from pskd.run.files import written_aside
 
 __all__ = [
     "AsideCheckpointer",
@@ -105,24 +107,14 @@ def _set_random_state(state: dict) -> None:
 class AsideCheckpointer(DetectionCheckpointer):
     """`DetectionCheckpointer` that writes aside and renames: a stop leaves no half-written file."""
 
-    _SUFFIX = ".tmp"
-
     def save(self, name: str, **kwargs) -> None:
-        try:
-            super().save(name + self._SUFFIX, **kwargs)
-        except BaseException:
-            aside = os.path.join(self.save_dir, f"{name}{self._SUFFIX}.pth")
-            if os.path.exists(aside):
-                os.remove(aside)
-            raise
+        if not self.save_dir or not self.save_to_disk:
+            return
+        path = Path(self.save_dir, f"{name}.pth")
+        with written_aside(path) as aside:
+            super().save(aside.stem, **kwargs)
+        with written_aside(path.with_name("last_checkpoint")) as aside:
+            aside.write_text(path.name)
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
-        """Called by ``save`` when the file is whole."""
-        final = last_filename_basename.replace(self._SUFFIX + ".pth", ".pth")
-        os.replace(
-            os.path.join(self.save_dir, last_filename_basename), os.path.join(self.save_dir, final)
-        )
-        tag = os.path.join(self.save_dir, "last_checkpoint")
-        with open(tag + self._SUFFIX, "w") as file:
-            file.write(final)
-        os.replace(tag + self._SUFFIX, tag)
+        """Called by the stock ``save`` before the file has its name: `save` writes the tag."""

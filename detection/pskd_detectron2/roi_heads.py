@@ -38,7 +38,11 @@ class _PSKDHeads(_Stock):
     Args:
         pskd_enabled: False trains as the stock heads do.
         pskd_foreground_only: background ROIs keep their hard target.
-        pskd_label_smoothing: torch's, of the hard part, over all K + 1 classes.
+        pskd_label_smoothing: torch's, of the hard part, over all K + 1 classes; 0 with a sigmoid
+            head.
+
+    Raises:
+        ValueError: as `PSKDFastRCNNOutputLayers.adopt`.
     """
 
     @configurable

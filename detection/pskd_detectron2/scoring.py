@@ -20,6 +20,9 @@ def class_logits(
         features: of the batch, as the backbone returns them.
         proposals: one an image, with ``proposal_boxes``; R boxes together.
         stage: of a cascade.
+
+    Raises:
+        ValueError: for heads of another kind.
     """
     names = heads.in_features if isinstance(heads, Res5ROIHeads) else heads.box_in_features
     maps = [features[name] for name in names]

@@ -13,8 +13,10 @@ detectron2:COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml; a ``.py`` is a LazyConfi
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
+from collections.abc import Sequence
 
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
@@ -23,10 +25,14 @@ from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 from pskd_detection import add_dataset_arguments, write_results
 
+from pskd.run.program import exit_status
 from pskd_detectron2 import Trainer, load_config, register_spec
 from pskd_detectron2.config import recipe_path
 from pskd_detectron2.lazy import run_lazy
 from pskd_detectron2.trainer import check_config
+
+PROGRAM = "train_net"
+logger = logging.getLogger("detectron2.pskd_detectron2.train_net")
 
 
 def setup(args) -> CfgNode:
@@ -82,28 +88,34 @@ def main(args) -> None:
         trainer.train()  # its last hook evaluates
         results |= trainer.results()
     if comm.is_main_process():
-        write_results(cfg.OUTPUT_DIR, results, evaluation=args.eval_only)
+        path = write_results(cfg.OUTPUT_DIR, results, evaluation=args.eval_only)
+        logger.info("results: %s", path)
 
 
-def parse(argv: list[str] | None = None):
+def parse(argv: Sequence[str] | None = None):
     parser = default_argument_parser(epilog=__doc__)
     add_dataset_arguments(parser, required=False)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    # All that follows the first KEY is taken for keys and values.
+    flags = [word for word in args.opts if word.startswith("--")]
+    if flags:
+        parser.error(f"expected flags before KEY VALUE, got {flags[0]} after {args.opts[0]}")
+    return args
 
 
-def run() -> None:
-    """Train or evaluate as the command line says, in as many processes as it names."""
+def run(argv: Sequence[str] | None = None) -> int:
+    """Train or evaluate as the command line says, in as many processes as it names.
+
+    Returns:
+        The exit status. Of one process, what the user can mend is told in one line; an error in
+        one of several comes with its traceback.
+    """
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    args = parse()
-    launch(
-        main,
-        args.num_gpus,
-        num_machines=args.num_machines,
-        machine_rank=args.machine_rank,
-        dist_url=args.dist_url,
-        args=(args,),
-    )
+    args = parse(argv)
+    options = ("num_machines", "machine_rank", "dist_url")
+    chosen = {name: getattr(args, name) for name in options}
+    return exit_status(PROGRAM, lambda: launch(main, args.num_gpus, **chosen, args=(args,)))
 
 
 if __name__ == "__main__":
-    run()
+    sys.exit(run())

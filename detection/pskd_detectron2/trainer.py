@@ -24,7 +24,7 @@ from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 from pskd_detection.confidence import SCORE_THRESHOLD
 
-from pskd_detectron2.config import check_pskd_config
+from pskd_detectron2.config import check_pskd_config, warn_of_unused_keys
 from pskd_detectron2.data import (
     PSKDDatasetMapper,
     check_classes,
@@ -44,7 +44,7 @@ from pskd_detectron2.resume import (
     same_random_state_after,
 )
 
-__all__ = ["CPUAMPTrainer", "Trainer", "epoch_iters", "step_trainer"]
+__all__ = ["CPUAMPTrainer", "Trainer", "epoch_iters", "epoch_length", "step_trainer"]
 
 logger = logging.getLogger("detectron2." + __name__)
 
@@ -86,6 +86,7 @@ class Trainer(DefaultTrainer):
         TrainerBase.__init__(self)
         cfg = self.auto_scale_workers(cfg, comm.get_world_size())
         check_config(cfg)
+        warn_of_unused_keys(cfg)
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
         loader = self.build_train_loader(cfg)
@@ -252,4 +253,9 @@ def epoch_iters(cfg: CfgNode, num_images: int) -> int:
             "MODEL.PSKD.EPOCH_ITERS: expected a number of iterations with DATALOADER.SAMPLER_TRAIN "
             f"{cfg.DATALOADER.SAMPLER_TRAIN}, whose epochs have no size of their own, got 0"
         )
-    return max(1, num_images // cfg.SOLVER.IMS_PER_BATCH)
+    return epoch_length(num_images, cfg.SOLVER.IMS_PER_BATCH)
+
+
+def epoch_length(num_images: int, images_per_iteration: int) -> int:
+    """Return the iterations in which a stream draws every image once, at least 1."""
+    return max(1, num_images // images_per_iteration)

@@ -6,8 +6,7 @@ import logging
 
 from torch import nn
 
-from pskd.distributed import take_buffers_of_first_process
-from pskd.schedule import SCHEDULES, check_alpha
+from pskd.schedule import SCHEDULE_OPTIONS, AlphaSchedule, check_unchanged
 from pskd_torchvision.state import PSKDState
 
 __all__ = ["PSKDEpochs"]
@@ -27,7 +26,7 @@ class PSKDEpochs:
         alpha_final: weight of the teacher at the end of training (the paper's alpha_T); 0 trains as
             torchvision does.
         schedule: ``"linear"``, ``"constant"`` or ``"cosine"``.
-        allow_schedule_change: resume with other options than those of the checkpoint.
+        allow_schedule_change: resume with another alpha, schedule or length than the checkpoint's.
 
     Raises:
         ValueError: for an option out of range, or a model without PSKD heads.
@@ -46,13 +45,8 @@ class PSKDEpochs:
         heads = getattr(self._model, "roi_heads", None)
         if heads is None or not isinstance(getattr(heads, "pskd", None), PSKDState):
             raise ValueError("model: expected one that has gone through add_pskd, got another")
-        if num_epochs < 1:
-            raise ValueError(f"num_epochs: expected 1 or more, got {num_epochs}")
-        if schedule not in SCHEDULES:
-            raise ValueError(f"schedule: expected one of {', '.join(SCHEDULES)}, got {schedule!r}")
+        self._schedule = AlphaSchedule(alpha_final, num_epochs, schedule)
         self._pskd: PSKDState = heads.pskd
-        self._alpha_final = check_alpha(alpha_final, "alpha_final")
-        self._num_epochs, self._schedule = num_epochs, schedule
         self._allow_schedule_change = allow_schedule_change
         self._epoch = 0  # none yet
 
@@ -65,26 +59,21 @@ class PSKDEpochs:
         Raises:
             ValueError: if it is none of them, or not the one after the last.
         """
-        if not 1 <= epoch <= self._num_epochs:
-            raise ValueError(f"epoch: expected one of 1 to {self._num_epochs}, got {epoch}")
-        if self._epoch and epoch != self._epoch + 1:
-            raise ValueError(f"epoch: expected {self._epoch + 1} after the last, got {epoch}")
-        self._epoch = epoch
-        if not self._alpha_final:
+        schedule = self._schedule
+        schedule.check_next(epoch, self._epoch)
+        self._epoch, self._pskd.alpha = epoch, schedule.at(epoch)
+        if not schedule.alpha_final:
             return
-        # There is nothing to learn from in the first epoch.
-        if epoch > 1:
+        if epoch > 1:  # before the first epoch the weights are random
             self._refresh()
-            schedule = SCHEDULES[self._schedule]
-            self._pskd.alpha = schedule(epoch, self._num_epochs, self._alpha_final)
-        logger.info("PS-KD: epoch %d of %d, alpha %.4f", epoch, self._num_epochs, self._pskd.alpha)
+        logger.info(
+            "PS-KD: epoch %d of %d, alpha %.4f", epoch, schedule.num_epochs, self._pskd.alpha
+        )
 
     def _refresh(self) -> None:
-        # Batch norm's statistics differ between processes, and one teacher is the same in all.
-        take_buffers_of_first_process(self._model)
         # The RPN of the teacher is never asked for.
         student = {name: self._model.get_submodule(name) for name in ("backbone", "roi_heads")}
-        self._pskd.snapshot.refresh(nn.ModuleDict(student))
+        self._pskd.snapshot.refresh_in_all(nn.ModuleDict(student))
 
     def take_means(self) -> dict[str, float]:
         """Return ``pskd/alpha`` and what the teacher did since the last call, for a log.
@@ -93,19 +82,14 @@ class PSKDEpochs:
         ROIs that have a teacher, ``pskd/gradient_rescaling`` is the factor on their gradients. Of
         the baseline there is nothing to tell.
         """
-        if not self._alpha_final:
+        if not self._schedule.alpha_final:
             return {}
         return {"pskd/alpha": self._pskd.alpha} | self._pskd.means.take()
 
     def _options(self) -> dict[str, object]:
         """Return what makes two trainings different ones; of the baseline all but one is unused."""
-        options: dict[str, object] = {
-            "alpha_final": self._alpha_final,
-            "label_smoothing": self._pskd.label_smoothing,
-        }
-        if self._alpha_final:
-            options["schedule"] = self._schedule
-            options["num_epochs"] = self._num_epochs
+        options = self._schedule.options() | {"label_smoothing": self._pskd.label_smoothing}
+        if self._schedule.alpha_final:
             options["foreground_only"] = self._pskd.foreground_only
         return options
 
@@ -117,14 +101,13 @@ class PSKDEpochs:
         """Go on after the epoch of the state; the model's weights must be loaded too.
 
         Raises:
-            ValueError: if the options changed.
+            ValueError: if the options changed, those of the schedule unless that is allowed.
         """
-        trained = state["options"]
-        for name, value in self._options().items():
-            expected = trained.get(name, value)
-            if value != expected and not self._allow_schedule_change:
-                raise ValueError(
-                    f"{name}: expected {expected!r}, with which the checkpoint was trained, got "
-                    f"{value!r} (--pskd-allow-schedule-change allows it)"
-                )
+        check_unchanged(
+            state["options"],
+            self._options(),
+            changeable=SCHEDULE_OPTIONS,
+            allowed=self._allow_schedule_change,
+            allowed_by="allow_schedule_change",
+        )
         self._epoch = state["epoch"]
