@@ -30,15 +30,15 @@ def write_report(
 
     Raises:
         ImportError: matplotlib is missing.
-        ValueError: a folder that holds no run, files that are not what docs/report.md says, or a
-            file for ``out``; nothing is written then.
-        OSError: a file that cannot be read or written.
+        ValueError: a folder that holds no run or files that are not what docs/report.md says;
+            nothing is written then.
+        OSError: a file that cannot be read or written, or is in the place of ``out``.
     """
     if preset not in PRESETS:
         raise ValueError(f"preset: expected one of {', '.join(PRESETS)}, got {preset!r}")
     chosen, folder = PRESETS[preset], Path(out)
     if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{folder}: expected a folder to write to, got a file")
+        raise NotADirectoryError(f"{folder}: expected a folder to write to, got a file")
     tables = make_tables(read_runs(runs), chosen)
     page = make_page(tables, chosen)
     folder.mkdir(parents=True, exist_ok=True)

@@ -92,6 +92,7 @@ reported(
     "run --out report",
     f"{ERROR}report: expected a folder to write to, got a file",
     lambda: Path("report").write_text("notes"),
+    ends=1,
 )
 spoiled("results.json cut off", "results.json", "expected JSON, got ...", '{"task": "cl')
 spoiled("results.json of a list", "results.json", "expected a JSON object, got list", "[1]")

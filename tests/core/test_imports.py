@@ -34,8 +34,8 @@ OTHERS = {
     "pskd_classification": {"torchvision"},
     "pskd_detection": set(),
     "pskd_torchvision": {"torchvision"},
-    # Its configuration is Detectron2's: omegaconf in a LazyConfig.
-    "pskd_detectron2": {"detectron2", "omegaconf"},
+    # Its configuration is Detectron2's: omegaconf in a LazyConfig, whose overrides hydra reads.
+    "pskd_detectron2": {"detectron2", "hydra", "omegaconf"},
 }
 #: The adapters that are one module, and the framework of each.
 MODULES = {"pskd_lightning": "lightning", "pskd_transformers": "transformers"}
