@@ -66,10 +66,14 @@ class _CrossEntropy(torch.autograd.Function):
 
 def _check(
     logits: Tensor,
+    target: Tensor,
     teacher_probs: Tensor | TopK | None,
     teacher_logits: Tensor | None,
     reduction: str,
 ) -> None:
+    for name, value in (("logits", logits), ("target", target)):
+        if not isinstance(value, Tensor):
+            raise ValueError(f"{name}: expected a tensor, got {type(value).__name__}")
     if logits.dim() != 2 or not logits.dtype.is_floating_point:
         raise ValueError(
             f"logits: expected a floating-point tensor of shape (N, C), got {logits.dtype} of "
@@ -164,7 +168,7 @@ def pskd_cross_entropy(
     Source: Kim et al. 2021, section 3.1; the contract is that of
     `torch.nn.functional.cross_entropy`.
     """
-    _check(logits, teacher_probs, teacher_logits, reduction)
+    _check(logits, target, teacher_probs, teacher_logits, reduction)
     given = teacher_probs if teacher_logits is None else teacher_logits
     if target.dim() == 1 and target.size(0) != logits.size(0):
         raise ValueError(f"target: expected {logits.size(0)} labels, got {target.size(0)}")

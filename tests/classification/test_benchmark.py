@@ -62,8 +62,9 @@ def test_with_the_same_past_the_three_teachers_train_alike(benchmark, bench):
     bench.begin_second_epoch()
     losses = train(benchmark, bench)
     trained = weights(bench, "published")
-    # The memory's probabilities are rounded to float16: to a part in 2,000 of themselves.
-    for name, loss_off, weight_off in (("snapshot", 1e-5, 1e-5), ("memory", 1e-4, 1e-3)):
+    # Sums in another order are rounded otherwise, and steps widen that. The memory's probabilities
+    # are rounded to float16 too: to a part in 2,000 of themselves.
+    for name, loss_off, weight_off in (("snapshot", 1e-5, 1e-4), ("memory", 1e-4, 1e-3)):
         torch.testing.assert_close(losses[name], losses["published"], rtol=loss_off, atol=1e-6)
         torch.testing.assert_close(weights(bench, name), trained, rtol=1e-4, atol=weight_off)
     assert ((losses[benchmark.BASE] - losses["published"]).abs() > 0.01).all()

@@ -927,6 +927,8 @@ REFUSED = [
     ({"reduction": "avg"}, "reduction: expected 'none', 'mean' or 'sum', got 'avg'"),
     ({"reduction": None}, "reduction: expected 'none', 'mean' or 'sum', got None"),
     ({"teacher_logits": LOGITS}, "expected teacher_probs or teacher_logits, got both"),
+    ({"logits": (LOGITS,)}, "logits: expected a tensor, got tuple"),
+    ({"target": [0, 2]}, "target: expected a tensor, got list"),
     (
         {"logits": torch.zeros(3)},
         "logits: expected a floating-point tensor of shape (N, C), got torch.float32 of shape (3,)",
