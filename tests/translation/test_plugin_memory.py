@@ -17,6 +17,7 @@ from conftest import (  # noqa: E402
     continued_from,
     same,
 )
+from pskd_fairseq.checkpoint import ENTRY  # noqa: E402
 
 # The toy corpus's 40 words, fairseq's four and its filling to a multiple of 8: the past is whole.
 MEMORY = ["--pskd-teacher", "memory", "--pskd-top-k", "48", "--max-epoch", str(EPOCHS)]
@@ -137,9 +138,14 @@ def test_a_memory_file_that_cannot_be_used_is_refused(fairseq, whole, damage, pa
     fairseq.train(name, *MEMORY, *SAVES).expect_refusal(str(file), *parts)
 
 
-def test_inside_an_epoch_the_memory_must_be_there(fairseq, straight):
-    name = "memory_from_snapshot"
-    continued_from(straight.save_dir / "checkpoint2.pt", fairseq.folder / name)
+def test_a_training_without_pskd_goes_on_with_an_empty_memory(fairseq, straight):
+    name = "memory_from_baseline"
+    last = continued_from(straight.save_dir / "checkpoint2.pt", fairseq.folder / name)
+    state = torch.load(last / "checkpoint_last.pt", weights_only=False)
+    for of_task in state["extra_state"].values():
+        if isinstance(of_task, dict):
+            of_task.pop(ENTRY, None)  # fairseq's own criterion leaves none
+    torch.save(state, last / "checkpoint_last.pt")
     run = fairseq.train(name, *MEMORY).expect_success()
     assert "no predictions of an earlier epoch: hard targets in this one" in run.output
     assert run.column("teacher_coverage") == [1.0]  # of the epoch after
