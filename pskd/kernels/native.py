@@ -19,7 +19,7 @@ __all__ = ["is_built", "native_rows", "serves"]
 
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 # Fewer logits than this for each thread are done before a second thread has woken up.
-_LOGITS_A_THREAD = 1 << 15
+_LOGITS_A_THREAD = 1 << 14
 _REDUCTIONS = {"none": 0, "sum": 1, "mean": 2}
 _NO_MEMORY = 4
 _NOTHING = torch.empty(0)
@@ -79,7 +79,7 @@ def serves(rows: Rows) -> bool:
     """Return whether the compiled form is there and takes these rows: on the CPU, no float64."""
     teacher = rows.teacher_logits if rows.probs is None else rows.probs
     return (
-        rows.logits.device.type == "cpu"
+        rows.logits.is_cpu
         and rows.logits.dtype in _TYPES
         and (teacher is None or teacher.dtype in _TYPES)
         and is_built()
