@@ -73,8 +73,8 @@ def scaled(grad: Tensor, factor: Tensor) -> Tensor:
         return (matrix * factor).to(grad.dtype).view_as(grad)
     # Only a graph that is kept is asked for the saved gradient again.
     kept = torch._C._autograd._get_current_graph_task_keep_graph()
-    if grad.is_cuda:
-        return _scaled_on_gpu(matrix.clone() if kept else matrix, factor).view_as(grad)
+    if not grad.is_cpu:
+        return _scaled_on_device(matrix.clone() if kept else matrix, factor).view_as(grad)
     product = torch.empty_like(matrix) if kept else matrix
     step = max(1, _CHUNK_ELEMENTS // max(1, matrix.size(1)))
     parts = (part.split(step) for part in (matrix, factor.expand(len(matrix), 1), product))
@@ -83,8 +83,8 @@ def scaled(grad: Tensor, factor: Tensor) -> Tensor:
     return product.view_as(grad)
 
 
-def _scaled_on_gpu(matrix: Tensor, factor: Tensor) -> Tensor:
-    if not has_triton():
+def _scaled_on_device(matrix: Tensor, factor: Tensor) -> Tensor:
+    if not (matrix.is_cuda and has_triton()):
         return torch.mul(matrix, factor, out=matrix)
     from pskd.kernels.triton_rows import triton_scale
 

@@ -126,48 +126,18 @@ struct Sums {
   double dot = 0.0;      // of the teacher's times z - max
 };
 
-// Sums of exp(z - max), which are left in e where it is given; e may be z.
-EACH_PROCESSOR void hard_sums(const float* z, float max, int64_t n, float* e, Sums& sums) {
-  for (int64_t start = 0; start < n; start += kBlock) {
-    const int64_t end = std::min(n, start + kBlock);
-    float exps = 0.0f;
-    if (e) {
-#pragma omp simd reduction(+ : exps)
-      for (int64_t i = start; i < end; ++i) {
-        const float x = exp_nonpositive(z[i] - max);
-        e[i] = x;
-        exps += x;
-      }
-    } else {
-#pragma omp simd reduction(+ : exps)
-      for (int64_t i = start; i < end; ++i) exps += exp_nonpositive(z[i] - max);
-    }
-    sums.exps += exps;
-  }
-}
-
-// As hard_sums, with what a share of the mass needs that is spread evenly over classes.
-EACH_PROCESSOR void spread_sums(const float* z, float max, int64_t n, float* e, Sums& sums) {
+// Sums of exp(z - max), which are left in e, and of z - max; e may be z.
+EACH_PROCESSOR void student_sums(const float* z, float max, int64_t n, float* e, Sums& sums) {
   for (int64_t start = 0; start < n; start += kBlock) {
     const int64_t end = std::min(n, start + kBlock);
     float exps = 0.0f, shifted = 0.0f, infinite = 0.0f;
-    if (e) {
 #pragma omp simd reduction(+ : exps, shifted, infinite)
-      for (int64_t i = start; i < end; ++i) {
-        const float t = z[i] - max, x = exp_nonpositive(t);
-        e[i] = x;
-        exps += x;
-        shifted += t == -kInfinity ? 0.0f : t;
-        infinite += t == -kInfinity ? 1.0f : 0.0f;
-      }
-    } else {
-#pragma omp simd reduction(+ : exps, shifted, infinite)
-      for (int64_t i = start; i < end; ++i) {
-        const float t = z[i] - max;
-        exps += exp_nonpositive(t);
-        shifted += t == -kInfinity ? 0.0f : t;
-        infinite += t == -kInfinity ? 1.0f : 0.0f;
-      }
+    for (int64_t i = start; i < end; ++i) {
+      const float t = z[i] - max, x = exp_nonpositive(t);
+      e[i] = x;
+      exps += x;
+      shifted += t == -kInfinity ? 0.0f : t;
+      infinite += t == -kInfinity ? 1.0f : 0.0f;
     }
     sums.exps += exps;
     sums.shifted += shifted;
@@ -175,33 +145,21 @@ EACH_PROCESSOR void spread_sums(const float* z, float max, int64_t n, float* e, 
   }
 }
 
-// As spread_sums, with a teacher's probabilities.
+// As student_sums, with a teacher's probabilities.
 EACH_PROCESSOR void dense_sums(const float* z, float max, const float* p, int64_t n, float* e,
                                Sums& sums) {
   for (int64_t start = 0; start < n; start += kBlock) {
     const int64_t end = std::min(n, start + kBlock);
     float exps = 0.0f, shifted = 0.0f, infinite = 0.0f, probs = 0.0f, dot = 0.0f;
-    if (e) {
 #pragma omp simd reduction(+ : exps, shifted, infinite, probs, dot)
-      for (int64_t i = start; i < end; ++i) {
-        const float t = z[i] - max, x = exp_nonpositive(t);
-        e[i] = x;
-        exps += x;
-        shifted += t == -kInfinity ? 0.0f : t;
-        infinite += t == -kInfinity ? 1.0f : 0.0f;
-        probs += p[i];
-        dot += p[i] == 0.0f ? 0.0f : p[i] * t;  // 0 * -infinity is 0 here
-      }
-    } else {
-#pragma omp simd reduction(+ : exps, shifted, infinite, probs, dot)
-      for (int64_t i = start; i < end; ++i) {
-        const float t = z[i] - max;
-        exps += exp_nonpositive(t);
-        shifted += t == -kInfinity ? 0.0f : t;
-        infinite += t == -kInfinity ? 1.0f : 0.0f;
-        probs += p[i];
-        dot += p[i] == 0.0f ? 0.0f : p[i] * t;
-      }
+    for (int64_t i = start; i < end; ++i) {
+      const float t = z[i] - max, x = exp_nonpositive(t);
+      e[i] = x;
+      exps += x;
+      shifted += t == -kInfinity ? 0.0f : t;
+      infinite += t == -kInfinity ? 1.0f : 0.0f;
+      probs += p[i];
+      dot += p[i] == 0.0f ? 0.0f : p[i] * t;  // 0 * -infinity is 0 here
     }
     sums.exps += exps;
     sums.shifted += shifted;
@@ -299,14 +257,14 @@ class Row {
     }
     const double alpha = call_.alpha_rows ? call_.alpha_rows[row_] : call_.alpha;
     z_ = as_float(call_.logits, call_.logits_type, row_ * call_.logits_stride, classes_, scratch_.z);
-    g_ = gradient_buffer();
+    g_ = exponentials_row();
     max_ = largest(z_, classes_);
     const double label_shifted = z_[label] - max_;
     const double smoothing = call_.label_smoothing, hard = 1.0 - alpha;
     const bool soft = call_.teacher && (alpha != 0.0 || call_.teacher_at_label);
     Teacher teacher;
     if (!soft) {
-      student_sums(smoothing != 0.0);
+      student_sums(z_, max_, classes_, g_, sums_);
     } else if (call_.indices) {
       teacher = sparse(label);
     } else {
@@ -318,7 +276,7 @@ class Row {
     const double soft_loss = teacher.mass * lse - teacher.expectation;
     if (call_.nll) call_.nll[row_] = float(nll);
     if (call_.teacher_at_label) call_.teacher_at_label[row_] = float(teacher.at_label);
-    if (g_) write_gradient(alpha, soft && alpha != 0.0, teacher, label);
+    if (call_.grad) write_gradient(alpha, soft && alpha != 0.0, teacher, label);
     return float(weighted(hard * (1.0 - smoothing), nll) + weighted(hard * smoothing, even) +
                  weighted(alpha, soft_loss));
   }
@@ -339,21 +297,18 @@ class Row {
     return const_cast<void*>(row_of(call_.grad, call_.logits_type, row_ * call_.grad_stride));
   }
 
-  float* gradient_buffer() {
-    if (!call_.grad) return nullptr;
-    // Of half precision the gradient is made over the converted logits, and stored at the end.
-    return call_.logits_type == kFloat32 ? static_cast<float*>(grad_row()) : scratch_.z.data();
+  // Where the exponentials are kept and become the gradient: its own row, or scratch where none is
+  // wanted or it is of half precision, which is made over the converted logits and stored then.
+  float* exponentials_row() {
+    if (call_.grad && call_.logits_type == kFloat32) return static_cast<float*>(grad_row());
+    scratch_.z.resize(classes_);
+    return scratch_.z.data();
   }
 
   void ignore() {
     if (call_.nll) call_.nll[row_] = 0.0f;
     if (call_.teacher_at_label) call_.teacher_at_label[row_] = 1.0f;
     if (call_.grad) std::memset(grad_row(), 0, classes_ * (call_.logits_type == kFloat32 ? 4 : 2));
-  }
-
-  void student_sums(bool spread) {
-    if (spread) spread_sums(z_, max_, classes_, g_, sums_);
-    else hard_sums(z_, max_, classes_, g_, sums_);
   }
 
   Teacher dense(int64_t label) {
@@ -390,7 +345,7 @@ class Row {
     }
     teacher.tail = others ? std::max(0.0, 1.0 - listed) / others : 0.0;
     if (!label_is_listed) teacher.at_label = teacher.tail;
-    student_sums(teacher.tail > 0.0 || call_.label_smoothing != 0.0);
+    student_sums(z_, max_, classes_, g_, sums_);
     const double rest = sums_.infinite > listed_infinite ? -kInfinity : sums_.shifted - listed_shifted;
     teacher.expectation = expectation + weighted(teacher.tail, rest);
     teacher.mass = listed + teacher.tail * others;

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pskd.targets import check_labels, check_row_weights
 
-__all__ = ["RowValues", "Rows", "check_values", "sum_dtype"]
+__all__ = ["RowValues", "Rows", "check_devices", "check_values", "sum_dtype"]
 
 
 class Rows(NamedTuple):
@@ -59,6 +59,14 @@ class RowValues(NamedTuple):
 def sum_dtype(logits: Tensor) -> torch.dtype:
     """Return the dtype that sums over classes are made in: half precision is raised to float32."""
     return torch.float64 if logits.dtype == torch.float64 else torch.float32
+
+
+def check_devices(rows: Rows) -> None:
+    """Raise ValueError unless all tensors lie where the logits do: they are read by address."""
+    expected = rows.logits.device
+    for name, value in zip(rows._fields, rows, strict=True):
+        if isinstance(value, Tensor) and value.device != expected:
+            raise ValueError(f"{name}: expected a tensor on {expected}, got one on {value.device}")
 
 
 def check_values(rows: Rows) -> None:

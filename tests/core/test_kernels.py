@@ -320,6 +320,22 @@ def test_bad_values_cost_no_logits(backend, changed, message):
     assert torch.equal(logits, leaf)
 
 
+@pytest.mark.parametrize(
+    "elsewhere",
+    [
+        {"target": torch.zeros(2, dtype=torch.int64, device="meta")},
+        {"teacher_probs": torch.zeros(2, 6, device="meta")},
+        {"teacher_probs": None, "teacher_logits": torch.zeros(2, 6, device="meta")},
+        {"teacher_probs": TopK(torch.zeros(2, 1).long().to("meta"), torch.zeros(2, 1))},
+        {"alpha": torch.zeros(2, device="meta")},
+    ],
+)
+def test_a_tensor_on_another_device_is_named_and_not_read_by_its_address(backend, elsewhere):
+    given = {"target": torch.tensor([0, 1]), "teacher_probs": torch.full((2, 6), 1 / 6)}
+    with pytest.raises(ValueError, match="expected a tensor on cpu, got one on meta"):
+        pskd_cross_entropy(torch.zeros(2, 6), **{**given, "alpha": 0.5, **elsewhere})
+
+
 # -- Other ways to differentiate -------------------------------------------------------------------
 
 
