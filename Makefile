@@ -37,7 +37,8 @@ lint: setup
 
 setup: .venv/installed
 
-.venv/installed: constraints.txt pyproject.toml $(DETECTRON2)
+# The loss is compiled here: a library of other sources would read the call by other places.
+.venv/installed: constraints.txt pyproject.toml setup.py pskd/kernels/native_rows.cpp $(DETECTRON2)
 	@$(or $(PYTHON),false) -c '$(FITS)' || { echo "set-up: expected Python 3.11 or 3.12, got" \
 		"$(or $(PYTHON),neither); name one with make PYTHON=..." >&2; exit 1; }
 	@echo "[set-up 1/5] environment .venv ($$($(PYTHON) --version)), log file $(LOG)"
