@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
@@ -25,6 +26,7 @@ __all__ = [
     "Step",
     "check",
     "forms_of",
+    "peers_of",
     "steps_of",
 ]
 
@@ -120,6 +122,29 @@ def _published(logits: Tensor, target: Tensor, probs: Tensor) -> Tensor:
 def _plain(logits: Tensor, target: Tensor, probs: Tensor) -> Tensor:
     hard, soft = F.cross_entropy(logits, target), F.cross_entropy(logits, probs)
     return (1.0 - ALPHA) * hard + ALPHA * soft
+
+
+def peers_of(case: Case) -> dict[str, Form]:
+    """Return Liger-Kernel's losses between two distributions, where it is installed and runs.
+
+    They are of the past prediction alone, without labels, and start from log-probabilities, which
+    are made of the student's scores in the step; the teacher's are ready.
+    """
+    if not case.values.is_cuda or find_spec("liger_kernel") is None:
+        return {}
+    from liger_kernel.ops.jsd import LigerJSDFunction
+    from liger_kernel.ops.kl_div import LigerKLDivLossFunction
+
+    log_probs = case.teacher_logits.log_softmax(dim=1, dtype=torch.float32)
+
+    def kl(logits: Tensor) -> Tensor:
+        scores = logits.log_softmax(dim=1, dtype=torch.float32)
+        return LigerKLDivLossFunction.apply(scores, case.probs, "batchmean")
+
+    def jsd(logits: Tensor) -> Tensor:
+        return LigerJSDFunction.apply(logits.log_softmax(dim=1, dtype=torch.float32), log_probs)
+
+    return {"Liger KL": Form(kl), "Liger JSD": Form(jsd)}
 
 
 def steps_of(case: Case, forms: dict[str, Form]) -> dict[str, Step]:

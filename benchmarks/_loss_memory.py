@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from _loss_forms import COMPILED, Case, Step, forms_of, steps_of
+from _loss_forms import COMPILED, Case, Step, forms_of, peers_of, steps_of
 
 __all__ = ["Wanted", "extra_peak", "memory", "start_measuring"]
 
@@ -55,7 +55,8 @@ def start_measuring(threads: int) -> None:
 def _multiples(wanted: Wanted, device: str) -> Multiples:
     torch.manual_seed(1)
     case = Case.made_up(wanted.rows, wanted.classes, getattr(torch, wanted.dtype), device)
-    steps = steps_of(case, forms_of(case, compiled=COMPILED in wanted.names))
+    forms = forms_of(case, compiled=COMPILED in wanted.names) | peers_of(case)
+    steps = steps_of(case, forms)
     peaks = {name: extra_peak(steps[name], device) for name in wanted.names}
     found = {name: peak / case.values.nbytes for name, peak in peaks.items() if peak is not None}
     return found or None

@@ -12,7 +12,7 @@ from pskd._drawing import INK, RUN_COLORS, new_figure, save, style
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["memory_table", "plot", "time_table"]
+__all__ = ["bandwidth_table", "memory_table", "plot", "time_table"]
 
 IN_PLACE = " in place"
 MISSING = "-"
@@ -58,6 +58,14 @@ def memory_table(shapes: list[dict]) -> str:
     lines = []
     for name in _names(shapes, "seconds"):
         lines.append([name, *(f"{of[name]:.2f}" if name in of else MISSING for of in found)])
+    return _markdown(_head(shapes), lines)
+
+
+def bandwidth_table(shapes: list[dict]) -> str:
+    """Return the share of a copy's bandwidth at which pskd's forms move what they have to."""
+    lines = []
+    for name in dict.fromkeys(name for shape in shapes for name in shape["of_copy"]):
+        lines.append([name, *(f"{shape['of_copy'][name]:.2f}" for shape in shapes)])
     return _markdown(_head(shapes), lines)
 
 

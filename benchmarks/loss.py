@@ -10,6 +10,10 @@ its 16 largest classes, each also in place.
 Extra peak memory is what a step adds to the memory in use before it, over the size of the logits;
 the gradient counts. On a CPU it is read from Linux's /proc, which is too coarse for small logits.
 
+On a GPU there are also Liger-Kernel's losses between two distributions, if it is installed, and the
+share of a copy's bandwidth at which pskd's forms move what they have to: scores and past prediction
+once in, the gradient once out.
+
 The exit status says whether pskd's loss keeps to the limits below.
 
     python benchmarks/loss.py [--shapes 256x1000 ...] [--threads 1 2] [--json FILE] [--plot FILE]
@@ -25,9 +29,22 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from _loss_forms import ALPHA, BASE, COMPILED, KEPT, Case, Form, Step, check, forms_of, steps_of
+from _loss_bandwidth import copy_bandwidth, shares
+from _loss_forms import (
+    ALPHA,
+    BASE,
+    COMPILED,
+    KEPT,
+    Case,
+    Form,
+    Step,
+    check,
+    forms_of,
+    peers_of,
+    steps_of,
+)
 from _loss_memory import Wanted, memory
-from _loss_report import memory_table, plot, time_table
+from _loss_report import bandwidth_table, memory_table, plot, time_table
 from _timing import at_least, medians, new_file, quartiles, ratios_to, seconds
 
 from pskd.kernels import Rows, backend_of
@@ -38,8 +55,11 @@ CHECKED_ROWS = 8
 SAMPLE_SECONDS = 0.02  # at least, of the base; shorter ones tell of the clock
 MEASURABLE_BYTES = 1 << 24  # of logits; what a process allocates by the way is 0.2 MB
 MANY_CLASSES = 1000
-#: What pskd's loss may cost: time over cross-entropy's, memory over the logits'.
+#: What pskd's loss may cost: on a CPU time over cross-entropy's, memory over the logits'; and the
+#: least share of the copy bandwidth on a GPU, of logits that no cache holds.
 LIMITS = {"ratio": 1.0, "ratio_few_classes": 1.5, "memory": 1.05, "memory_in_place": 0.05}
+LIMITS |= {"of_copy": 0.8}
+UNCACHED_BYTES = 1 << 28
 
 
 def repeat(step: Step, calls: int) -> None:
@@ -100,22 +120,25 @@ def checked_forms(case: Case, *, compiled: bool) -> dict[str, Form]:
     return forms_of(case, compiled=True)
 
 
-def run_shape(shape: str, args: argparse.Namespace) -> dict:
+def run_shape(shape: str, args: argparse.Namespace, bandwidth: float | None) -> dict:
     rows, classes = map(int, shape.split("x"))
     case = Case.made_up(rows, classes, getattr(torch, args.dtype), args.device)
     forms = checked_forms(case, compiled=not args.without_compile)
-    steps = steps_of(case, forms)
+    steps = steps_of(case, forms | peers_of(case))
     found = {"rows": rows, "classes": classes, "logits_bytes": case.values.nbytes}
-    found |= {"threads": {}, "memory": None}
+    found |= {"threads": {}, "memory": None, "of_copy": None}
     for threads in args.threads:
         torch.set_num_threads(threads)  # also where OMP_NUM_THREADS says otherwise
-        found["threads"][str(threads)] = measure(steps, args.rounds, args.device)
+        times = found["threads"][str(threads)] = measure(steps, args.rounds, args.device)
+    if bandwidth is not None:
+        found["of_copy"] = shares(case, times["seconds"], bandwidth)
     return found
 
 
 def run(args: argparse.Namespace) -> dict:
     """Return all figures, with what they were taken on."""
     torch.manual_seed(1)
+    bandwidth = copy_bandwidth(args.device) if is_gpu(args.device) else None
     result = {
         "machine": hardware(args.device),
         "torch": torch.__version__,
@@ -125,12 +148,13 @@ def run(args: argparse.Namespace) -> dict:
         "alpha": ALPHA,
         "top_k": KEPT,
         "rounds": args.rounds,
+        "copy_bandwidth": bandwidth,
         "limits": LIMITS,
         "shapes": [],
     }
     for shape in args.shapes:
         print(f"{shape} ...", file=sys.stderr, flush=True)
-        result["shapes"].append(run_shape(shape, args))
+        result["shapes"].append(run_shape(shape, args, bandwidth))
     add_memory(result["shapes"], args)
     result["missed"] = missed(result["shapes"])
     return result
@@ -158,9 +182,13 @@ def backend(args: argparse.Namespace) -> str:
     return backend_of(rows)
 
 
+def is_gpu(device: str) -> bool:
+    return torch.device(device).type == "cuda"
+
+
 def hardware(device: str) -> str:
     """Return the name of the GPU or of the processor."""
-    if torch.device(device).type == "cuda":
+    if is_gpu(device):
         return torch.cuda.get_device_name(device)
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -170,27 +198,44 @@ def hardware(device: str) -> str:
 
 
 def missed(shapes: list[dict]) -> list[str]:
-    """Return a line for each figure of pskd's loss that is over its limit."""
-    return [
+    """Return a line for each figure of pskd's loss that is outside its limit."""
+    figures = [figure for found in shapes for figure in _limited(found)]
+    over = [
         f"{name}: {value:.2f} of {what}, limit {limit}"
-        for found in shapes
-        for name, value, what, limit in _limited(found)
+        for name, value, what, limit in figures
         if not value <= limit  # NaN is over it too
+    ]
+    least = LIMITS["of_copy"]
+    shares = [(found, name, share) for found in shapes for name, share in _large_shares(found)]
+    return over + [
+        f"{name}, {_shape(found)}: {share:.2f} of the copy bandwidth, at least {least}"
+        for found, name, share in shares
+        if not share >= least
     ]
 
 
+def _shape(found: dict) -> str:
+    return f"{found['rows']}x{found['classes']}"
+
+
 def _limited(found: dict) -> Iterator[tuple[str, float, str, float]]:
-    """Give each figure of pskd's loss for a shape: its name, itself, what it is of, its limit."""
-    shape = f"{found['rows']}x{found['classes']}"
-    limit = LIMITS["ratio" if found["classes"] >= MANY_CLASSES else "ratio_few_classes"]
-    for threads, times in found["threads"].items():
-        for form, ratio in times["ratio_median"].items():
-            if form.startswith("pskd"):
-                yield f"{form}, {shape}, {threads} thread(s)", ratio, f"{BASE}'s time", limit
+    """Give each figure that must not be larger: its name, itself, what it is of, its limit."""
+    shape = _shape(found)
+    if found["of_copy"] is None:  # on a GPU the bandwidth has a limit, and launches take their time
+        limit = LIMITS["ratio" if found["classes"] >= MANY_CLASSES else "ratio_few_classes"]
+        for threads, times in found["threads"].items():
+            for form, ratio in times["ratio_median"].items():
+                if form.startswith("pskd"):
+                    yield f"{form}, {shape}, {threads} thread(s)", ratio, f"{BASE}'s time", limit
     for form, multiple in (found["memory"] or {}).items():
         if form.startswith("pskd"):
             limit = LIMITS["memory_in_place" if form.endswith("in place") else "memory"]
             yield f"{form}, {shape}", multiple, "the logits' memory", limit
+
+
+def _large_shares(found: dict) -> list[tuple[str, float]]:
+    large = found["of_copy"] is not None and found["logits_bytes"] >= UNCACHED_BYTES
+    return list(found["of_copy"].items()) if large else []
 
 
 def shape_name(text: str) -> str:
@@ -226,6 +271,10 @@ def told(result: dict) -> str:
     for threads in shapes[0]["threads"]:
         parts.append(f"{threads} thread(s): time over {BASE}'s (quartiles over the rounds)")
         parts.append(time_table(shapes, threads))
+    if result["copy_bandwidth"]:
+        copied = result["copy_bandwidth"] / 1e12
+        parts.append(f"Share of the bandwidth of a copy ({copied:.2f} TB/s)")
+        parts.append(bandwidth_table(shapes))
     parts += ["Extra peak memory over the logits' size", memory_table(shapes)]
     within = ["All of pskd's figures are within the limits."]
     return "\n\n".join([*parts, "\n".join(result["missed"] or within)])

@@ -37,11 +37,11 @@ __all__ = ["triton_rows", "triton_scale"]
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
-# The longest row held in registers, and the block that longer ones are read in. Compiled for
-# compute capability 9.0, no form with sums in float32 spills registers at these sizes.
-_LONGEST_IN_REGISTERS = 1 << 14
-_BLOCK = 1 << 13
-_ELEMENTS_PER_THREAD = 16
+# The most of a row that is held in registers, and what a thread holds of it. Compiled for compute
+# capability 9.0, no form with sums in float32 spills registers at these sizes.
+_BLOCK = 1 << 14
+_ELEMENTS_PER_THREAD, _MANY_ELEMENTS_PER_THREAD = 16, 32
+_SCALED_BLOCK = 1 << 13
 
 # Where a maximum starts: below any logit but -inf, and differences to it are not inf - inf.
 _LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
@@ -67,36 +67,71 @@ def _read(logits, teacher, cols, classes, valid, soft, FORM: tl.constexpr, ACC: 
 
 
 @triton.jit
-def _add_student(z, old, s, total, finite, NEEDS_TOTAL: tl.constexpr):
-    """Add a block to ``max(z)``, ``sum(exp(z - m))``, and sum and number of the finite ``z - m``.
-
-    Of finite ones, so that the listed classes of a sparse p can be taken out of the sum.
-    """
-    m = tl.maximum(old, tl.max(z, 0))
-    s = s * tl.exp(old - m) + tl.sum(tl.exp(z - m), 0)
-    if NEEDS_TOTAL:
-        is_finite = z != float("-inf")  # NaN is to go into the sum
-        total += _weigh(finite, old - m) + tl.sum(tl.where(is_finite, z - m, 0.0), 0)
-        finite += tl.sum(tl.where(is_finite, 1, 0), 0)
-    return m, s, total, finite
+def _max_two(a, b, c, d):
+    return tl.maximum(a, c), tl.maximum(b, d)
 
 
 @triton.jit
-def _add_teacher(z, t, old, m, top, mass, cross, FORM: tl.constexpr):
-    """Add a block to ``max(t)``, ``sum(q)``, ``<q, z - m>``; q is t, or ``exp(t - top)`` of logits.
+def _add_two(a, b, c, d):
+    return a + c, b + d
 
-    So far ``cross`` was taken to ``old``, the student's maximum without this block.
+
+@triton.jit
+def _add_three(a, b, c, d, e, f):
+    return a + d, b + e, c + f
+
+
+# What a row has gathered of the blocks before. Sums of one block are made together: each making
+# waits for all threads.
+
+
+@triton.jit
+def _add_dense(z, t, m, s, top, mass, cross, FORM: tl.constexpr):
+    """Add a block to ``max(z)``, ``sum(exp(z - m))``, ``max(t)``, ``sum(q)``, ``<q, z - m>``.
+
+    q is t, or ``exp(t - top)`` of logits.
     """
+    old = m
     q = t
-    cross += _weigh(mass, old - m)
     if FORM == "logits":
         last = top
-        top = tl.maximum(last, tl.max(t, 0))
+        m, top = tl.reduce((z, t), 0, _max_two)
+        m = tl.maximum(old, m)
+        top = tl.maximum(last, top)
+        q = tl.exp(t - top)
         fade = tl.exp(last - top)
+    else:
+        m = tl.maximum(old, tl.max(z, 0))
+    block_s, block_mass, block_cross = tl.reduce(
+        (tl.exp(z - m), q, _weigh(q, z - m)), 0, _add_three
+    )
+    s = s * tl.exp(old - m) + block_s
+    cross += _weigh(mass, old - m)
+    if FORM == "logits":
         mass *= fade
         cross = _weigh(fade, cross)
-        q = tl.exp(t - top)
-    return top, mass + tl.sum(q, 0), cross + tl.sum(_weigh(q, z - m), 0)
+    return m, s, top, mass + block_mass, cross + block_cross
+
+
+@triton.jit
+def _add_student(z, m, s):
+    """Add a block to ``max(z)`` and ``sum(exp(z - m))``."""
+    old = m
+    m = tl.maximum(old, tl.max(z, 0))
+    return m, s * tl.exp(old - m) + tl.sum(tl.exp(z - m), 0)
+
+
+@triton.jit
+def _add_total(z, old, m, total, finite):
+    """Add a block to the sum and the number of the finite ``z - m``, so far taken to ``old``.
+
+    Of finite ones, so that the listed classes of a sparse p can be taken out of the sum.
+    """
+    is_finite = z != float("-inf")  # NaN is to go into the sum
+    block, count = tl.reduce(
+        (tl.where(is_finite, z - m, 0.0), tl.where(is_finite, 1, 0)), 0, _add_two
+    )
+    return total + _weigh(finite, old - m) + block, finite + count
 
 
 @triton.jit
@@ -126,21 +161,16 @@ def _sum_listed(p, z, m, total, finite, others):
 
 
 @triton.jit
-def _softened(t, top, per_mass, tail, FORM: tl.constexpr):
-    """Return p of a block that was read."""
-    p = t
+def _write(grad, cols, classes, z, t, m, top, factor, w_past, w_each, FORM: tl.constexpr):
+    """Write ``factor * exp(z - m) - w_past * q - w_each``; q as in `_add_dense`, if p is dense."""
+    g = factor * tl.exp(z - m)
+    if FORM == "probs":
+        g -= w_past * t
     if FORM == "logits":
-        p = tl.exp(t - top) * per_mass
-    if FORM == "top_k" or FORM == "none":
-        p = tail
-    return p
-
-
-@triton.jit
-def _write(grad, cols, mask, z, p, m, label, factor, w_label, w_each, w_soft):
-    """Write ``factor * exp(z - m) - w_label * one_hot(y) - w_each - w_soft * p``."""
-    g = factor * tl.exp(z - m) - tl.where(cols == label, w_label, 0.0) - w_each - w_soft * p
-    tl.store(grad + cols, g.to(grad.dtype.element_ty), mask=mask)
+        g -= w_past * tl.exp(t - top)
+    if w_each is not None:
+        g -= w_each
+    tl.store(grad + cols, g.to(grad.dtype.element_ty), mask=cols < classes)
 
 
 @triton.jit
@@ -184,20 +214,8 @@ def _rows_kernel(
     w_each = w_hard * SMOOTHING / tl.cast(classes, ACC)
     soft = valid & (w_soft != 0)
 
-    # Single classes are read first, as the gradient may be written over them.
-    z_label = tl.load(logits + label, mask=is_class, other=float("nan")).to(ACC)
-    t_label = tl.full((), 0.0, ACC)
     if FORM != "none":
         teacher += row * teacher_stride
-    if FORM == "probs" or FORM == "logits":
-        t_label = tl.load(teacher + label, mask=is_class & soft, other=0.0).to(ACC)
-    if FORM == "top_k":
-        indices += row * indices_stride
-        ks = tl.arange(0, KEPT_BLOCK)
-        index, p_listed, z_listed, is_listed = _read_listed(
-            indices, teacher, logits, ks, kept, classes, soft, ACC
-        )
-
     NEEDS_TOTAL: tl.constexpr = FORM == "top_k" or SMOOTHING > 0
     span = tl.arange(0, BLOCK)
     z = tl.full((BLOCK,), float("-inf"), ACC)
@@ -212,19 +230,30 @@ def _rows_kernel(
     for start in range(0, BLOCK if IS_ONE_BLOCK else classes, BLOCK):
         z, t = _read(logits, teacher, start + span, classes, valid, soft, FORM, ACC)
         old = m
-        m, s, total, finite = _add_student(z, old, s, total, finite, NEEDS_TOTAL)
         if FORM == "probs" or FORM == "logits":
-            top, mass, cross = _add_teacher(z, t, old, m, top, mass, cross, FORM)
+            m, s, top, mass, cross = _add_dense(z, t, m, s, top, mass, cross, FORM)
+        else:
+            m, s = _add_student(z, m, s)
+        if NEEDS_TOTAL:
+            total, finite = _add_total(z, old, m, total, finite)
 
+    # Single classes are read now, which are at hand; the gradient may be written over them.
+    z_label = tl.load(logits + label, mask=is_class, other=float("nan")).to(ACC)
+    at_label = tl.full((), 0.0, ACC)
+    if FORM == "probs" or FORM == "logits":
+        at_label = tl.load(teacher + label, mask=is_class & soft, other=0.0).to(ACC)
     tail = tl.full((), 0.0, ACC)
-    per_mass = tail
-    at_label = t_label
+    per_mass = tl.where(soft, 1.0, 0.0).to(ACC)
     if FORM == "logits":
         per_mass = tl.where(soft, 1.0 / mass, 0.0)
         mass = tl.where(soft, 1.0, 0.0).to(ACC)
         cross *= per_mass
-        at_label = tl.exp(t_label - top) * per_mass
+        at_label = tl.exp(at_label - top) * per_mass
     if FORM == "top_k":
+        ks = tl.arange(0, KEPT_BLOCK)
+        index, p_listed, z_listed, is_listed = _read_listed(
+            indices + row * indices_stride, teacher, logits, ks, kept, classes, soft, ACC
+        )
         others = tl.cast(classes - kept, ACC)
         tail, mass, cross = _sum_listed(p_listed, z_listed, m, total, finite, others)
         is_label = index == label
@@ -245,36 +274,29 @@ def _rows_kernel(
         grad += row * grad_stride
         scaled = tl.where(valid, tl.load(scale).to(ACC), 0.0)
         factor = tl.where(valid, scaled * (w_hard + w_soft * mass) / s, 0.0)
-        w_label *= scaled
-        w_each *= scaled
         w_soft *= scaled
+        w_past = w_soft * per_mass
+        w_each = w_each * scaled
+        # Every class has the same share, by smoothing or by the tail; or none has one.
+        share = w_each + w_soft * tail if NEEDS_TOTAL else None
         cols = span
         if not IS_ONE_BLOCK:
             cols += (tl.cdiv(classes, BLOCK) - 1) * BLOCK
         tl.debug_barrier()  # all threads have read the single classes and the block at hand
-        p = _softened(t, top, per_mass, tail, FORM)
-        _write(grad, cols, cols < classes, z, p, m, label, factor, w_label, w_each, w_soft)
+        _write(grad, cols, classes, z, t, m, top, factor, w_past, share, FORM)
         if not IS_ONE_BLOCK:
             for _ in range(1, tl.cdiv(classes, BLOCK)):
                 cols -= BLOCK
                 z, t = _read(logits, teacher, cols, classes, valid, soft, FORM, ACC)
-                p = _softened(t, top, per_mass, tail, FORM)
-                _write(grad, cols, cols < classes, z, p, m, label, factor, w_label, w_each, w_soft)
+                _write(grad, cols, classes, z, t, m, top, factor, w_past, share, FORM)
+        # Single classes are written over what they have been given as one of all.
         if FORM == "top_k":
-            tl.debug_barrier()  # the listed classes have been given the tail
-            _write(
-                grad,
-                index,
-                is_listed,
-                z_listed,
-                p_listed,
-                m,
-                label,
-                factor,
-                w_label,
-                w_each,
-                w_soft,
-            )
+            tl.debug_barrier()
+            g = factor * tl.exp(z_listed - m) - w_each - w_soft * p_listed
+            tl.store(grad + index, g.to(grad.dtype.element_ty), mask=is_listed)
+        tl.debug_barrier()
+        g = factor * tl.exp(z_label - m) - w_label * scaled - w_each - w_soft * at_label
+        tl.store(grad + label, g.to(grad.dtype.element_ty), mask=is_class)
 
 
 @triton.jit
@@ -367,8 +389,7 @@ def _launch(rows: Rows, scale: Tensor | float, grad: Tensor | None, values: RowV
     indices = None if rows.indices is None else _unit_stride(rows.indices)
     alpha = _on_device(0.0 if form == "none" else rows.alpha, logits).expand(count)
     kept = 0 if indices is None else indices.size(1)
-    is_one_block = classes <= _LONGEST_IN_REGISTERS
-    block = triton.next_power_of_2(max(classes, 1)) if is_one_block else _BLOCK
+    block = min(triton.next_power_of_2(max(classes, 1)), _BLOCK)
     _rows_kernel[(count,)](
         logits,
         logits.stride(0),
@@ -390,11 +411,17 @@ def _launch(rows: Rows, scale: Tensor | float, grad: Tensor | None, values: RowV
         SMOOTHING=float(rows.label_smoothing),
         ACC=tl.float64 if values.loss.dtype == torch.float64 else tl.float32,
         BLOCK=block,
-        IS_ONE_BLOCK=is_one_block,
+        IS_ONE_BLOCK=classes <= block,
         KEPT_BLOCK=triton.next_power_of_2(max(kept, 1)),
-        # At least one element a thread: two threads are never given the same position to read.
-        num_warps=min(max(block // (32 * _ELEMENTS_PER_THREAD), 1), 32),
+        num_warps=_warps(form, block),
     )
+
+
+def _warps(form: str, block: int) -> int:
+    """Return the warps a row; at least one element a thread, so that no two read the same."""
+    is_dense = form in ("probs", "logits")
+    each = _ELEMENTS_PER_THREAD if is_dense and block < _BLOCK else _MANY_ELEMENTS_PER_THREAD
+    return max(block // (32 * each), 1)
 
 
 def triton_scale(grad: Tensor, factor: Tensor) -> None:
@@ -411,6 +438,6 @@ def triton_scale(grad: Tensor, factor: Tensor) -> None:
         return
     factor = factor.reshape(-1).expand(rows)
     with torch.cuda.device_of(grad):
-        _scale_kernel[(rows, triton.cdiv(classes, _BLOCK))](
-            grad, grad.stride(0), factor, factor.stride(0), classes, BLOCK=_BLOCK
+        _scale_kernel[(rows, triton.cdiv(classes, _SCALED_BLOCK))](
+            grad, grad.stride(0), factor, factor.stride(0), classes, BLOCK=_SCALED_BLOCK
         )

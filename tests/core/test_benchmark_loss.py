@@ -181,6 +181,14 @@ def test_the_picture_is_written(tiny_run):
     assert sorted(file.name for file in folder.iterdir()) == ["a.json", "a.png"]
 
 
+def test_the_bandwidth_has_a_table_on_a_gpu(tiny_run, benchmark):
+    report = importlib.import_module("_loss_report")
+    shapes = [shape | {"of_copy": {"pskd dense": 0.875}} for shape in tiny_run[1]["shapes"]]
+    assert report.bandwidth_table(shapes).splitlines()[2:] == ["| pskd dense | 0.88 | 0.88 |"]
+    told = benchmark.told(tiny_run[1] | {"shapes": shapes, "copy_bandwidth": 3e12})
+    assert "copy (3.00 TB/s)" in told and "| pskd dense | 0.88 | 0.88 |" in told
+
+
 def test_tables_have_a_line_a_form_and_a_dash_for_what_is_missing(tiny_run):
     report = importlib.import_module("_loss_report")
     shapes = copy.deepcopy(tiny_run[1]["shapes"])
@@ -194,13 +202,37 @@ def test_tables_have_a_line_a_form_and_a_dash_for_what_is_missing(tiny_run):
     assert all(line.endswith("| - | 0.50 |") for line in memory[2:])
 
 
+def test_the_share_of_the_bandwidth_counts_what_has_to_be_moved(benchmark):
+    made = case(benchmark, rows=8, classes=20, dtype=torch.bfloat16)
+    taken = {
+        "cross-entropy": 1.0,
+        "pskd dense": 0.5,
+        "pskd logits in place": 1.0,
+        "pskd top-k": 1.0,
+    }
+    logits, kept = 8 * 20 * 2, 8 * 16
+    bytes_of = {
+        "pskd dense": 2 * (2 * logits + 8 * 20 * 4),
+        "pskd logits in place": 3 * logits,
+        "pskd top-k": 2 * logits + kept * (8 + 4),
+    }
+    shares = importlib.import_module("_loss_bandwidth").shares(made, taken, 1000.0)
+    assert shares == {name: pytest.approx(moved / 1000) for name, moved in bytes_of.items()}
+
+
 def figures(classes: int, ratio: float, memory: float, in_place: float) -> dict:
     """Return figures of all of pskd's forms, and of another that may cost anything."""
     ratios = {"published": 9.0, **dict.fromkeys(OURS + IN_PLACE, ratio)}
     of_memory = {"published": 9.0, **dict.fromkeys(OURS, memory)}
     of_memory |= dict.fromkeys(IN_PLACE, in_place)
-    times = {"1": {"ratio_median": ratios}}
-    return {"rows": 4, "classes": classes, "threads": times, "memory": of_memory}
+    found = {"rows": 4, "classes": classes, "logits_bytes": 1 << 30, "of_copy": None}
+    return found | {"threads": {"1": {"ratio_median": ratios}}, "memory": of_memory}
+
+
+def figures_of_a_gpu(share: float, **others) -> dict:
+    """Return figures of a GPU, where forms may take any time."""
+    of_copy = dict.fromkeys(OURS, share)
+    return figures(1000, 3.0, 1.0, 0.0) | {"of_copy": of_copy} | others
 
 
 @pytest.mark.parametrize(
@@ -213,6 +245,10 @@ def figures(classes: int, ratio: float, memory: float, in_place: float) -> dict:
         (figures(1000, 1.0, 1.06, 0.0), ["4x1000: 1.06 of the logits' memory, limit 1.05"]),
         (figures(1000, 1.0, 1.0, 0.06), ["4x1000: 0.06 of the logits' memory, limit 0.05"]),
         (figures(1000, float("nan"), 1.0, 0.0), ["nan of cross-entropy's time"]),
+        (figures_of_a_gpu(0.8), []),
+        (figures_of_a_gpu(0.79), ["dense, 4x1000: 0.79 of the copy bandwidth, at least 0.8"]),
+        (figures_of_a_gpu(float("nan")), ["nan of the copy bandwidth"]),
+        (figures_of_a_gpu(0.1, logits_bytes=1 << 20), []),  # a cache may hold them
     ],
 )
 def test_a_figure_over_its_limit_is_told(benchmark, found, wanted):

@@ -62,8 +62,7 @@ def run(call: Call) -> tuple[RowValues, Tensor | None]:
     from pskd.kernels import triton_rows as module
 
     grad = call.rows.logits if call.in_place else call.grad
-    longest, block = (call.block or size for size in (module._LONGEST_IN_REGISTERS, module._BLOCK))
-    with mock.patch.multiple(module, _LONGEST_IN_REGISTERS=longest, _BLOCK=block):
+    with mock.patch.object(module, "_BLOCK", call.block or module._BLOCK):
         return module.triton_rows(call.rows, call.scale, grad), grad
 
 
@@ -78,7 +77,7 @@ def scale(call: Scaling) -> Tensor:
     """Return the product that the kernel leaves in the gradient's place."""
     from pskd.kernels import triton_rows as module
 
-    with mock.patch.object(module, "_BLOCK", 32):
+    with mock.patch.object(module, "_SCALED_BLOCK", 32):
         module.triton_scale(*call)
     return call.grad
 
