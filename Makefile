@@ -2,6 +2,7 @@
 # make demo    train baselines and PS-KD, translation and detection; print a table, write pictures
 # make test    run the tests
 # make lint    run ruff and mypy
+# make coverage  run the tests (some 15 minutes) and list the lines that none of them ran
 #
 # Each makes .venv first if it is not there or constraints.txt has changed.
 
@@ -21,14 +22,22 @@ DETECTRON2 = $(lastword $(sort $(wildcard $(PSKD_WHEELS)/detectron2-*-$(TAG)-*.w
 # Models this small train faster on one thread, and two of them side by side.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test lint setup
+TESTS := pytest -n 2 --dist loadfile --no-loadscope-reorder  # in pyproject's order
+
+.PHONY: demo test coverage lint setup
 .DELETE_ON_ERROR:
 
 demo: setup
 	$(BIN)/python -m demo
 
 test: setup
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder  # in pyproject's order
+	$(BIN)/python -m $(TESTS)
+
+coverage: setup
+	$(BIN)/coverage erase
+	$(BIN)/coverage run -m $(TESTS)
+	$(BIN)/coverage combine --quiet
+	$(BIN)/coverage report
 
 lint: setup
 	$(BIN)/ruff check .

@@ -529,10 +529,10 @@ def test_it_compiles_for_a_gpu_that_need_not_be_there(form, classes, monkeypatch
     # Launched with a stand-in, to learn the arguments.
     launched = mock.MagicMock()
     rows = make(form, 1, classes, torch.bfloat16, torch.float16, label_smoothing=0.1)
-    with mock.patch.object(module, "_rows_kernel", launched):
+    with mock.patch.object(module, "rows_kernel", launched):
         module.triton_rows(rows, 1.0, rows.logits)
     arguments, options = launched.__getitem__.return_value.call_args
-    names = module._rows_kernel.arg_names
+    names = module.rows_kernel.arg_names
     given = dict(zip(names, arguments, strict=False)) | options
     warps = given.pop("num_warps")
     # Triton makes constants of None and of the number 1 by itself.
@@ -540,7 +540,7 @@ def test_it_compiles_for_a_gpu_that_need_not_be_there(form, classes, monkeypatch
         n: v for n, v in given.items() if n.isupper() or v is None or isinstance(v, int) and v == 1
     }
     signature = {n: "constexpr" if n in constants else _type_of(given[n]) for n in names}
-    source = ASTSource(module._rows_kernel, signature, constants)
+    source = ASTSource(module.rows_kernel, signature, constants)
     compiled = compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
     assert "st.global" in compiled.asm["ptx"]
 
