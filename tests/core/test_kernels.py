@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from importlib.machinery import EXTENSION_SUFFIXES
+from unittest import mock
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pskd import TopK, mix_targets, pskd_cross_entropy
 from pskd.kernels import Rows, backend_of, native
@@ -391,6 +394,36 @@ def test_a_compiled_model_has_no_graph_break(alpha, sparse):
         torch.testing.assert_close(compiled, plain)
 
 
+class Watch(TorchDispatchMode):
+    """Notes the names of the operators that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_who_watches_operators_sees_the_loss_as_one(inplace):
+    student, past, target = random_rows(3, 7, 6)
+
+    def run():
+        leaf = student.detach().clone().requires_grad_()
+        loss = pskd_cross_entropy(leaf * 1.0, target, past.softmax(1), 0.5, inplace=inplace)
+        grads = [torch.autograd.grad(3.0 * loss, leaf, retain_graph=True)[0] for _ in range(2)]
+        without = pskd_cross_entropy(leaf.detach(), target, past.softmax(1), 0.5)
+        return loss.detach(), without, *grads
+
+    with Watch() as watch:
+        watched = run()
+    assert watch.seen.count("pskd::cross_entropy") == 2
+    for found, expected in zip(watched, run(), strict=True):
+        torch.testing.assert_close(found, expected)
+
+
 def test_a_compiled_model_refuses_bad_labels():
     compiled = torch.compile(Head(), fullgraph=True, backend="aot_eager")
     past = torch.full((2, 7), 1 / 7)
@@ -408,3 +441,28 @@ def test_the_operator_keeps_torchs_rules():
         (student, target, past.softmax(1), *arguments),
         test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_static"),
     )
+
+
+# -- The compiled form's library -------------------------------------------------------------------
+
+
+def test_a_library_of_another_machine_is_as_none(monkeypatch, tmp_path):
+    (tmp_path / f"_native_rows{EXTENSION_SUFFIXES[0]}").write_bytes(b"no library")
+    monkeypatch.setattr(native, "__file__", str(tmp_path / "native.py"))
+    native._library.cache_clear()
+    try:
+        assert not native.is_built()
+    finally:
+        native._library.cache_clear()
+
+
+@pytest.mark.parametrize("problem", [native._NO_MEMORY, 99])
+def test_what_the_compiled_form_could_not_do_is_no_loss(problem, monkeypatch):
+    library = mock.Mock(pskd_rows=lambda call: problem)
+    monkeypatch.setattr(native, "_library", lambda: library)
+    student, past, target = random_rows(3, 7, 6)
+    error, text = AssertionError, r"refused what is good \(99\)"
+    if problem == native._NO_MEMORY:
+        error, text = MemoryError, "no memory for rows of 7 classes"
+    with pytest.raises(error, match=text):
+        pskd_cross_entropy(student, target, past.softmax(1), 0.5)
