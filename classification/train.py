@@ -57,7 +57,7 @@ def train(job: Job) -> dict:
     statistics = trainer.objective.criterion.examples.compute()
     if not job.world.is_first:
         return {}
-    write_examples(job.folder, job.splits.train, job.splits.classes, statistics)
+    write_examples(job.folder, job.splits.train, job.splits.class_names, statistics)
     return {"seconds_per_epoch": median(epoch["seconds"] for epoch in read_epochs(job.folder))}
 
 
@@ -83,7 +83,7 @@ def test(job: Job) -> dict:
     write_confidence(job.folder, rows, scaled, temperature)
     results = {"last": measure(rows) | {"epoch": job.epoch}}
     if scaled is not None:
-        results |= {"temperature": temperature, "last_scaled": measure(scaled)}
+        results |= {"temperature": temperature, "scaled": measure(scaled)}
     return results
 
 

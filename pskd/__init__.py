@@ -17,9 +17,10 @@ from pskd.version import __version__ as __version__
 if TYPE_CHECKING:
     from pskd import calibration, loss, memory, plots, schedule, targets, teacher  # noqa: F401
     from pskd.criterion import MemoryCriterion, SnapshotCriterion
+    from pskd.effect import gradient_rescaling
     from pskd.examples import ExampleStats
     from pskd.linear import LinearStats, LinearTeacher, pskd_linear_cross_entropy
-    from pskd.loss import PSKDStats, gradient_rescaling, pskd_cross_entropy
+    from pskd.loss import PSKDStats, pskd_cross_entropy
     from pskd.memory import PredictionMemory
     from pskd.rows import WithRows
     from pskd.schedule import constant_alpha, cosine_alpha, linear_alpha
@@ -60,7 +61,7 @@ _MODULE_OF = {
     "WithRows": "rows",
     "constant_alpha": "schedule",
     "cosine_alpha": "schedule",
-    "gradient_rescaling": "loss",
+    "gradient_rescaling": "effect",
     "linear_alpha": "schedule",
     "mix_targets": "targets",
     "pskd_cross_entropy": "loss",

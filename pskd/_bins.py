@@ -41,7 +41,11 @@ class ReliabilityBins:
 
     @classmethod
     def empty(cls, bins: int) -> ReliabilityBins:
-        """Return ``bins`` bins without a row."""
+        """Return ``bins`` bins without a row.
+
+        Raises:
+            ValueError: ``bins`` below 1.
+        """
         bins = check_bins(bins)
         return cls(np.zeros(bins, np.int64), np.zeros(bins), np.zeros(bins, np.int64))
 

@@ -24,7 +24,11 @@ _DPI = 160
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """Return a figure in inches that belongs to no window and to no global state."""
+    """Return a figure in inches that belongs to no window and to no global state.
+
+    Raises:
+        ImportError: without matplotlib.
+    """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -38,7 +42,12 @@ def new_figure(width: float, height: float) -> Figure:
 
 
 def save(figure: Figure, path: str | os.PathLike[str]) -> Path:
-    """Write the figure under another name, then rename: ``path`` is old or whole, never half."""
+    """Write the figure under another name, then rename: ``path`` is old or whole, never half.
+
+    Raises:
+        ValueError: for a suffix that matplotlib does not write.
+        OSError: if the file cannot be written.
+    """
     path = Path(path)
     suffix = path.suffix[1:].lower()
     known = figure.canvas.get_supported_filetypes()

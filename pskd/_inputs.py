@@ -1,5 +1,7 @@
 """What the metrics are given, checked and brought into one form.
 
+What cannot be is a ValueError that names the argument, what was expected and what came.
+
 Shapes: N rows (samples, tokens or boxes), C classes.
 """
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pskd.distributed import is_first, sum_over_processes
+from pskd.effect import gradient_on_label
 from pskd.rows import check_count
 
 __all__ = ["ExampleStats"]
@@ -50,11 +51,10 @@ class ExampleStats:
                 without a teacher.
             alpha: (N,) weight of the teacher, 0 for a row that has none.
         """
-        error = -torch.expm1(-nll.float())
+        if teacher_probs_at_label is None:
+            teacher_probs_at_label = torch.ones_like(nll)  # takes nothing away
+        error, removed = gradient_on_label(nll, teacher_probs_at_label, alpha)
         softened = error * (alpha > 0)
-        removed = torch.zeros_like(error)
-        if teacher_probs_at_label is not None:
-            removed = alpha * (1.0 - teacher_probs_at_label.float())
         added = torch.stack([torch.ones_like(error), error, softened, removed], dim=1)
         rows, added = rows.to(self._sums.device), added.to(self._sums.device)
         self._sums.index_add_(0, rows, added)

@@ -16,9 +16,9 @@ from torch.autograd import forward_ad
 
 from pskd.kernels import Rows, gradient_is_of_mean
 from pskd.kernels.gradient import is_traced, scaled, values_and_gradient, values_only
-from pskd.targets import TopK, check_row_weights, check_rows, check_weights
+from pskd.targets import TopK, check_rows, check_weights
 
-__all__ = ["PSKDStats", "gradient_rescaling", "pskd_cross_entropy"]
+__all__ = ["PSKDStats", "pskd_cross_entropy"]
 
 
 class PSKDStats(NamedTuple):
@@ -226,43 +226,3 @@ def _check_overwritable(logits: Tensor) -> None:
             f"inplace: expected rows that lie side by side, got strides {logits.stride()} of shape "
             f"{tuple(logits.shape)}"
         )
-
-
-def gradient_rescaling(
-    student_probs_at_label: Tensor, teacher_probs_at_label: Tensor, alpha: float | Tensor
-) -> Tensor:
-    """The factor by which PS-KD rescales each row's gradient on the label's logit.
-
-    Equals ``1 - alpha * (1 - p_teacher[y]) / (1 - p_student[y])``: below 1 where the model used to
-    be unsure of the label, near 1 where the past prediction was already right. A row on which the
-    student is certain has no gradient to rescale and gets the limit for an equal teacher,
-    ``1 - alpha``, if the teacher is certain too, else ``-inf``.
-
-    Args:
-        student_probs_at_label: (N,) the student's probability of the label now.
-        teacher_probs_at_label: (N,) the past prediction's probability of the label.
-        alpha: weight of the teacher in [0, 1]; one number, or (N,) with one a row.
-
-    Returns:
-        (N,) factors, unitless, at most 1; float32, or float64 for float64 input.
-
-    Raises:
-        ValueError: if a weight lies outside [0, 1] or shapes disagree.
-
-    Source: Kim et al. 2021, section 3.2 (hard example mining).
-    """
-    if student_probs_at_label.shape != teacher_probs_at_label.shape:
-        raise ValueError(
-            f"teacher_probs_at_label: expected shape {tuple(student_probs_at_label.shape)}, got "
-            f"{tuple(teacher_probs_at_label.shape)}"
-        )
-    alpha = check_weights(alpha, 0.0, student_probs_at_label.numel())
-    check_row_weights(alpha)
-    if student_probs_at_label.dtype != torch.float64:
-        student_probs_at_label = student_probs_at_label.float()
-    student_error = 1.0 - student_probs_at_label
-    teacher_error = 1.0 - teacher_probs_at_label.to(student_error.dtype)
-    both_certain = (student_error == 0) & (teacher_error == 0)
-    ratio = torch.where(both_certain, 1.0, teacher_error / student_error)
-    weight = torch.as_tensor(alpha, dtype=ratio.dtype, device=ratio.device)
-    return torch.where(weight == 0, 1.0, 1.0 - weight * ratio)  # not NaN from 0 * inf

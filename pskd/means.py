@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from pskd.distributed import sum_over_processes
+from pskd.effect import agreement, teacher_effect
 from pskd.loss import PSKDStats
 from pskd.targets import TopK
 
@@ -36,9 +37,7 @@ class Means:
         """Add what the teacher did, over the rows that have one.
 
         ``pskd/teacher_nll`` in nats, ``pskd/teacher_agreement`` as a fraction, and
-        ``pskd/gradient_rescaling``. The last weights each row by its plain gradient on the label's
-        logit, 1 - p[y]: the factor itself divides by it and has no finite mean over well-learned
-        rows.
+        ``pskd/gradient_rescaling`` as of `TeacherEffect`.
 
         Args:
             logits: (N, C) the student's.
@@ -46,17 +45,11 @@ class Means:
             alpha: (N,) weight of the teacher; 0 for a row that has none.
             stats: of the loss.
         """
-        rows = alpha > 0
-        tiny = torch.finfo(torch.float32).tiny
-        teacher_nll = -stats.teacher_probs_at_label.clamp_min(tiny).log()
-        # Of one argmax less than comparing two: the student's best score is on the teacher's class.
-        prediction = _prediction(past)[:, None]
-        agreement = logits.gather(1, prediction).squeeze(1) == logits.amax(dim=1)
-        error = (rows * -torch.expm1(-stats.nll)).sum()
-        removed = (alpha * (1.0 - stats.teacher_probs_at_label)).sum()
-        self.add("pskd/teacher_nll", (rows * teacher_nll).sum(), rows.sum())
-        self.add("pskd/teacher_agreement", (rows & agreement).sum(), rows.sum())
-        self.add("pskd/gradient_rescaling", error - removed, error)
+        effect = teacher_effect(stats.nll, stats.teacher_probs_at_label, alpha)
+        agree = ((alpha > 0) & agreement(logits, past)).sum()
+        self.add("pskd/teacher_nll", effect.teacher_nll, effect.rows)
+        self.add("pskd/teacher_agreement", agree, effect.rows)
+        self.add("pskd/gradient_rescaling", effect.error - effect.removed, effect.error)
 
     def take(self) -> dict[str, float]:
         """Return the means over all processes and start anew; a mean of nothing is left out.
@@ -70,9 +63,3 @@ class Means:
         totals = sum_over_processes(torch.stack([sums[name] for name in names])).tolist()
         pairs = zip(names, totals, strict=True)
         return {name: top / bottom for name, (top, bottom) in pairs if bottom}
-
-
-def _prediction(past: Tensor | TopK) -> Tensor:
-    if isinstance(past, Tensor):
-        return past.argmax(dim=1)
-    return past.indices.gather(1, past.probs.argmax(dim=1, keepdim=True)).squeeze(1)

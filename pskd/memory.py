@@ -2,15 +2,11 @@
 
 Shapes: M rows in the memory, N rows of a call, C classes, k kept classes.
 
-A record is the k indices (none where all C classes are kept), the probabilities, and a byte that
-says whether the row was written, here (1) or on another machine (2). It is double-buffered by
-epoch: what is read is always what the last epoch wrote.
+It is double-buffered by epoch: what is read is always what the last epoch wrote.
 """
 
 from __future__ import annotations
 
-import logging
-import re
 import secrets
 from pathlib import Path
 from typing import Any
@@ -18,20 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pskd._table import PART, FileTable, MemoryTable, check_file, create_file, finish_file
+from pskd._epoch_files import EpochFiles
+from pskd._exchange import exchange, mark_received
+from pskd._records import WRITTEN_HERE, RecordLayout
+from pskd._table import FileTable, MemoryTable
 from pskd.distributed import Machines, Processes, barrier, on_first_process
 from pskd.rows import check_count, check_range
 from pskd.targets import TopK
 
 __all__ = ["PredictionMemory"]
-
-logger = logging.getLogger(__name__)
-
-_DTYPES = {"float16": torch.float16, "float32": torch.float32}
-# The last byte of a record; 0 is a row that nobody wrote.
-_WRITTEN_HERE, _WRITTEN_ELSEWHERE = 1, 2
-_EXCHANGE_BYTES = 1 << 24  # of each machine at a time
-_NAME = re.compile(r"epoch_(\d+)\.pskd")
 
 
 class PredictionMemory:
@@ -87,7 +78,9 @@ class PredictionMemory:
     ) -> None:
         num_rows = check_count("num_rows", num_rows)
         num_classes = check_count("num_classes", num_classes)
-        _check_options(num_classes, top_k, dtype, momentum)
+        self._layout = RecordLayout(num_classes, top_k, dtype)
+        if not 0.0 <= momentum < 1.0:
+            raise ValueError(f"momentum: expected a number in [0, 1), got {momentum}")
         if path is not None and torch.device(device).type != "cpu":
             raise ValueError(f"device: expected cpu for a memory in a file, got {device}")
         if path is not None and Path(path).exists() and not Path(path).is_dir():
@@ -98,8 +91,6 @@ class PredictionMemory:
         #: The epoch that is being written, from 1; 0 before the first.
         self.epoch = 0
         self._device = device
-        self._width = num_classes if top_k is None else top_k
-        self._index_dtype = torch.uint8 if top_k is None else _index_dtype(num_classes)
         self._run: str | None = None
         self._peers: Machines | Processes | None = None  # known when the processes first meet
         self._past: MemoryTable | FileTable | None = None
@@ -109,8 +100,7 @@ class PredictionMemory:
     @property
     def bytes_per_row(self) -> int:
         """The size of a record; two epochs are kept, in files for a moment three."""
-        indices = 0 if self.top_k is None else self._width * self._index_dtype.itemsize
-        return indices + self._width * self.dtype.itemsize + 1
+        return self._layout.record_bytes
 
     def next_epoch(self) -> None:
         """End the epoch that was written, which becomes what is read, and begin the next.
@@ -122,7 +112,7 @@ class PredictionMemory:
         peers, present = self._meet(), self._present
         if isinstance(peers, Processes):  # in RAM
             if peers.count > 1 and present is not None:
-                self._exchange(present)
+                exchange(present, peers)
             self._past, self._present = present, self._new_table()
             self.epoch += 1
             return
@@ -132,14 +122,14 @@ class PredictionMemory:
             present.flush()
             barrier()  # everybody has written
             if peers.count > 1:
-                peers.on_each(lambda: self._exchange(present))
+                peers.on_each(lambda: exchange(present, peers))
         self._close_tables()
         # A framework asks the first process alone for its state.
         saved = on_first_process(lambda: self._saved_epoch)
-        peers.on_each(lambda: self._turn_files(saved))
+        files, needed = self._files(), self.epoch if saved is None else saved - 1
+        peers.on_each(lambda: files.turn(self.epoch, self._header(), needed))
         self.epoch += 1
-        self._past = self._open(self._file(self.epoch - 1)) if self.epoch > 1 else None
-        self._present = self._open(self._part(self.epoch))
+        self._past, self._present = files.open(self.epoch)
 
     def read(self, rows: Tensor) -> tuple[Tensor | TopK, Tensor]:
         """Return last epoch's predictions of some rows.
@@ -161,7 +151,7 @@ class PredictionMemory:
         else:
             self._past.touched(len(rows))
             records = self._past.records.index_select(0, rows.to(self._past.records.device))
-        return self._decode(records.to(rows.device))
+        return self._layout.decode(records.to(rows.device))
 
     def write(self, rows: Tensor, probs: Tensor | TopK) -> None:
         """Keep this epoch's predictions of some rows, to be read in the next.
@@ -176,12 +166,13 @@ class PredictionMemory:
             ValueError: if a row lies outside of the memory, or the shape is another.
         """
         self._check_rows(rows)
-        probs = self._to_kept_form(probs, len(rows))
+        probs = self._layout.kept_form(probs, len(rows))
         if self._present is None:
             self.next_epoch()
         if self.momentum and self._past is not None:
-            probs = self._average(rows, probs)
-        self._put(rows, self._encode(probs))
+            past, seen = self.read(rows)
+            probs = self._layout.average(probs, past, (self.momentum * seen)[:, None])
+        self._put(rows, self._layout.encode(probs))
 
     def _put(self, rows: Tensor, records: Tensor) -> None:
         assert self._present is not None  # an epoch was begun
@@ -207,7 +198,7 @@ class PredictionMemory:
             return
         rows = rows.to(self._past.records.device)
         records = self._past.records.index_select(0, rows)
-        records[:, -1].clamp_max_(_WRITTEN_HERE)
+        records[:, -1].clamp_max_(WRITTEN_HERE)
         self._put(rows, records)
 
     def state_dict(self) -> dict[str, Any]:
@@ -217,7 +208,7 @@ class PredictionMemory:
         it is a collective of all processes.
         """
         if self.path is None and self._meet().count > 1 and self._present is not None:
-            self._exchange(self._present)
+            exchange(self._present, self._meet())
         state: dict[str, Any] = {"header": self._header(), "epoch": self.epoch}
         if self.path is not None:
             if self._present is not None:
@@ -253,85 +244,20 @@ class PredictionMemory:
         epoch, before = state["epoch"], self._run
         self._run = run
         try:
-            peers.on_each(lambda: self._check_files(epoch))
+            peers.on_each(lambda: self._files().check(epoch, self._header()))
         except Exception:
             self._run = before
             raise
         self._close_tables()
-        peers.on_each(lambda: self._reopen_part(epoch))
+        peers.on_each(lambda: self._files().reopen(epoch))
         self.epoch = self._saved_epoch = epoch
-        self._past = self._open(self._file(epoch - 1)) if epoch > 1 else None
-        self._present = self._open(self._part(epoch)) if epoch else None
+        self._past, self._present = self._files().open(epoch)
 
     def close(self) -> None:
         """Free the memory, or bring the files to the disk and unmap them; they stay."""
         if self._present is not None:
             self._present.flush()
         self._close_tables()
-
-    # ---- records -------------------------------------------------------------------------------
-
-    def _to_kept_form(self, probs: Tensor | TopK, rows: int) -> Tensor | TopK:
-        if isinstance(probs, TopK):
-            shape, width = tuple(probs.probs.shape), self.top_k
-        else:
-            shape, width = tuple(probs.shape), self.num_classes
-        if shape != (rows, width):
-            form = f"({rows}, {self.num_classes}) probabilities"
-            if self.top_k is not None:
-                form += f" or TopK of ({rows}, {self._width})"
-            raise ValueError(f"probs: expected {form}, got {type(probs).__name__} of {shape}")
-        if isinstance(probs, TopK):
-            return TopK(probs.indices.detach().long(), probs.probs.detach().float())
-        if self.top_k is None:
-            return probs.detach().float()
-        values, indices = probs.detach().topk(self._width, dim=1)
-        return TopK(indices, values.float())
-
-    def _average(self, rows: Tensor, new: Tensor | TopK) -> Tensor | TopK:
-        past, seen = self.read(rows)
-        weight = (self.momentum * seen)[:, None]
-        if isinstance(new, Tensor) and isinstance(past, Tensor):
-            return new.lerp(past, weight)
-        assert isinstance(new, TopK) and isinstance(past, TopK)  # both in the kept form
-        # No class outside of both lists can be larger in the mean than one of the k.
-        indices = torch.cat([new.indices, past.indices], dim=1)
-        mean = self._lookup(new, indices).lerp(self._lookup(past, indices), weight)
-        mean[:, self._width :][_listed(past.indices, new.indices)] = -1.0  # counted already
-        values, order = mean.topk(self._width, dim=1)
-        return TopK(indices.gather(1, order), values)
-
-    def _lookup(self, past: TopK, indices: Tensor) -> Tensor:
-        """Return the (N, j) probabilities of some classes."""
-        hit = indices[:, :, None] == past.indices[:, None, :]
-        listed = (hit * past.probs[:, None, :]).sum(dim=2)
-        return torch.where(hit.any(dim=2), listed, past.tail(self.num_classes)[:, None])
-
-    def _encode(self, probs: Tensor | TopK) -> Tensor:
-        """Return (N, B) uint8 records."""
-        values = probs.probs if isinstance(probs, TopK) else probs
-        mass = values.sum(dim=1, keepdim=True)  # not finite if one of them is not
-        kept = mass.isfinite() & (mass > 0)
-        parts = [values.to(self.dtype), kept]
-        if isinstance(probs, TopK):
-            parts.insert(0, probs.indices.to(self._index_dtype))
-        return torch.cat([part.contiguous().view(torch.uint8) for part in parts], dim=1)
-
-    def _decode(self, records: Tensor) -> tuple[Tensor | TopK, Tensor]:
-        """Return the predictions of (N, B) uint8 records and whether there are any."""
-        seen = records[:, -1] != 0
-        start = 0 if self.top_k is None else self._width * self._index_dtype.itemsize
-        values = _view(records[:, start:-1], self.dtype).float()
-        # Rounded to half precision the parts of a whole may be a little more than that.
-        is_whole = self._width == self.num_classes
-        least = torch.finfo(torch.float32).tiny if is_whole else 1.0
-        values /= values.sum(dim=1, keepdim=True).clamp_min(least)
-        if self.top_k is None:
-            return values, seen
-        indices = _view(records[:, :start], self._index_dtype).long()
-        if self._index_dtype is torch.int16:
-            indices &= 0xFFFF
-        return TopK(indices, values), seen
 
     def _check_rows(self, rows: Tensor) -> None:
         if rows.dim() != 1 or rows.dtype != torch.int64:
@@ -340,8 +266,6 @@ class PredictionMemory:
             )
         # On a GPU, looking would wait for the device; there the gather asserts the range itself.
         check_range(rows, self.num_rows)
-
-    # ---- epochs --------------------------------------------------------------------------------
 
     def _header(self) -> dict[str, object]:
         return {
@@ -365,84 +289,21 @@ class PredictionMemory:
             self._peers = Processes() if self.path is None else Machines()
         return self._peers
 
-    def _folder(self) -> Path:
+    def _files(self) -> EpochFiles:
         assert self.path is not None  # in RAM nobody asks
-        if self._peers is None or self._peers.count == 1:
-            return self.path
-        return self.path / f"machine_{self._peers.number}"
-
-    def _file(self, epoch: int) -> Path:
-        return self._folder() / f"epoch_{epoch:05d}.pskd"
-
-    def _part(self, epoch: int) -> Path:
-        return self._folder() / f"epoch_{epoch:05d}.pskd{PART}"
+        folder, peers = self.path, self._meet()
+        if peers.count > 1:
+            folder = folder / f"machine_{peers.number}"
+        return EpochFiles(folder, self.num_rows, self.bytes_per_row)
 
     def _new_table(self) -> MemoryTable:
         return MemoryTable(self.num_rows, self.bytes_per_row, self._device)
-
-    def _open(self, path: Path) -> FileTable:
-        return FileTable(path, self.num_rows, self.bytes_per_row)
 
     def _close_tables(self) -> None:
         for table in (self._past, self._present):
             if table is not None:
                 table.close()
         self._past = self._present = None
-
-    def _exchange(self, table: MemoryTable | FileTable) -> None:
-        """Give each peer (machine, or process in RAM) the rows that the others wrote.
-
-        A row that several wrote is the last peer's everywhere. A received row is marked, so that
-        after a resume it is not sent back over what its own machine has written since.
-        """
-        peers, step = self._meet(), max(1, _EXCHANGE_BYTES // self.bytes_per_row)
-        for start in range(0, self.num_rows, step):
-            part = table.records[start : start + step]
-            rows = (part[:, -1] == _WRITTEN_HERE).nonzero()
-            sent = torch.cat([_view(rows.int(), torch.uint8), part[rows[:, 0]]], dim=1)
-            for peer, received in enumerate(peers.all_gather(sent)):
-                if peer != peers.number:
-                    received[:, -1] = _WRITTEN_ELSEWHERE
-                part[_view(received[:, :4], torch.int32)[:, 0].long()] = received[:, 4:]
-            table.touched(step)
-        table.flush()
-
-    def _turn_files(self, saved_epoch: int | None) -> None:
-        """Complete this epoch's file, make the next one's, and delete what nobody needs."""
-        if self.epoch:
-            # Another training in this folder would have put its own file in its place.
-            self._check_file(self._part(self.epoch), self.epoch, whole=False)
-            finish_file(self._part(self.epoch), self._file(self.epoch))
-        header = self._header() | {"epoch": self.epoch + 1}
-        create_file(self._part(self.epoch + 1), header, self.num_rows, self.bytes_per_row)
-        needed = self.epoch if saved_epoch is None else saved_epoch - 1
-        for file in self._folder().iterdir():
-            name = _NAME.fullmatch(file.name)
-            if name and int(name[1]) < min(needed, self.epoch):
-                file.unlink()
-
-    def _check_files(self, epoch: int) -> None:
-        if epoch > 1:
-            self._check_file(self._file(epoch - 1), epoch - 1, whole=True)
-        if epoch:
-            # The run may have gone on to the epoch's end after its state was saved.
-            path = self._part(epoch)
-            ended = not path.exists() and self._file(epoch).exists()
-            self._check_file(self._file(epoch) if ended else path, epoch, whole=ended)
-
-    def _check_file(self, path: Path, epoch: int, *, whole: bool) -> None:
-        expected = self._header() | {"epoch": epoch}
-        try:
-            check_file(path, expected, self.num_rows, self.bytes_per_row, whole=whole)
-        except (FileNotFoundError, IsADirectoryError) as error:
-            got = "none" if isinstance(error, FileNotFoundError) else "a folder"
-            raise ValueError(
-                f"{path}: expected the predictions of epoch {epoch}, got {got}"
-            ) from error
-
-    def _reopen_part(self, epoch: int) -> None:
-        if epoch and not self._part(epoch).exists():
-            self._file(epoch).rename(self._part(epoch))
 
     def _load_tables(self, state: dict[str, Any]) -> None:
         shape = (self.num_rows, self.bytes_per_row)
@@ -462,34 +323,5 @@ class PredictionMemory:
                 table.records.copy_(state[name])
             setattr(self, f"_{name}", table)
         if self._meet().count > 1 and self._present is not None:
-            # All hold these now: sent again they would go over what another writes from here on.
-            written = self._present.records[:, -1]
-            written[written == _WRITTEN_HERE] = _WRITTEN_ELSEWHERE
+            mark_received(self._present)
         self.epoch = state["epoch"]
-
-
-def _view(part: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return some columns of bytes as numbers of another type."""
-    # A single row counts as contiguous whatever its stride; a clone has the one that is needed.
-    return part.clone(memory_format=torch.contiguous_format).view(dtype)
-
-
-def _listed(indices: Tensor, others: Tensor) -> Tensor:
-    """Return the (N, j) mask of the indices that are among a row's others."""
-    return (indices[:, :, None] == others[:, None, :]).any(dim=2)
-
-
-def _index_dtype(num_classes: int) -> torch.dtype:
-    # Read back without their sign; torch has few operations on unsigned integers of 16 bits.
-    return torch.int16 if num_classes <= 1 << 16 else torch.int32
-
-
-def _check_options(
-    num_classes: int, top_k: int | None, dtype: torch.dtype, momentum: float
-) -> None:
-    if top_k is not None and not 1 <= top_k <= num_classes:
-        raise ValueError(f"top_k: expected 1 to {num_classes} classes, got {top_k}")
-    if dtype not in _DTYPES.values():
-        raise ValueError(f"dtype: expected torch.float16 or torch.float32, got {dtype}")
-    if not 0.0 <= momentum < 1.0:
-        raise ValueError(f"momentum: expected a number in [0, 1), got {momentum}")

@@ -65,7 +65,10 @@ def linear_alpha(epoch: float, num_epochs: float, alpha_final: float) -> float:
 
 
 def constant_alpha(epoch: float, num_epochs: float, alpha_final: float) -> float:
-    """Alpha is ``alpha_final`` in every epoch; arguments and errors as `linear_alpha`."""
+    """Alpha is ``alpha_final`` in every epoch.
+
+    Args and Raises are those of `linear_alpha`.
+    """
     _check_progress(epoch, num_epochs)
     return check_alpha(alpha_final, "alpha_final")
 
@@ -73,8 +76,8 @@ def constant_alpha(epoch: float, num_epochs: float, alpha_final: float) -> float
 def cosine_alpha(epoch: float, num_epochs: float, alpha_final: float) -> float:
     """Alpha rises along half a cosine: ``alpha_final * (1 - cos(pi * epoch / num_epochs)) / 2``.
 
-    Slower than `linear_alpha` while predictions are poor and faster in the middle of training;
-    arguments and errors as there.
+    Slower than `linear_alpha` while predictions are poor and faster in the middle of training.
+    Args and Raises are those of `linear_alpha`.
     """
     progress = _check_progress(epoch, num_epochs)
     return check_alpha(alpha_final, "alpha_final") * (1.0 - math.cos(math.pi * progress)) / 2.0
@@ -91,7 +94,7 @@ class AlphaSchedule:
     Attributes:
         alpha_final: alpha at the end of training (the paper's alpha_T), in [0, 1].
         num_epochs: of the whole training; or its number of updates, see `at`.
-        schedule: ``"linear"``, ``"constant"`` or ``"cosine"``.
+        alpha_schedule: ``"linear"``, ``"constant"`` or ``"cosine"``.
         start_epoch: before it alpha is 0. It is 0 in the first epoch whatever this says, for there
             is nothing to learn from.
 
@@ -101,7 +104,7 @@ class AlphaSchedule:
 
     alpha_final: float
     num_epochs: float
-    schedule: str = "linear"
+    alpha_schedule: str = "linear"
     start_epoch: int = 1
 
     def __post_init__(self) -> None:
@@ -109,9 +112,9 @@ class AlphaSchedule:
         object.__setattr__(self, "alpha_final", check_alpha(self.alpha_final, "alpha_final"))
         if not self.num_epochs >= 1 or math.isinf(self.num_epochs):
             raise ValueError(f"num_epochs: expected 1 or more, got {self.num_epochs}")
-        if self.schedule not in SCHEDULES:
-            expected = ", ".join(SCHEDULES)
-            raise ValueError(f"schedule: expected one of {expected}, got {self.schedule!r}")
+        if self.alpha_schedule not in SCHEDULES:
+            expected, got = ", ".join(SCHEDULES), self.alpha_schedule
+            raise ValueError(f"alpha_schedule: expected one of {expected}, got {got!r}")
         if self.start_epoch < 1:
             raise ValueError(f"start_epoch: expected 1 or more, got {self.start_epoch}")
 
@@ -129,7 +132,7 @@ class AlphaSchedule:
         if epoch <= 1 or epoch < self.start_epoch:
             return 0.0
         progress = epoch if progress is None else progress
-        return SCHEDULES[self.schedule](progress, self.num_epochs, self.alpha_final)
+        return SCHEDULES[self.alpha_schedule](progress, self.num_epochs, self.alpha_final)
 
     def check_next(self, epoch: int, last: int) -> None:
         """Raise ValueError unless an epoch is of this training and the one after the last.

@@ -86,15 +86,15 @@ def prepare(args: argparse.Namespace, world: World) -> Job:
     torch.manual_seed(args.seed)  # the same weights in every process
     model = build_model(
         args.model,
-        len(splits.classes),
+        len(splits.class_names),
         dropout=args.dropout,
         stochastic_depth=args.stochastic_depth,
     ).to(world.device)
     job = Job(args, world, splits, model, recorded(args, world, splits))
     if args.weights:
         path = Path(args.weights)
-        content = checkpoint.read_checkpoint(path, {"model", "classes", "epoch"})
-        checkpoint.check_classes(path, content["classes"], splits.classes)
+        content = checkpoint.read_checkpoint(path, {"model", "class_names", "epoch"})
+        checkpoint.check_classes(path, content["class_names"], splits.class_names)
         checkpoint.load_weights(path, model, content["model"])
         job.epoch = content["epoch"]
     return job
@@ -135,7 +135,7 @@ def build_trainer(job: Job) -> tuple[Trainer, int]:
 def _load(job: Job, trainer: Trainer, path: Path) -> int:
     content = checkpoint.read_checkpoint(path, KEYS)
     checkpoint.check_same(path, content["options"], job.options, FIXED)
-    checkpoint.check_classes(path, content["classes"], job.splits.classes)
+    checkpoint.check_classes(path, content["class_names"], job.splits.class_names)
     try:
         trainer.objective.criterion.load_state_dict(content["criterion"])
     except ValueError as error:
@@ -166,7 +166,7 @@ def save(job: Job, trainer: Trainer, epoch: int, error: float | None) -> None:
         return
     shared = {
         "model": job.model.state_dict(),
-        "classes": list(job.splits.classes),
+        "class_names": list(job.splits.class_names),
         "options": job.options,
         "epoch": epoch,
     }
@@ -190,7 +190,7 @@ def _objective(job: Job) -> Objective:
     common = {
         "num_epochs": args.epochs,
         "alpha_final": args.pskd_alpha_final,
-        "schedule": args.pskd_alpha_schedule,
+        "alpha_schedule": args.pskd_alpha_schedule,
         "label_smoothing": args.label_smoothing,
         "examples": examples,
     }
@@ -200,7 +200,7 @@ def _objective(job: Job) -> Objective:
     else:
         criterion = MemoryCriterion(
             len(train),
-            len(job.splits.classes),
+            len(job.splits.class_names),
             top_k=args.pskd_top_k,
             momentum=args.pskd_momentum,
             fingerprint=job.splits.fingerprint,
@@ -210,7 +210,7 @@ def _objective(job: Job) -> Objective:
     virtual = None
     if args.tf_kd_alpha:
         virtual = VirtualTeacher(
-            len(job.splits.classes),
+            len(job.splits.class_names),
             args.tf_kd_alpha,
             correct=args.tf_kd_correct,
             temperature=args.tf_kd_temperature,

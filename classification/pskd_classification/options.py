@@ -12,7 +12,8 @@ import yaml
 from pskd.distributed import World
 from pskd.run.options import TRAINING_RANGES, check_ranges
 from pskd.schedule import SCHEDULES, check_alpha
-from pskd_classification.data import DATASETS, Splits
+from pskd_classification.data import Splits
+from pskd_classification.sources import DATASETS
 
 __all__ = ["build_parser", "check", "parse", "recorded"]
 

@@ -57,7 +57,7 @@ def write_csv(folder: Path) -> None:
 
 
 def write_examples(
-    folder: Path, train: Images, classes: tuple[str, ...], statistics: tuple[Tensor, Tensor]
+    folder: Path, train: Images, class_names: tuple[str, ...], statistics: tuple[Tensor, Tensor]
 ) -> None:
     """Write what happened to each training sample: examples.npz and reweighted.json.
 
@@ -74,7 +74,7 @@ def write_examples(
             label=train.targets.numpy(),
             difficulty=difficulty,
             rescaling=rescaling,
-            classes=np.array(classes),
+            class_names=np.array(class_names),
         )
     known = np.flatnonzero(np.isfinite(rescaling))
     if not len(known):  # cross-entropy re-weights nothing
@@ -85,7 +85,7 @@ def write_examples(
     def shown(row: int) -> Mapping:
         return {
             "id": train.ids[row],
-            "label": classes[int(train.targets[row])],
+            "label": class_names[int(train.targets[row])],
             "rescaling": rescaling[row],
             "difficulty": difficulty[row],
             "image": _data_uri(train, int(row)),

@@ -11,4 +11,4 @@ optimizer = _recipe.optimizer
 train = _recipe.train
 
 model.roi_heads._target_ = PSKDROIHeads
-train.pskd = dict(alpha_final=0.7, schedule="linear")
+train.pskd = dict(alpha_final=0.7, alpha_schedule="linear")

@@ -30,7 +30,11 @@ class Detections(NamedTuple):
 
 
 def check_image(image_id: object, known: Container[object]) -> None:
-    """Refuse an image that the data set does not have."""
+    """Refuse an image that the data set does not have.
+
+    Raises:
+        ValueError: if ``image_id`` is not among ``known``.
+    """
     if image_id not in known:
         raise ValueError(f"detections: expected the id of an image of the data set, got {image_id}")
 

@@ -1,4 +1,4 @@
-"""AP of detections as COCO computes it, by pycocotools; and the metrics of their confidence."""
+"""AP of detections as COCO computes it, by pycocotools."""
 
 from __future__ import annotations
 
@@ -11,11 +11,10 @@ import numpy as np
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from pskd_detection.confidence import DetectionConfidence
 from pskd_detection.datasets import DetectionDataset
 from pskd_detection.detections import Detections, check_image, checked_detections, to_xywh
 
-__all__ = ["DetectionConfidence", "Detections", "average_precision"]
+__all__ = ["average_precision"]
 
 _METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")  # the first six of COCOeval.stats
 _log = logging.getLogger(__name__)

@@ -96,14 +96,15 @@ def load_config(config_file: str | os.PathLike, opts: Sequence[str] = ()) -> Cfg
 
 
 def check_options(
-    alpha_final: float, schedule: str, teacher: str, label_smoothing: float, epoch_iters: int
+    alpha_final: float, alpha_schedule: str, teacher: str, label_smoothing: float, epoch_iters: int
 ) -> None:
     """Raise ValueError for a value that is none of its option's."""
     check_alpha(alpha_final, "MODEL.PSKD.ALPHA_FINAL")
     check_label_smoothing(label_smoothing)
-    if schedule not in SCHEDULES:
+    if alpha_schedule not in SCHEDULES:
         raise ValueError(
-            f"MODEL.PSKD.ALPHA_SCHEDULE: expected one of {', '.join(SCHEDULES)}, got {schedule!r}"
+            f"MODEL.PSKD.ALPHA_SCHEDULE: expected one of {', '.join(SCHEDULES)}, "
+            f"got {alpha_schedule!r}"
         )
     if teacher not in TEACHERS:
         raise ValueError(

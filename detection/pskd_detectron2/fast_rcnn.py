@@ -6,12 +6,14 @@ Shapes: R sampled ROIs, K foreground classes, and scores of K + 1 columns with b
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from detectron2.modeling.roi_heads import FastRCNNOutputLayers
 from detectron2.structures import Instances
 from detectron2.utils.events import get_event_storage
 from torch import Tensor
 
-from pskd import pskd_cross_entropy
+from pskd import PSKDStats, pskd_cross_entropy
+from pskd.effect import agreement, teacher_effect
 from pskd_detectron2.config import check_label_smoothing
 from pskd_detectron2.memory import AnnotationMemory
 from pskd_detectron2.state import PSKDState
@@ -74,14 +76,15 @@ class PSKDFastRCNNOutputLayers(FastRCNNOutputLayers):
         labels = torch.cat([p.gt_classes for p in proposals])
         past = self._past(scores, labels, proposals)
         weight = self.loss_weight.get("loss_cls", 1.0)
-        if self.use_sigmoid_ce:
-            if past is not None:
-                softening = self._sigmoid_softening(scores, labels, *past)
-                losses["loss_cls"] = losses["loss_cls"] + weight * softening
-        elif past is not None or self.pskd.label_smoothing:
-            losses["loss_cls"] = weight * self._softened(scores, labels, *(past or (None, 0.0)))
-        if past is not None:
-            self._log(scores.detach(), labels, *past)
+        if past is None:
+            if self.pskd.label_smoothing:  # of a softmax head
+                losses["loss_cls"] = weight * self._smoothed(scores, labels)
+        elif self.use_sigmoid_ce:
+            softening = self._sigmoid_softening(scores, labels, *past)
+            losses["loss_cls"] = losses["loss_cls"] + weight * softening
+            _log_sigmoid(scores[:, :-1].detach(), labels, past[0][:, :-1], past[1])
+        else:
+            losses["loss_cls"] = weight * self._softened(scores, labels, *past)
         return losses
 
     def get_fed_loss_classes(self, *args, **kwargs) -> Tensor:
@@ -133,17 +136,25 @@ class PSKDFastRCNNOutputLayers(FastRCNNOutputLayers):
         """Return (R, K + 1) float32 probabilities; a sigmoid head's background column is unused."""
         return scores.float().sigmoid() if self.use_sigmoid_ce else scores.float().softmax(dim=1)
 
-    def _softened(
-        self, scores: Tensor, labels: Tensor, past: Tensor | None, alpha: Tensor | float
-    ) -> Tensor:
+    def _smoothed(self, scores: Tensor, labels: Tensor) -> Tensor:
+        smoothing = self.pskd.label_smoothing
         loss = pskd_cross_entropy(
+            scores, labels, None, 0.0, label_smoothing=smoothing, reduction="sum"
+        )
+        return loss / max(1, len(labels))
+
+    def _softened(self, scores: Tensor, labels: Tensor, past: Tensor, alpha: Tensor) -> Tensor:
+        """Return the loss against the mixed target, and log what the teacher did."""
+        loss, stats = pskd_cross_entropy(
             scores,
             labels,
             past,
             alpha,
             label_smoothing=self.pskd.label_smoothing,
             reduction="sum",
+            return_stats=True,
         )
+        _log(scores.detach(), past, alpha, stats)
         # An empty batch has the loss 0 and stays in the graph.
         return loss / max(1, len(labels))
 
@@ -160,33 +171,25 @@ class PSKDFastRCNNOutputLayers(FastRCNNOutputLayers):
             softening = softening * sampled[:-1]
         return softening.sum() / max(1, len(labels))
 
-    @torch.no_grad()
-    def _log(self, scores: Tensor, labels: Tensor, past: Tensor, alpha: Tensor) -> None:
-        """Log what the teacher did, over the ROIs that have one.
 
-        The mean gradient rescaling weights each ROI by its plain gradient on the label's logit,
-        1 - p[y]: the factor itself divides by it and has no finite mean over well-learned ROIs.
-        Of a sigmoid head all three look at the K foreground classes of foreground ROIs.
-        """
-        rows, label = alpha > 0, labels[:, None]
-        student = self._probs(scores)
-        if self.use_sigmoid_ce:
-            rows = rows & (labels < self.num_classes)
-            student, past = student[:, :-1], past[:, :-1]
-            label = label.clamp_max(self.num_classes - 1)
-        student_error = 1.0 - student.gather(1, label).squeeze(1)
-        teacher_at_label = past.gather(1, label).squeeze(1)
-        nll = -teacher_at_label.clamp_min(torch.finfo(torch.float32).tiny).log()
-        agreement = (student.argmax(1) == past.argmax(1)).float()
-        removed = alpha * (1.0 - teacher_at_label)
-        columns = torch.stack([torch.ones_like(nll), nll, agreement, removed, student_error])
-        # One transfer from the device for all of them.
-        count, nll, agreement, removed, student_error = (columns * rows).sum(1).tolist()
-        if count:
-            get_event_storage().put_scalars(
-                **{
-                    "pskd/teacher_nll": nll / count,
-                    "pskd/teacher_agreement": agreement / count,
-                    "pskd/gradient_rescaling": 1.0 - removed / max(student_error, 1e-6),
-                }
-            )
+def _log_sigmoid(scores: Tensor, labels: Tensor, past: Tensor, alpha: Tensor) -> None:
+    """As `_log`, of a sigmoid head's (R, K) scores: foreground ROIs have a class to look at."""
+    foreground = labels < scores.size(1)
+    label = labels.clamp_max(scores.size(1) - 1)[:, None]
+    nll = F.softplus(-scores.float().gather(1, label)).squeeze(1)
+    stats = PSKDStats(nll, past.gather(1, label).squeeze(1))
+    _log(scores, past, alpha * foreground, stats)
+
+
+def _log(scores: Tensor, past: Tensor, alpha: Tensor, stats: PSKDStats) -> None:
+    """Log what the teacher did, over the ROIs that have one."""
+    effect = teacher_effect(*stats, alpha)
+    agree = ((alpha > 0) & agreement(scores, past)).sum()
+    # One transfer from the device for all of them.
+    rows, nll, error, removed, agree = torch.stack([*effect, agree]).tolist()
+    figures = {}
+    if rows:
+        figures = {"pskd/teacher_nll": nll / rows, "pskd/teacher_agreement": agree / rows}
+    if error:
+        figures["pskd/gradient_rescaling"] = 1.0 - removed / error
+    get_event_storage().put_scalars(**figures)

@@ -33,7 +33,7 @@ _LOGGED = ("pskd/teacher_nll", "pskd/teacher_agreement", "pskd/gradient_rescalin
 class _Options(TypedDict, total=False):
     epoch_iters: int
     alpha_final: float
-    schedule: str
+    alpha_schedule: str
     teacher: str
     num_classes: int
     training_set: str
@@ -54,7 +54,7 @@ class PSKDHook(HookBase):
         epoch_iters: iterations of an epoch, at least 1.
         alpha_final: weight of the teacher at the end of training (the paper's alpha_T); 0 trains as
             Detectron2 does and keeps no teacher.
-        schedule: ``"linear"``, ``"constant"`` or ``"cosine"``.
+        alpha_schedule: ``"linear"``, ``"constant"`` or ``"cosine"``.
         teacher: ``"snapshot"`` or ``"memory"``.
         output_dir: where memory files are written.
         num_annotations: of the training set, one memory row each; needed with the memory.
@@ -75,7 +75,7 @@ class PSKDHook(HookBase):
         *,
         epoch_iters: int,
         alpha_final: float = 0.7,
-        schedule: str = "linear",
+        alpha_schedule: str = "linear",
         teacher: str = "snapshot",
         output_dir: str | os.PathLike = ".",
         num_annotations: int = 0,
@@ -84,7 +84,7 @@ class PSKDHook(HookBase):
         allow_schedule_change: bool = False,
         log_period: int = 20,
     ) -> None:
-        check_options(alpha_final, schedule, teacher, 0.0, epoch_iters)
+        check_options(alpha_final, alpha_schedule, teacher, 0.0, epoch_iters)
         if epoch_iters < 1:
             raise ValueError(f"epoch_iters: expected 1 or more, got {epoch_iters}")
         self._model = getattr(model, "module", model)
@@ -97,7 +97,7 @@ class PSKDHook(HookBase):
         self._options: _Options = {
             "epoch_iters": epoch_iters,
             "alpha_final": float(alpha_final),
-            "schedule": schedule,
+            "alpha_schedule": alpha_schedule,
             "teacher": teacher,
             "num_classes": heads.num_classes,
             "training_set": fingerprint,
@@ -124,12 +124,19 @@ class PSKDHook(HookBase):
         return nn.ModuleDict(student)
 
     def before_train(self) -> None:
-        """Fix the number of epochs; refuse to go on without the teacher that there must be."""
+        """Fix the number of epochs; refuse to go on without the teacher that there must be.
+
+        Raises:
+            ValueError: if the training has another length than the checkpoint's, or goes on inside
+                a later epoch than the first from a checkpoint without a teacher.
+        """
         options, start = self._options, self.trainer.start_iter
         num_epochs = math.ceil(self.trainer.max_iter / options["epoch_iters"])
         self._check_unchanged({"num_epochs": num_epochs})
         options["num_epochs"] = num_epochs
-        self._schedule = AlphaSchedule(options["alpha_final"], num_epochs, options["schedule"])
+        self._schedule = AlphaSchedule(
+            options["alpha_final"], num_epochs, options["alpha_schedule"]
+        )
         logger.info("PS-KD: %s", ", ".join(f"{name} {value}" for name, value in options.items()))
         if num_epochs == 1:
             logger.warning("PS-KD: the training is one epoch long, and the first has no teacher")

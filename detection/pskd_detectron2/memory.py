@@ -101,7 +101,7 @@ class AnnotationMemory:
             ValueError: if it is that of other annotations, of another number of rows or classes,
                 damaged, or no memory at all.
         """
-        if not isinstance(state, dict) or not {"fingerprint", *_TENSORS} <= state.keys():
+        if not isinstance(state, dict) or not {"fingerprint", "crc32", *_TENSORS} <= state.keys():
             got = sorted(state) if isinstance(state, dict) else type(state).__name__
             raise ValueError(f"expected a memory with {sorted(_TENSORS)}, got {got}")
         for name, attribute in _TENSORS.items():
@@ -118,7 +118,7 @@ class AnnotationMemory:
                 "another training set"
             )
         found = _checksum(state)
-        if state.get("crc32", found) != found:  # older ones have none
+        if state["crc32"] != found:
             raise ValueError(f"damaged: expected CRC-32 {state['crc32']:#x}, got {found:#x}")
         for name, attribute in _TENSORS.items():
             getattr(self, attribute).copy_(state[name])

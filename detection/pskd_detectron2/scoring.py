@@ -24,6 +24,9 @@ def class_logits(
     Raises:
         ValueError: for heads of another kind.
     """
+    if not isinstance(heads, (StandardROIHeads, Res5ROIHeads)):  # a cascade is a standard one
+        kind = type(heads).__name__
+        raise ValueError(f"expected Standard, Res5 or Cascade ROI heads, got {kind}")
     names = heads.in_features if isinstance(heads, Res5ROIHeads) else heads.box_in_features
     maps = [features[name] for name in names]
     boxes = [p.proposal_boxes for p in proposals]
@@ -32,10 +35,8 @@ def class_logits(
         return heads.box_predictor[stage](pooled)[0]
     if isinstance(heads, Res5ROIHeads):
         pooled = heads._shared_roi_transform(maps, boxes).mean(dim=[2, 3])
-    elif isinstance(heads, StandardROIHeads):
-        pooled = heads.box_head(heads.box_pooler(maps, boxes))
     else:
-        raise ValueError(f"expected Standard, Res5 or Cascade ROI heads, got {type(heads)}")
+        pooled = heads.box_head(heads.box_pooler(maps, boxes))
     return heads.box_predictor(pooled)[0]
 
 

@@ -36,7 +36,11 @@ logger = logging.getLogger("detectron2.pskd_detectron2.train_net")
 
 
 def setup(args) -> CfgNode:
-    """Return the config; with --train and --test its datasets and class count are set from them."""
+    """Return the config; with --train and --test its datasets and class count are set from them.
+
+    Raises:
+        ValueError: as `load_config`, `register_spec` and `check_config`.
+    """
     cfg = load_config(args.config_file, args.opts)
     class_names = None
     if args.train:

@@ -103,7 +103,11 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_model(cls, cfg: CfgNode):
-        """As `DefaultTrainer`; a model without ROI heads is refused."""
+        """As `DefaultTrainer`.
+
+        Raises:
+            ValueError: for a model without ROI heads.
+        """
         model = super().build_model(cfg)
         if not hasattr(model, "roi_heads"):
             raise ValueError(
@@ -140,7 +144,7 @@ class Trainer(DefaultTrainer):
                     self.model,
                     epoch_iters=epoch_iters(cfg, len(self._records)),
                     alpha_final=options.ALPHA_FINAL,
-                    schedule=options.ALPHA_SCHEDULE,
+                    alpha_schedule=options.ALPHA_SCHEDULE,
                     teacher=options.TEACHER,
                     output_dir=cfg.OUTPUT_DIR,
                     num_annotations=count_annotations(self._records),

@@ -62,19 +62,18 @@ def load_model(path: Path, content: dict, model, options: Mapping, class_names) 
     load_weights(path, model, content["model"])
 
 
-def load_training(path: Path, content: dict, trainer: Trainer, options: Mapping) -> int:
-    """Load what goes on beside the model; return the epoch after which the run goes on.
+def load_training(path: Path, content: dict, trainer: Trainer, options: Mapping) -> None:
+    """Load what goes on beside the model.
 
     Raises:
         ValueError: naming the file, if it is of another training set, optimizer or PS-KD schedule.
     """
     check_same(path, content["options"], options, TRAINING_OPTIONS)
     try:
-        trainer.epochs.load_state_dict(content["pskd"])
+        trainer.epochs.load_state_dict(content["pskd"], allowed_by="--pskd-allow-schedule-change")
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     load_optimizer(trainer.optimizer, content["optimizer"])
     if content["scaler"]:  # empty without mixed precision
         trainer.scaler.load_state_dict(content["scaler"])
     tell_changes(path, content["options"], options)
-    return content["epoch"]

@@ -25,7 +25,7 @@ class PSKDEpochs:
         num_epochs: of the whole training.
         alpha_final: weight of the teacher at the end of training (the paper's alpha_T); 0 trains as
             torchvision does.
-        schedule: ``"linear"``, ``"constant"`` or ``"cosine"``.
+        alpha_schedule: ``"linear"``, ``"constant"`` or ``"cosine"``.
         allow_schedule_change: resume with another alpha, schedule or length than the checkpoint's.
 
     Raises:
@@ -38,14 +38,14 @@ class PSKDEpochs:
         *,
         num_epochs: int,
         alpha_final: float = 0.7,
-        schedule: str = "linear",
+        alpha_schedule: str = "linear",
         allow_schedule_change: bool = False,
     ) -> None:
         self._model = getattr(model, "module", model)
         heads = getattr(self._model, "roi_heads", None)
         if heads is None or not isinstance(getattr(heads, "pskd", None), PSKDState):
             raise ValueError("model: expected one that has gone through add_pskd, got another")
-        self._schedule = AlphaSchedule(alpha_final, num_epochs, schedule)
+        self._schedule = AlphaSchedule(alpha_final, num_epochs, alpha_schedule)
         self._pskd: PSKDState = heads.pskd
         self._allow_schedule_change = allow_schedule_change
         self._epoch = 0  # none yet
@@ -97,8 +97,12 @@ class PSKDEpochs:
         """Return what a run that is resumed after this epoch needs beside the model."""
         return {"epoch": self._epoch, "options": self._options()}
 
-    def load_state_dict(self, state: dict) -> None:
+    def load_state_dict(self, state: dict, *, allowed_by: str = "allow_schedule_change") -> None:
         """Go on after the epoch of the state; the model's weights must be loaded too.
+
+        Args:
+            state: of `state_dict`.
+            allowed_by: what the user sets to allow another schedule, for the message.
 
         Raises:
             ValueError: if the options changed, those of the schedule unless that is allowed.
@@ -108,6 +112,6 @@ class PSKDEpochs:
             self._options(),
             changeable=SCHEDULE_OPTIONS,
             allowed=self._allow_schedule_change,
-            allowed_by="allow_schedule_change",
+            allowed_by=allowed_by,
         )
         self._epoch = state["epoch"]

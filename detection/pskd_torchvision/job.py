@@ -134,7 +134,7 @@ def build_trainer(job: Job) -> tuple[Trainer, int]:
         job.model,
         num_epochs=args.epochs,
         alpha_final=args.pskd_alpha_final,
-        schedule=args.pskd_alpha_schedule,
+        alpha_schedule=args.pskd_alpha_schedule,
         allow_schedule_change=args.pskd_allow_schedule_change,
     )
     trainer = Trainer(

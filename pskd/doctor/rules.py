@@ -6,15 +6,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 from pskd.doctor.environment import PACKAGES, SEVERITIES, UNSAFE_LOAD, Environment, Finding, Report
-from pskd.doctor.steps import (
+from pskd.doctor.installs import (
     INSTALL_CONFIG_PAIR,
     INSTALL_PSKD,
     INSTALL_SETUPTOOLS,
     REPLACE_FAIRSEQ,
-    STEPS,
-    WAYS,
-    Way,
 )
+from pskd.doctor.steps import STEPS, WAYS, Way
 
 
 def diagnose(env: Environment) -> Report:

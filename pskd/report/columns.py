@@ -21,13 +21,13 @@ class Column:
     Attributes:
         key: its name in report.json and report.csv.
         metric: how it is shown, and what it means.
-        paths: where it may stand in a run's numbers.
+        path: where it stands in a run's numbers.
         scaled: whether it is of the run after temperature scaling.
     """
 
     key: str
     metric: Metric
-    paths: tuple[tuple[str, ...], ...]
+    path: tuple[str, ...]
     scaled: bool = False
 
     @property
@@ -64,19 +64,18 @@ def columns_of(task: str, preset: Preset) -> list[Column]:
 
 def _confidence(preset: Preset, *names: str, of: tuple[str, ...] = ()) -> list[Column]:
     """Return columns of confidence; ``of`` is where they stand in the numbers."""
-    return [Column(name, preset.metrics[name], ((*of, name),)) for name in names]
+    return [Column(name, preset.metrics[name], (*of, name)) for name in names]
 
 
 def _after_scaling(preset: Preset) -> list[Column]:
     """Return the baseline that every run is compared with: its own logits, divided by T."""
-    columns = [Column("temperature", _TEMPERATURE, (("temperature",),), scaled=True)]
+    columns = [Column("temperature", _TEMPERATURE, ("temperature",), scaled=True)]
     for name in ("nll", "ece", "aurc"):
         metric = preset.metrics[name]
         metric = dataclasses.replace(
             metric, meaning=f"{metric.title} of the same predictions after temperature scaling."
         )
-        paths = (("last_scaled", name), ("scaled", name))
-        columns.append(Column(f"scaled_{name}", metric, paths, scaled=True))
+        columns.append(Column(f"scaled_{name}", metric, ("scaled", name), scaled=True))
     return columns
 
 
@@ -87,7 +86,7 @@ def _seconds(of: str, digits: int) -> Column:
         "s",
         digits=digits,
     )
-    return Column(f"seconds_per_{of}", metric, ((f"seconds_per_{of}",),))
+    return Column(f"seconds_per_{of}", metric, (f"seconds_per_{of}",))
 
 
 def _classification(preset: Preset) -> list[Column]:
@@ -95,15 +94,15 @@ def _classification(preset: Preset) -> list[Column]:
     return [
         *_confidence(preset, *preset.metrics, of=("last",)),
         *_after_scaling(preset),
-        Column("epochs", epochs, (("last", "epoch"),)),
+        Column("epochs", epochs, ("last", "epoch")),
         _seconds("epoch", 1),
     ]
 
 
 def _detection(preset: Preset) -> list[Column]:
-    columns = [Column(k, _percent(k, text), (("bbox", k),)) for k, text in _COCO.items()]
+    columns = [Column(k, _percent(k, text), ("bbox", k)) for k, text in _COCO.items()]
     voc = _percent("VOC AP50", f"{_AP} at an IoU of at least 0.50, as VOC computes it.")
-    columns.append(Column("voc_AP50", voc, (("voc", "AP50"),)))
+    columns.append(Column("voc_AP50", voc, ("voc", "AP50")))
     ece, area, excess = _confidence(preset, "ece", "aurc", "e_aurc", of=("confidence",))
     d_ece = dataclasses.replace(
         ece.metric, title="D-ECE", meaning=ece.metric.meaning.replace("accuracy", "precision")
@@ -115,11 +114,10 @@ def _detection(preset: Preset) -> list[Column]:
         "IoU, mean over classes; with the bins of the run's own evaluation.",
     )
     columns += [
-        dataclasses.replace(ece, metric=d_ece, paths=(("confidence", "d_ece"),)),
-        Column("la_ece", la_ece, (("confidence", "la_ece"),)),
+        dataclasses.replace(ece, metric=d_ece, path=("confidence", "d_ece")),
+        Column("la_ece", la_ece, ("confidence", "la_ece")),
         area,
-        # Runs of earlier versions have the second.
-        dataclasses.replace(excess, paths=(*excess.paths, ("confidence", "excess_aurc"))),
+        excess,
     ]
     nll = dataclasses.replace(
         preset.metrics["nll"],
@@ -127,14 +125,14 @@ def _detection(preset: Preset) -> list[Column]:
         meaning="Mean negative logarithm of the true class's probability over the annotated boxes "
         "themselves, the same rows for every detector.",
     )
-    columns.append(Column("box_nll", nll, (("ground_truth_rois", "nll"),)))
+    columns.append(Column("box_nll", nll, ("ground_truth_rois", "nll")))
     for title, key, digits, text in (
         ("IoU\u00a0≥", "iou_threshold", 2, "The IoU from which a detection is correct."),
         ("score\u00a0≥", "score_threshold", 2, "The score from which a detection counts."),
         ("boxes", "num_detections", 0, "Detections that count; what was missed is not seen."),
     ):
         metric = _number(title, text, digits=digits)
-        columns.append(Column(key, metric, (("confidence", key),)))
+        columns.append(Column(key, metric, ("confidence", key)))
     return [*columns, _seconds("iteration", 3)]
 
 
@@ -150,9 +148,9 @@ def _translation(preset: Preset) -> list[Column]:
         error, metric=dataclasses.replace(error.metric, title="token error")
     )
     return [
-        Column("bleu", bleu, (("bleu",),)),
-        Column("chrf", chrf, (("chrf",),)),
-        Column("tokenised_bleu", tokenised, (("tokenised_bleu",),)),
+        Column("bleu", bleu, ("bleu",)),
+        Column("chrf", chrf, ("chrf",)),
+        Column("tokenised_bleu", tokenised, ("tokenised_bleu",)),
         error,
         *confidence,
         *_after_scaling(preset),
@@ -176,7 +174,7 @@ def raw_values(run: Run, preset: Preset) -> dict[str, float]:
     for column in columns_of(run.task, preset):
         found = measured.get(column.key)
         if found is None and not (column.key in _BINNED and _bins(run) != preset.bins):
-            found = _told(run.numbers, column.paths)
+            found = _told(run.numbers, column.path)
         if found is not None:
             values[column.key] = found
     return values
@@ -218,12 +216,12 @@ def _bins(run: Run) -> int:
     return 15
 
 
-def _told(numbers: Mapping[str, Any], paths: tuple[tuple[str, ...], ...]) -> float | None:
-    for *outer, key in paths:
-        found = numbers
-        for name in outer:
-            found = found.get(name) or {}
-        value = found.get(key) if isinstance(found, Mapping) else None
-        if isinstance(value, (int, float)) and not isinstance(value, bool):
-            return float(value)
+def _told(numbers: Mapping[str, Any], path: tuple[str, ...]) -> float | None:
+    *outer, key = path
+    found = numbers
+    for name in outer:
+        found = found.get(name) or {}
+    value = found.get(key)
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return float(value)
     return None

@@ -85,8 +85,8 @@ def _has_teacher(records: Sequence[Mapping[str, float]]) -> bool:
 
 def hard_example_figures(table: Table) -> list[Figure]:
     """Return, for each PS-KD run with a baseline of the same examples, factor by difficulty."""
-    firsts = [row.runs[0] for row in table.rows]
-    baselines = [run for run in firsts if run.examples and not run.has_teacher]
+    firsts = [row.runs[0] for row in table.rows if row.runs[0].examples]
+    baselines = [run for run in firsts if not run.has_teacher]
     figures = []
     for run in firsts:
         baseline = next((other for other in baselines if _same_examples(run, other)), None)
@@ -105,8 +105,6 @@ def hard_example_figures(table: Table) -> list[Figure]:
 
 
 def _same_examples(run: Run, other: Run) -> bool:
-    if not run.examples:
-        return False
     return np.array_equal(np.sort(run.examples["ids"]), np.sort(other.examples["ids"]))
 
 

@@ -14,7 +14,8 @@ from pskd.report.figures import (
     hard_example_figures,
     teacher_figures,
 )
-from pskd.report.runs import Example, Run
+from pskd.report.files import Example
+from pskd.report.runs import Run
 from pskd.report.tables import Row, Table
 from pskd.report.template import PAGE
 from pskd.version import __version__

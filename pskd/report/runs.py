@@ -5,10 +5,6 @@ Shapes: N rows (samples, tokens or boxes) that were tested, M training examples.
 
 from __future__ import annotations
 
-import json
-import re
-import zipfile
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,33 +13,21 @@ from typing import Any
 import numpy as np
 
 from pskd.report.epochs import read_epochs
+from pskd.report.files import (
+    Example,
+    read_examples,
+    read_numbers,
+    read_reweighted,
+    read_rows,
+)
 
-__all__ = ["TASKS", "Example", "Run", "read_run", "read_runs"]
+__all__ = ["TASKS", "Run", "read_run", "read_runs"]
 
 TASKS = ("classification", "detection", "translation")
 
 # A training's own folder, and where the tools put what they measured: detection and translation.
 _PLACES = (".", "inference", "evaluation")
 _NUMBERS = ("results.json", "evaluation.json")
-_IMAGE = re.compile(r"data:image/(png|jpeg|gif|webp);base64,[A-Za-z0-9+/]+={0,2}")
-
-
-@dataclass(frozen=True)
-class Example:
-    """A training example that PS-KD re-weighted.
-
-    Attributes:
-        label: its class, as a reader knows it.
-        rescaling: the factor on its gradient, at most 1.
-        difficulty: the mean of 1 - p[label] over the training; None if it was not told.
-        image: a data URI; None for none.
-    """
-
-    id: str
-    label: str
-    rescaling: float
-    difficulty: float | None = None
-    image: str | None = None
 
 
 @dataclass(frozen=True)
@@ -138,16 +122,17 @@ def read_run(folder: Path, name: str) -> Run:
             "evaluation.json in it or in its inference or evaluation folder, got "
             + (f"none of them{_elsewhere(folder)}" if folder.is_dir() else "no such folder")
         )
-    numbers = _read_numbers(numbers_path) if numbers_path else {}
+    examples_path, reweighted_path = _find(folder, "examples.npz"), _find(folder, "reweighted.json")
+    numbers = read_numbers(numbers_path) if numbers_path else {}
     return Run(
         name=name,
         folder=folder,
         task=_task(numbers, numbers_path),
         numbers=numbers,
-        rows=_read_rows(rows_path) if rows_path else {},
+        rows=read_rows(rows_path) if rows_path else {},
         epochs=read_epochs(_find(folder, "metrics.json"), _find_log(folder, numbers)),
-        examples=_read_examples(folder),
-        reweighted=_read_reweighted(folder),
+        examples=read_examples(examples_path) if examples_path else {},
+        reweighted=read_reweighted(reweighted_path) if reweighted_path else {},
     )
 
 
@@ -177,27 +162,6 @@ def _find_log(folder: Path, numbers: dict[str, Any]) -> Path | None:
     return next((path for path in paths if path.is_file()), None)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: expected JSON, got {error}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: expected a JSON object, got {type(value).__name__}")
-    return value
-
-
-def _read_numbers(path: Path) -> dict[str, Any]:
-    numbers = _read_json(path)
-    for key in ("last", "best", "last_scaled", "bbox", "voc", "confidence", "ground_truth_rois"):
-        if not isinstance(numbers.get(key, {}), dict):
-            raise ValueError(f"{path}: {key}: expected an object, got {numbers[key]!r}")
-    command = numbers.get("command")
-    if not isinstance(command, str | list | None):
-        raise ValueError(f"{path}: command: expected text or a list of words, got {command!r}")
-    return numbers
-
-
 def _task(numbers: dict[str, Any], path: Path | None) -> str:
     """Return the task that the numbers name, or else show."""
     task: str | None = numbers.get("task")
@@ -207,97 +171,3 @@ def _task(numbers: dict[str, Any], path: Path | None) -> str:
     if task not in TASKS:
         raise ValueError(f"{path}: task: expected one of {', '.join(TASKS)}, got {task!r}")
     return task
-
-
-def _read_arrays(path: Path, needed: Sequence[str]) -> dict[str, np.ndarray]:
-    try:
-        with np.load(path) as file:  # never a pickle
-            arrays = {key: file[key] for key in file.files}
-    except (
-        ValueError,
-        EOFError,
-        zipfile.BadZipFile,
-        zlib.error,
-        NotImplementedError,
-        TypeError,
-        AttributeError,
-    ) as error:
-        raise ValueError(f"{path}: expected arrays as numpy.savez writes them: {error}") from error
-    for key in needed:
-        if key not in arrays:
-            raise ValueError(f"{path}: expected an array {key}, got {', '.join(sorted(arrays))}")
-    return arrays
-
-
-def _check_lengths(path: Path, arrays: dict[str, np.ndarray], names: Sequence[str]) -> None:
-    first, *others = [name for name in names if name in arrays]
-    if arrays[first].ndim != 1:
-        raise ValueError(f"{path}: {first}: expected a vector, got shape {arrays[first].shape}")
-    for name in others:
-        if arrays[name].shape != arrays[first].shape:
-            expected, got = arrays[first].shape, arrays[name].shape
-            raise ValueError(f"{path}: {name}: expected shape {expected}, got {got}")
-
-
-def _check_numbers(path: Path, arrays: dict[str, np.ndarray], names: Sequence[str]) -> None:
-    for name in names:
-        if name in arrays and arrays[name].dtype.kind not in "fiu":
-            raise ValueError(
-                f"{path}: {name}: expected real numbers, got dtype {arrays[name].dtype}"
-            )
-
-
-def _read_rows(path: Path) -> dict[str, np.ndarray]:
-    rows = _read_arrays(path, ("confidence", "correct"))
-    vectors = ("confidence", "correct", "nll", "in_top5", "scaled_confidence", "scaled_nll")
-    _check_lengths(path, rows, vectors)
-    _check_numbers(path, rows, ("temperature",))
-    if rows.get("temperature", np.empty(())).shape != ():
-        raise ValueError(
-            f"{path}: temperature: expected a single number, got shape {rows['temperature'].shape}"
-        )
-    return rows if len(rows["confidence"]) else {}
-
-
-def _read_examples(folder: Path) -> dict[str, np.ndarray]:
-    path = _find(folder, "examples.npz")
-    if path is None:
-        return {}
-    examples = _read_arrays(path, ("ids", "difficulty", "rescaling"))
-    _check_lengths(path, examples, ("ids", "label", "difficulty", "rescaling"))
-    _check_numbers(path, examples, ("difficulty", "rescaling"))
-    difficulty = examples["difficulty"]
-    if ((difficulty < 0.0) | (difficulty > 1.0)).any():  # NaN: never visited
-        raise ValueError(
-            f"{path}: difficulty: expected values in [0, 1], got values in "
-            f"[{np.nanmin(difficulty):g}, {np.nanmax(difficulty):g}]"
-        )
-    if len(np.unique(examples["ids"])) < len(examples["ids"]):
-        raise ValueError(f"{path}: ids: expected each once, got one again")
-    return examples
-
-
-def _read_reweighted(folder: Path) -> dict[str, list[Example]]:
-    path = _find(folder, "reweighted.json")
-    if path is None:
-        return {}
-    found = _read_json(path)
-    try:
-        return {key: [_example(entry) for entry in found.get(key, [])] for key in ("most", "least")}
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ValueError(
-            f"{path}: expected examples with id, label and rescaling: {error!r}"
-        ) from error
-
-
-def _example(entry: dict[str, Any]) -> Example:
-    image, difficulty = entry.get("image"), entry.get("difficulty")
-    if image is not None and not _IMAGE.fullmatch(image):
-        raise ValueError(f"image: expected a data URI of an image in base64, got {image[:40]!r}")
-    return Example(
-        id=str(entry["id"]),
-        label=str(entry["label"]),
-        rescaling=float(entry["rescaling"]),
-        difficulty=None if difficulty is None else float(difficulty),
-        image=image,
-    )

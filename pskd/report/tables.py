@@ -131,7 +131,7 @@ def _described(column: Column) -> dict[str, object]:
         "raw_unit": column.raw_unit,
         "shown_unit": metric.unit,
         "better": metric.better or None,
-        "after_temperature_scaling": column.scaled,
+        "scaled": column.scaled,
     }
 
 

@@ -216,8 +216,8 @@ CRITERIA.add(
 )
 CRITERIA.add(
     "a schedule that is none",
-    lambda: memory_criterion(schedule="square"),
-    "schedule: expected one of linear, constant, cosine, got 'square'",
+    lambda: memory_criterion(alpha_schedule="square"),
+    "alpha_schedule: expected one of linear, constant, cosine, got 'square'",
 )
 CRITERIA.add(
     "a memory of 2.5 samples",

@@ -176,7 +176,7 @@ unbuilt(
     "`--resume` with another alpha",
     "--pskd-alpha-final 0.3 --resume",
     "run/checkpoint.pth: alpha_final: expected 0.5, with which the checkpoint was trained, got 0.3 "
-    "(allow_schedule_change allows it)",
+    "(--pskd-allow-schedule-change allows it)",
 )
 unbuilt(
     "`--resume` with another optimizer",

@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 import torch
 from classification_toys import CLASSES, Colours, write_folders
-from pskd_classification.data import Images, check_source, load_splits
+from PIL import Image
+from pskd_classification.data import Images, load_splits
+from pskd_classification.sources import check_source
 
 
 def colours(**options):
@@ -39,7 +41,7 @@ def test_the_fingerprint_is_that_of_what_is_trained_on():
 def test_folders(parts, tmp_path):
     root = write_folders(tmp_path, dict(zip(parts, (12, 6, 9), strict=False)))
     splits = load_splits("folder", root, val_fraction=0.5)
-    assert splits.classes == tuple(sorted(CLASSES))
+    assert splits.class_names == tuple(sorted(CLASSES))
     sizes = (len(splits.train), len(splits.validation), len(splits.test))
     assert sizes == ((12, 6, 9) if len(parts) == 3 else (6, 6, 6))
     assert all(name.endswith(".png") and "/" in name for name in splits.train.ids)
@@ -114,6 +116,7 @@ def test_samples_that_cannot_be_told_apart_or_classified_are_refused(source, mes
         ("no_such_module:f", None, {}, "MODULE:FUNCTION, got 'no_such_module:f'"),
         ("classification_toys:absent", None, {}, "MODULE:FUNCTION"),
         ("classification_toys:Colours.__init__", None, {}, "MODULE:FUNCTION"),
+        ("collections:Counter", None, {}, r"expected train, test and perhaps val, got \[\]"),
         ("classification_toys:build", None, {"val_fraction": 0.99}, "--val-fraction: .* got 0.99"),
     ],
 )
@@ -122,7 +125,14 @@ def test_data_that_is_not_there_is_refused(name, root, options, message):
         load_splits(name, root, **{"val_fraction": 0.2} | options)
 
 
-def test_an_image_that_is_none_and_one_that_is_not_square_are_refused():
+def test_images_that_are_not_square_need_a_size(monkeypatch):
+    monkeypatch.setattr(Colours, "__getitem__", lambda self, i: (Image.new("RGB", (8, 6)), 0))
+    with pytest.raises(ValueError, match="--image-size: expected a number .* 8x6 pixels"):
+        colours()
+    assert colours(image_size=8).test[0][0].shape == (3, 8, 8)
+
+
+def test_what_is_no_image_is_refused():
     source = Colours(6, 0)
     source.__class__ = type(
         "Tensors", (Colours,), {"__getitem__": lambda self, i: (torch.ones(3), 0)}

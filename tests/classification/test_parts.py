@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -77,6 +79,24 @@ def test_the_first_branch_is_never_left_out():
 def test_a_model_without_a_place_for_an_option_is_refused(name, options, message):
     with pytest.raises(ValueError, match=message):
         build_model(name, C, **options)
+
+
+def test_a_model_of_timm_gets_its_options_by_timms_names(monkeypatch):
+    def create_model(name: str, **options):
+        if name != "known":
+            raise RuntimeError("Unknown model")
+        return options
+
+    monkeypatch.setitem(sys.modules, "timm", SimpleNamespace(create_model=create_model))
+    plain = {"pretrained": False, "num_classes": C}
+    assert build_model("timm:known", C) == plain
+    made = build_model("timm:known", C, dropout=0.1, stochastic_depth=0.2)
+    assert made == plain | {"drop_rate": 0.1, "drop_path_rate": 0.2}
+    with pytest.raises(ValueError, match="expected a model of timm, got 'other': Unknown model"):
+        build_model("timm:other", C)
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(ValueError, match="--model: timm:known needs timm: pip install timm"):
+        build_model("timm:known", C)
 
 
 # ---- mixing ------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib
 import json
 import os
 import subprocess
@@ -66,11 +67,11 @@ def test_a_run_leaves_its_figures_and_what_the_report_reads(run):
     told = results(run)
     assert told["task"] == "classification" and told["last"]["count"] == 21
     assert told["last"]["epoch"] == 4 and 1 <= told["best"]["epoch"] <= 4
-    assert set(told["last_scaled"]) == set(told["last"]) - {"epoch"} and told["temperature"] > 0
+    assert set(told["scaled"]) == set(told["last"]) - {"epoch"} and told["temperature"] > 0
     rows = np.load(run / "confidence.npz")
     assert 1 - rows["correct"].mean() == pytest.approx(told["last"]["top1_error"])
     assert rows["nll"].mean() == pytest.approx(told["last"]["nll"])
-    assert rows["scaled_nll"].mean() == pytest.approx(told["last_scaled"]["nll"])
+    assert rows["scaled_nll"].mean() == pytest.approx(told["scaled"]["nll"])
     epochs = lines(run)
     assert [line["pskd/alpha"] for line in epochs] == pytest.approx([0.0, 0.4, 0.6, 0.8])
     assert all({"train/loss", "val/nll", "lr", "seconds"} <= set(line) for line in epochs)
@@ -111,6 +112,13 @@ def test_the_first_epoch_is_cross_entropy_and_the_second_is_not(run, tmp_path):
     assert losses[0][0] == losses[1][0] and losses[0][1] != losses[1][1]
 
 
+def test_a_resume_without_a_checkpoint_starts_from_the_beginning(tmp_path, caplog):
+    caplog.set_level("INFO")
+    assert train(tmp_path, "--epochs", "1", "--resume") == 0
+    assert f"--resume: no {tmp_path / 'checkpoint.pth'}, so from the start" in caplog.text
+    assert [line["epoch"] for line in lines(tmp_path)] == [1]
+
+
 @pytest.mark.parametrize(
     "flags",
     [
@@ -145,6 +153,20 @@ def test_a_resumed_run_equals_the_straight_one(flags, tmp_path):
         assert told[0]["options"]["cutmix_alpha"] == (1.0 if "--cutmix-alpha" in flags else 0.0)
 
 
+def test_the_scale_of_mixed_precision_goes_on(tmp_path, monkeypatch):
+    """On a GPU float16 needs one, which grows with every second step here."""
+
+    def scaler(device: str, enabled: bool) -> torch.amp.GradScaler:
+        return torch.amp.grad_scaler.GradScaler(device, 2.0, growth_interval=2)
+
+    monkeypatch.setattr(torch.amp, "GradScaler", scaler)
+    assert train(tmp_path / "straight", "--epochs", "2") == 0
+    stopped(tmp_path / "resumed", "--epochs", "2", after=1)
+    assert train(tmp_path / "resumed", "--epochs", "2", "--resume") == 0
+    one, other = (checkpoint(tmp_path / name)["scaler"] for name in ("straight", "resumed"))
+    assert one == other and one["scale"] > 2.0
+
+
 def test_resuming_a_finished_run_trains_nothing_and_tells_the_same(run, tmp_path):
     before = results(run)
     assert train(run, *PSKD, "--resume") == 0
@@ -168,7 +190,7 @@ def test_best_and_evaluation_of_a_checkpoint(run, tmp_path):
 
 def test_without_validation_there_is_no_best_and_no_temperature(tmp_path):
     assert train(tmp_path, "--val-fraction", "0", "--epochs", "1") == 0
-    assert not {"best", "temperature", "last_scaled"} & set(results(tmp_path))
+    assert not {"best", "temperature", "scaled"} & set(results(tmp_path))
     assert not (tmp_path / "best.pth").exists()
 
 
@@ -351,23 +373,10 @@ def test_the_toys_have_what_the_tests_count_on():
 # ---- a backbone for detection ------------------------------------------------------------------
 
 
-def test_a_checkpoint_becomes_a_backbone_of_detectron2(tmp_path):
-    import importlib.util
-
-    path = SCRIPT.parents[1] / "detection" / "convert_backbone.py"
-    spec = importlib.util.spec_from_file_location("convert_backbone", path)
-    convert = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(convert)
-    flags = [
-        "--model",
-        "resnet18",
-        "--epochs",
-        "2",
-        "--stochastic-depth",
-        "0.1",
-        "--dropout",
-        "0.1",
-    ]
+def test_a_checkpoint_becomes_a_backbone_of_detectron2(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(SCRIPT.parents[1] / "detection")
+    convert = importlib.import_module("convert_backbone")
+    flags = "--model resnet18 --epochs 2 --stochastic-depth 0.1 --dropout 0.1".split()
     assert train(tmp_path, *flags, *PSKD) == 0
     config = convert.convert_file(tmp_path / "best.pth", tmp_path / "backbone.pth")
     assert config["MODEL.RESNETS.DEPTH"] == 18

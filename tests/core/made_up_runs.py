@@ -70,7 +70,10 @@ def classification(folder: Path, seed: int = 1, *, pskd: bool = False) -> Path:
     difficulty = rng.uniform(size=len(IDS))
     rescaling = 1.0 - 0.5 * rng.uniform(size=len(IDS)) if pskd else np.full(len(IDS), np.nan)
     order = np.arange(len(IDS))[:: -1 if pskd else 1]
-    examples = {"label": rng.integers(0, 3, len(IDS)), "classes": np.array(["cat", "dog", "emu"])}
+    examples = {
+        "label": rng.integers(0, 3, len(IDS)),
+        "class_names": np.array(["cat", "dog", "emu"]),
+    }
     examples |= {"difficulty": difficulty, "rescaling": rescaling}
     write(folder, "examples.npz", examples | {"ids": IDS[order]})
     if pskd:

@@ -170,6 +170,8 @@ class TestReliabilityBins:
     def test_bins_of_other_widths_do_not_add(self):
         with pytest.raises(ValueError, match="expected 3 bins.*got 4"):
             ReliabilityBins.empty(3) + ReliabilityBins.empty(4)
+        with pytest.raises(TypeError, match="unsupported operand"):
+            ReliabilityBins.empty(3) + 4
 
 
 def brute_force_curve(confidence, correct):

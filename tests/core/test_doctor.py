@@ -15,10 +15,11 @@ from pathlib import Path
 import pytest
 
 from pskd import cli, doctor
-from pskd.doctor import Attempt, Environment, Probe, diagnose
+from pskd.doctor import Attempt, Environment, Probe, Report, diagnose
 from pskd.doctor.environment import UNSAFE_LOAD
+from pskd.doctor.installs import INSTALL_FAIRSEQ
 from pskd.doctor.probes import installed_versions, run_probes
-from pskd.doctor.steps import INSTALL_FAIRSEQ, STEPS
+from pskd.doctor.steps import STEPS
 
 GOOD_VERSIONS = {
     "pskd": "0.1.0",
@@ -494,6 +495,13 @@ def test_status_and_text(run):
     assert "fairseq-fixed  not installed  translation\n" in text
 
 
+def test_the_seconds_are_the_users(monkeypatch):
+    given = []
+    monkeypatch.setattr(doctor, "gather", lambda parts, timeout: given.append(timeout) or made())
+    assert cli.main(["doctor", "--timeout", "2.5"]) == 0
+    assert given == [2.5]
+
+
 def test_output_is_ascii(run):
     _, text = run(made(attempts={"fairseq": "OSError: Datei \u00fcberschrieben \U0001f4a5"}))
     assert text.isascii() and "\\xfcberschrieben" in text
@@ -537,19 +545,25 @@ def test_real_run_tries_the_core_and_imports_no_framework():
     assert "'pskd'" in modules
 
 
-@pytest.mark.parametrize(
-    ("part", "modules"),
-    [
-        ("classification", ["torchvision", "sklearn", "yaml", "tqdm", "tensorboard"]),
-        ("integrations", ["lightning", "transformers", "accelerate"]),
-    ],
-)
-def test_real_run_tries_a_part(part, modules):
-    for module in modules:
+REAL = {
+    "classification": ["torchvision", "sklearn", "yaml", "tqdm", "tensorboard"],
+    "integrations": ["lightning", "transformers", "accelerate"],
+}
+
+
+@pytest.fixture(scope="module")
+def real() -> Report:
+    """What is found of the parts that are installed here, all tried at the same time."""
+    found = [part for part, modules in REAL.items() if all(map(importlib.util.find_spec, modules))]
+    return diagnose(doctor.gather(found, timeout=240.0))
+
+
+@pytest.mark.parametrize("part", REAL)
+def test_real_run_tries_a_part(part, real):
+    for module in REAL[part]:
         if importlib.util.find_spec(module) is None:
             pytest.skip(f"needs {module}: pip install '.[test]'")
-    report = diagnose(doctor.gather([part], timeout=240.0))
-    assert report.parts == {"core": "works", part: "works"}, report.findings
+    assert (real.parts["core"], real.parts[part]) == ("works", "works"), real.findings
 
 
 def test_torch_that_does_not_load_is_told_and_no_traceback(tmp_path):

@@ -103,11 +103,9 @@ RUN: dict[str, dict[str, list[str]]] = {
         "test_the_table_is_that_of_the_results": [
             "configs/detection/demo_torchvision.sh",
             "configs/detection/demo_torchvision_pskd.sh",
+            "detection/train_net.py",
             "python -m demo.detection",
         ],
-    },
-    "detection/test_detectron2_training.py": {
-        "test_a_run_that_is_killed_goes_on_where_it_stood": ["detection/train_net.py"],
     },
     "detection/test_digits.py": {
         "test_command_line": ["python -m demo.digits"],
@@ -140,7 +138,7 @@ RUN: dict[str, dict[str, list[str]]] = {
     "translation/test_locale_pairs.py": {
         "test_same_seed_same_bytes_in_another_process": ["python -m demo.locale_pairs"],
     },
-    "translation/test_plugin_training.py": {
+    "translation/test_plugin_evaluation.py": {
         "test_generate_and_interactive_read_a_checkpoint_and_agree": ["fairseq-generate"],
     },
     "translation/test_prepare.py": {
@@ -166,6 +164,7 @@ RUN: dict[str, dict[str, list[str]]] = {
 }
 #: The documented programs that no test runs, and why.
 NOT_RUN = {
+    "make coverage": "runs this",
     "make lint": "reads code and runs none",
     "make setup": "installs what this needs",
     "make test": "runs this",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 from pathlib import Path
 
 import pytest
@@ -10,6 +9,8 @@ import torch
 import torch.distributed as dist
 
 import pskd
+
+PRELOADED = ["pskd.examples", "pytest", "torch.distributed"]
 
 torch.set_num_threads(1)
 
@@ -101,14 +102,8 @@ def one_process(rank: int, size: int, folder: Path) -> None:
     dist.destroy_process_group()
 
 
-def test_processes_add_up(tmp_path):
-    context = multiprocessing.get_context("spawn")
-    processes = [context.Process(target=one_process, args=(r, 2, tmp_path)) for r in range(2)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(120)
-        assert process.exitcode == 0
+def test_processes_add_up(tmp_path, in_processes):
+    in_processes(one_process, 2, tmp_path)
     alone = pskd.ExampleStats(M)
     for epoch in (1, 2, 3):
         tell(alone, epoch, torch.arange(M - 1))

@@ -1,7 +1,8 @@
 """One direction: demo, train scripts, configs, tests -> adapters -> pskd -> torch.
 
-The imports run in a fresh interpreter and are looked at through ``sys.modules`` and through the
-import statements that ran. Imports inside functions (matplotlib in `pskd.plots`) are not run here.
+The imports run in a fresh interpreter, which is copied for each adapter, and are looked at through
+``sys.modules`` and through the import statements that ran. Imports inside functions (matplotlib in
+`pskd.plots`) are not run here.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import os
 import pkgutil
 import subprocess
 import sys
+from collections.abc import Callable
 from typing import NamedTuple
 
 import pytest
@@ -39,14 +41,20 @@ OTHERS = {
 }
 #: The adapters that are one module, and the framework of each.
 MODULES = {"pskd_lightning": "lightning", "pskd_transformers": "transformers"}
+FRAMEWORKS_OF = {"pskd_fairseq": {"fairseq"}} | OTHERS | {n: {f} for n, f in MODULES.items()}
+#: How to get a framework, where pip does not know it by its name.
+INSTALL = {
+    "detectron2": "https://detectron2.readthedocs.io",
+    "fairseq": "pip install --no-build-isolation fairseq-fixed",
+}
 # The folders of the repository, importable as namespace packages from its root.
 FOLDERS = {"benchmarks", "classification", "configs", "demo", "detection", "tests", "translation"}
 FOLDERS |= {"integrations"}
 
-# Imports one list of modules after the other, and after each prints what is loaded by then and who
-# asked for what by then: {top-level importer: [top-level imported, ...]}.
+# Imports the core and, in a copy of the process for each, the modules of a package on top. Each
+# prints what is loaded by then and who asked for what: {top-level importer: [top-level imported]}.
 WATCHED = """
-import builtins, importlib, json, sys
+import builtins, importlib, json, os, sys, traceback
 
 asked, real = {}, builtins.__import__
 
@@ -56,12 +64,24 @@ def watched(name, globals=None, locals=None, fromlist=(), level=0):
         asked.setdefault(importer, []).append(name.partition(".")[0])
     return real(name, globals, locals, fromlist, level)
 
-builtins.__import__ = watched
-for modules in json.loads(sys.argv[1]):
-    for name in modules:
-        importlib.import_module(name)
+def load(package, modules):
+    seen = {"package": package, "error": ""}
+    try:
+        for name in modules:
+            importlib.import_module(name)
+    except Exception:
+        seen["error"] = traceback.format_exc()
     loaded = [name.partition(".")[0] for name in list(sys.modules)]
-    print("SEEN", json.dumps({"asked": asked, "loaded": loaded}), flush=True)
+    print("SEEN", json.dumps(seen | {"asked": asked, "loaded": loaded}), flush=True)
+
+builtins.__import__ = watched
+packages = json.loads(sys.argv[1])
+load("pskd", packages.pop("pskd"))
+for package, modules in packages.items():
+    if not os.fork():
+        load(package, modules)
+        os._exit(0)
+    os.wait()
 """
 
 
@@ -70,51 +90,79 @@ class Seen(NamedTuple):
 
     asked: dict[str, set[str]]
     loaded: set[str]
+    error: str
 
 
-def watch(*stages: list[str]) -> tuple[list[Seen], str]:
-    """Import in a fresh interpreter; return what each stage led to, and the error that ended it."""
+def watch(packages: dict[str, list[str]]) -> dict[str, Seen]:
+    """Import the core in a fresh interpreter, and each of the packages on top of it alone."""
     done = subprocess.run(
-        [sys.executable, "-c", WATCHED, json.dumps(stages)],
+        [sys.executable, "-c", WATCHED, json.dumps(packages)],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
         capture_output=True,
         text=True,
         timeout=300,
     )
-    lines = [line[5:] for line in done.stdout.splitlines() if line.startswith("SEEN ")]
-    found = map(json.loads, lines)
-    seen = [
-        Seen({who: set(names) for who, names in one["asked"].items()}, set(one["loaded"]))
+    found = [json.loads(line[5:]) for line in done.stdout.splitlines() if line.startswith("SEEN ")]
+    assert len(found) == len(packages), done.stderr
+    return {
+        one["package"]: Seen(
+            {who: set(names) for who, names in one["asked"].items()},
+            set(one["loaded"]),
+            one["error"],
+        )
         for one in found
-    ]
-    return seen, done.stderr
+    }
 
 
 #: A program, a C library that is loaded and not imported, and what only a GPU asks for.
-NOT_IMPORTED = ("__main__", "_native_rows", "triton_rows")
+NOT_IMPORTED = ("__main__", "_native_rows", "triton_kernels", "triton_rows")
 
 
-def modules_of(package) -> list[str]:
-    """Return the package and all its modules that are imported wherever it runs."""
-    found = pkgutil.walk_packages(package.__path__, package.__name__ + ".")
-    return [package.__name__, *(m.name for m in found if not m.name.endswith(NOT_IMPORTED))]
+def modules_of(name: str) -> list[str]:
+    """Return a package and all its modules that are imported wherever it runs."""
+    spec = importlib.util.find_spec(name)
+    assert spec is not None, f"{name} must be installed or on the PYTHONPATH"
+    found = pkgutil.walk_packages(spec.submodule_search_locations or [], name + ".")
+    return [name, *(m.name for m in found if not m.name.endswith(NOT_IMPORTED))]
+
+
+def missing(name: str) -> str:
+    """Return a framework that an adapter stands on and that is not installed, if there is one."""
+    return next((f for f in sorted(FRAMEWORKS_OF[name]) if not importlib.util.find_spec(f)), "")
 
 
 @pytest.fixture(scope="module")
-def stages() -> tuple[list[Seen], str]:
-    """The core in a fresh interpreter and then, in the same one to save seconds, pskd_fairseq."""
-    return watch(modules_of(pskd), ["pskd_fairseq"])
+def seen() -> dict[str, Seen]:
+    packages = ["pskd", *(name for name in FRAMEWORKS_OF if not missing(name))]
+    return watch({name: modules_of(name) for name in packages})
 
 
 @pytest.fixture
-def core(stages) -> Seen:
-    seen, error = stages
-    assert seen, error
-    return seen[0]
+def core(seen) -> Seen:
+    assert not seen["pskd"].error
+    return seen["pskd"]
+
+
+@pytest.fixture
+def of_package(seen) -> Callable[[str], Seen]:
+    def of(name: str) -> Seen:
+        if framework := missing(name):
+            pytest.skip(f"{framework} is not installed: {INSTALL.get(framework, framework)}")
+        assert not seen[name].error
+        return seen[name]
+
+    return of
+
+
+def test_the_core_gives_its_names_and_no_others():
+    assert {*pskd.__all__, "calibration", "plots"} <= set(dir(pskd))
+    assert pskd.__getattr__("calibration") is sys.modules["pskd.calibration"]
+    with pytest.raises(AttributeError, match="module 'pskd' has no attribute 'nonsense'"):
+        _ = pskd.nonsense
 
 
 def test_every_file_of_the_core_is_among_what_is_imported():
-    found = set(modules_of(pskd))
+    found = set(modules_of("pskd"))
     assert found >= {f"pskd.{name}" for name in ("loss", "schedule", "targets", "teacher")}
     assert found >= {f"pskd.{name}" for name in ("calibration", "cli", "doctor", "plots")}
 
@@ -128,14 +176,8 @@ def test_the_core_asks_for_nothing_but_torch_numpy_and_the_standard_library(core
     assert core.asked["pskd"] - sys.stdlib_module_names == {"pskd", "torch", "numpy"}
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec("fairseq") is None,
-    reason="fairseq is not installed (pip install --no-build-isolation fairseq-fixed)",
-)
-def test_the_fairseq_adapter_reaches_neither_sideways_nor_up(stages):
-    seen, error = stages
-    assert len(seen) == 2, f"pskd_fairseq must be installed or on the PYTHONPATH: {error}"
-    asked, loaded = seen[1]
+def test_the_fairseq_adapter_reaches_neither_sideways_nor_up(of_package):
+    asked, loaded, _ = of_package("pskd_fairseq")
     assert {"pskd_fairseq", "fairseq", "pskd"} <= loaded
     assert not loaded & (ADAPTERS - {"pskd_fairseq"} | FOLDERS | {"detectron2"})
     # What fairseq itself loads is its own affair (some releases load torchvision). It is configured
@@ -145,21 +187,12 @@ def test_the_fairseq_adapter_reaches_neither_sideways_nor_up(stages):
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_the_other_packages_reach_neither_sideways_nor_up(name):
-    frameworks = OTHERS[name]
-    for framework in frameworks:
-        if importlib.util.find_spec(framework) is None:
-            pytest.skip(f"{framework} is not installed: https://detectron2.readthedocs.io")
-    package = importlib.util.find_spec(name)
-    assert package is not None, f"{name} must be installed or on the PYTHONPATH"
-    found = pkgutil.walk_packages(package.submodule_search_locations, name + ".")
-    seen, error = watch([name, *(m.name for m in found)])
-    assert len(seen) == 1, error
-    asked, loaded = seen[0]
-    assert name in loaded and "pskd" in loaded
+def test_the_other_packages_reach_neither_sideways_nor_up(name, of_package):
+    asked, loaded, _ = of_package(name)
+    assert {name, "pskd"} <= loaded
     shared = set() if name == "pskd_classification" else {"pskd_detection"}
     assert not loaded & (ADAPTERS - {name} - shared | FOLDERS | {"fairseq"})
-    assert not asked[name] & (FRAMEWORKS - frameworks)
+    assert not asked[name] & (FRAMEWORKS - OTHERS[name])
     if name != "pskd_detectron2":  # which itself loads torchvision and more
         assert "detectron2" not in loaded
     assert not asked["pskd"] & (FRAMEWORKS | ADAPTERS)
@@ -167,13 +200,8 @@ def test_the_other_packages_reach_neither_sideways_nor_up(name):
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_the_modules_ask_for_the_core_and_their_framework_only(name):
-    framework = MODULES[name]
-    if importlib.util.find_spec(framework) is None:
-        pytest.skip(f"{framework} is not installed: pip install '.[{framework}]'")
-    seen, error = watch([name])
-    assert len(seen) == 1, f"{name} must be installed or on the PYTHONPATH: {error}"
-    asked, loaded = seen[0]
-    assert asked[name] - sys.stdlib_module_names == {"pskd", "torch", framework}
+def test_the_modules_ask_for_the_core_and_their_framework_only(name, of_package):
+    asked, loaded, _ = of_package(name)
+    assert asked[name] - sys.stdlib_module_names == {"pskd", "torch", MODULES[name]}
     assert not loaded & (ADAPTERS - {name} | FOLDERS | {"detectron2", "fairseq"})
     assert not asked["pskd"] & (FRAMEWORKS | ADAPTERS)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import multiprocessing
 import os
 import socket
 import subprocess
@@ -17,8 +16,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import pskd
+from pskd import _exchange as exchange_py
 from pskd import _table
-from pskd import memory as memory_py
+
+PRELOADED = ["hypothesis", "pskd.memory", "pytest", "torch.distributed"]
 
 FORMS = [None, 1, 3, 7]  # k of 7 classes
 M, C = 20, 7
@@ -376,6 +377,24 @@ def test_a_full_disk_is_an_error_and_the_last_epoch_stays(tmp_path, monkeypatch)
     assert memory.read(torch.arange(M))[1].all()
 
 
+def test_another_error_of_the_disk_is_told_as_it_is(tmp_path, monkeypatch):
+    def broken(*_):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(_table, "_allocate", broken)
+    with pytest.raises(OSError, match="Input/output error"):
+        pskd.PredictionMemory(M, C, path=tmp_path).next_epoch()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_system_without_posix_fallocate_has_a_memory_too(tmp_path, monkeypatch):
+    monkeypatch.delattr(os, "posix_fallocate", raising=False)
+    memory = pskd.PredictionMemory(M, C, top_k=3, path=tmp_path)
+    memory.next_epoch()
+    (file,) = tmp_path.iterdir()
+    assert file.stat().st_size == 4096 + M * memory.bytes_per_row
+
+
 def test_room_is_taken_before_an_epoch_begins(tmp_path):
     """A hole in a mapped file would be a SIGBUS where the disk is full."""
     memory = pskd.PredictionMemory(1 << 16, C, top_k=3, path=tmp_path)
@@ -388,31 +407,32 @@ RESIDENT = """
 import resource, sys, torch, pskd
 from pskd import _table
 torch.set_num_threads(1)
-_table._RESIDENT_BYTES = int(sys.argv[2])
-memory = pskd.PredictionMemory(500_000, 1000, top_k=16, path=sys.argv[1])
 probs = pskd.TopK(torch.arange(16).expand(64, 16), torch.full((64, 16), 0.01))
 def resident():
     return int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize() >> 20
-before = most = 0
-for epoch in range(2):
-    memory.next_epoch()
-    before = before or resident()
-    for rows in torch.randint(memory.num_rows, (200, 64)):
-        memory.read(rows)
-        memory.write(rows, probs)
-        most = max(most, resident())
-print(most - before)
+for limit in (1 << 22, 1 << 40):
+    _table._RESIDENT_BYTES = limit
+    memory = pskd.PredictionMemory(500_000, 1000, top_k=16, path=f"{sys.argv[1]}/{limit}")
+    before = most = 0
+    for epoch in range(2):
+        memory.next_epoch()
+        before = before or resident()
+        for rows in torch.randint(memory.num_rows, (200, 64)):
+            memory.read(rows)
+            memory.write(rows, probs)
+            most = max(most, resident())
+    print(most - before)
+    memory.close()
 """
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="needs Linux's /proc")
 def test_resident_memory_does_not_grow_with_the_rows_of_a_file(tmp_path):
     """12,800 random rows touch nearly all of two files of 32 MB."""
-    grown = {}
-    for limit in (1 << 22, 1 << 40):
-        line = [sys.executable, "-c", RESIDENT, str(tmp_path), str(limit)]
-        grown[limit] = int(subprocess.run(line, capture_output=True, text=True, check=True).stdout)
-    assert grown[1 << 22] < 24 < 48 < grown[1 << 40]
+    line = [sys.executable, "-c", RESIDENT, str(tmp_path)]
+    done = subprocess.run(line, capture_output=True, text=True, check=True)
+    bounded, unbounded = map(int, done.stdout.split())
+    assert bounded < 24 < 48 < unbounded
 
 
 # ---- processes ---------------------------------------------------------------------------------
@@ -424,7 +444,7 @@ def one_process(rank: int, size: int, hosts: int, folder: Path) -> None:
     dist.init_process_group(
         "gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=size
     )
-    memory_py._EXCHANGE_BYTES = 100  # several exchanges an epoch
+    exchange_py._BYTES = 100  # several exchanges an epoch
     path = folder / "memory" / (host if hosts > 1 else "")  # a disk of its own
     memory = pskd.PredictionMemory(M, C, top_k=3, path=path)
     for epoch in (1, 2, 3):
@@ -462,17 +482,8 @@ def one_process(rank: int, size: int, hosts: int, folder: Path) -> None:
 
 
 @pytest.mark.parametrize(("size", "hosts"), [(2, 1), (4, 1), (4, 2), (3, 3)])
-def test_processes_read_what_one_process_would(size, hosts, tmp_path):
-    context = multiprocessing.get_context("spawn")
-    processes = [
-        context.Process(target=one_process, args=(rank, size, hosts, tmp_path))
-        for rank in range(size)
-    ]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(120)
-        assert process.exitcode == 0
+def test_processes_read_what_one_process_would(size, hosts, tmp_path, in_processes):
+    in_processes(one_process, size, hosts, tmp_path)
     alone = pskd.PredictionMemory(M, C, top_k=3)
     for epoch in (1, 2, 3):
         alone.next_epoch()
@@ -506,6 +517,7 @@ def test_the_state_of_another_number_of_machines_is_refused(machines, tmp_path):
     [
         ({"num_rows": 0}, "num_rows: expected at least 1, got 0"),
         ({"num_classes": 0}, "num_classes: expected at least 1, got 0"),
+        ({"num_rows": 2.5}, "num_rows: expected an integer, got 2.5"),
         ({"top_k": 8}, "top_k: expected 1 to 7 classes, got 8"),
         ({"top_k": 0}, "top_k: expected 1 to 7 classes, got 0"),
         ({"dtype": torch.bfloat16}, "dtype: expected torch.float16 or torch.float32, got"),
@@ -538,6 +550,42 @@ def test_a_memory_of_no_size_is_refused(options, message):
 def test_rows_and_predictions_that_do_not_fit_are_refused(rows, probs, message):
     with pytest.raises(ValueError, match=message):
         pskd.PredictionMemory(M, C, top_k=3).write(rows, probs)
+
+
+def test_a_file_where_the_folder_should_be_is_refused(tmp_path):
+    (tmp_path / "memory").touch()
+    with pytest.raises(ValueError, match="path: expected a folder for the memory's files, got the"):
+        pskd.PredictionMemory(M, C, path=tmp_path / "memory")
+
+
+def test_nothing_is_carried_over_before_there_is_a_past():
+    memory = pskd.PredictionMemory(M, C)
+    memory.next_epoch()
+    memory.carry_over(torch.arange(M))
+    memory.next_epoch()
+    assert not memory.read(torch.arange(M))[1].any()
+
+
+def test_the_state_of_files_is_no_state_of_ram(tmp_path):
+    state, _ = saved(tmp_path)
+    with pytest.raises(ValueError, match="path: expected the folder of the state's files, got no"):
+        pskd.PredictionMemory(M, C, top_k=3, fingerprint="data").load_state_dict(state)
+
+
+@pytest.mark.parametrize(
+    ("records", "got"),
+    [([1], "list"), (torch.zeros(M, 3), r"torch.float32 of \(20, 3\)")],
+)
+@pytest.mark.parametrize("name", ["past", "present"])
+def test_records_that_do_not_fit_are_refused_and_nothing_is_changed(name, records, got):
+    memory = pskd.PredictionMemory(M, C, top_k=3)
+    epoch_of_writes(memory, 1)
+    memory.next_epoch()
+    state = memory.state_dict() | {name: records}
+    message = rf"memory: expected {name} records, torch.uint8 of \(20, 13\), got {got}"
+    with pytest.raises(ValueError, match=message):
+        memory.load_state_dict(state)
+    assert memory.epoch == 2 and memory.read(torch.arange(M))[1].all()
 
 
 @pytest.mark.parametrize("state", [None, {}, {"epoch": 1}])

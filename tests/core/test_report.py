@@ -281,12 +281,16 @@ def test_hard_examples_are_drawn_against_the_baseline(report):
     assert f"hard it was for {NASTY}." in captions[0]
 
 
-@pytest.mark.parametrize("baseline", ["none", "other ids", "of another teacher", "nothing known"])
+@pytest.mark.parametrize(
+    "baseline", ["none", "no examples", "other ids", "of another teacher", "nothing known"]
+)
 def test_no_hard_examples_without_a_baseline(baseline, tmp_path):
     runs = [str(classification(tmp_path / "pskd", 1, pskd=True))]
     if baseline != "none":
         taught = baseline == "of another teacher"
         other = classification(tmp_path / "other", 2, pskd=taught)
+        if baseline == "no examples":
+            (other / "examples.npz").unlink()
         if baseline == "other ids":
             write_examples(other, np.full(EXAMPLES, np.nan), prefix="elsewhere/")
         if baseline == "nothing known":
@@ -385,6 +389,7 @@ SPOILED = {
     "no object": written("results.json", [1]),
     "unknown task": written("results.json", {"task": "poetry"}),
     "last is no object": written("results.json", {"last": 3}),
+    "command is a number": written("results.json", {"command": 5}),
     "half a metrics.json": written("metrics.json", '{"epoch": 1, "tr\n{"epoch": 2}\n'),
     "metrics of something else": written("metrics.json", "[1, 2]\n3\n"),
     "half a reweighted.json": written("reweighted.json", '{"most": ['),

@@ -154,7 +154,10 @@ def test_progress_may_be_counted_in_updates():
         ({"num_epochs": 0}, "num_epochs: expected 1 or more, got 0"),
         ({"num_epochs": math.nan}, "num_epochs: expected 1 or more, got nan"),
         ({"num_epochs": math.inf}, "num_epochs: expected 1 or more, got inf"),
-        ({"schedule": "step"}, "schedule: expected one of linear, constant, cosine, got 'step'"),
+        (
+            {"alpha_schedule": "step"},
+            "alpha_schedule: expected one of linear, constant, cosine, got 'step'",
+        ),
         ({"start_epoch": 0}, "start_epoch: expected 1 or more, got 0"),
     ],
 )

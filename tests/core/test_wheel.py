@@ -39,9 +39,10 @@ def installed(tmp_path_factory) -> Path:
     options = ["--no-deps", "--no-build-isolation", "--no-index", "--quiet"]
     run(folder, sys.executable, "-m", "pip", "wheel", *options, "-w", folder, copy)
     (wheel,) = folder.glob("pskd-*.whl")
-    run(folder, sys.executable, "-m", "venv", folder / "venv")
+    run(folder, sys.executable, "-m", "venv", "--without-pip", folder / "venv")
     python = folder / "venv" / "bin" / "python"
-    run(folder, python, "-m", "pip", "install", "--no-deps", "--no-index", "--quiet", wheel)
+    pip = [sys.executable, "-m", "pip", "--python", python]
+    run(folder, *pip, "install", "--no-deps", "--no-index", "--quiet", wheel)
     packages = run(folder, python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))")
     # A path that a .pth names is no place whose own .pth files are read: pskd is the wheel's.
     (Path(packages.strip()) / "frameworks.pth").write_text(FRAMEWORKS + "\n")

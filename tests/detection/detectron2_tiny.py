@@ -6,11 +6,13 @@ The models are those of ``configs/detection``, made narrow; a run of ten iterati
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
 import numpy as np
 import torch
+from detectron2.engine import defaults
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -42,6 +44,20 @@ TINY = (
 ).split()
 #: A resumed run equals the straight one under these.
 EXACT = "DATALOADER.SAMPLER_TRAIN ResumableTrainingSampler DATALOADER.ASPECT_RATIO_GROUPING False"
+
+
+def _get(cfg, *keys: str, default=None):
+    """What `default_setup` looks up four times, each time through a copy of the whole config."""
+    for key in keys:
+        node = cfg
+        for name in key.split("."):
+            node = node.get(name, {})
+        if node != {}:
+            return node
+    return default
+
+
+defaults._try_get_key = _get  # a fourth of the time of a tiny run
 
 
 def make_images(folder: Path, name: str = "set", count: int = 8, empty: tuple = (7,)) -> str:
@@ -131,3 +147,14 @@ def differing(left: dict, right: dict) -> list[str]:
     """The keys under which two state dicts do not hold the same tensors, bit for bit."""
     assert left.keys() == right.keys()
     return [key for key in left if not torch.equal(left[key], right[key])]
+
+
+def stopped_after(straight: Path, iterations: int, out: Path) -> Path:
+    """A run's folder as a stop after some iterations would have left it."""
+    out.mkdir()
+    name = f"model_{iterations - 1:07d}.pth"
+    shutil.copy(straight / name, out / name)
+    (out / "last_checkpoint").write_text(name)
+    for memory in straight.glob(f"pskd_memory_{iterations - 1:07d}.pt"):
+        shutil.copy(memory, out)
+    return out

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import importlib.util
+import io
 import json
 import subprocess
 import sys
@@ -12,6 +15,7 @@ import pytest
 from pskd_detection import load_dataset
 
 ROOT = Path(__file__).resolve().parents[2]
+#: What both trainings take, of detection/train_net.py and detection/train_torchvision.py.
 FEW = {
     "detectron2": ["SOLVER.MAX_ITER", "4", "SOLVER.STEPS", "()", "SOLVER.IMS_PER_BATCH", "2",
                    "MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.01"],
@@ -29,24 +33,34 @@ INSTALLED = [
 ]
 
 
-def run(*words: object) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-m", "demo.detection", *map(str, words)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        stdin=subprocess.DEVNULL,
-    )
+@pytest.fixture(scope="module")
+def program():
+    """The demo, as a module."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT))
+        yield importlib.import_module("demo.detection")
+
+
+def run(program, *words: object) -> tuple[int, str, str]:
+    """Run the demo here; its trainings have processes of their own.
+
+    Returns:
+        The exit status, the standard output and the standard error.
+    """
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        status = program.main([str(word) for word in words])
+    return status, out.getvalue(), err.getvalue()
 
 
 @pytest.fixture(scope="module", params=INSTALLED)
-def demo(request, tmp_path_factory):
+def demo(request, program, tmp_path_factory):
     """The framework, the output folder, and what was printed."""
     out = tmp_path_factory.mktemp("demo")
     small = ["--num-train", 8, "--num-test", 4, "--framework", request.param, "--out", out]
-    done = run(*small, "--", *FEW[request.param])
-    assert done.returncode == 0, done.stdout + done.stderr
-    return request.param, out, done.stdout
+    status, printed, error = run(program, *small, "--", *FEW[request.param])
+    assert status == 0, printed + error
+    return request.param, out, printed
 
 
 def test_the_table_is_that_of_the_results(demo):
@@ -82,31 +96,31 @@ def test_both_train_and_test_on_the_same_images_of_disjoint_scans(demo):
     assert parts[0].class_names == parts[1].class_names == tuple("0123456789")
 
 
-def test_the_step_and_log_that_failed_are_named(tmp_path):
-    few = ["--num-train", 8, "--num-test", 4]
-    done = run(*few, "--out", tmp_path / "out", "--", "--no-such-flag")
-    assert done.returncode == 1
-    assert "--no-such-flag" in done.stderr and "train.log" in done.stderr
+def test_the_step_and_log_that_failed_are_named(program, tmp_path, monkeypatch):
+    """It gets the words after the dashes, as its last ones."""
+    refusal = [sys.executable, "-S", "-c", "import sys; sys.exit('unknown: ' + sys.argv[-1])"]
+    monkeypatch.setattr(program, "command", lambda *_: refusal)
+    few = ["--num-train", 1, "--num-test", 1]
+    status, _, error = run(program, *few, "--out", tmp_path / "out", "--", "--no-such-flag")
+    assert status == 1
+    assert "train.log: unknown: --no-such-flag" in error
 
 
-def test_train_and_test_come_together(tmp_path):
-    done = run("--train", "voc:somewhere:train")
+def test_train_and_test_come_together():
+    command = [sys.executable, "-m", "demo.detection", "--train", "voc:somewhere:train"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and "--train and --test together" in done.stderr
 
 
-def test_files_that_the_demo_did_not_make_are_not_deleted(tmp_path):
+def test_files_that_the_demo_did_not_make_are_not_deleted(program, tmp_path):
     mine = tmp_path / "pskd" / "loss.py"
     mine.parent.mkdir()
     mine.write_text("mine")
-    done = run("--num-train", 8, "--num-test", 4, "--out", tmp_path)
-    assert done.returncode == 1 and f"{mine.parent}: expected a folder that the demo made" in (
-        done.stderr
-    )
+    status, _, error = run(program, "--num-train", 8, "--num-test", 4, "--out", tmp_path)
+    assert status == 1 and f"{mine.parent}: expected a folder that the demo made" in error
     assert mine.read_text() == "mine" and list(tmp_path.iterdir()) == [mine.parent]
 
 
-def test_a_detectron2_that_does_not_load_is_not_used(monkeypatch):
-    from demo import detection
-
+def test_a_detectron2_that_does_not_load_is_not_used(program, monkeypatch):
     monkeypatch.setitem(sys.modules, "detectron2", None)
-    assert detection.default_framework() == "torchvision"
+    assert program.default_framework() == "torchvision"

@@ -17,8 +17,11 @@ import detectron2_tiny as tiny  # noqa: E402
 from detectron2.config import LazyConfig  # noqa: E402
 from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog  # noqa: E402
 from detectron2.data.datasets import register_coco_instances  # noqa: E402
+from detectron2.structures import BoxMode  # noqa: E402
+from omegaconf import OmegaConf  # noqa: E402
 from pskd_detectron2 import PSKDHook, Trainer, register_spec  # noqa: E402
-from pskd_detectron2.lazy import carry_rows, pskd_hook  # noqa: E402
+from pskd_detectron2.data import check_records  # noqa: E402
+from pskd_detectron2.lazy import carry_rows, evaluate, pskd_hook  # noqa: E402
 from pskd_detectron2.state import PSKDState  # noqa: E402
 
 
@@ -145,6 +148,22 @@ def test_a_registered_training_set_that_would_fail_later(kind, change, message, 
     refused(kind, tmp_path / "run", message, opts, train=None)
 
 
+def test_a_class_that_the_head_does_not_have():
+    record = {"file_name": "a.png", "annotations": [{"category_id": 2}]}
+    with pytest.raises(ValueError, match=r"a.png: expected classes in \[0, 1\], got 2"):
+        check_records([record], 2)
+
+
+@pytest.mark.parametrize(
+    "record, mode",
+    [({"width": 9, "height": 9}, BoxMode.XYWHA_ABS), ({}, BoxMode.XYXY_ABS)],
+    ids=["rotated", "of an image of unknown size"],
+)
+def test_a_box_that_cannot_be_compared_with_its_image_is_left_to_detectron2(record, mode):
+    annotation = {"category_id": 0, "bbox": [20.0, 20.0, 30.0, 30.0], "bbox_mode": mode}
+    check_records([{"file_name": "a.png", "annotations": [annotation], **record}], 1)
+
+
 def test_a_model_without_roi_heads(spec, tmp_path):
     words = tiny.arguments("fpn", tmp_path, train=spec)
     words[1] = "detectron2:COCO-Detection/retinanet_R_50_FPN_1x.yaml"  # with a Python expression
@@ -184,6 +203,14 @@ def test_the_hook_wants_heads_that_listen(spec, tmp_path):
         PSKDHook(Trainer.build_model(cfg), epoch_iters=3)
 
 
+def test_the_hook_wants_an_epoch_and_for_the_memory_annotations(spec, tmp_path):
+    model = Trainer.build_model(tiny.config("fpn", tmp_path, train=spec))
+    with pytest.raises(ValueError, match="epoch_iters: expected 1 or more, got 0"):
+        PSKDHook(model, epoch_iters=0)
+    with pytest.raises(ValueError, match="num_annotations: expected 1 or more, got 0"):
+        PSKDHook(model, epoch_iters=3, teacher="memory")
+
+
 def test_a_loader_of_ones_own_is_trained_from(spec, tmp_path):
     built = []
 
@@ -198,6 +225,16 @@ def test_a_loader_of_ones_own_is_trained_from(spec, tmp_path):
     trainer = Own(cfg)
     assert trainer.data_loader is built[0] and len(built) == 2  # precise BN has one of its own
     assert trainer._sampler is not None
+
+
+def test_a_loader_that_hides_its_data_is_trained_from_by_epochs_of_the_training_set(spec, tmp_path):
+    class Own(Trainer):
+        @classmethod
+        def build_train_loader(cls, cfg):
+            return iter(super().build_train_loader(cfg))
+
+    trainer = Own(tiny.config("fpn", tmp_path, train=spec))
+    assert trainer._sampler is None and len(trainer._records) == 7  # of 8 one has no annotation
 
 
 def test_the_first_process_tells_all_teachers_the_statistics(spec, tmp_path, monkeypatch):
@@ -292,6 +329,10 @@ def test_lazy_options(spec, tmp_path):
     cfg.dataloader.train.mapper._target_ = "somewhere.OtherMapper"
     with pytest.raises(ValueError, match="mapper: with the memory.*expected .*DatasetMapper, got"):
         carry_rows(cfg)
+
+
+def test_a_lazy_config_without_an_evaluator_is_not_evaluated():
+    assert evaluate(OmegaConf.create({"dataloader": {}}), None) == {}
 
 
 def test_a_lazy_pskd_head_without_its_section_is_told(monkeypatch):

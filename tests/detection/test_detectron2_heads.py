@@ -21,12 +21,13 @@ import detectron2_tiny as tiny  # noqa: E402
 from detectron2.layers import ShapeSpec  # noqa: E402
 from detectron2.modeling import build_model  # noqa: E402
 from detectron2.modeling.box_regression import Box2BoxTransform  # noqa: E402
-from detectron2.modeling.roi_heads import FastRCNNOutputLayers  # noqa: E402
+from detectron2.modeling.roi_heads import FastRCNNOutputLayers, ROIHeads  # noqa: E402
 from detectron2.structures import Boxes, Instances  # noqa: E402
 from detectron2.utils.events import EventStorage  # noqa: E402
 from pskd_detectron2 import PSKDFastRCNNOutputLayers, Trainer  # noqa: E402
 from pskd_detectron2.fast_rcnn import ROW_FIELD, TEACHER_FIELD  # noqa: E402
 from pskd_detectron2.memory import AnnotationMemory  # noqa: E402
+from pskd_detectron2.scoring import class_logits, class_probs  # noqa: E402
 from pskd_detectron2.state import PSKDState  # noqa: E402
 
 import pskd  # noqa: E402
@@ -118,10 +119,10 @@ def labels_of(proposals) -> torch.Tensor:
 def test_with_alpha_final_0_training_equals_stock_bit_for_bit(kind, spec, tmp_path):
     for name, opts in {
         "stock": tiny.stock(kind),
-        "zero": "MODEL.PSKD.ALPHA_FINAL 0.0 MODEL.PSKD.EPOCH_ITERS 2",
-        "half": "MODEL.PSKD.ALPHA_FINAL 0.5 MODEL.PSKD.EPOCH_ITERS 2",
+        "zero": "MODEL.PSKD.ALPHA_FINAL 0.0 MODEL.PSKD.EPOCH_ITERS 1",
+        "half": "MODEL.PSKD.ALPHA_FINAL 0.5 MODEL.PSKD.EPOCH_ITERS 1",
     }.items():
-        tiny.run(kind, tmp_path / name, opts, "SOLVER.MAX_ITER 5", train=spec)
+        tiny.run(kind, tmp_path / name, opts, "SOLVER.MAX_ITER 3", train=spec)
     model = {name: tiny.checkpoint(tmp_path / name)["model"] for name in ("stock", "zero", "half")}
     assert tiny.differing(model["stock"], model["zero"]) == []
     assert tiny.differing(model["stock"], model["half"])
@@ -130,6 +131,18 @@ def test_with_alpha_final_0_training_equals_stock_bit_for_bit(kind, spec, tmp_pa
         for name in ("stock", "zero")
     ]
     assert losses[0] == losses[1] and "total_loss" in losses[0]
+
+
+def test_a_head_that_is_not_trained_with_pskd_has_the_stock_loss():
+    """Not enabled, or in eval mode, whatever teacher and label smoothing there are."""
+    states = [PSKDState(enabled, label_smoothing=0.1) for enabled in (False, True)]
+    for state, training in zip(states, (True, False), strict=True):
+        state.alpha = ALPHA
+        layers = predictor(state).train(training)
+        scores, deltas, image = rois()
+        with EventStorage(0):
+            loss = layers.losses((scores, deltas), [image])["loss_cls"]
+        assert torch.equal(loss, F.cross_entropy(scores, image.gt_classes))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -314,6 +327,23 @@ def test_in_eval_mode_the_heads_are_stock(scene):
         assert torch.equal(left["instances"].scores, right["instances"].scores)
 
 
+def test_boxes_are_scored_as_in_inference(scene):
+    """The classes of a sigmoid head each for itself, and no background."""
+    s = scene("fpn", "MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE True")
+    s.model.eval()
+    _, _, proposals = rois()
+    features = s.model.backbone(s.model.preprocess_image(s.batch[:1]).tensor)
+    with torch.no_grad():
+        scores = class_logits(s.heads, features, [proposals])
+        probs = class_probs(s.heads, features, [proposals])
+    assert torch.equal(probs[:, :K], scores[:, :K].sigmoid()) and not probs[:, K].any()
+
+
+def test_heads_of_another_kind_cannot_be_asked_for_scores():
+    with pytest.raises(ValueError, match="expected Standard, Res5 or Cascade ROI heads, got ROIH"):
+        class_logits(ROIHeads.__new__(ROIHeads), {}, [])
+
+
 # ---- memory ------------------------------------------------------------------------------------
 
 
@@ -379,18 +409,17 @@ def test_what_an_epoch_writes_is_read_in_the_next_one_only():
     assert memory.read(torch.tensor([1]))[1].all()
 
 
-def test_a_memory_that_was_saved_without_a_checksum_is_read():
-    memory, other = (AnnotationMemory(3, 2, "set") for _ in range(2))
+def test_a_memory_comes_back_whole_or_not_at_all():
+    memory, other, untouched = (AnnotationMemory(3, 2, "set") for _ in range(3))
     memory.write(torch.arange(3), torch.full((3, 2), 0.5), torch.ones(3, dtype=torch.bool))
     memory.next_epoch()
     state = memory.state_dict()
-    checksum = state.pop("crc32")
     other.load_state_dict(state)
-    assert torch.equal(other.probs, memory.probs) and other.state_dict()["crc32"] == checksum
+    assert torch.equal(other.probs, memory.probs) and other.state_dict()["crc32"] == state["crc32"]
     state["probs"][0, 0] += 1.0
     with pytest.raises(ValueError, match="damaged: expected CRC-32"):
-        other.load_state_dict(state | {"crc32": checksum})
-    assert torch.equal(other.probs, memory.probs)
+        untouched.load_state_dict(state)
+    assert not untouched.probs.any()
 
 
 def test_the_rows_survive_flips_crops_and_filters(spec, tmp_path):

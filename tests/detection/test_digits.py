@@ -29,6 +29,12 @@ def digits():
 
 
 @pytest.fixture(scope="module")
+def images(digits):
+    """What draws them."""
+    return importlib.import_module("demo.digit_images")
+
+
+@pytest.fixture(scope="module")
 def made(digits, tmp_path_factory):
     folder = tmp_path_factory.mktemp("digits")
     digits.write_digits(folder, num_train=60, num_test=40)
@@ -46,10 +52,10 @@ def files_of(folder: Path) -> dict[str, bytes]:
 # ---- which scans -------------------------------------------------------------------------------
 
 
-def test_parts_share_no_scan_and_have_every_digit_in_proportion(digits):
+def test_parts_share_no_scan_and_have_every_digit_in_proportion(images):
     from sklearn.datasets import load_digits
 
-    train, test = (digits.split_scans()[part] for part in ("train", "test"))
+    train, test = (images.split_scans()[part] for part in ("train", "test"))
     assert not set(train) & set(test)
     assert sorted({*train, *test}) == list(range(1797))
     target = load_digits().target
@@ -58,10 +64,10 @@ def test_parts_share_no_scan_and_have_every_digit_in_proportion(digits):
         assert share == pytest.approx(0.2, abs=0.005)
 
 
-def test_images_use_scans_of_their_own_part_only(digits, monkeypatch):
+def test_images_use_scans_of_their_own_part_only(images, monkeypatch):
     """Read from what is enlarged and scrambled, not from what the split says."""
     used = []
-    enlarge, scramble = digits.enlarge, digits.scramble
+    enlarge, scramble = images.enlarge, images.scramble
 
     def spy_enlarge(rng, scan, height):
         used.append(tuple(sorted(scan.ravel())))
@@ -71,29 +77,29 @@ def test_images_use_scans_of_their_own_part_only(digits, monkeypatch):
         used.append(tuple(sorted(scan.ravel())))
         return scramble(rng, scan)
 
-    monkeypatch.setattr(digits, "enlarge", spy_enlarge)
-    monkeypatch.setattr(digits, "scramble", spy_scramble)
+    monkeypatch.setattr(images, "enlarge", spy_enlarge)
+    monkeypatch.setattr(images, "scramble", spy_scramble)
     from sklearn.datasets import load_digits
 
     scans = load_digits().images / 16
     for part, other in (("train", "test"), ("test", "train")):
         used.clear()
         for index in range(40):
-            digits.draw_image(part, index, size=128, seed=3)
+            images.draw_image(part, index, size=128, seed=3)
         own, foreign = (
-            {tuple(sorted(scans[index].ravel())) for index in digits.split_scans()[name]}
+            {tuple(sorted(scans[index].ravel())) for index in images.split_scans()[name]}
             for name in (part, other)
         )
         assert len(used) > 100
         assert set(used) <= own and not set(used) & foreign
 
 
-def test_scrambled_scans_keep_their_ink_and_lose_their_shape(digits):
+def test_scrambled_scans_keep_their_ink_and_lose_their_shape(images):
     from sklearn.datasets import load_digits
 
     rng = np.random.default_rng(0)
     for scan in load_digits().images[:20]:
-        scrambled = digits.scramble(rng, scan)
+        scrambled = images.scramble(rng, scan)
         assert sorted(scrambled.ravel()) == sorted(scan.ravel())
         assert np.corrcoef(scrambled.ravel(), scan.ravel())[0, 1] < 0.8
 
@@ -102,15 +108,15 @@ def test_scrambled_scans_keep_their_ink_and_lose_their_shape(digits):
 
 
 @pytest.fixture
-def plain(digits, monkeypatch):
+def plain(images, monkeypatch):
     """One digit on an empty canvas, as it was pasted: (ink of (size, size) in [0, 1], digit)."""
-    monkeypatch.setattr(digits, "MAX_DIGITS", 1)
-    monkeypatch.setattr(digits, "MAX_SCRAMBLED", 0)
-    monkeypatch.setattr(digits, "draw_canvas", lambda rng, size: np.full((size, size, 3), 128.0))
-    monkeypatch.setattr(digits, "_finish", lambda rng, canvas: canvas)
+    monkeypatch.setattr(images, "MAX_DIGITS", 1)
+    monkeypatch.setattr(images, "MAX_SCRAMBLED", 0)
+    monkeypatch.setattr(images, "draw_canvas", lambda rng, size: np.full((size, size, 3), 128.0))
+    monkeypatch.setattr(images, "_finish", lambda rng, canvas: canvas)
 
     def draw(part, index):
-        canvas, found = digits.draw_image(part, index, size=128, seed=5)
+        canvas, found = images.draw_image(part, index, size=128, seed=5)
         (digit,) = found
         ink = np.abs(canvas.mean(axis=2) - 128)
         return ink / ink.max(), digit

@@ -44,7 +44,7 @@ def student(plain) -> nn.Module:
 
 def with_teacher(model: nn.Module, alpha: float = ALPHA) -> nn.Module:
     """Give the model a teacher that differs from it, as after an epoch; return the model."""
-    epochs = PSKDEpochs(model, num_epochs=2, alpha_final=alpha, schedule="constant")
+    epochs = PSKDEpochs(model, num_epochs=2, alpha_final=alpha, alpha_schedule="constant")
     epochs.begin_epoch(1)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -424,7 +424,7 @@ def test_a_label_smoothing_out_of_range_is_refused(plain, smoothing):
 
 @pytest.mark.parametrize("schedule, function", [("linear", linear_alpha), ("cosine", cosine_alpha)])
 def test_alpha_follows_the_schedule_and_the_teacher_the_model(student, schedule, function, caplog):
-    epochs = PSKDEpochs(student, num_epochs=4, alpha_final=ALPHA, schedule=schedule)
+    epochs = PSKDEpochs(student, num_epochs=4, alpha_final=ALPHA, alpha_schedule=schedule)
     pskd = student.roi_heads.pskd
     caplog.set_level(logging.INFO)
     for epoch in range(1, 5):
@@ -456,7 +456,10 @@ def test_without_alpha_there_is_never_a_teacher(student):
     [
         ({"alpha_final": 1.5}, r"alpha_final: expected a number in \[0, 1\], got 1.5"),
         ({"alpha_final": float("nan")}, "alpha_final: expected"),
-        ({"schedule": "exponential"}, "schedule: expected one of linear, constant, cosine"),
+        (
+            {"alpha_schedule": "exponential"},
+            "alpha_schedule: expected one of linear, constant, cosine",
+        ),
         ({"num_epochs": 0}, "num_epochs: expected 1 or more, got 0"),
     ],
 )
@@ -480,11 +483,11 @@ def test_epochs_need_a_model_with_pskd_and_come_in_order(plain):
 
 
 def test_a_resumed_schedule_is_the_same_one(student):
-    options = {"num_epochs": 4, "alpha_final": ALPHA, "schedule": "linear"}
+    options = {"num_epochs": 4, "alpha_final": ALPHA, "alpha_schedule": "linear"}
     epochs = PSKDEpochs(student, **options)
     epochs.begin_epoch(1)
     state = epochs.state_dict()
-    changes = {"num_epochs": 5, "alpha_final": 0.5, "schedule": "cosine"}
+    changes = {"num_epochs": 5, "alpha_final": 0.5, "alpha_schedule": "cosine"}
     for name, value in changes.items():
         changed = options | {name: value}
         message = f"{name}: expected {options[name]!r}, .* {value!r} .allow_schedule_change"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from pskd_torchvision import (
     DetectionImages,
     LearningRate,
     build_detector,
+    checkpoint,
     evaluate,
     load_weights,
     model_names,
@@ -398,3 +400,25 @@ def test_a_resumed_log_drops_what_it_will_write_again(tmp_path):
     MetricsLog(tmp_path).close()
     assert path.read_text() == ""
     assert {p.name.split(".")[0] for p in tmp_path.iterdir()} == {"metrics", "events"}
+
+
+# ---- checkpoint --------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_keeps_the_scale_of_mixed_precision(tmp_path):
+    """Which float16 has on a GPU."""
+    model = nn.Linear(1, 1)
+
+    def trainer(scale: float) -> SimpleNamespace:
+        return SimpleNamespace(
+            model=model,
+            optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+            scaler=torch.amp.GradScaler("cpu", scale),
+            epochs=SimpleNamespace(state_dict=dict, load_state_dict=lambda *_, **__: None),
+        )
+
+    path, options = tmp_path / checkpoint.NAME, {"opt": "sgd", "fingerprint": "a"}
+    checkpoint.write(path, trainer(8.0), 1, options, CLASSES)
+    resumed = trainer(2.0)
+    checkpoint.load_training(path, checkpoint.read(path), resumed, options)
+    assert resumed.scaler.get_scale() == 8.0

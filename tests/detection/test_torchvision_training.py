@@ -1,23 +1,25 @@
 """detection/train_torchvision.py from the command line on: training, resume, processes, errors.
 
 Runs that several tests look at are made once. A process of its own is started only where that is
-the point: a kill, torchrun, the exit status.
+the point: a kill, several processes, the exit status.
 """
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from processes import in_two_processes
 from pskd_detection import load_dataset
 from pskd_torchvision import DetectionImages, build_detector, checkpoint
 from pskd_torchvision.data import collate
@@ -30,6 +32,7 @@ from pskd.run.seeding import seed_epoch
 import train_torchvision as program  # isort: skip
 
 SCRIPT = ROOT / "detection" / "train_torchvision.py"
+PRELOADED = ["pskd_torchvision.training", "pskd_torchvision.evaluation", "tensorboard"]
 EPOCHS, ITERATIONS = 3, 4  # of 2 images each
 ALPHA = 0.7
 TIMEOUT_S = 120
@@ -105,18 +108,6 @@ class Tool:
             patch.setattr(Trainer, "train_epoch", train_epoch)
             self.run(name, *flags)
         return Run(self.folder / name, 0, "")
-
-
-def start(folder: Path, command: list[str]) -> subprocess.Popen:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.Popen(
-        [sys.executable, "-W", "ignore", *command],
-        cwd=folder,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
 
 
 @pytest.fixture(scope="module")
@@ -233,20 +224,28 @@ def expect_the_same_end(resumed: Run, straight: Run) -> None:
     assert left == right
 
 
-def test_killed_in_the_middle_of_an_epoch_it_ends_as_if_it_had_not_been(tool, straight):
+def killed_in_the_second_epoch(argv: list[str]) -> None:
+    """Train until the signal that cannot be handled comes."""
+    step, number = Trainer._step, itertools.count(1)
+
+    def interrupted(*args):
+        if next(number) == ITERATIONS + 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return step(*args)
+
+    Trainer._step = interrupted
+    program.main(argv)
+
+
+def test_killed_in_the_middle_of_an_epoch_it_ends_as_if_it_had_not_been(forkserver, tool, straight):
     """The run that goes on reads its images in a worker: their number changes nothing."""
-    process = start(tool.folder, [str(SCRIPT), *tool.flags("killed", *PSKD)])
+    argv = tool.flags("killed", *PSKD)
+    process = forkserver.Process(target=killed_in_the_second_epoch, args=(argv,))
+    process.start()
+    process.join(TIMEOUT_S)
+    assert process.exitcode == -signal.SIGKILL
     killed = Run(tool.folder / "killed", 0, "")
-    deadline = time.monotonic() + TIMEOUT_S
-    reached = 0
-    while reached <= ITERATIONS and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.005)
-        path = killed.folder / "metrics.json"
-        reached = path.read_text().count("\n") if path.exists() else 0
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL
-    assert killed.checkpoint()["epoch"] == 1
+    assert killed.checkpoint()["epoch"] == 1 and len(killed.lines()) == ITERATIONS + 1
     assert not (killed.folder / "results.json").exists()
     tool.run("killed", *PSKD, "--resume", "--workers", "1").expect_success()
     expect_the_same_end(killed, straight)
@@ -384,40 +383,30 @@ def test_a_mask_builder_trains_on_polygons(tool):
 
 # ---- two processes -------------------------------------------------------------------------------
 
-DRIVER = """
-import sys
-import torch
-sys.path.insert(0, {folder!r})
-import train_torchvision as program
 
-original = program.train
+def train_and_keep(folder: Path, argv: list[str]) -> None:
+    """Be a process of two: train, and keep model, teacher and output."""
+    original, rank = program.train, os.environ["RANK"]
 
-def train(job):
-    results = original(job)
-    teacher = job.model.roi_heads.pskd.snapshot.model
-    state = {{"model": job.model.state_dict(), "teacher": teacher.state_dict()}}
-    torch.save(state, f"rank{{job.world.rank}}.pt")
-    return results
+    def train(job):
+        results = original(job)
+        teacher = job.model.roi_heads.pskd.snapshot.model
+        state = {"model": job.model.state_dict(), "teacher": teacher.state_dict()}
+        torch.save(state, folder / f"rank{rank}.pt")
+        return results
 
-program.train = train
-sys.exit(program.main(sys.argv[1:]))
-"""
+    program.train = train
+    with open(folder / f"rank{rank}.log", "w") as output, contextlib.redirect_stdout(output):
+        assert program.main(argv) == 0
 
 
 @pytest.fixture(scope="module")
-def pair(tool) -> Run:
+def pair(forkserver, tool) -> Run:
     """Two processes of one image each, four iterations an epoch."""
-    driver = tool.folder / "driver.py"
-    driver.write_text(DRIVER.format(folder=str(ROOT / "detection")))
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     flags = tool.flags("pair", *PSKD, "--epochs", "2", "--batch-size", "1")
-    process = start(tool.folder, [*launcher, str(driver), *flags])
-    try:
-        output, error = process.communicate(timeout=TIMEOUT_S)
-    finally:
-        if process.poll() is None:
-            process.kill()
-    return Run(tool.folder / "pair", process.returncode, output, error).expect_success()
+    in_two_processes(train_and_keep, tool.folder, flags)
+    output = "".join((tool.folder / f"rank{rank}.log").read_text() for rank in (0, 1))
+    return Run(tool.folder / "pair", 0, output)
 
 
 def test_two_processes_end_with_the_same_model_and_teacher(tool, pair):
@@ -530,6 +519,7 @@ def test_a_set_is_missed(capsys):
     for flags, message in (
         ([], "--train: expected a training set, got none"),
         (["--test-only", "--resume"], "--test: expected a test set with --test-only"),
+        (["--test-only", "--weights", "a.pth", "--test", "coco:a:b"], "set, which tells the class"),
         (["--train", "coco:a:b", "--eval-period", "1"], "--test: expected a test set"),
     ):
         assert program.main(flags) == 1
@@ -580,7 +570,7 @@ def test_checkpoints_of_another_run_are_refused(tool, straight, capsys):
         (["--opt", "adamw"], "expected opt 'adamw' as in this run, got 'sgd'"),
         (["--pskd-alpha-final", "0.5"], "alpha_final: expected 0.7, with which"),
         (["--pskd-alpha-final", "0"], "alpha_final: expected 0.7, with which"),
-        (["--pskd-alpha-schedule", "cosine"], "schedule: expected 'linear', with which"),
+        (["--pskd-alpha-schedule", "cosine"], "alpha_schedule: expected 'linear', with which"),
         (["--epochs", "5"], "num_epochs: expected 3, with which"),
         (["--epochs", "2"], "--epochs: expected at least 3, as in"),
     ]
@@ -663,11 +653,12 @@ finally:
 
 
 def test_the_process_ends_with_the_status_and_has_loaded_no_other_adapter(tool):
-    process = start(tool.folder, ["-c", WATCHED, str(SCRIPT), "--train", "coco:absent.json:."])
-    output, error = process.communicate(timeout=TIMEOUT_S)
+    command = [sys.executable, "-W", "ignore", "-c", WATCHED, SCRIPT, "--train", "coco:absent:."]
+    process = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S)
     assert process.returncode == 1
-    assert error.startswith("train_torchvision: absent.json: expected") and error.count("\n") == 1
-    loaded = set(json.loads(output))
+    assert process.stderr.startswith("train_torchvision: absent: expected")
+    assert process.stderr.count("\n") == 1
+    loaded = set(json.loads(process.stdout))
     assert {"pskd", "pskd_detection", "pskd_torchvision"} <= loaded
     others = {"detectron2", "fairseq", "pskd_detectron2", "pskd_fairseq", "demo", "matplotlib"}
     assert not loaded & others

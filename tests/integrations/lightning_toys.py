@@ -1,8 +1,7 @@
-"""A tiny module and its data, and two processes of DDP when it is run."""
+"""A tiny module and its data, and what two processes of DDP do."""
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import torch
@@ -89,7 +88,8 @@ def trainer(folder: Path, callback: PSKDCallback, *more, **options) -> Trainer:
 
 
 def train_in_two_processes(folder: Path) -> None:
-    """Lightning starts the second process, by this same command."""
+    """Be one of two processes, as torchrun starts them."""
+    torch.set_num_threads(1)
     module, callback = Module(), PSKDCallback(C, alpha_final=0.9)
     module.net = net(dropout=0.0)
     strategy = DDPStrategy(process_group_backend="gloo")
@@ -99,8 +99,3 @@ def train_in_two_processes(folder: Path) -> None:
     run.save_checkpoint(folder / "checkpoint")
     left = {"weights": module.net.state_dict(), "rows": rows, "told": module.told}
     torch.save(left, folder / f"{run.global_rank}.pt")
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    train_in_two_processes(Path(sys.argv[1]))

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,7 +14,19 @@ pytest.importorskip("lightning", reason="needs lightning: pip install '.[lightni
 
 import lightning
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning_toys import BATCH, DATA, EPOCHS, C, M, Module, Shuffled, net, trainer
+from lightning_toys import (
+    BATCH,
+    DATA,
+    EPOCHS,
+    C,
+    M,
+    Module,
+    Shuffled,
+    net,
+    train_in_two_processes,
+    trainer,
+)
+from processes import in_two_processes
 from pskd_lightning import PSKDCallback
 
 import pskd
@@ -26,6 +35,7 @@ torch.set_num_threads(1)
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # of few workers, of no logger
 
+PRELOADED = ["lightning.pytorch", "pskd_lightning"]
 FORMS = pytest.mark.parametrize("teacher", ["memory", "snapshot"])
 
 
@@ -209,17 +219,9 @@ def test_data_without_row_numbers_are_refused_before_the_first_step(tmp_path):
 # ---- processes -----------------------------------------------------------------------------------
 
 
-def test_two_processes_are_one_with_batches_of_both(tmp_path):
+def test_two_processes_are_one_with_batches_of_both(forkserver, tmp_path):
     """The gradient of DDP is the mean of the two, and each reads what the other wrote."""
-    here = Path(__file__).parent
-    done = subprocess.run(
-        [sys.executable, here / "lightning_toys.py", tmp_path],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
+    in_two_processes(train_in_two_processes, tmp_path)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     for one, other in zip(first["rows"], second["rows"], strict=True):
         assert torch.equal(one, other)

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +12,7 @@ from torch.utils.data import Dataset
 pytest.importorskip("transformers", reason="needs transformers: pip install '.[transformers]'")
 pytest.importorskip("accelerate", reason="needs accelerate: pip install '.[transformers]'")
 
+from processes import in_two_processes
 from pskd_transformers import PSKDTrainerMixin
 from transformers import (
     BertConfig,
@@ -37,6 +35,7 @@ WORDS = torch.randint(30, (M, 6), generator=_made)
 IMAGES = torch.randn(M, 3, 8, 8, generator=_made)
 LABELS = torch.randint(C, (M,), generator=_made)
 
+PRELOADED = ["transformers.trainer", "transformers.models.bert.modeling_bert", "pskd_transformers"]
 FORMS = pytest.mark.parametrize("teacher", ["memory", "snapshot"])
 
 
@@ -183,15 +182,25 @@ def test_evaluation_is_plain_cross_entropy(with_rows, tmp_path):
 # ---- stop and resume -----------------------------------------------------------------------------
 
 
+@pytest.fixture(scope="module")
+def straight_runs(tmp_path_factory) -> dict[str, PSKDTrainer]:
+    """A training with each teacher, with a checkpoint at every step."""
+    runs = {}
+    for teacher in ("memory", "snapshot"):
+        saves = {"save_strategy": "steps", "save_steps": 1}
+        runs[teacher] = trainer(tmp_path_factory.mktemp(teacher), teacher, **saves)
+        runs[teacher].train()
+    return runs
+
+
 @FORMS
 @pytest.mark.parametrize("stop", [3, 4, 6, 8])
-def test_a_resumed_training_is_the_straight_one(teacher, stop, tmp_path):
+def test_a_resumed_training_is_the_straight_one(teacher, stop, straight_runs, tmp_path):
     """At an epoch's end, every 4 steps, and inside an epoch; with dropout."""
-    saves = {"save_strategy": "steps", "save_steps": 4 if stop % 4 == 0 else 3}
-    straight = trainer(tmp_path, teacher, **saves)
-    straight.train()
-    resumed = trainer(tmp_path / "elsewhere", teacher, **saves)
-    resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{stop}"))
+    straight = straight_runs[teacher]
+    resumed = trainer(tmp_path, teacher)
+    checkpoint = Path(straight.args.output_dir) / f"checkpoint-{stop}"
+    resumed.train(resume_from_checkpoint=str(checkpoint))
     assert resumed.losses == straight.losses[stop:]
     assert same_weights(resumed.model, straight.model)
     assert resumed.criterion.epoch == EPOCHS
@@ -268,21 +277,10 @@ def one_process(folder: Path) -> None:
     torch.save((read, told, straight.orders), folder / f"{straight.args.process_index}.pt")
 
 
-def test_each_of_two_processes_reads_what_the_other_wrote(tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", __file__, tmp_path],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
+def test_each_of_two_processes_reads_what_the_other_wrote(forkserver, tmp_path):
+    in_two_processes(one_process, tmp_path)
     (past, seen), told, orders = torch.load(tmp_path / "0.pt")
     (other, other_seen), other_told, other_orders = torch.load(tmp_path / "1.pt")
     assert torch.equal(past, other) and torch.equal(seen, other_seen) and told == other_told
     assert seen.all() and len(set(torch.cat(orders[3:6]).tolist())) < M
     assert set(torch.cat(orders[3:6] + other_orders[3:6]).tolist()) == set(range(M))
-
-
-if __name__ == "__main__":
-    one_process(Path(sys.argv[1]))

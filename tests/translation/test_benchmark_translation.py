@@ -11,7 +11,7 @@ import pytest
 
 pytest.importorskip("fairseq", reason="needs fairseq: pip install '.[translation]'")
 
-from conftest import PLUGIN, ROOT  # noqa: E402
+from fairseq_toys import PLUGIN, ROOT  # noqa: E402
 
 
 class Here:

@@ -24,18 +24,12 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "translation")]
 
 import evaluate  # noqa: E402
+from evaluation import confidence  # noqa: E402
+from evaluation.inputs import load, subwords_of  # noqa: E402
+from fairseq.data import Dictionary  # noqa: E402
+from prepare import build_parser  # noqa: E402
 
 from demo import translation  # noqa: E402
-
-
-def run(*command: str | Path) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, *map(str, command)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        stdin=subprocess.DEVNULL,
-    )
 
 
 @pytest.fixture(autouse=True)
@@ -51,19 +45,9 @@ def demo(tmp_path_factory):
     small = ["--encoder-layers", "1", "--decoder-layers", "1", "--max-epoch", "2"]
     # Enough updates to translate some words: a score of nothing would show no mistake in scoring.
     small += ["--max-tokens", "192", "--warmup-updates", "20"]
-    done = run(
-        "-m",
-        "demo.translation",
-        "--pairs",
-        "400",
-        "--held-out",
-        "40",
-        "--bpe-size",
-        "300",
-        "--out",
-        out,
-        "--",
-        *small,
+    command = "-m demo.translation --pairs 400 --held-out 40 --bpe-size 300 --out".split()
+    done = subprocess.run(
+        [sys.executable, *command, str(out), "--", *small], cwd=ROOT, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return out, done.stdout
@@ -107,15 +91,18 @@ def test_evaluation_scores_every_sentence_against_the_raw_reference(demo):
     assert result["chrf"] > 0.0
 
 
+def in_order(pattern: str, log: str) -> list[str]:
+    """Return what fairseq-generate prints of each sentence, in the order of the text."""
+    found = re.findall(pattern, log, re.M)
+    return [text for _, text in sorted((int(key), text) for key, text in found)]
+
+
 def test_tokenised_bleu_is_that_of_the_tokens_of_all_sentences(demo):
     out, _ = demo
     folder = out / "pskd" / "evaluation"
     log = (folder / "generate.log").read_text(encoding="utf-8")
-    sides = []
-    for pattern in (r"^H-(\d+)\t[^\t]*\t(.*)$", r"^T-(\d+)\t(.*)$"):
-        found = re.findall(pattern, log, re.M)
-        sides.append([text for _, text in sorted((int(key), text) for key, text in found)])
-    translations, references = sides
+    translations = in_order(r"^H-(\d+)\t[^\t]*\t(.*)$", log)
+    references = in_order(r"^T-(\d+)\t(.*)$", log)
     assert len(translations) == len(references) == 40
     bleu = sacrebleu.BLEU(tokenize="none", smooth_method="none", force=True)
     expected = bleu.corpus_score(translations, [references])
@@ -148,7 +135,7 @@ def test_teacher_forced_nll_is_that_of_fairseqs_own_validation(demo, tmp_path):
     out, _ = demo
     words = [out / "pskd" / "checkpoint_last.pt", "--data", out / "data", "--out", tmp_path]
     args = evaluate.parse([str(word) for word in [*words, "--split", "valid"]])
-    tokens = evaluate.measure_confidence(args, *evaluate.load(args))
+    tokens = confidence.measure_confidence(args, *load(args))
     bits = tokens["nll"].mean() / np.log(2.0)
     log = (out / "pskd" / "train.log").read_text().splitlines()
     valid = [json.loads(line.split("| valid | ")[1]) for line in log if "| valid | {" in line]
@@ -166,13 +153,11 @@ def test_temperature_scaling_is_fitted_on_the_validation_split(demo, tmp_path):
     assert result["scaled"]["aurc"] == pytest.approx(aurc(*pair))
     words = [out / "pskd" / "checkpoint_last.pt", "--data", out / "data", "--out", tmp_path]
     args = evaluate.parse([str(word) for word in [*words, "--split", "valid"]])
-    valid = evaluate.measure_confidence(args, *evaluate.load(args), result["temperature"])
+    valid = confidence.measure_confidence(args, *load(args), result["temperature"])
     # Of few tokens all are fitted to, so there is no better one.
     assert valid["scaled_nll"].mean() <= valid["nll"].mean()
     for other in (0.98, 1.02):
-        worse = evaluate.measure_confidence(
-            args, *evaluate.load(args), other * result["temperature"]
-        )
+        worse = confidence.measure_confidence(args, *load(args), other * result["temperature"])
         assert worse["scaled_nll"].mean() >= valid["scaled_nll"].mean() - 1e-6
 
 
@@ -180,13 +165,13 @@ def test_many_tokens_are_fitted_to_evenly(demo, tmp_path, monkeypatch):
     out, _ = demo
     words = [out / "pskd" / "checkpoint_last.pt", "--data", out / "data", "--out", tmp_path]
     args = evaluate.parse([str(word) for word in [*words, "--max-tokens", "64"]])
-    monkeypatch.setattr(evaluate, "_TEMPERATURE_TOKENS", 50)
+    monkeypatch.setattr(confidence, "_TEMPERATURE_TOKENS", 50)
     fitted = []
-    monkeypatch.setattr(evaluate, "fit_temperature", lambda *pair: fitted.append(pair) or 1.0)
-    loaded = evaluate.load(args)
-    assert evaluate.fit_temperature_on_valid(args, *loaded) == 1.0
+    monkeypatch.setattr(confidence, "fit_temperature", lambda *pair: fitted.append(pair) or 1.0)
+    loaded = load(args)
+    assert confidence.fit_temperature_on_valid(args, *loaded) == 1.0
     ((lprobs, target),) = fitted
-    every = [label for _, labels in evaluate.scored_tokens(args, "valid", *loaded)
+    every = [label for _, labels in confidence.scored_tokens(args, "valid", *loaded)
              for label in labels.tolist()]  # fmt: skip
     step = -(-len(every) // 50)
     assert step > 1 and target.tolist() == every[::step]
@@ -217,10 +202,21 @@ def evaluation(demo, out: Path, **changes: Path) -> list[str]:
     return [str(given["checkpoint"]), "--data", str(given["data"]), "--out", str(out)]
 
 
-def test_evaluate_takes_data_of_fairseq_preprocess_alone(demo, tmp_path, capsys, caplog):
+def test_evaluate_takes_data_of_fairseq_preprocess_alone(
+    demo, tmp_path, monkeypatch, capsys, caplog
+):
+    """It asks fairseq-generate what it asked in the demo, which is not run once more."""
     data = shutil.copytree(demo[0] / "data", tmp_path / "data")
     (data / "prepare.json").unlink()
     shutil.rmtree(data / "raw")
+    log = (demo[0] / "pskd" / "evaluation" / "generate.log").read_text(encoding="utf-8")
+    tokenised = in_order(r"^H-(\d+)\t[^\t]*\t(.*)$", log)
+
+    def generated(args, pair, subwords):
+        assert (args.data, pair, subwords) == (data, ("en", "de"), "subword_nmt")
+        return tokenised, re.search("^Generate .*$", log, re.M)[0]
+
+    monkeypatch.setattr(evaluate, "generate", generated)
     caplog.set_level("INFO")
     out = tmp_path / "run"
     assert evaluate.main(evaluation(demo, out, data=data)) == 0
@@ -230,8 +226,8 @@ def test_evaluate_takes_data_of_fairseq_preprocess_alone(demo, tmp_path, capsys,
     whole = json.loads((demo[0] / "pskd" / "evaluation" / "evaluation.json").read_text())
     assert {"bleu", "bleu_signature", "chrf", "chrf_signature"} == whole.keys() - result.keys()
     assert result == {key: whole[key] for key in result}
-    words = (out / "translations.txt").read_text(encoding="utf-8")
-    assert words.count("\n") == 40 and "@@" not in words
+    words = (out / "translations.txt").read_text(encoding="utf-8").split("\n")[:-1]
+    assert words == tokenised and len(words) == 40
     run = read_run(out, "run")
     assert run.task == "translation" and len(run.rows["confidence"]) == result["tokens"]
     assert len(run.epochs) == 2  # of the log beside the checkpoint
@@ -246,14 +242,10 @@ def test_evaluate_takes_data_of_fairseq_preprocess_alone(demo, tmp_path, capsys,
     ],
 )
 def test_a_dictionary_tells_how_words_were_cut(words, cut):
-    dictionary = evaluate.Dictionary()
+    dictionary = Dictionary()
     for word in words:
         dictionary.add_symbol(word)
-    assert evaluate.subwords_of(dictionary) == cut
-
-
-def test_what_evaluate_raises_of_user_input_is_a_value_error():
-    assert issubclass(evaluate.UserError, ValueError)
+    assert subwords_of(dictionary) == cut
 
 
 def test_evaluate_names_a_damaged_checkpoint(demo, tmp_path, capsys):
@@ -322,32 +314,28 @@ def test_an_out_that_is_a_file_is_an_error_that_names_it(demo, tmp_path, capsys)
     assert out.read_text() == "mine"
 
 
-def test_the_demo_prepares_own_text_in_its_own_languages(tmp_path):
+def test_the_demo_prepares_own_text_in_its_own_languages(tmp_path, monkeypatch):
     """What follows is the embedded corpus's path, which the tests above run to its end."""
-    source, target = tmp_path / "a.en", tmp_path / "a.fr"
-    source.write_text("".join(f"one {number} word\n" for number in range(60)), encoding="utf-8")
-    target.write_text("".join(f"un {number} mot\n" for number in range(60)), encoding="utf-8")
-    words = ["--src", source, "--tgt", target, "--target-lang", "fr", "--bpe-size", "40"]
-    args = translation.parse([str(word) for word in [*words, "--out", tmp_path / "out"]])
+    commands = []
+    monkeypatch.setattr(translation, "Step", lambda name, command, log: commands.append(command))
+    monkeypatch.setattr(translation, "run_all", lambda steps: None)
+    texts = [tmp_path / "a.en", tmp_path / "a.fr"]
+    words = ["--src", texts[0], "--tgt", texts[1], "--target-lang", "fr", "--bpe-size", "40"]
+    args = translation.parse([str(word) for word in words])
     data = translation.prepare(args, tmp_path / "out")
-    record = json.loads((data / "prepare.json").read_text(encoding="utf-8"))
-    assert (record["source_lang"], record["target_lang"]) == ("en", "fr")
-    assert sum(part["pairs"] for part in record["parts"].values()) == 60
-    assert (data / "test.en-fr.fr.bin").stat().st_size > 0
+    ((python, script, *words),) = commands
+    assert (python, script) == (sys.executable, ROOT / "translation" / "prepare.py")
+    job = build_parser().parse_args([str(word) for word in words])
+    assert (job.texts, job.source_lang, job.target_lang) == (texts, "en", "fr")
+    assert (job.valid, job.test, job.bpe_size, job.out) == (None, None, 40, data)
 
 
-def test_demo_of_own_text_names_the_step_and_log_that_failed(tmp_path):
+def test_demo_of_own_text_names_the_step_and_log_that_failed(tmp_path, capsys):
     source, target = tmp_path / "a.en", tmp_path / "a.de"
     source.write_text("one\ntwo\n")
     target.write_text("eins\n")
-    done = run(
-        "-m", "demo.translation", "--src", source, "--tgt", target, "--out", tmp_path / "out"
-    )
-    assert done.returncode == 1
-    assert "prepare.log" in done.stderr and "unequal line counts" in done.stderr
+    words = ["--src", source, "--tgt", target, "--out", tmp_path / "out"]
+    assert translation.main([str(word) for word in words]) == 1
+    shown = capsys.readouterr().err
+    assert "prepare.log" in shown and "unequal line counts" in shown
     assert not (tmp_path / "out" / "data").exists()
-
-
-def test_demo_wants_both_texts(tmp_path):
-    done = run("-m", "demo.translation", "--src", tmp_path / "a.en")
-    assert done.returncode == 2 and "--src and --tgt together" in done.stderr

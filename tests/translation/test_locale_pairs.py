@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import importlib.util
 import os
 import re
 import subprocess
@@ -15,19 +14,9 @@ import pytest
 pytest.importorskip("babel", reason="Babel is not installed: pip install babel")
 
 ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
 
-
-def load_module():
-    spec = importlib.util.spec_from_file_location(
-        "pskd_demo_locale_pairs", ROOT / "demo" / "locale_pairs.py"
-    )
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-locale_pairs = load_module()
+from demo import locale_items, locale_pairs  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +62,7 @@ def test_held_out_days_are_not_written_in_the_training_text(corpus):
             (str(day.month), str(day.day)) in english,
             (f"{day:%d}", f"{day:%m}") in german,
         ]
-        if locale_pairs.split_of(("date", day.month, day.day)) == "train":
+        if locale_items.split_of(("date", day.month, day.day)) == "train":
             seen += any(found)
         else:
             held_out += 1
@@ -86,9 +75,9 @@ def test_held_out_quantities_are_not_written_in_the_training_text(corpus):
     held_out = 0
     for pair in corpus["train"]:
         for number in re.findall(r"(?<![\d.,/:])(\d+) kilograms\b", pair.en):
-            assert locale_pairs.split_of(("quantity", "mass-kilogram", number)) == "train"
+            assert locale_items.split_of(("quantity", "mass-kilogram", number)) == "train"
     for number in range(1, 1000):
-        held_out += locale_pairs.split_of(("quantity", "mass-kilogram", str(number))) != "train"
+        held_out += locale_items.split_of(("quantity", "mass-kilogram", str(number))) != "train"
     assert 60 <= held_out <= 140
 
 
@@ -174,7 +163,7 @@ def test_impossible_requests_are_refused(split, number):
 
 
 def test_more_sentences_than_there_are_is_an_error(monkeypatch):
-    monkeypatch.setattr(locale_pairs, "DRAWS", {locale_pairs.draw_relative: 1})
+    monkeypatch.setattr(locale_items, "DRAWS", {locale_items.draw_relative: 1})
     monkeypatch.setattr(locale_pairs, "MAX_ENTRIES", 1)
     monkeypatch.setattr(locale_pairs, "MAX_TRIES", 300)
     with pytest.raises(ValueError, match="cannot find 5000 distinct train pairs"):

@@ -10,11 +10,11 @@ import pytest
 pytest.importorskip("fairseq", reason="needs fairseq: pip install '.[translation]'")
 
 import torch  # noqa: E402
-from conftest import ALPHA_FINAL, EPOCHS, continued_from, same  # noqa: E402
+from fairseq_toys import ALPHA_FINAL, EPOCHS, continued_from, same  # noqa: E402
 
 # Five batches for two ranks: the last update of an epoch has a dummy batch on the second rank.
 FLAGS = f"--max-epoch {EPOCHS} --dropout 0 --batch-size 5 --save-interval-updates 2".split()
-FIGURES = ("loss", "nll_loss", "alpha", "teacher_nll", "gradient_rescaling")
+FIGURES = ("loss", "nll_loss", "alpha", "teacher_nll_loss", "gradient_rescaling")
 
 
 @pytest.fixture(scope="module")
@@ -62,4 +62,4 @@ def test_two_ranks_resume_to_the_same_end(runs, cut):
     assert (first.code, second.code) == (0, 0), second.output[-4000:]
     assert same(first.model(), runs["two"][0].model())
     assert first.column("alpha") == runs["two"][0].column("alpha")[2:]
-    assert first.column("teacher_nll") == runs["two"][0].column("teacher_nll")[1:]
+    assert first.column("teacher_nll_loss") == runs["two"][0].column("teacher_nll_loss")[1:]

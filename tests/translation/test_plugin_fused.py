@@ -12,7 +12,6 @@ pytest.importorskip("fairseq", reason="needs fairseq: pip install '.[translation
 
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
-from conftest import MODEL, build_criterion, continued_from, same  # noqa: E402
 from fairseq import checkpoint_utils  # noqa: E402
 from fairseq.distributed import (  # noqa: E402
     LegacyDistributedDataParallel,
@@ -22,10 +21,11 @@ from fairseq.models.transformer_lm import (  # noqa: E402
     TransformerLanguageModel,
     base_lm_architecture,
 )
+from fairseq_toys import MODEL, batch, build_criterion, continued_from, same  # noqa: E402
 from pskd_fairseq.criterion import PSKDCriterion  # noqa: E402  with torch's allow-list
 from torch.nn.parallel import DistributedDataParallel  # noqa: E402
 
-import pskd.linear  # noqa: E402
+import pskd._linear_chunks  # noqa: E402
 
 FUSED = "--pskd-fused-linear"
 TO_THE_END = ["--max-epoch", "3"]
@@ -92,12 +92,6 @@ def models(runs):
     return teacher.eval(), student.train()
 
 
-def batch(task, subset: str = "valid") -> dict:
-    task.load_dataset(subset)
-    data = task.dataset(subset)
-    return data.collater([data[index] for index in range(len(data))])
-
-
 def forward(criterion, model, sample):
     """Return loss and log of a step with a fixed seed, and the gradients."""
     model.zero_grad()
@@ -138,7 +132,7 @@ def test_a_fused_training_logs_what_one_from_logits_logs(runs, name, epoch):
     assert fused == pytest.approx(plain, rel=1e-4)
     names = {"loss", "nll_loss", "alpha"}
     if epoch > 1:
-        names |= {"teacher_nll", "teacher_agreement", "teacher_coverage", "gradient_rescaling"}
+        names |= {"teacher_nll_loss", "teacher_agreement", "teacher_coverage", "gradient_rescaling"}
         names |= {"gradient_rescaling_hard"} | ({"top_k_mass"} if name == "memory" else set())
     assert names <= fused.keys()
     assert [key.removeprefix("train_") for key in runs[name, FUSED].log("train")[epoch - 1]] == [
@@ -162,7 +156,7 @@ def test_it_ends_with_the_same_model_and_validation(runs, name):
 def test_a_resumed_run_ends_as_the_straight_run(runs, resumed, name):
     run = resumed[name].result().expect_success()
     assert same(run.model(), runs[name, FUSED].model())
-    assert run.column("teacher_nll")[-1] == runs[name, FUSED].column("teacher_nll")[-1]
+    assert run.column("teacher_nll_loss")[-1] == runs[name, FUSED].column("teacher_nll_loss")[-1]
 
 
 def test_the_flag_may_be_taken_up_at_a_resume(runs, resumed):
@@ -181,7 +175,7 @@ def test_loss_log_and_gradients_are_those_from_logits(
     task, models, tmp_path, monkeypatch, epoch, smoothing, prefix, rows_at_a_time
 ):
     if rows_at_a_time == "some":
-        monkeypatch.setattr(pskd.linear, "_CHUNK_ELEMENTS", 1)
+        monkeypatch.setattr(pskd._linear_chunks, "_CHUNK_ELEMENTS", 1)
     teacher, student = models
     options = {"label_smoothing": smoothing, "ignore_prefix_size": prefix, "sentence_avg": True}
     plain, fused = both(task, tmp_path, **options)
@@ -224,7 +218,7 @@ def test_in_half_precision(task, models, tmp_path, kind):
     task.begin_epoch(3, teacher)
     with torch.autocast("cpu", torch.bfloat16, enabled=kind == "autocast"):
         expected, log = forward(plain, student, sample), forward(fused, student, sample)
-    for name in ("loss", "nll_loss", "pskd_teacher_nll", "pskd_student_error"):
+    for name in ("loss", "nll_loss", "pskd_teacher_nll", "pskd_error"):
         assert log[0][name] == pytest.approx(expected[0][name], rel=1e-2), name
     for name, grad in expected[1].items():
         assert log[1][name].dtype == grad.dtype

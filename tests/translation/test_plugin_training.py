@@ -1,42 +1,29 @@
-"""Training with the fairseq plugin: the loss, the schedule, the teacher, the logs and the options.
-
-Fairseq's own commands run as a user runs them; where one number must equal another to the last bit,
-the criterion is built in this process by fairseq's own builder.
-"""
+"""Training with the fairseq plugin: the schedule, the teacher, the logs and the options."""
 
 from __future__ import annotations
 
 import json
 import math
-import re
-from copy import deepcopy
 
 import pytest
 
 pytest.importorskip("fairseq", reason="needs fairseq: pip install '.[translation]'")
 
 import torch  # noqa: E402
-from conftest import (  # noqa: E402
+from fairseq.logging import metrics  # noqa: E402
+from fairseq_toys import (  # noqa: E402
     ALPHA_FINAL,
     BATCHES,
     EPOCHS,
     LENGTHS,
     PLUGIN,
-    Payload,
-    build_criterion,
     entry,
     same,
 )
-from fairseq import checkpoint_utils  # noqa: E402
-from fairseq.criterions.label_smoothed_cross_entropy import (  # noqa: E402
-    LabelSmoothedCrossEntropyCriterion,
-    label_smoothed_nll_loss,
-)
-from fairseq.logging import metrics  # noqa: E402
 from pskd_fairseq.criterion import PSKDCriterion  # noqa: E402
 from pskd_fairseq.epoch import Schedule  # noqa: E402
 
-STATISTICS = ("alpha", "teacher_nll", "teacher_agreement", "gradient_rescaling")
+STATISTICS = ("alpha", "teacher_nll_loss", "teacher_agreement", "gradient_rescaling")
 
 
 @pytest.fixture(scope="module")
@@ -66,33 +53,6 @@ def variants(fairseq, straight):
         "lstm": fairseq.start("lstm", *epochs, *lstm),
         "adaptive": fairseq.start("adaptive", *epochs, "--adaptive-softmax-cutoff", "10,20"),
     }
-
-
-@pytest.fixture(scope="module")
-def validations(fairseq, straight):
-    """fairseq-validate on the teacher of epoch 3: with the plugin, and with fairseq's criterion.
-
-    What that training was resumed from is long gone, and nothing that evaluation needs.
-    """
-    teacher, stock = fairseq.folder / "teacher.pt", fairseq.folder / "relabelled.pt"
-    state = straight.checkpoint("checkpoint2.pt")
-    state["cfg"]["criterion"]["restore_file"] = "gone.pt"
-    torch.save(state, teacher)
-    state["cfg"]["criterion"] = {
-        "_name": "label_smoothed_cross_entropy", "label_smoothing": 0.1, "report_accuracy": False,
-        "ignore_prefix_size": 0, "sentence_avg": False,
-    }  # fmt: skip
-    torch.save(state, stock)
-    flags = (
-        "--task translation --valid-subset train,valid --batch-size 4 "
-        "--required-batch-size-multiple 1 --num-workers 0 --cpu --log-format json"
-    ).split() + ["--user-dir", str(PLUGIN)]
-
-    def validate(path):
-        command = fairseq.command if path is teacher else fairseq.forked
-        return command("validate", str(fairseq.data), "--path", str(path), *flags, name=path.stem)
-
-    return {"pskd": fairseq.submit(validate, teacher), "stock": fairseq.submit(validate, stock)}
 
 
 def hydra_train_in_bf16(fairseq):
@@ -132,7 +92,7 @@ def hydra_train(fairseq, name: str, **changes):
     text = "# @package _group_\n" + json.dumps(config)  # a JSON object is YAML
     (folder / "tiny.yaml").write_text(text, encoding="utf-8")
     output = f"hydra.run.dir={fairseq.folder / f'{name}_output'}"
-    return fairseq.command(
+    return fairseq.forked(
         "hydra_train", "--config-dir", str(folder), "--config-name", "tiny", output, name=name
     )
 
@@ -193,7 +153,7 @@ def test_alpha_follows_the_epochs_and_is_0_before_there_is_a_teacher(straight):
 
 def test_statistics_are_logged_in_training_from_the_second_epoch(straight):
     first, *later = straight.log("train")
-    assert "train_alpha" in first and "train_teacher_nll" not in first
+    assert "train_alpha" in first and "train_teacher_nll_loss" not in first
     for line in later:
         assert {f"train_{name}" for name in STATISTICS} <= line.keys()
         assert 0.0 <= float(line["train_teacher_agreement"]) <= 1.0
@@ -224,27 +184,11 @@ def test_statistics_are_in_tensorboard(fairseq, straight):
     assert values == pytest.approx(straight.column("alpha"))
 
 
-def test_the_logged_teacher_is_last_epochs_model_without_dropout(straight, validations):
-    """fairseq-validate scores the training set with the model that ended epoch 2."""
-    run = validations["pskd"].result().expect_success()
-    (scored,) = run.log("train")
-    third_epoch = straight.log("train")[2]
-    assert third_epoch["train_teacher_nll"] == scored["train_nll_loss"]
-
-
-def test_validation_is_that_of_label_smoothed_cross_entropy(straight, validations):
-    ours, theirs = (validations[name].result().expect_success() for name in ("pskd", "stock"))
-    assert ours.log("valid") == theirs.log("valid")
-    in_training = [line for line in straight.log("valid") if line["epoch"] == 2][-1]
-    assert in_training["valid_loss"] == ours.log("valid")[0]["valid_loss"]
-    assert in_training["valid_nll_loss"] == ours.log("valid")[0]["valid_nll_loss"]
-
-
 def test_a_student_that_is_its_teacher_logs_its_own_hard_nll(variants):
     """One update an epoch, no dropout: the teacher is the student that is trained."""
     run = variants["one_update"].result().expect_success()
     for line in run.log("train")[1:]:
-        assert line["train_nll_loss"] == line["train_teacher_nll"]
+        assert line["train_nll_loss"] == line["train_teacher_nll_loss"]
         assert float(line["train_teacher_agreement"]) == 1.0
         rescaling = 1.0 - float(line["train_alpha"])
         for name in ("train_gradient_rescaling", "train_gradient_rescaling_hard"):
@@ -253,7 +197,8 @@ def test_a_student_that_is_its_teacher_logs_its_own_hard_nll(variants):
 
 def test_what_a_step_adds_to_the_log():
     """Rows 0 and 8 are those of which the largest score is looked for."""
-    from pskd_fairseq.criterion import _Past, _statistics
+    from pskd_fairseq.criterion import _statistics
+    from pskd_fairseq.past import Past
 
     from pskd import PSKDStats, TopK
 
@@ -262,7 +207,7 @@ def test_what_a_step_adds_to_the_log():
     indices[8] = torch.tensor([2, 0])  # the teacher had it wrong
     is_token = torch.arange(16) < 12
     taught = is_token & (torch.arange(16) != 1)
-    past = _Past(None, TopK(indices, probs), taught, 0.5 * taught)
+    past = Past(None, TopK(indices, probs), taught, 0.5 * taught)
     student, teacher = torch.full((16,), 0.75), torch.full((16,), 0.5)
     student[8], teacher[8] = 0.6, 0.2
     scores = torch.zeros(16, 3)
@@ -272,25 +217,37 @@ def test_what_a_step_adds_to_the_log():
         dict(
             pskd_tokens=12, pskd_alpha=6, pskd_taught=11, pskd_top_k_mass=5.5,
             pskd_teacher_nll=10 * math.log(2) + math.log(5), pskd_compared=2, pskd_agree=1,
-            pskd_student_error=10 * 0.25 + 0.4, pskd_teacher_error=0.5 * (10 * 0.5 + 0.8),
-            pskd_hard_student_error=0.4, pskd_hard_teacher_error=0.4,
+            pskd_error=10 * 0.25 + 0.4, pskd_removed=0.5 * (10 * 0.5 + 0.8),
+            pskd_hard_error=0.4, pskd_hard_removed=0.4,
         )
     )  # fmt: skip
 
 
-def test_a_student_without_any_error_is_logged():
-    """Every token learned to the last bit: no error to weight the gradient rescaling with."""
+def logged_of(**sums: float) -> dict[str, float]:
+    """Return what fairseq logs of a step of 4 tokens with alpha 0.5."""
     log = dict(
         loss=2.0, nll_loss=0.0, ntokens=4, sample_size=4, pskd_tokens=4.0, pskd_alpha=2.0,
         pskd_taught=4.0, pskd_teacher_nll=0.1, pskd_compared=1.0, pskd_agree=1.0,
-        pskd_student_error=0.0, pskd_teacher_error=0.0, pskd_top_k_mass=0.0,
-        pskd_hard_student_error=0.0, pskd_hard_teacher_error=0.0,
-    )  # fmt: skip
+        pskd_error=0.2, pskd_removed=0.1, pskd_top_k_mass=0.0,
+        pskd_hard_error=0.0, pskd_hard_removed=0.0,
+    ) | sums  # fmt: skip
     with metrics.aggregate(new_root=True) as logged:
         PSKDCriterion.reduce_metrics([log])
-    values = logged.get_smoothed_values()
+    return logged.get_smoothed_values()
+
+
+def test_a_student_without_any_error_has_no_gradient_that_is_rescaled():
+    assert logged_of()["gradient_rescaling"] == 0.5
+    values = logged_of(pskd_error=0.0, pskd_removed=0.0)
     assert values["alpha"] == 0.5
-    assert math.isfinite(values.get("gradient_rescaling", 0.0))
+    assert "gradient_rescaling" not in values
+
+
+def test_of_tokens_without_a_past_nothing_but_alpha_and_coverage_is_logged():
+    names = ("taught", "teacher_nll", "compared", "agree", "error", "removed")
+    values = logged_of(**{f"pskd_{name}": 0.0 for name in names})
+    assert (values["alpha"], values["teacher_coverage"]) == (0.5, 0.0)
+    assert not {"teacher_nll_loss", "teacher_agreement", "gradient_rescaling"} & values.keys()
 
 
 # --- front ends and options -------------------------------------------------------------------
@@ -349,7 +306,7 @@ def test_automatic_mixed_precision_trains(variants):
     losses = run.column("loss") + run.column("loss", "valid")
     assert all(math.isfinite(loss) for loss in losses)
     assert losses[2] < losses[0]
-    assert len(run.column("teacher_nll")) == 2
+    assert len(run.column("teacher_nll_loss")) == 2
 
 
 def test_sentence_avg_prefix_and_accuracy_train_together(variants):
@@ -367,7 +324,7 @@ def test_sentence_avg_prefix_and_accuracy_train_together(variants):
 def test_an_lstm_trains_with_its_teacher(variants):
     run = variants["lstm"].result().expect_success()
     assert run.column("alpha")[1:] == pytest.approx([ALPHA_FINAL * 2 / 3, ALPHA_FINAL], abs=1e-4)
-    assert "train_teacher_nll" in run.log("train")[1]
+    assert "train_teacher_nll_loss" in run.log("train")[1]
     assert run.column("loss")[2] < run.column("loss")[0]
 
 
@@ -376,186 +333,6 @@ def test_adaptive_softmax_ends_in_fairseqs_own_error_before_the_first_update(var
     run = variants["adaptive"].result()
     assert run.code != 0
     assert not run.log("train_inner")
-
-
-# --- the loss, in this process ----------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def models(straight):
-    """The models that ended epochs 1 and 3, as teacher and student."""
-    paths = [str(straight.save_dir / f"checkpoint{epoch}.pt") for epoch in (1, 3)]
-    ensemble, _, _ = checkpoint_utils.load_model_ensemble_and_task(paths)
-    teacher, student = ensemble
-    return teacher.eval(), student.train()
-
-
-def batch(task, subset: str = "valid") -> dict:
-    task.load_dataset(subset)
-    data = task.dataset(subset)
-    return data.collater([data[index] for index in range(len(data))])
-
-
-def forward(criterion, model, sample, **options):
-    """Run a criterion with a fixed seed and return its outputs, the gradients and the RNG state."""
-    model.zero_grad()
-    torch.manual_seed(7)
-    loss, size, log = criterion(model, sample, **options)
-    state = torch.get_rng_state()
-    loss.sum().backward()
-    grads = {name: weight.grad.clone() for name, weight in model.named_parameters()}
-    return loss.detach(), size, log, grads, state
-
-
-def written_out(model, teacher, sample, *, alpha, smoothing, prefix, padding) -> torch.Tensor:
-    """The loss as its definition reads: every distribution is built."""
-    torch.manual_seed(7)
-    lprobs = model.get_normalized_probs(model(**sample["net_input"]), log_probs=True)
-    with torch.no_grad():
-        past = teacher.get_normalized_probs(teacher(**sample["net_input"]), log_probs=False)
-    lprobs, past = lprobs[:, prefix:], past[:, prefix:]
-    target = sample["target"][:, prefix:]
-    hard, _ = label_smoothed_nll_loss(
-        lprobs.flatten(0, 1), target.flatten(), smoothing, ignore_index=padding
-    )
-    soft = -(past * lprobs).sum(-1)[target != padding].sum()
-    return (1 - alpha) * hard + alpha * soft
-
-
-def test_the_batch_has_padding(task):
-    """The tests below are about a padded batch."""
-    assert (batch(task)["target"] == task.target_dictionary.pad()).any()
-
-
-@pytest.mark.parametrize("prefix", [0, 2])
-@pytest.mark.parametrize("smoothing", [0.0, 0.1])
-@pytest.mark.parametrize("schedule, alpha", [("linear", 0.525), ("constant", 0.7)])
-def test_the_loss_is_its_definition_in_value_and_gradient(
-    task, models, tmp_path, schedule, alpha, smoothing, prefix
-):
-    teacher, student = models
-    criterion = build_criterion(
-        task, tmp_path, label_smoothing=smoothing, ignore_prefix_size=prefix,
-        pskd_alpha_schedule=schedule,
-    )  # fmt: skip
-    sample = batch(task)
-    task.begin_epoch(2, student)
-    task.begin_epoch(3, teacher)
-    loss, _, _, grads, _ = forward(criterion, student, sample)
-
-    student.zero_grad()
-    expected = written_out(
-        student, teacher, sample, alpha=alpha, smoothing=smoothing, prefix=prefix,
-        padding=task.target_dictionary.pad(),
-    )  # fmt: skip
-    expected.backward()
-    torch.testing.assert_close(loss, expected.detach(), rtol=1e-5, atol=0.0)
-    for name, weight in student.named_parameters():
-        torch.testing.assert_close(grads[name], weight.grad, rtol=1e-4, atol=1e-4)
-
-
-def test_nothing_but_the_loss_differs_from_the_stock_criterion(task, models, tmp_path):
-    """Sample size, hard NLL, counts and accuracy are fairseq's; so are the random numbers drawn."""
-    teacher, student = models
-    options = {"report_accuracy": True, "sentence_avg": True, "ignore_prefix_size": 1}
-    criterion = build_criterion(task, tmp_path, **options)
-    theirs = LabelSmoothedCrossEntropyCriterion(task, True, 0.1, 1, True).train()
-    sample = batch(task)
-    task.begin_epoch(3, teacher)
-    ours, theirs = forward(criterion, student, sample), forward(theirs, student, sample)
-    assert torch.equal(ours[4], theirs[4])
-    assert ours[1] == theirs[1] == len(LENGTHS["valid"])
-    torch.testing.assert_close(ours[2].pop("nll_loss"), theirs[2].pop("nll_loss"))
-    assert ours[2].pop("loss") != theirs[2].pop("loss")
-    assert {key: ours[2][key] for key in theirs[2]} == theirs[2]
-
-
-def test_without_reduction_there_is_a_loss_a_token(task, models, tmp_path):
-    teacher, student = models
-    criterion = build_criterion(task, tmp_path)
-    sample = batch(task)
-    task.begin_epoch(3, teacher)
-    total = forward(criterion, student, sample)[0]
-    each = forward(criterion, student, sample, reduce=False)[0]
-    assert each.shape == (sample["target"].numel(), 1)
-    torch.testing.assert_close(each.sum(), total)
-    assert (each.squeeze(1)[sample["target"].flatten() == criterion.padding_idx] == 0).all()
-
-
-@pytest.mark.parametrize("smoothing", [0.97, 0.99, 0.999, 1.0])
-def test_label_smoothing_is_refused_at_the_start_or_works_with_a_teacher(
-    task, models, tmp_path, smoothing
-):
-    """fairseq spreads epsilon over V - 1 types; spread over V, its share can pass 1."""
-    teacher, student = models
-    try:
-        criterion = build_criterion(task, tmp_path, label_smoothing=smoothing)
-    except ValueError as error:
-        assert "--label-smoothing" in str(error)
-        assert smoothing > 0.97
-        return
-    task.begin_epoch(3, teacher)
-    assert forward(criterion, student, batch(task))[0].isfinite()
-
-
-class Sharpened(torch.nn.Module):
-    """A model whose distribution is not the softmax of its output, as adaptive softmax's is not."""
-
-    def __init__(self, model) -> None:
-        super().__init__()
-        self.inner = model
-
-    def forward(self, **inputs):
-        return self.inner(**inputs)
-
-    def get_targets(self, sample, net_output):
-        return sample["target"]
-
-    def get_normalized_probs(self, net_output, log_probs, sample=None):
-        lprobs = (2.0 * net_output[0]).log_softmax(-1)
-        return lprobs if log_probs else lprobs.exp()
-
-
-def test_a_model_with_another_distribution_is_scored_by_its_own(task, models, tmp_path):
-    teacher, student = (Sharpened(deepcopy(model)) for model in models)
-    criterion = build_criterion(task, tmp_path)
-    sample = batch(task)
-    task.begin_epoch(3, teacher)
-    loss = forward(criterion, student, sample)[0]
-    expected = written_out(
-        student, teacher, sample, alpha=0.525, smoothing=0.1, prefix=0,
-        padding=task.target_dictionary.pad(),
-    )  # fmt: skip
-    torch.testing.assert_close(loss, expected.detach(), rtol=1e-5, atol=0.0)
-
-
-def test_the_teacher_stays_as_it_was_while_the_student_trains(task, models, tmp_path):
-    teacher, student = (deepcopy(model) for model in models)
-    criterion = build_criterion(task, tmp_path)
-    task.begin_epoch(2, student)
-    before = {key: value.clone() for key, value in student.state_dict().items()}
-    optimizer = torch.optim.SGD(student.parameters(), lr=0.5)
-    criterion(student, batch(task))[0].backward()
-    optimizer.step()
-    criterion.train()
-    snapshot = criterion.epoch_state.teacher.model
-    assert same(snapshot.state_dict(), before)
-    assert not same(student.state_dict(), before)
-    assert not any(module.training for module in snapshot.modules())
-    assert all(weight.grad is None for weight in snapshot.parameters())
-    assert not list(criterion.parameters()) and not criterion.state_dict()
-
-
-def test_in_evaluation_the_criterion_is_the_stock_one_to_the_bit(task, models, tmp_path):
-    teacher, student = models
-    criterion = build_criterion(task, tmp_path).eval()
-    theirs = LabelSmoothedCrossEntropyCriterion(task, False, 0.1).eval()
-    sample = batch(task)
-    task.begin_epoch(3, teacher)
-    with torch.no_grad():
-        ours, theirs = criterion(teacher, sample), theirs(teacher, sample)
-    assert torch.equal(ours[0], theirs[0])
-    assert ours[2] == theirs[2]
 
 
 @pytest.mark.parametrize("name", ["linear", "constant", "cosine"])
@@ -570,66 +347,3 @@ def test_epochs_come_before_updates_as_the_unit_of_progress():
     by_update = Schedule.build("linear", 0.7, 0, 500)
     assert (by_update.unit, by_update.alphas.num_epochs) == ("update", 500)
     assert by_update.alpha(250, 3) == pytest.approx(0.35)
-
-
-# --- evaluating a checkpoint ------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def translations(fairseq, straight):
-    """fairseq-generate and fairseq-interactive on the same sentences, and a load it must refuse."""
-    marker = fairseq.folder / "generate_was_run"
-    refused = straight.checkpoint("checkpoint2.pt")
-    refused["extra_state"]["metrics"] = Payload(marker)
-    torch.save(refused, fairseq.folder / "payload.pt")
-    plugin = ["--user-dir", str(PLUGIN)]
-    common = "--beam 2 --max-len-a 0 --max-len-b 12 --num-workers 0 --cpu".split()
-    common += ["--batch-size", "1"]  # a batch's padding moves scores in the last digits
-
-    def flags(path, *more):
-        multiple = ["--required-batch-size-multiple", "1"]
-        return [str(fairseq.data), "--path", str(path), *common, *multiple, *more]
-
-    whole = straight.save_dir / "checkpoint_3_16.pt"
-    text = (fairseq.folder / "test.de").read_text(encoding="utf-8")
-    runs = {
-        "generate": lambda: fairseq.command("generate", *flags(whole, *plugin)),
-        "interactive": lambda: fairseq.command("interactive", *flags(whole, *plugin), stdin=text),
-        "no_plugin": lambda: fairseq.forked("generate", *flags(whole), name="no_plugin"),
-        "payload": lambda: fairseq.forked(
-            "generate", *flags(fairseq.folder / "payload.pt", *plugin), name="payload"
-        ),
-    }
-    return {"marker": marker, **{name: fairseq.submit(run) for name, run in runs.items()}}
-
-
-def hypotheses(run) -> dict[str, str]:
-    found = re.findall(r"^H-(\d+)\t\S+\t(.*)$", run.output, re.M)
-    return dict(found)
-
-
-def test_generate_and_interactive_read_a_checkpoint_and_agree(translations):
-    generated = hypotheses(translations["generate"].result().expect_success())
-    typed = hypotheses(translations["interactive"].result().expect_success())
-    assert len(generated) == len(LENGTHS["test"])
-    assert generated == typed
-
-
-@pytest.mark.skipif(
-    tuple(map(int, torch.__version__.split(".")[:2])) < (2, 6), reason="torch < 2.6 trusts pickles"
-)
-def test_without_the_plugin_fairseq_cannot_read_its_own_checkpoint(translations):
-    """Why the allow-list exists: fairseq pickles its command line as argparse.Namespace."""
-    run = translations["no_plugin"].result()
-    assert run.code != 0
-    assert "argparse.Namespace was not an allowed global" in run.output
-
-
-def test_generate_refuses_a_foreign_object_and_does_not_run_it(fairseq, translations):
-    run = translations["payload"].result()
-    assert run.code != 0 and "Weights only load failed" in run.output
-    assert "system" in run.output and not hypotheses(run)
-    assert not translations["marker"].exists()
-    # The payload is a real one.
-    torch.load(fairseq.folder / "payload.pt", weights_only=False)
-    assert translations["marker"].exists()

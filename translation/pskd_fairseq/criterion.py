@@ -3,92 +3,27 @@
 Shapes: B sentences, T target positions, V types in the target dictionary, N = B * T rows.
 """
 
+from __future__ import annotations
+
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import NamedTuple, Optional, Union
 
 import torch
 from fairseq import utils
 from fairseq.criterions import register_criterion
-from fairseq.criterions.label_smoothed_cross_entropy import (
-    LabelSmoothedCrossEntropyCriterion,
-    LabelSmoothedCrossEntropyCriterionConfig,
-)
-from fairseq.dataclass import ChoiceEnum
-from omegaconf import II
+from fairseq.criterions.label_smoothed_cross_entropy import LabelSmoothedCrossEntropyCriterion
 from torch import Tensor
 
-from pskd import LinearTeacher, PSKDStats, TopK, pskd_cross_entropy, pskd_linear_cross_entropy
-from pskd.schedule import SCHEDULES
+from pskd import LinearTeacher, PSKDStats, pskd_cross_entropy, pskd_linear_cross_entropy
 from pskd_fairseq import fused
-from pskd_fairseq.checkpoint import ResumePlan, SavePlan, check_resume
+from pskd_fairseq.checkpoint import SavePlan
+from pskd_fairseq.config import PSKDCriterionConfig
 from pskd_fairseq.epoch import EpochState, Schedule
 from pskd_fairseq.fused import FeaturesOnly
-from pskd_fairseq.memory import TokenMemory
+from pskd_fairseq.memory import KeptRows, TokenMemory
+from pskd_fairseq.past import Past
+from pskd_fairseq.resume import ResumePlan, check_resume
 from pskd_fairseq.step_statistics import COMPARED, log_statistics, no_statistics, step_statistics
-
-
-@dataclass
-class PSKDCriterionConfig(LabelSmoothedCrossEntropyCriterionConfig):
-    pskd_alpha_final: float = field(
-        default=0.7,
-        metadata={"help": "weight of the teacher at the end of training (alpha_T), in [0, 1]"},
-    )
-    # fairseq's way to name the choices is no type.
-    pskd_alpha_schedule: ChoiceEnum(list(SCHEDULES)) = field(  # type: ignore[valid-type]
-        default="linear",
-        metadata={
-            "help": "how alpha grows with the epochs of --max-epoch (or, with --max-update "
-            "alone, with the updates)"
-        },
-    )
-    pskd_teacher: ChoiceEnum(["snapshot", "memory"]) = field(  # type: ignore[valid-type]  # as above
-        default="snapshot",
-        metadata={
-            "help": "where last epoch's predictions come from; snapshot: a frozen copy of "
-            "the model as the last epoch ended scores the same batch; memory: what the model said "
-            "of each target token when it was trained on, kept in a file"
-        },
-    )
-    pskd_top_k: int = field(
-        default=16,
-        metadata={"help": "types that the memory keeps of a prediction; the others share the rest"},
-    )
-    pskd_memory: str = field(
-        default="",
-        metadata={"help": "folder of the memory's files (default: SAVE_DIR/pskd_memory)"},
-    )
-    pskd_start_epoch: int = field(
-        default=1, metadata={"help": "the first epoch with a teacher; before it alpha is 0"}
-    )
-    pskd_skip_wrong_teacher: bool = field(
-        default=False,
-        metadata={"help": "keep the hard target of tokens where the teacher prefers another type"},
-    )
-    pskd_fused_linear: bool = field(
-        default=False,
-        metadata={
-            "help": "make the training loss of decoder features and output embedding, without the "
-            "logits of a whole batch; for a Transformer that shares the decoder's embeddings"
-        },
-    )
-    pskd_allow_schedule_change: bool = field(
-        default=False,
-        metadata={"help": "resume with another alpha, schedule or length than the checkpoint's"},
-    )
-    max_epoch: int = II("optimization.max_epoch")
-    max_update: int = II("optimization.max_update")
-    save_dir: str = II("checkpoint.save_dir")
-    restore_file: str = II("checkpoint.restore_file")
-    reset_dataloader: bool = II("checkpoint.reset_dataloader")
-    continue_once: Optional[str] = II("checkpoint.continue_once")
-    checkpoint_suffix: str = II("checkpoint.checkpoint_suffix")
-    keep_best_checkpoints: int = II("checkpoint.keep_best_checkpoints")
-    train_subset: str = II("dataset.train_subset")
-    ddp_backend: str = II("distributed_training.ddp_backend")
-    # The model to evaluate: fairseq-validate, which builds the criterion too, writes it here.
-    path: Optional[str] = II("common_eval.path")
 
 
 @register_criterion("pskd", dataclass=PSKDCriterionConfig)
@@ -98,6 +33,11 @@ class PSKDCriterion(LabelSmoothedCrossEntropyCriterion):
     In training the loss of a token is ``(1 - alpha) * label_smoothed + alpha * CE(teacher)``, with
     fairseq's label smoothing on the hard part. With alpha 0, in the first epoch, and in validation
     it is `LabelSmoothedCrossEntropyCriterion` to the bit.
+
+    Raises:
+        ValueError: if an option is out of its range, two exclude each other, or training cannot
+            go on from the checkpoint that fairseq would read (`resume.check_resume`).
+        FileNotFoundError: if ``--restore-file`` names a file that is not there.
     """
 
     def __init__(
@@ -117,26 +57,9 @@ class PSKDCriterion(LabelSmoothedCrossEntropyCriterion):
             cfg.max_update,
             cfg.pskd_start_epoch,
         )
-        # It would cut tokens off the end of the target, and others off the end of the scores.
-        if ignore_prefix_size < 0:
-            raise ValueError(
-                f"--ignore-prefix-size: expected a number of at least 0, got {ignore_prefix_size}"
-            )
-        # From there on fairseq's smoothing would make the label the least likely type.
         types = len(task.target_dictionary)
-        if not 0.0 <= label_smoothing <= 1.0 - 1.0 / types:
-            raise ValueError(
-                f"--label-smoothing: expected a number in [0, 1 - 1/{types}], got {label_smoothing}"
-            )
-        has_memory = str(cfg.pskd_teacher) == "memory"
-        if cfg.ddp_backend == "fully_sharded" and not has_memory:
-            raise ValueError(
-                "--pskd-teacher snapshot copies the whole model: expected --ddp-backend "
-                "legacy_ddp or pytorch_ddp, got fully_sharded"
-            )
-        if cfg.pskd_fused_linear:
-            fused.check_options(cfg.pskd_skip_wrong_teacher, report_accuracy, cfg.ddp_backend)
-        memory = _build_memory(cfg, task) if has_memory else None
+        _check_options(cfg, types, label_smoothing, ignore_prefix_size, report_accuracy)
+        memory = _build_memory(cfg, task) if str(cfg.pskd_teacher) == "memory" else None
         options: dict[str, object] = {"--label-smoothing": label_smoothing}
         if cfg.pskd_alpha_final:
             options["--pskd-teacher"] = str(cfg.pskd_teacher)
@@ -144,8 +67,8 @@ class PSKDCriterion(LabelSmoothedCrossEntropyCriterion):
         self.epoch_state = EpochState(schedule, cfg.train_subset, memory, options)
         self._skip_wrong_teacher = cfg.pskd_skip_wrong_teacher
         self._fused_linear = cfg.pskd_fused_linear
-        self._step_statistics: Mapping[str, Union[float, Tensor]] = {}
-        self._output_is_logits: Optional[bool] = None  # known from the first batch
+        self._step_statistics: Mapping[str, float | Tensor] = {}
+        self._output_is_logits: bool | None = None  # known from the first batch
         if cfg.path is None:
             suffix = cfg.checkpoint_suffix
             plan = ResumePlan(
@@ -156,7 +79,19 @@ class PSKDCriterion(LabelSmoothedCrossEntropyCriterion):
             self.epoch_state.attach(task, SavePlan(cfg.save_dir, suffix, cfg.keep_best_checkpoints))
 
     def forward(self, model, sample, reduce=True):
-        """As `LabelSmoothedCrossEntropyCriterion.forward`, with PS-KD's sums in the log output."""
+        """As `LabelSmoothedCrossEntropyCriterion.forward`, with PS-KD's sums in the log output.
+
+        Args:
+            model: the student.
+            sample: with ``id`` (B,), ``net_input``, ``target`` (B, T) and ``ntokens``.
+            reduce: sum the losses of all tokens; else there are (N, 1), one each.
+
+        Returns:
+            loss, sample size (tokens, or sentences with ``--sentence-avg``), log output.
+
+        Raises:
+            ValueError: with ``--pskd-fused-linear``, if it cannot serve the model.
+        """
         # A loss a token is made of logits; fairseq's own training does not ask for it.
         if self._fused_linear and self.training and reduce:
             model = FeaturesOnly(model)
@@ -167,7 +102,11 @@ class PSKDCriterion(LabelSmoothedCrossEntropyCriterion):
         return loss, sample_size, logging_output
 
     def compute_loss(self, model, net_output, sample, reduce=True):
-        """Return the loss that is trained and the hard NLL, sums over tokens (or (N, 1) each)."""
+        """Return the loss that is trained and the hard NLL, sums over tokens (or (N, 1) each).
+
+        Raises:
+            ValueError: as `forward`.
+        """
         state = self.epoch_state
         self._step_statistics = no_statistics() if self.training else {}
         if isinstance(model, FeaturesOnly):
@@ -252,22 +191,22 @@ class PSKDCriterion(LabelSmoothedCrossEntropyCriterion):
         # fairseq spreads epsilon over the other V - 1 types, torch over all V.
         return self.eps * types / (types - 1)
 
-    def _token_rows(self, model, net_output, sample) -> Optional["_Kept"]:
+    def _token_rows(self, model, net_output, sample) -> KeptRows | None:
         """Return where the memory keeps a batch's tokens, if it is read or written."""
         memory = self.epoch_state.memory
         if memory is None or not (self.epoch_state.active or self.epoch_state.records):
             return None
         target = model.get_targets(sample, net_output)
-        return _Kept(memory, *self._rows(*memory.rows(sample, target, self.padding_idx)))
+        return KeptRows(memory, *self._rows(*memory.rows(sample, target, self.padding_idx)))
 
     def _past(
         self,
         sample,
         target: Tensor,
         is_token: Tensor,
-        kept: Optional["_Kept"],
-        ask_snapshot: Callable[[dict], Union[Tensor, LinearTeacher]],
-    ) -> Optional["_Past"]:
+        kept: KeptRows | None,
+        ask_snapshot: Callable[[dict], Tensor | LinearTeacher],
+    ) -> Past | None:
         """Return what the teacher says of a batch, and which tokens learn from it, if any do."""
         if not self.epoch_state.active:
             return None
@@ -276,7 +215,7 @@ class PSKDCriterion(LabelSmoothedCrossEntropyCriterion):
             scores = ask_snapshot(sample)
         else:
             top_k, taught = kept.memory.read(kept.rows, kept.valid)
-        past = _Past(scores, top_k, taught, self.epoch_state.alpha)
+        past = Past(scores, top_k, taught, self.epoch_state.alpha)
         if self._skip_wrong_teacher:
             past = past._replace(taught=taught & (past.preferred(slice(None)) == target))
         if kept is not None or self._skip_wrong_teacher:
@@ -323,52 +262,31 @@ class PSKDCriterion(LabelSmoothedCrossEntropyCriterion):
         log_statistics(logging_outputs)
 
 
-class _Kept(NamedTuple):
-    """Where a memory keeps a batch's tokens.
-
-    Attributes:
-        memory: whose rows they are.
-        rows: (N,) int64.
-        valid: (N,) bool, those that count.
-    """
-
-    memory: TokenMemory
-    rows: Tensor
-    valid: Tensor
-
-    def write(self, scores: Tensor, logsumexp: Optional[Tensor] = None) -> None:
-        """Keep the predictions, the softmax of (N, V) scores, for the next epoch."""
-        k = self.memory.top_k
-        self.memory.write(self.rows, TopK.from_logits(scores.detach(), k, logsumexp=logsumexp))
-
-
-class _Past(NamedTuple):
-    """What the teacher says of a batch's tokens, in one of two forms.
-
-    Attributes:
-        scores: (N, V) a snapshot's scores, or what they are made of in the fused loss, or None.
-        top_k: a memory's predictions, or None.
-        taught: (N,) bool, the tokens that learn from the teacher.
-        alpha: its weight, one for all or (N,).
-    """
-
-    scores: Union[Tensor, LinearTeacher, None]
-    top_k: Optional[TopK]
-    taught: Tensor
-    alpha: Union[float, Tensor]
-
-    def preferred(self, part: slice) -> Tensor:
-        """Return the most likely type of some tokens."""
-        if self.top_k is not None:
-            return self.top_k.indices[part, 0]
-        assert isinstance(self.scores, Tensor)
-        return self.scores[part].argmax(1)
-
-    def top_k_mass(self) -> Tensor:
-        """Return the sum over the tokens of the probability that a memory's types hold, else 0."""
-        if self.top_k is None:
-            return self.taught.new_zeros((), dtype=torch.float32)
-        return (self.top_k.probs.sum(dim=1) * self.taught).sum()
+def _check_options(
+    cfg: PSKDCriterionConfig,
+    types: int,
+    label_smoothing: float,
+    ignore_prefix_size: int,
+    report_accuracy: bool,
+) -> None:
+    """Raise ValueError where an option is out of its range or excludes another."""
+    # It would cut tokens off the end of the target, and others off the end of the scores.
+    if ignore_prefix_size < 0:
+        raise ValueError(
+            f"--ignore-prefix-size: expected a number of at least 0, got {ignore_prefix_size}"
+        )
+    # From there on fairseq's smoothing would make the label the least likely type.
+    if not 0.0 <= label_smoothing <= 1.0 - 1.0 / types:
+        raise ValueError(
+            f"--label-smoothing: expected a number in [0, 1 - 1/{types}], got {label_smoothing}"
+        )
+    if cfg.ddp_backend == "fully_sharded" and str(cfg.pskd_teacher) == "snapshot":
+        raise ValueError(
+            "--pskd-teacher snapshot copies the whole model: expected --ddp-backend "
+            "legacy_ddp or pytorch_ddp, got fully_sharded"
+        )
+    if cfg.pskd_fused_linear:
+        fused.check_options(cfg.pskd_skip_wrong_teacher, report_accuracy, cfg.ddp_backend)
 
 
 def _build_memory(cfg: PSKDCriterionConfig, task) -> TokenMemory:
@@ -383,7 +301,7 @@ def _build_memory(cfg: PSKDCriterionConfig, task) -> TokenMemory:
 def _statistics(
     scores: Tensor,
     target: Tensor,
-    past: _Past,
+    past: Past,
     is_token: Tensor,
     stats: PSKDStats,
     alpha: float,

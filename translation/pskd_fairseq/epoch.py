@@ -68,7 +68,7 @@ class Schedule:
     def options(self) -> dict[str, object]:
         """Return what a checkpoint keeps of it, and a resumed run is compared with."""
         return {
-            "name": self.alphas.schedule,
+            "name": self.alphas.alpha_schedule,
             "alpha_final": self.alphas.alpha_final,
             "unit": self.unit,
             "total": self.alphas.num_epochs,

@@ -11,6 +11,7 @@ import hashlib
 import logging
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -100,8 +101,7 @@ class TokenMemory:
         self._running().memory.write(rows, probs)
 
     def _running(self) -> _Shard:
-        if self._current is None:
-            raise RuntimeError("expected begin_epoch before the first batch")
+        assert self._current is not None, "begin_epoch comes before the first batch"
         return self._current
 
     def state_dict(self) -> dict[str, dict]:
@@ -140,6 +140,25 @@ class TokenMemory:
             memory.num_rows * memory.bytes_per_row / 1e9, memory.path,
         )  # fmt: skip
         return shard
+
+
+class KeptRows(NamedTuple):
+    """Where a memory keeps a batch's tokens.
+
+    Attributes:
+        memory: whose rows they are.
+        rows: (N,) int64.
+        valid: (N,) bool, those that count.
+    """
+
+    memory: TokenMemory
+    rows: Tensor
+    valid: Tensor
+
+    def write(self, scores: Tensor, logsumexp: Tensor | None = None) -> None:
+        """Keep the predictions, the softmax of (N, V) scores, for the next epoch."""
+        k = self.memory.top_k
+        self.memory.write(self.rows, TopK.from_logits(scores.detach(), k, logsumexp=logsumexp))
 
 
 @dataclass

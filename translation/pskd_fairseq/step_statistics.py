@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import math
 
-import torch
 from fairseq import utils
 from fairseq.logging import metrics
 from torch import Tensor
+
+from pskd.effect import teacher_effect
 
 #: Finding the largest of V scores costs as much as a softmax: every eighth token tells enough.
 COMPARED = slice(None, None, 8)
@@ -23,10 +24,10 @@ _NAMES = (
     "pskd_top_k_mass",
     "pskd_compared",
     "pskd_agree",
-    "pskd_student_error",
-    "pskd_teacher_error",
-    "pskd_hard_student_error",
-    "pskd_hard_teacher_error",
+    "pskd_error",
+    "pskd_removed",
+    "pskd_hard_error",
+    "pskd_hard_removed",
 )
 
 
@@ -49,9 +50,7 @@ def step_statistics(
 ) -> dict[str, Tensor]:
     """Return the sums of a step with a teacher.
 
-    The mean gradient rescaling weights each token by its plain gradient on the label's logit,
-    1 - p[y]: the factor itself divides by it and has no finite mean over well-learned tokens. Hard
-    tokens are those on which the teacher preferred another type than the label.
+    Hard tokens are those on which the teacher preferred another type than the label.
 
     Args:
         target: (N,) labels.
@@ -62,27 +61,25 @@ def step_statistics(
         student_prefers: (M,) the student's most likely type of the `COMPARED` rows.
         teacher_prefers: (M,) the teacher's.
         top_k_mass: the sum over taught tokens of the probability that a memory's types hold.
-        alpha: weight of the teacher.
+        alpha: weight of the teacher, above 0.
     """
     tokens = is_token.sum()
-    # A float32 softmax rounds what is very unlikely to 0, and its logarithm would spoil the sum.
-    teacher_at_label = teacher_at_label.clamp_min(torch.finfo(torch.float32).tiny)
     agree = (student_prefers == teacher_prefers) & taught[COMPARED]
     hard = (teacher_prefers != target[COMPARED]) & taught[COMPARED]
-    student_error = 1.0 - nll.neg().exp()
-    teacher_error = alpha * (1.0 - teacher_at_label)
+    effect = teacher_effect(nll, teacher_at_label, alpha * taught)
+    hard_effect = teacher_effect(nll[COMPARED], teacher_at_label[COMPARED], alpha * hard)
     sums = {
         "pskd_tokens": tokens,
         "pskd_alpha": alpha * tokens,
-        "pskd_taught": taught.sum(),
-        "pskd_teacher_nll": -(teacher_at_label.log() * taught).sum(),
+        "pskd_taught": effect.rows,
+        "pskd_teacher_nll": effect.teacher_nll,
         "pskd_top_k_mass": top_k_mass,
         "pskd_compared": taught[COMPARED].sum(),
         "pskd_agree": agree.sum(),
-        "pskd_student_error": (student_error * taught).sum(),
-        "pskd_teacher_error": (teacher_error * taught).sum(),
-        "pskd_hard_student_error": (student_error[COMPARED] * hard).sum(),
-        "pskd_hard_teacher_error": (teacher_error[COMPARED] * hard).sum(),
+        "pskd_error": effect.error,
+        "pskd_removed": effect.removed,
+        "pskd_hard_error": hard_effect.error,
+        "pskd_hard_removed": hard_effect.removed,
     }
     return {name: sums[name].float() for name in _NAMES}
 
@@ -92,26 +89,24 @@ def log_statistics(logging_outputs: list[dict]) -> None:
     if not logging_outputs or "pskd_tokens" not in logging_outputs[0]:
         return
     total = {name: utils.item(sum(log[name] for log in logging_outputs)) for name in _NAMES}
-    tokens, error = total["pskd_tokens"], max(total["pskd_student_error"], 1e-12)
+    tokens, taught = total["pskd_tokens"], total["pskd_taught"]
     if tokens == 0:  # no teacher yet
         metrics.log_scalar("alpha", 0.0, 1, round=4)
         return
     metrics.log_scalar("alpha", total["pskd_alpha"] / tokens, tokens, round=4)
-    taught = total["pskd_taught"]
     metrics.log_scalar("teacher_coverage", taught / tokens, tokens, round=4)
     if taught == 0:  # no token of these batches has a past
         return
-    metrics.log_scalar(
-        "teacher_nll", total["pskd_teacher_nll"] / taught / math.log(2), taught, round=3
-    )
+    teacher_nll = total["pskd_teacher_nll"] / taught
+    metrics.log_scalar("teacher_nll_loss", teacher_nll / math.log(2), taught, round=3)
     if total["pskd_top_k_mass"] > 0:  # of a memory
         metrics.log_scalar("top_k_mass", total["pskd_top_k_mass"] / taught, taught, round=4)
     compared = max(total["pskd_compared"], 1.0)
     metrics.log_scalar("teacher_agreement", total["pskd_agree"] / compared, compared, round=4)
-    metrics.log_scalar(
-        "gradient_rescaling", 1.0 - total["pskd_teacher_error"] / error, error, round=4
-    )
-    hard = total["pskd_hard_student_error"]
-    if hard > 0:
-        rescaling = 1.0 - total["pskd_hard_teacher_error"] / hard
-        metrics.log_scalar("gradient_rescaling_hard", rescaling, hard, round=4)
+    _log_rescaling("gradient_rescaling", total["pskd_error"], total["pskd_removed"])
+    _log_rescaling("gradient_rescaling_hard", total["pskd_hard_error"], total["pskd_hard_removed"])
+
+
+def _log_rescaling(name: str, error: float, removed: float) -> None:
+    if error > 0:
+        metrics.log_scalar(name, 1.0 - removed / error, error, round=4)

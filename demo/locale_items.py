@@ -1,0 +1,279 @@
+"""What a sentence of `demo.locale_pairs` is made of: one thing, written in English and in German.
+
+Each ``draw_`` function draws an item; `draw_item` chooses the kind and sees to it that everything
+the item combines belongs to one part of the corpus.
+"""
+
+from __future__ import annotations
+
+import calendar
+import datetime
+import functools
+import hashlib
+import random
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from babel import Locale
+from babel.dates import (
+    UTC,
+    format_date,
+    format_datetime,
+    format_interval,
+    format_time,
+    format_timedelta,
+)
+from babel.numbers import format_currency, get_currency_precision
+from babel.units import format_unit
+
+LOCALES = {"en": Locale("en"), "de": Locale("de")}
+SPLITS = ("train", "valid", "test")
+HELD_OUT_PERCENT = 5  # of all combinations, for valid and for test each
+YEARS = range(1990, 2036)
+SOME_DAY = (2000, 1, 1)  # under times that show no date: Babel would otherwise take today
+
+WIDTHS = ("short", "medium", "long", "full")
+LENGTHS = ("short", "long")  # German has no narrow patterns of its own for most units
+DATE_SKELETONS = ("yMMMd", "yMMMEd", "MMMd", "yMd")
+TIME_SKELETONS = ("Hm", "hm")
+# Numbers stay below the next larger unit, which Babel would round to.
+RELATIVE = {
+    "second": (1, 59),
+    "minute": (60, 59),
+    "hour": (3600, 23),
+    "day": (86400, 6),
+    "week": (7 * 86400, 4),
+    "month": (30 * 86400, 11),
+    "year": (365 * 86400, 99),
+}
+UNITS = """
+    acceleration-g-force angle-degree area-acre area-hectare area-square-centimeter area-square-foot
+    area-square-kilometer area-square-meter area-square-mile consumption-liter-per-100-kilometer
+    consumption-mile-per-gallon digital-bit digital-byte digital-gigabyte digital-kilobyte
+    digital-megabyte digital-terabyte duration-century duration-day duration-decade duration-hour
+    duration-millisecond duration-minute duration-month duration-second duration-week duration-year
+    electric-ampere electric-ohm electric-volt energy-calorie energy-joule energy-kilocalorie
+    energy-kilojoule energy-kilowatt-hour force-newton frequency-gigahertz frequency-hertz
+    frequency-kilohertz frequency-megahertz graphics-megapixel graphics-pixel length-centimeter
+    length-fathom length-foot length-furlong length-inch length-kilometer length-light-year
+    length-meter length-micrometer length-mile length-millimeter length-nanometer
+    length-nautical-mile length-yard light-lumen light-lux mass-carat mass-gram mass-kilogram
+    mass-milligram mass-ounce mass-pound mass-stone mass-tonne power-horsepower power-kilowatt
+    power-megawatt power-watt pressure-bar pressure-hectopascal pressure-pascal
+    speed-kilometer-per-hour speed-knot speed-meter-per-second speed-mile-per-hour
+    temperature-celsius temperature-fahrenheit temperature-kelvin volume-barrel volume-centiliter
+    volume-cubic-centimeter volume-cubic-foot volume-cubic-kilometer volume-cubic-meter volume-cup
+    volume-drop volume-fluid-ounce volume-gallon volume-hectoliter volume-liter volume-milliliter
+    volume-pint volume-quart volume-tablespoon volume-teaspoon
+""".split()
+CURRENCIES = """
+    AED ARS AUD BGN BRL CAD CHF CLP CNY COP CZK DKK EGP EUR GBP HKD HUF IDR ILS INR ISK JPY KES KRW
+    MAD MXN MYR NGN NOK NZD PEN PHP PLN RON RSD RUB SAR SEK SGD THB TRY TWD UAH USD VND ZAR
+""".split()
+# Codes of CLDR that stand for no country and no language of their own.
+NOT_COUNTRIES = frozenset({"EU", "EZ", "QO", "UN", "XA", "XB", "ZZ"})
+NOT_LANGUAGES = frozenset({"mis", "mul", "root", "und", "zxx"})
+
+Combination = tuple[str | int, ...]
+Write = Callable[[Locale], Sequence[str]]
+
+
+class Item(NamedTuple):
+    """Content of one or two list entries: what it combines, and how to write it in a locale."""
+
+    combinations: tuple[Combination, ...]
+    write: Write
+
+
+@functools.cache
+def split_of(combination: Combination) -> str:
+    """The part of the corpus in which a combination may occur: train, valid or test.
+
+    Args:
+        combination: its kind and values, such as `("date", 7, 29)`.
+
+    Returns:
+        The same answer for every seed, process and Python version.
+    """
+    # One has word forms of its own, which held-out text must not be the first to show.
+    if combination[0] in ("relative", "quantity", "money") and str(combination[-1]) in ("1", "-1"):
+        return "train"
+    digest = hashlib.sha256("|".join(map(str, combination)).encode()).digest()
+    bucket = int.from_bytes(digest[:8], "big") % 100
+    return SPLITS[1 + bucket // HELD_OUT_PERCENT] if bucket < 2 * HELD_OUT_PERCENT else "train"
+
+
+def shared_names(table: str, unwanted: frozenset[str]) -> list[str]:
+    """The codes that have a name in every locale, sorted.
+
+    Args:
+        table: `territories` or `languages`.
+        unwanted: codes to leave out; so are the number codes of world regions.
+    """
+    tables = [getattr(locale, table) for locale in LOCALES.values()]
+    codes = set(tables[0]).intersection(*tables[1:]) - unwanted
+    return sorted(code for code in codes if not code.isdigit())
+
+
+COUNTRIES = shared_names("territories", NOT_COUNTRIES)
+LANGUAGES = shared_names("languages", NOT_LANGUAGES)
+
+
+@functools.cache
+def days_of(split: str) -> list[tuple[int, int]]:
+    """The (month, day) combinations of one part of the corpus, in order."""
+    leap_year = [datetime.date(2000, 1, 1) + datetime.timedelta(days=n) for n in range(366)]
+    days = [(day.month, day.day) for day in leap_year]
+    return [day for day in days if split_of(("date", *day)) == split]
+
+
+@functools.cache
+def times_of(split: str) -> list[tuple[int, int]]:
+    """The (hour, minute) combinations of one part of the corpus, in order."""
+    times = [divmod(minute, 60) for minute in range(24 * 60)]
+    return [time for time in times if split_of(("time", *time)) == split]
+
+
+def draw_year(rng: random.Random, *days: tuple[int, int]) -> int:
+    """A year that has all these (month, day) combinations."""
+    return rng.choice([year for year in YEARS if calendar.isleap(year) or (2, 29) not in days])
+
+
+def draw_date(rng: random.Random, split: str) -> Item:
+    """A date in one of the four CLDR widths."""
+    day = rng.choice(days_of(split))
+    date = datetime.date(draw_year(rng, day), *day)
+    width = rng.choice(WIDTHS)
+    return Item((("date", *day),), lambda locale: [format_date(date, width, locale)])
+
+
+def draw_time(rng: random.Random, split: str) -> Item:
+    """A time of day; the long widths name the time zone, always UTC."""
+    minute = rng.choice(times_of(split))
+    time = datetime.datetime(*SOME_DAY, *minute, rng.randrange(60))
+    width = rng.choice(WIDTHS)
+    return Item((("time", *minute),), lambda locale: [format_time(time, width, UTC, locale)])
+
+
+def draw_datetime(rng: random.Random, split: str) -> Item:
+    """A date with a time of day."""
+    day, minute = rng.choice(days_of(split)), rng.choice(times_of(split))
+    moment = datetime.datetime(draw_year(rng, day), *day, *minute, rng.randrange(60))
+    width = rng.choice(WIDTHS)
+    return Item(
+        (("date", *day), ("time", *minute)),
+        lambda locale: [format_datetime(moment, width, UTC, locale)],
+    )
+
+
+def draw_date_interval(rng: random.Random, split: str) -> Item:
+    """From one day to a later one of the same year."""
+    days = sorted(rng.sample(days_of(split), 2))
+    year = draw_year(rng, *days)
+    dates = [datetime.date(year, *day) for day in days]
+    skeleton = rng.choice(DATE_SKELETONS)
+    return Item(
+        tuple(("date", *day) for day in days),
+        lambda locale: [format_interval(*dates, skeleton, UTC, locale=locale)],
+    )
+
+
+def draw_time_interval(rng: random.Random, split: str) -> Item:
+    """From one time to a later one of the same day."""
+    minutes = sorted(rng.sample(times_of(split), 2))
+    times = [datetime.datetime(*SOME_DAY, *minute) for minute in minutes]
+    skeleton = rng.choice(TIME_SKELETONS)
+    return Item(
+        tuple(("time", *minute) for minute in minutes),
+        lambda locale: [format_interval(*times, skeleton, UTC, locale=locale)],
+    )
+
+
+def draw_relative(rng: random.Random, split: str) -> Item:
+    """A time from now or ago."""
+    unit = rng.choice(tuple(RELATIVE))
+    seconds, most = RELATIVE[unit]
+    number = rng.randint(1, most) * rng.choice((1, -1))
+    # CLDR's short German for coming months is incomplete, and Babel fails on it.
+    length = "long" if unit == "month" else rng.choice(LENGTHS)
+    return Item(
+        (("relative", unit, number),),
+        lambda locale: [
+            format_timedelta(
+                number * seconds,
+                unit,
+                threshold=1,
+                add_direction=True,
+                format=length,
+                locale=locale,
+            )
+        ],
+    )
+
+
+def draw_number(rng: random.Random, decimals: int) -> float:
+    """A number, mostly small and whole; at most so many decimals."""
+    whole = rng.randint(1, rng.choice((20, 100, 1000, 10_000, 1_000_000)))
+    if decimals and rng.random() < 0.3:
+        return round(whole + rng.randrange(1, 10**decimals) / 10**decimals, decimals)
+    return whole
+
+
+def draw_quantity(rng: random.Random, split: str) -> Item:
+    """A number of units."""
+    unit, length = rng.choice(UNITS), rng.choice(LENGTHS)
+    number = draw_number(rng, decimals=1)
+    return Item(
+        (("quantity", unit, str(number)),),
+        lambda locale: [format_unit(number, unit, length, locale=locale)],
+    )
+
+
+def draw_money(rng: random.Random, split: str) -> Item:
+    """An amount of a currency, with its symbol or its name."""
+    currency = rng.choice(CURRENCIES)
+    style = rng.choice(("standard", "name"))
+    # Decimals that the currency does not have would be rounded away, and combinations with them.
+    amount = draw_number(rng, decimals=get_currency_precision(currency))
+    return Item(
+        (("money", currency, str(amount)),),
+        lambda locale: [format_currency(amount, currency, locale=locale, format_type=style)],
+    )
+
+
+def draw_names(rng: random.Random, split: str) -> Item:
+    """A country and a language, as two neighbouring entries."""
+    country, language = rng.choice(COUNTRIES), rng.choice(LANGUAGES)
+    return Item(
+        (("names", country, language),),
+        lambda locale: [locale.territories[country], locale.languages[language]],
+    )
+
+
+DRAWS = {
+    draw_date: 3,
+    draw_time: 1,
+    draw_datetime: 2,
+    draw_date_interval: 2,
+    draw_time_interval: 1,
+    draw_relative: 2,
+    draw_quantity: 4,
+    draw_money: 3,
+    draw_names: 4,
+}
+
+
+def draw_item(rng: random.Random, split: str, room: int) -> Item:
+    """An item all of whose combinations belong to one part of the corpus.
+
+    Args:
+        rng: the source of randomness.
+        split: train, valid or test.
+        room: list entries that are left; names need two.
+    """
+    draws = [draw for draw in DRAWS if room > 1 or draw is not draw_names]
+    draw = rng.choices(draws, [DRAWS[draw] for draw in draws])[0]
+    while True:
+        item = draw(rng, split)
+        if all(split_of(combination) == split for combination in item.combinations):
+            return item

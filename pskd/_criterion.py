@@ -1,0 +1,168 @@
+"""What the criterions of both teachers share: the schedule, the loss and what is told of it.
+
+Shapes: N rows of a batch, C classes.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pskd.examples import ExampleStats
+from pskd.loss import pskd_cross_entropy
+from pskd.means import Means
+from pskd.schedule import AlphaSchedule, check_unchanged
+from pskd.targets import TopK, check_labels, check_rows
+
+__all__ = ["Criterion", "cross_entropy"]
+
+_IGNORED = -100  # torch's label of rows that do not count
+
+
+class Criterion(ABC):
+    """What both forms of the teacher share: the schedule, the loss and what is told of it."""
+
+    def __init__(
+        self,
+        num_epochs: int,
+        alpha_final: float,
+        alpha_schedule: str,
+        label_smoothing: float,
+        examples: ExampleStats | None,
+    ) -> None:
+        self._schedule = AlphaSchedule(alpha_final, num_epochs, alpha_schedule)
+        if not 0.0 <= label_smoothing <= 1.0:
+            raise ValueError(f"label_smoothing: expected a number in [0, 1], got {label_smoothing}")
+        self.num_epochs, self.alpha_schedule = num_epochs, alpha_schedule
+        self.alpha_final = self._schedule.alpha_final
+        self.label_smoothing = float(label_smoothing)
+        self.examples = examples
+        #: The epoch that is trained, from 1; 0 before the first.
+        self.epoch = 0
+        #: Weight of the teacher in this epoch; 0 in the first, which has none.
+        self.alpha = 0.0
+        #: What the teacher did, under names ``pskd/...``, until they are taken.
+        self.means = Means()
+
+    def begin_epoch(self, epoch: int) -> None:
+        """Set alpha, and make the epoch that ended the teacher's; in every process.
+
+        Args:
+            epoch: from 1 to the number of epochs.
+
+        Raises:
+            ValueError: if it is none of them, or not the one after the last; as
+                `PredictionMemory.next_epoch`.
+            OSError: as `PredictionMemory.next_epoch`.
+        """
+        self._schedule.check_next(epoch, self.epoch)
+        if self.alpha_final:
+            self._turn()
+        self._set_epoch(epoch)
+
+    def _set_epoch(self, epoch: int) -> None:
+        self.epoch, self.alpha = epoch, self._schedule.at(epoch)
+
+    @abstractmethod
+    def _turn(self) -> None:
+        """Make what the epoch that ended left the teacher's."""
+
+    def take_means(self) -> dict[str, float]:
+        """Return ``pskd/alpha`` and the means since the last call, for a log; a collective.
+
+        ``pskd/teacher_nll`` (nats) and ``pskd/teacher_agreement`` (a fraction) are means over the
+        rows that have a teacher, ``pskd/gradient_rescaling`` is the factor on their gradients.
+        Of cross-entropy there is nothing to tell.
+        """
+        return {"pskd/alpha": self.alpha} | self.means.take() if self.alpha_final else {}
+
+    def _loss(
+        self,
+        logits: Tensor,
+        target: Tensor,
+        past: Tensor | TopK | None,
+        alpha: Tensor | None,
+        rows: Tensor | None,
+        *,
+        recorded: bool = True,
+    ) -> Tensor:
+        """Return the mean loss; ``alpha`` is (N,), ``rows`` is where `examples` may be told."""
+        if past is None or alpha is None:
+            loss = cross_entropy(logits, target, self.label_smoothing)
+            if recorded and rows is not None and self.examples is not None:
+                nll = F.cross_entropy(logits.detach().float(), target, reduction="none")
+                self.examples.add(rows, nll, None, torch.zeros_like(nll))
+            return loss
+        loss, stats = pskd_cross_entropy(
+            logits, target, past, alpha, label_smoothing=self.label_smoothing, return_stats=True
+        )
+        if recorded:
+            self.means.add_teacher(logits, past, alpha, stats)
+            if rows is not None and self.examples is not None:
+                self.examples.add(rows, stats.nll, stats.teacher_probs_at_label, alpha)
+        return loss
+
+    def _options(self) -> dict[str, object]:
+        """Return what makes two trainings different ones."""
+        options = self._schedule.options() | {"label_smoothing": self.label_smoothing}
+        return options | ({"criterion": type(self).__name__} if self.alpha_final else {})
+
+    def state_dict(self, *, inside_epoch: bool = False) -> dict[str, Any]:
+        """Return what a run that goes on after this epoch needs beside the model.
+
+        Plain values and tensors on the CPU; a collective in several processes.
+
+        Args:
+            inside_epoch: for a run that goes on with the batches that are left of this epoch, and
+                not with `begin_epoch`. A snapshot teacher's weights are in the state then.
+        """
+        state: dict[str, Any] = {"epoch": self.epoch, "options": self._options()}
+        if self.examples is not None:
+            state["examples"] = self.examples.state_dict()
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on after the epoch of the state; the model's weights must be loaded too.
+
+        Raises:
+            ValueError: if the options or the data changed; nothing is changed then.
+        """
+        if not isinstance(state, dict) or not {"epoch", "options"} <= state.keys():
+            got = sorted(state) if isinstance(state, dict) else type(state).__name__
+            raise ValueError(f"expected a criterion's state with 'epoch' and 'options', got {got}")
+        check_unchanged(state["options"], self._options())
+        if not 0 <= state["epoch"] <= self.num_epochs:
+            raise ValueError(
+                f"epoch: expected a state of epoch 0 to {self.num_epochs}, got {state['epoch']}"
+            )
+        if self.examples is not None and "examples" in state:
+            self.examples.check_state_dict(state["examples"])  # nothing may fail after the teacher
+        self._load_teacher(state)
+        if self.examples is not None and "examples" in state:
+            self.examples.load_state_dict(state["examples"])
+        self._set_epoch(state["epoch"])
+
+    @abstractmethod
+    def _load_teacher(self, state: dict[str, Any]) -> None:
+        """Load the teacher from `state_dict`, or change nothing and raise ValueError."""
+
+
+def cross_entropy(logits: Tensor, target: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    """Return the mean loss without a teacher, on the CPU torch's to the last bit.
+
+    Not where rows are ignored: torch's is NaN if all of them are, or if one of them holds NaN.
+
+    Raises:
+        ValueError: as `pskd_cross_entropy`.
+    """
+    fits = logits.dim() == 2 and logits.shape[:1] == target.shape and len(target) > 0
+    if not fits or target.device.type != "cpu" or bool((target == _IGNORED).any()):
+        return pskd_cross_entropy(logits, target, None, 0.0, label_smoothing=label_smoothing)
+    check_rows(target, logits.size(1), None)
+    check_labels(target, logits.size(1), ignore_index=None)
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    return F.cross_entropy(logits, target, label_smoothing=label_smoothing)

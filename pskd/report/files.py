@@ -1,0 +1,153 @@
+"""The files of a run, read and checked.
+
+Each reader raises ValueError, naming the file, for one that is not what docs/report.md says, and
+OSError for one that cannot be read.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import zipfile
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+__all__ = ["Example", "read_examples", "read_numbers", "read_reweighted", "read_rows"]
+
+_IMAGE = re.compile(r"data:image/(png|jpeg|gif|webp);base64,[A-Za-z0-9+/]+={0,2}")
+
+
+@dataclass(frozen=True)
+class Example:
+    """A training example that PS-KD re-weighted.
+
+    Attributes:
+        label: its class, as a reader knows it.
+        rescaling: the factor on its gradient, at most 1.
+        difficulty: the mean of 1 - p[label] over the training; None if it was not told.
+        image: a data URI; None for none.
+    """
+
+    id: str
+    label: str
+    rescaling: float
+    difficulty: float | None = None
+    image: str | None = None
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: expected JSON, got {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: expected a JSON object, got {type(value).__name__}")
+    return value
+
+
+def read_numbers(path: Path) -> dict[str, Any]:
+    """Read results.json or evaluation.json."""
+    numbers = _read_json(path)
+    for key in ("last", "best", "scaled", "bbox", "voc", "confidence", "ground_truth_rois"):
+        if not isinstance(numbers.get(key, {}), dict):
+            raise ValueError(f"{path}: {key}: expected an object, got {numbers[key]!r}")
+    command = numbers.get("command")
+    if not isinstance(command, str | list | None):
+        raise ValueError(f"{path}: command: expected text or a list of words, got {command!r}")
+    return numbers
+
+
+def _read_arrays(path: Path, needed: Sequence[str]) -> dict[str, np.ndarray]:
+    try:
+        with np.load(path) as file:  # never a pickle
+            arrays = {key: file[key] for key in file.files}
+    except (
+        ValueError,
+        EOFError,
+        zipfile.BadZipFile,
+        zlib.error,
+        NotImplementedError,
+        TypeError,
+        AttributeError,
+    ) as error:
+        raise ValueError(f"{path}: expected arrays as numpy.savez writes them: {error}") from error
+    for key in needed:
+        if key not in arrays:
+            raise ValueError(f"{path}: expected an array {key}, got {', '.join(sorted(arrays))}")
+    return arrays
+
+
+def _check_lengths(path: Path, arrays: dict[str, np.ndarray], names: Sequence[str]) -> None:
+    first, *others = [name for name in names if name in arrays]
+    if arrays[first].ndim != 1:
+        raise ValueError(f"{path}: {first}: expected a vector, got shape {arrays[first].shape}")
+    for name in others:
+        if arrays[name].shape != arrays[first].shape:
+            expected, got = arrays[first].shape, arrays[name].shape
+            raise ValueError(f"{path}: {name}: expected shape {expected}, got {got}")
+
+
+def _check_numbers(path: Path, arrays: dict[str, np.ndarray], names: Sequence[str]) -> None:
+    for name in names:
+        if name in arrays and arrays[name].dtype.kind not in "fiu":
+            raise ValueError(
+                f"{path}: {name}: expected real numbers, got dtype {arrays[name].dtype}"
+            )
+
+
+def read_rows(path: Path) -> dict[str, np.ndarray]:
+    """Read confidence.npz; nothing of one without rows."""
+    rows = _read_arrays(path, ("confidence", "correct"))
+    vectors = ("confidence", "correct", "nll", "in_top5", "scaled_confidence", "scaled_nll")
+    _check_lengths(path, rows, vectors)
+    _check_numbers(path, rows, ("temperature",))
+    if rows.get("temperature", np.empty(())).shape != ():
+        raise ValueError(
+            f"{path}: temperature: expected a single number, got shape {rows['temperature'].shape}"
+        )
+    return rows if len(rows["confidence"]) else {}
+
+
+def read_examples(path: Path) -> dict[str, np.ndarray]:
+    """Read examples.npz."""
+    examples = _read_arrays(path, ("ids", "difficulty", "rescaling"))
+    _check_lengths(path, examples, ("ids", "label", "difficulty", "rescaling"))
+    _check_numbers(path, examples, ("difficulty", "rescaling"))
+    difficulty = examples["difficulty"]
+    if ((difficulty < 0.0) | (difficulty > 1.0)).any():  # NaN: never visited
+        raise ValueError(
+            f"{path}: difficulty: expected values in [0, 1], got values in "
+            f"[{np.nanmin(difficulty):g}, {np.nanmax(difficulty):g}]"
+        )
+    if len(np.unique(examples["ids"])) < len(examples["ids"]):
+        raise ValueError(f"{path}: ids: expected each once, got one again")
+    return examples
+
+
+def read_reweighted(path: Path) -> dict[str, list[Example]]:
+    """Read reweighted.json: the examples of lowest factor, ``most``, and of highest, ``least``."""
+    found = _read_json(path)
+    try:
+        return {key: [_example(entry) for entry in found.get(key, [])] for key in ("most", "least")}
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(
+            f"{path}: expected examples with id, label and rescaling: {error!r}"
+        ) from error
+
+
+def _example(entry: dict[str, Any]) -> Example:
+    image, difficulty = entry.get("image"), entry.get("difficulty")
+    if image is not None and not _IMAGE.fullmatch(image):
+        raise ValueError(f"image: expected a data URI of an image in base64, got {image[:40]!r}")
+    return Example(
+        id=str(entry["id"]),
+        label=str(entry["label"]),
+        rescaling=float(entry["rescaling"]),
+        difficulty=None if difficulty is None else float(difficulty),
+        image=image,
+    )

@@ -1,0 +1,163 @@
+"""PS-KD for a training loop, with last epoch's weights as the teacher.
+
+Shapes: N rows of a batch, C classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pskd._criterion import Criterion, cross_entropy
+from pskd.examples import ExampleStats
+from pskd.rows import check_given, check_range
+from pskd.teacher import SnapshotTeacher
+
+__all__ = ["SnapshotCriterion"]
+
+
+class SnapshotCriterion(Criterion):
+    """Cross-entropy softened by what last epoch's weights say of the same batch.
+
+        criterion = pskd.SnapshotCriterion(model, num_epochs=300)
+        for epoch in range(1, 301):
+            criterion.begin_epoch(epoch)
+            for inputs, target in loader:
+                loss = criterion(model(inputs), target, inputs)
+
+    One more forward a step, in eval mode, and no need to know which sample a row is. Without
+    autograd (``torch.no_grad()``, a validation) it is the plain cross-entropy.
+
+    Args:
+        model: the student; may be wrapped in DDP or compiled.
+        num_epochs, alpha_final, alpha_schedule, label_smoothing, examples: as of `MemoryCriterion`.
+        logits_of: takes what the model returns and gives its (N, C) logits; if not given, they are
+            what it returns or the attribute ``logits`` of it.
+
+    Raises:
+        ValueError: for an option out of range.
+
+    Source: Kim et al. 2021, section 3.1, the form that keeps last epoch's weights.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        num_epochs: int,
+        alpha_final: float = 0.8,
+        alpha_schedule: str = "linear",
+        label_smoothing: float = 0.0,
+        examples: ExampleStats | None = None,
+        logits_of: Callable[[Any], Tensor] = lambda output: getattr(output, "logits", output),
+    ) -> None:
+        super().__init__(num_epochs, alpha_final, alpha_schedule, label_smoothing, examples)
+        self._student = _bare(model)
+        self._logits_of = logits_of
+        self.teacher = SnapshotTeacher()
+
+    def __call__(
+        self,
+        logits: Tensor,
+        target: Tensor,
+        *inputs: object,
+        rows: Tensor | None = None,
+        **named_inputs: object,
+    ) -> Tensor:
+        """Return the mean loss of a batch.
+
+        Args:
+            logits: (N, C) float, of the training forward.
+            target: (N,) integer labels.
+            inputs, named_inputs: what the student was called with.
+            rows: (N,) which samples they are, for `examples`; may be missing.
+
+        Raises:
+            ValueError: without inputs, which the teacher is called with; labels or shapes that the
+                loss refuses.
+            RuntimeError: if no epoch was begun.
+        """
+        if not torch.is_grad_enabled():
+            return cross_entropy(logits, target)
+        if self.alpha_final and not (inputs or named_inputs):  # in the first epoch too
+            raise ValueError("inputs: expected what the model was called with, got none")
+        return self.loss(logits, target, self.score(*inputs, **named_inputs), rows)
+
+    @torch.no_grad()
+    def score(self, *inputs: object, **named_inputs: object) -> Tensor | None:
+        """Return the teacher's (N, C) probabilities of a batch; None in the first epoch.
+
+        Args:
+            inputs, named_inputs: what the student is called with.
+
+        Raises:
+            RuntimeError: if no epoch was begun, or none since a state was loaded that has no
+                teacher.
+        """
+        if not self.epoch:
+            raise RuntimeError("expected begin_epoch(1) before the first batch")
+        if not self.alpha:
+            return None
+        if not self.teacher.available:
+            raise RuntimeError(
+                f"expected begin_epoch({self.epoch + 1}): the state that was loaded is that of an "
+                "epoch's end (inside one, save state_dict(inside_epoch=True))"
+            )
+        logits = self._logits_of(self.teacher.model(*inputs, **named_inputs))
+        return logits.float().softmax(dim=1)
+
+    def loss(
+        self,
+        logits: Tensor,
+        target: Tensor,
+        past: Tensor | None,
+        rows: Tensor | None = None,
+        *,
+        recorded: bool = True,
+    ) -> Tensor:
+        """Return the mean loss against what `score` returned of the same inputs.
+
+        Args:
+            logits, target, rows: as of the call.
+            past: (N, C) probabilities, or None.
+            recorded: whether the means and the examples are told.
+
+        Raises:
+            ValueError: labels, shapes or rows that do not fit.
+        """
+        alpha = None
+        if past is not None:
+            alpha = torch.full((len(logits),), self.alpha, device=logits.device)
+        if rows is not None:
+            rows = check_given(rows, len(logits))
+            if self.examples is not None:
+                check_range(rows, self.examples.num_rows)
+        return self._loss(logits, target, past, alpha, rows, recorded=recorded)
+
+    def _turn(self) -> None:
+        if self.epoch:  # the weights that an epoch left; before the first they are random
+            self.teacher.refresh_in_all(self._student)
+
+    def state_dict(self, *, inside_epoch: bool = False) -> dict[str, Any]:
+        state = super().state_dict(inside_epoch=inside_epoch)
+        # At an epoch's end the model is the next teacher.
+        return state | ({"teacher": self.teacher.state_dict()} if inside_epoch else {})
+
+    def _load_teacher(self, state: dict[str, Any]) -> None:
+        self.teacher.load_state_dict(state.get("teacher", {"model": None}), self._student)
+
+
+def _bare(model: nn.Module) -> nn.Module:
+    """Return the module inside DataParallel, DDP and torch.compile, in any nesting."""
+    while True:
+        inner = getattr(model, "_orig_mod", None)
+        if inner is None and isinstance(
+            model, (nn.DataParallel, nn.parallel.DistributedDataParallel)
+        ):
+            inner = model.module
+        if inner is None:
+            return model
+        model = inner

@@ -1,0 +1,138 @@
+"""Bad input to the criterions is refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from criterion_runs import (
+    EPOCHS,
+    FORMS,
+    INPUTS,
+    TARGET,
+    C,
+    M,
+    logits,
+    loss_by,
+    memory_of,
+    net,
+    snapshot_of,
+)
+
+import pskd
+from pskd.criterion import make_criterion
+
+
+@FORMS
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_epochs": 0}, "num_epochs: expected 1 or more, got 0"),
+        ({"alpha_final": 1.5}, r"alpha_final: expected a number in \[0, 1\], got 1.5"),
+        ({"alpha_final": float("nan")}, "alpha_final: expected a number"),
+        (
+            {"alpha_schedule": "square"},
+            "alpha_schedule: expected one of linear, constant, cosine, got 'squ",
+        ),
+        ({"label_smoothing": -0.1}, r"label_smoothing: expected a number in \[0, 1\], got -0.1"),
+    ],
+)
+def test_options_out_of_range_are_refused(form, options, message):
+    with pytest.raises(ValueError, match=message):
+        form(net(), **options)
+
+
+@pytest.mark.parametrize("alpha_final", [0.0, 0.8])
+def test_examples_of_other_data_are_refused(alpha_final):
+    with pytest.raises(ValueError, match="examples: expected 22 samples, got 23"):
+        memory_of(None, alpha_final=alpha_final, examples=pskd.ExampleStats(M + 1))
+
+
+@FORMS
+def test_epochs_come_one_after_the_other(form):
+    criterion = form(net())
+    with pytest.raises(ValueError, match="epoch: expected one of 1 to 4, got 0"):
+        criterion.begin_epoch(0)
+    with pytest.raises(ValueError, match="epoch: expected 1 after the last, got 2"):
+        criterion.begin_epoch(2)
+    for epoch in range(1, EPOCHS + 1):
+        criterion.begin_epoch(epoch)
+        with pytest.raises(ValueError, match="epoch: expected"):
+            criterion.begin_epoch(epoch)
+    with pytest.raises(ValueError, match="epoch: expected one of 1 to 4, got 5"):
+        criterion.begin_epoch(5)
+    assert criterion.epoch == EPOCHS
+
+
+@FORMS
+def test_a_batch_before_the_first_epoch_is_refused(form):
+    model = net()
+    with pytest.raises(RuntimeError, match=r"expected begin_epoch\(1\) before the first batch"):
+        loss_by(form(model))(model, torch.arange(4), INPUTS[:4], TARGET[:4])
+
+
+def test_a_snapshot_that_is_given_no_inputs_says_so_in_the_first_epoch():
+    model = net()
+    criterion = snapshot_of(model)
+    criterion.begin_epoch(1)
+    with pytest.raises(ValueError, match="inputs: expected what the model was called with, got no"):
+        criterion(model(INPUTS), TARGET)
+    criterion(model(INPUTS), TARGET, input=INPUTS)
+    plain = snapshot_of(model, alpha_final=0.0)
+    plain.begin_epoch(1)
+    plain(model(INPUTS), TARGET)  # without a teacher nobody asks for them
+
+
+@pytest.mark.parametrize("alpha_final", [0.0, 0.8])
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (None, r"rows: expected the row number of each .* pskd.WithRows\(dataset\) gives it"),
+        (torch.arange(4.0), r"rows: expected integers of shape \(4,\), got torch.float32"),
+        (torch.arange(3), r"rows: expected integers of shape \(4,\), got torch.int64 of \(3,\)"),
+        (torch.tensor([0, 1, 1, 2]), "rows: expected each sample once in a batch, got 1"),
+        (torch.tensor([0, 1, 2, M]), r"rows: expected numbers in \[0, 21\], got \[0, 22\]"),
+        (torch.tensor([0, 1, 2, -1]), r"rows: expected numbers in \[0, 21\], got \[-1, 2\]"),
+    ],
+)
+def test_rows_that_are_none_of_the_data_sets_are_refused(alpha_final, rows, message):
+    """In the first epoch, in which the memory is not read yet; nothing is kept of the batch."""
+    criterion = memory_of(None, alpha_final=alpha_final, examples=(seen := pskd.ExampleStats(M)))
+    criterion.begin_epoch(1)
+    with pytest.raises(ValueError, match=message):
+        criterion(logits(), TARGET[:4], rows)
+    assert not seen.state_dict()["sums"].any()
+    if "once in a batch" not in message:  # of one part of a mixed image it may be
+        with pytest.raises(ValueError, match=message):
+            criterion.loss(logits(), TARGET[:4], rows)
+
+
+@FORMS
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        (torch.tensor([0, 1, 2, C]), r"target: expected labels in \[0, 4\], got \[0, 5\]"),
+        (torch.rand(4), r"target: expected integer labels of shape \(N,\), got torch.float32"),
+    ],
+)
+def test_labels_that_are_none_are_refused(form, target, message):
+    model = net()
+    criterion = form(model)
+    for epoch in (1, 2):
+        criterion.begin_epoch(epoch)
+        with pytest.raises(ValueError, match=message):
+            loss_by(criterion)(model, torch.arange(4), INPUTS[:4], target)
+    with torch.no_grad(), pytest.raises(ValueError, match=message):
+        criterion(logits(), target)
+
+
+def test_a_framework_is_given_the_criterion_of_the_teacher_that_it_names():
+    data, model = pskd.WithRows([(1.0, 0)] * M), net()
+    memory = make_criterion(model, data, C, num_epochs=EPOCHS, alpha_final=0.5)
+    assert isinstance(memory, pskd.MemoryCriterion)
+    assert (memory.num_rows, memory.memory.num_classes, memory.alpha_final) == (M, C, 0.5)
+    snapshot = make_criterion(model, data, C, teacher="snapshot", num_epochs=EPOCHS)
+    assert isinstance(snapshot, pskd.SnapshotCriterion)
+    with pytest.raises(ValueError, match="teacher: expected 'memory' or 'snapshot', got 'oracle'"):
+        make_criterion(model, data, C, teacher="oracle", num_epochs=EPOCHS)
+    with pytest.raises(ValueError, match=r"expected pskd.WithRows\(dataset\), got list"):
+        make_criterion(model, [(1.0, 0)], C, num_epochs=EPOCHS)

@@ -1,0 +1,185 @@
+"""What a Detectron2 training and an evaluation leave: results, AP, confidence, VOC sets."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+pytest.importorskip(
+    "detectron2",
+    reason="needs Detectron2: https://detectron2.readthedocs.io/tutorials/install.html",
+)
+
+import detectron2_tiny as tiny  # noqa: E402
+from detectron2.data import DatasetCatalog, MetadataCatalog  # noqa: E402
+from detectron2.data.datasets import register_pascal_voc  # noqa: E402
+from detectron2.structures import Boxes, BoxMode, Instances  # noqa: E402
+from pskd_detectron2 import register_spec  # noqa: E402
+from pskd_detectron2.evaluation import build_evaluators  # noqa: E402
+
+LONGER = "SOLVER.MAX_ITER 80 MODEL.PSKD.EPOCH_ITERS 30"  # until something is detected
+
+
+@pytest.fixture(scope="module")
+def spec(tmp_path_factory) -> str:
+    return tiny.make_images(tmp_path_factory.mktemp("images"))
+
+
+@pytest.fixture(scope="module")
+def evaluated(spec, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("evaluated")
+    return tiny.run("fpn", out, LONGER, train=spec, test=spec)
+
+
+def test_results_are_a_file(evaluated, spec):
+    results = json.loads((evaluated / "results.json").read_text())
+    assert results["seed"] == 1 and results["seconds_per_iteration"] > 0
+    assert {"AP", "AP50", "AP75"} <= results["bbox"].keys()
+    confidence = results["confidence"]
+    assert {"d_ece", "la_ece", "aurc", "e_aurc", "num_detections"} <= confidence.keys()
+    assert (confidence["iou_threshold"], confidence["score_threshold"]) == (0.5, 0.05)
+    rois = results["ground_truth_rois"]
+    assert rois["num_rois"] == 14 and rois["nll"] > 0 and 0 <= rois["accuracy"] <= 1
+    assert (evaluated / "inference" / "reliability.png").read_bytes().startswith(b"\x89PNG")
+    with np.load(evaluated / "inference" / "confidence.npz") as found:
+        assert len(found["confidence"]) == confidence["num_detections"]
+        assert found["correct"].sum() == confidence["num_matched"]
+
+
+def test_eval_only_gives_the_same_results(evaluated, spec, tmp_path):
+    trained = json.loads((evaluated / "results.json").read_text())
+    weights = f"MODEL.WEIGHTS {evaluated / 'model_final.pth'}"
+    out = tiny.run("fpn", tmp_path, weights, flags=("--eval-only",), train=spec, test=spec)
+    alone = json.loads((out / "evaluation.json").read_text())
+    assert not (out / "results.json").exists()
+    for part in ("bbox", "confidence", "ground_truth_rois"):
+        assert alone[part] == trained[part]
+
+
+def test_a_stock_model_reads_the_checkpoint(evaluated, spec, tmp_path):
+    opts = (tiny.stock("fpn"), f"MODEL.WEIGHTS {evaluated / 'model_final.pth'}")
+    out = tiny.run("fpn", tmp_path, *opts, flags=("--eval-only",), train=spec, test=spec)
+    stock = json.loads((out / "evaluation.json").read_text())
+    assert stock["bbox"] == json.loads((evaluated / "results.json").read_text())["bbox"]
+
+
+def test_eval_only_wants_weights(spec, tmp_path):
+    with pytest.raises(ValueError, match="--eval-only: expected MODEL.WEIGHTS, or --resume and a"):
+        tiny.run("fpn", tmp_path, flags=("--eval-only", "--resume"), train=spec, test=spec)
+
+
+def test_a_finished_run_that_is_resumed_keeps_its_seconds(evaluated, spec, tmp_path):
+    out = tmp_path / "again"
+    shutil.copytree(evaluated, out)
+    tiny.run("fpn", out, LONGER, flags=("--resume",), train=spec, test=spec)
+    before, after = (json.loads((f / "results.json").read_text()) for f in (evaluated, out))
+    assert after["seconds_per_iteration"] == before["seconds_per_iteration"] > 0
+    assert after["bbox"] == before["bbox"]
+
+
+def test_the_threshold_that_is_told_is_the_one_that_held(evaluated, spec, tmp_path):
+    opts = f"MODEL.WEIGHTS {evaluated / 'model_final.pth'} MODEL.ROI_HEADS.SCORE_THRESH_TEST 0.3"
+    out = tiny.run("fpn", tmp_path, opts, flags=("--eval-only",), train=spec, test=spec)
+    confidence = json.loads((out / "evaluation.json").read_text())["confidence"]
+    assert confidence["score_threshold"] == 0.3
+
+
+def test_a_dataset_that_is_known_by_its_function_only(evaluated, spec, tmp_path):
+    """As Detectron2's guide registers them; COCOEvaluator converts it."""
+    name = "made_by_function"
+    register_spec(spec, tmp_path)
+    records = DatasetCatalog.get(spec)
+    DatasetCatalog.register(name, lambda: records)
+    MetadataCatalog.get(name).thing_classes = list(tiny.CLASSES)
+    opts = f"MODEL.WEIGHTS {evaluated / 'model_final.pth'} DATASETS.TEST ('{name}',)"
+    out = tiny.run("fpn", tmp_path / "run", opts, flags=("--eval-only",), train=spec)
+    results = json.loads((out / "evaluation.json").read_text())
+    trained = json.loads((evaluated / "results.json").read_text())
+    assert results["bbox"]["AP"] == pytest.approx(trained["bbox"]["AP"])
+    assert results["confidence"] == pytest.approx(trained["confidence"])
+
+
+def make_voc(folder: Path, name: str, *, minimal: bool) -> Path:
+    """Write the made images in VOC's layout; ``minimal`` as other tools write it, with fractions
+    and without the keys that only VOC's own files have."""
+    root = folder / name
+    for part in ("Annotations", "JPEGImages", "ImageSets/Main"):
+        (root / part).mkdir(parents=True)
+    tiny.make_images(folder)
+    coco = json.loads((folder / "set.json").read_text())
+    keys = "" if minimal else "<pose>x</pose><truncated>0</truncated><difficult>0</difficult>"
+    dot = ".0" if minimal else ""
+    for image in coco["images"]:
+        name = f"img{image['id']}"
+        with Image.open(folder / "set" / image["file_name"]) as picture:
+            picture.save(root / "JPEGImages" / f"{name}.jpg")
+        objects = "".join(
+            f"<object><name>{tiny.CLASSES[a['category_id'] - 1]}</name>{keys}<bndbox>"
+            f"<xmin>{a['bbox'][0] + 1}{dot}</xmin><ymin>{a['bbox'][1] + 1}{dot}</ymin>"
+            f"<xmax>{a['bbox'][0] + a['bbox'][2]}{dot}</xmax>"
+            f"<ymax>{a['bbox'][1] + a['bbox'][3]}{dot}</ymax></bndbox></object>"
+            for a in coco["annotations"]
+            if a["image_id"] == image["id"]
+        )
+        size = f"<size><width>{image['width']}</width><height>{image['height']}</height></size>"
+        (root / "Annotations" / f"{name}.xml").write_text(
+            f"<annotation>{size}{objects}</annotation>"
+        )
+    names = "\n".join(f"img{image['id']}" for image in coco["images"])
+    (root / "ImageSets" / "Main" / "all.txt").write_text(names)
+    return root
+
+
+def as_detected(record: dict) -> dict:
+    """What a perfect detector would find in an image."""
+    boxes = [
+        BoxMode.convert(a["bbox"], a["bbox_mode"], BoxMode.XYXY_ABS) for a in record["annotations"]
+    ]
+    found = Instances((record["height"], record["width"]))
+    found.pred_boxes = Boxes(torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4))
+    found.scores = torch.full((len(boxes),), 0.9)
+    found.pred_classes = torch.tensor([a["category_id"] for a in record["annotations"]])
+    return {"instances": found}
+
+
+def test_a_voc_set_trains_and_has_voc_ap_too(evaluated, tmp_path):
+    voc = f"voc:{make_voc(tmp_path, 'made', minimal=True)}:all"
+    opts = f"MODEL.WEIGHTS {evaluated / 'model_final.pth'} SOLVER.MAX_ITER 2"
+    out = tiny.run("fpn", tmp_path / "run", opts, train=voc, test=voc)
+    results = json.loads((out / "results.json").read_text())
+    assert results["voc"].keys() == {"AP", "AP50", "AP75"}
+    assert set(results["bbox"]) > {"AP-ring", "AP-square"}
+    assert results["ground_truth_rois"]["num_rois"] == 14
+
+
+@pytest.mark.parametrize("year", [2007, 2012])
+def test_voc_ap_is_that_of_the_year(year, tmp_path):
+    voc = f"voc:{make_voc(tmp_path, f'VOC{year}', minimal=True)}:all"
+    register_spec(voc, tmp_path)
+    _, evaluator, _ = build_evaluators(voc, str(tmp_path / "made"))
+    evaluator.reset()
+    records = DatasetCatalog.get(voc)
+    evaluator.process(records, [as_detected(record) for record in records])
+    assert evaluator.evaluate()["voc"] == pytest.approx({"AP": 100, "AP50": 100, "AP75": 100})
+    # Of the objects 4 in 7 are found: that is the area under the curve, and 6 of its 11 points.
+    evaluator.reset()
+    part = [r if r["image_id"] % 2 else r | {"annotations": []} for r in records]
+    evaluator.process(records, [as_detected(record) for record in part])
+    area = 6 / 11 if year == 2007 else 4 / 7
+    assert evaluator.evaluate()["voc"]["AP50"] == pytest.approx(100 * area)
+
+
+def test_a_voc_set_that_detectron2_registered(tmp_path):
+    root = make_voc(tmp_path, "voc", minimal=False)
+    register_pascal_voc("made_voc", f"{root}/", "all", 2007, ("square", "ring"))
+    evaluators = build_evaluators("made_voc", str(tmp_path / "made"))
+    assert [type(e).__name__ for e in evaluators] == ["VOCEvaluator", "ConfidenceEvaluator"]
+    first = DatasetCatalog.get("made_voc")[0]
+    evaluators[1].process([first], [as_detected(first)])
+    assert evaluators[1].evaluate()["confidence"]["num_matched"] == 2

@@ -1,0 +1,309 @@
+"""Which checkpoints the fairseq plugin goes on from: damaged, foreign and of another training."""
+
+from __future__ import annotations
+
+import fractions
+import os
+import shutil
+from collections import namedtuple
+from types import SimpleNamespace
+
+import pytest
+
+pytest.importorskip("fairseq", reason="needs fairseq: pip install '.[translation]'")
+
+import torch  # noqa: E402
+from fairseq import checkpoint_utils  # noqa: E402
+from fairseq.dataclass.configs import CheckpointConfig  # noqa: E402
+from fairseq_toys import (  # noqa: E402
+    ALPHA_FINAL,
+    EPOCHS,
+    Payload,
+    build_criterion,
+    entry,
+)
+from pskd_fairseq import checkpoint, resume  # noqa: E402
+from pskd_fairseq.safe_types import allow_fairseq_types  # noqa: E402
+
+SCHEDULE = {
+    "name": "linear", "alpha_final": ALPHA_FINAL, "unit": "epoch", "total": EPOCHS, "start_epoch": 1
+}  # fmt: skip
+
+OPTIONS = {
+    "--label-smoothing": 0.1, "--pskd-teacher": "snapshot", "--pskd-skip-wrong-teacher": False
+}  # fmt: skip
+
+
+@pytest.fixture
+def check(task, tmp_path):
+    """Check a resume from the checkpoint in ``tmp_path``, as a new criterion does."""
+
+    def check_resume(allow_change=False, reset_dataloader=False, options=OPTIONS, **schedule):
+        plan = resume.ResumePlan(str(tmp_path), "checkpoint_last.pt", reset_dataloader)
+        resume.check_resume(plan, task, {**SCHEDULE, **schedule}, allow_change, options)
+
+    return check_resume
+
+
+@pytest.fixture
+def last(tmp_path, straight):
+    """A whole checkpoint of the middle of epoch 3."""
+    path = tmp_path / "checkpoint_last.pt"
+    shutil.copyfile(straight.save_dir / "checkpoint_3_16.pt", path)
+    return path
+
+
+def change(path, function) -> None:
+    """Change a checkpoint's content and save it again."""
+    state = torch.load(path, weights_only=False)
+    function(state)
+    torch.save(state, path)
+
+
+def test_a_whole_checkpoint_is_accepted(check, last):
+    check()
+
+
+def test_a_first_run_has_nothing_to_check(check, tmp_path):
+    check()
+
+
+@pytest.mark.parametrize("part", [0.0, 1e-5, 1e-4, 0.01, 0.3, 0.9, 0.99999])
+def test_a_checkpoint_cut_off_anywhere_is_damaged(check, last, part):
+    os.truncate(last, int(part * last.stat().st_size))
+    with pytest.raises(ValueError, match="checkpoint_last.pt: expected a complete .* damaged"):
+        check()
+
+
+@pytest.mark.parametrize("content", [b"no checkpoint\n" * 99, b"\x80\x02]q\x00.", b"PK\x03\x04"])
+def test_another_file_is_no_checkpoint(check, last, content):
+    last.write_bytes(content)
+    with pytest.raises(ValueError, match="checkpoint_last.pt: expected"):
+        check()
+
+
+@pytest.mark.parametrize("content", [[1, 2], 7, torch.zeros(3)])
+def test_another_torch_file_is_no_checkpoint(check, last, content):
+    torch.save(content, last)
+    with pytest.raises(ValueError, match="checkpoint_last.pt: expected"):
+        check()
+
+
+def test_a_bit_flipped_in_the_pickle_is_named_or_harmless(check, last):
+    """Never an error without the file's name, whichever byte is hit."""
+    data = last.read_bytes()
+    start = data.find(b"data.pkl") + 64
+    for position in range(start, start + 24_000, 97):
+        damaged = bytearray(data)
+        damaged[position] ^= 1 << position % 8
+        last.write_bytes(damaged)
+        try:
+            check(allow_change=True)
+        except ValueError as error:
+            assert "checkpoint_last.pt" in str(error), position
+
+
+def flip_teacher(path) -> None:
+    """Flip one bit of the teacher's weights in a checkpoint's file."""
+    state = torch.load(path, weights_only=False)
+    data = bytearray(path.read_bytes())
+    weight = max(entry(state)["teacher"]["model"].values(), key=torch.Tensor.numel)
+    start = data.find(weight.numpy().tobytes())
+    assert start > 0
+    data[start + 101] ^= 4
+    path.write_bytes(data)
+
+
+def test_flipped_teacher_weights_are_found(check, last):
+    flip_teacher(last)
+    with pytest.raises(ValueError, match="teacher's weights are damaged: expected SHA-256"):
+        check()
+
+
+Point = namedtuple("Point", "x y")
+
+
+@pytest.mark.parametrize("foreign", [fractions.Fraction(1, 3), Point(1, 2), SimpleNamespace(a=1)])
+def test_an_object_that_fairseq_does_not_write_is_refused(check, last, foreign):
+    change(last, lambda state: state["extra_state"].update(metrics=foreign))
+    expected = f"checkpoint_last.pt: expected the types of a fairseq.*{type(foreign).__name__}"
+    with pytest.raises(ValueError, match=expected):
+        check()
+
+
+def test_the_allow_list_lets_no_payload_run(last, tmp_path):
+    marker = tmp_path / "was_run"
+    allow_fairseq_types()
+    change(last, lambda state: state.update(args=Payload(marker)))
+    with pytest.raises(Exception, match="Weights only load failed"):
+        torch.load(last)
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize(
+    "changed, message",
+    [
+        ({"alpha_final": 0.6}, f"--pskd-alpha-final: expected {ALPHA_FINAL}, .*got 0.6"),
+        ({"name": "cosine"}, "--pskd-alpha-schedule: expected 'linear', .*got 'cosine'"),
+        ({"unit": "update"}, f"length of .*: expected '{EPOCHS} epochs', .*got '{EPOCHS} updates'"),
+        ({"total": 5}, f"length of the training: expected '{EPOCHS} epochs', .*got '5 epochs'"),
+        ({"start_epoch": 2}, "--pskd-start-epoch: expected 1, .*got 2"),
+    ],
+)
+def test_another_schedule_is_refused_unless_it_is_allowed(check, last, changed, message):
+    expected = rf"checkpoint_last.pt: {message} \(--pskd-allow-schedule-change allows it\)$"
+    with pytest.raises(ValueError, match=expected):
+        check(**changed)
+    check(allow_change=True, **changed)
+
+
+CHANGED_OPTIONS = pytest.mark.parametrize(
+    "flag, value",
+    [("--label-smoothing", 0.2), ("--pskd-teacher", "memory"), ("--pskd-skip-wrong-teacher", True)],
+)
+
+
+@CHANGED_OPTIONS
+def test_another_loss_or_teacher_is_refused(check, last, flag, value):
+    """A change of schedule that is allowed allows no other."""
+    expected = f"checkpoint_last.pt: {flag}: expected {OPTIONS[flag]!r}, with which .*got {value!r}"
+    for allowed in (False, True):
+        with pytest.raises(ValueError, match=f"{expected}$"):
+            check(allow_change=allowed, options=OPTIONS | {flag: value})
+    check(reset_dataloader=True, options=OPTIONS | {flag: value})
+
+
+@CHANGED_OPTIONS
+def test_an_older_checkpoint_tells_its_teacher_only(check, last, flag, value):
+    change(last, lambda state: entry(state).pop("options"))
+    check()
+    if flag != "--pskd-teacher":
+        check(options=OPTIONS | {flag: value})
+        return
+    with pytest.raises(ValueError, match="--pskd-teacher: expected 'snapshot', .*got 'memory'"):
+        check(options=OPTIONS | {flag: value})
+    change(last, lambda state: entry(state).update(memory={"0": {}}))
+    check(options=OPTIONS | {flag: value})
+
+
+def test_what_is_refused_is_what_the_criterion_was_told(task, last, tmp_path):
+    build_criterion(task, tmp_path)
+    build_criterion(task, tmp_path, pskd_allow_schedule_change=True, max_epoch=9)
+    for changed, flag in (
+        ({"pskd_teacher": "memory"}, "--pskd-teacher"),
+        ({"label_smoothing": 0.2}, "--label-smoothing"),
+        ({"pskd_skip_wrong_teacher": True}, "--pskd-skip-wrong-teacher"),
+    ):
+        with pytest.raises(ValueError, match=f"{flag}: expected .* with which the checkpoint"):
+            build_criterion(task, tmp_path, **changed)
+
+
+@pytest.mark.parametrize("side", ["source", "target"])
+def test_a_dictionary_of_another_size_is_refused(check, last, side):
+    change(last, lambda state: entry(state)["vocabulary"].update({side: 11}))
+    with pytest.raises(ValueError, match=rf"dictionaries .*'{side}': 11.* got"):
+        check(allow_change=True)
+
+
+def test_state_of_a_later_format_is_refused(check, last):
+    change(last, lambda state: entry(state).update(format=2))
+    with pytest.raises(ValueError, match="expected PS-KD state 1, got 2"):
+        check()
+
+
+def drop_entry(state) -> None:
+    del state["extra_state"]["TranslationTask"]
+
+
+def test_the_middle_of_an_epoch_needs_its_teacher(check, last):
+    change(last, drop_entry)
+    with pytest.raises(ValueError, match="checkpoint_last.pt.* epoch 3.* teacher"):
+        check()
+    check(alpha_final=0.0)  # needs none
+    check(reset_dataloader=True)  # begins anew with epoch 1
+
+
+def test_a_run_with_alpha_0_leaves_no_teacher_to_go_on_with(check, last):
+    """As another criterion's checkpoint: the rest of the epoch would train without a teacher."""
+
+    def of_alpha_0(state):
+        kept = entry(state)
+        kept["schedule"]["alpha_final"] = 0.0
+        kept["teacher"] = {"model": None}
+        kept["teacher_sha256"] = checkpoint.make_entry(
+            epoch=3, schedule={}, vocabulary={}, teacher=kept["teacher"]
+        )["teacher_sha256"]
+
+    change(last, of_alpha_0)
+    with pytest.raises(ValueError, match="checkpoint_last.pt.* epoch 3.* teacher"):
+        check(allow_change=True)
+
+
+@pytest.mark.parametrize("position", [{"epoch": 1}, {"iterations_in_epoch": 0}])
+def test_the_first_epoch_and_an_epochs_end_need_no_teacher(check, last, position):
+    def move(state):
+        drop_entry(state)
+        state["extra_state"]["train_iterator"].update(position)
+
+    change(last, move)
+    check()
+
+
+@pytest.mark.parametrize("suffix", ["", "_a", "-rank-0"])
+@pytest.mark.parametrize("restore_file", ["checkpoint_last.pt", "a.pt.folder/older.pt"])
+def test_the_file_that_is_checked_is_the_one_that_fairseq_reads(
+    tmp_path, monkeypatch, restore_file, suffix
+):
+    class Asked(Exception):
+        """Ends fairseq's reading before it begins."""
+
+    def asked(path, *_, **__):
+        raise Asked(path)
+
+    monkeypatch.chdir(tmp_path)
+    config = CheckpointConfig(save_dir=str(tmp_path), restore_file=restore_file)
+    trainer = SimpleNamespace(
+        cfg=SimpleNamespace(checkpoint=config), checkpoint_suffix=suffix, load_checkpoint=asked,
+        data_parallel_rank=0, data_parallel_process_group=None,
+    )  # fmt: skip
+    with pytest.raises(Asked) as read:
+        checkpoint_utils.load_checkpoint(config, trainer)
+    (path,) = read.value.args
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    (tmp_path / path).touch()
+    plan = resume.ResumePlan(str(tmp_path), restore_file, False, suffix=suffix)
+    assert plan.path() == path
+
+
+def begin(task, model, epoch: int, batches: int) -> None:
+    """Begin an epoch as fairseq's trainer does where its iterator stands after some batches."""
+    task.load_dataset("train")
+    iterator = SimpleNamespace(iterations_in_epoch=batches)
+    task.dataset_to_epoch_iter[task.dataset("train")] = iterator
+    task.begin_epoch(epoch, model)
+
+
+def test_whatever_was_read_the_middle_of_an_epoch_needs_its_teacher(task, tmp_path):
+    """The model of the middle would be another teacher, in silence."""
+    model = torch.nn.Linear(2, 2)
+    criterion = build_criterion(task, tmp_path)
+    with pytest.raises(ValueError, match=r"after 4 batches of epoch 3: expected the teacher .* no"):
+        begin(task, model, epoch=3, batches=4)
+    assert not criterion.epoch_state.teacher.available
+
+    no_teacher = checkpoint.make_entry(epoch=3, schedule={}, vocabulary={}, teacher={"model": None})
+    task.set_checkpoint_dict({checkpoint.ENTRY: no_teacher})
+    with pytest.raises(ValueError, match="after 4 batches of epoch 3"):
+        begin(task, model, epoch=3, batches=4)
+
+    task.set_checkpoint_dict(
+        {checkpoint.ENTRY: {**no_teacher, "teacher": {"model": model.state_dict()}}}
+    )
+    begin(task, model, epoch=3, batches=4)
+    assert criterion.epoch_state.teacher.available
+
+
+@pytest.mark.parametrize("epoch, batches, alpha", [(1, 4, 0.7), (3, 0, 0.7), (3, 4, 0.0)])
+def test_elsewhere_an_epoch_begins_with_what_there_is(task, tmp_path, epoch, batches, alpha):
+    build_criterion(task, tmp_path, pskd_alpha_final=alpha)
+    begin(task, torch.nn.Linear(2, 2), epoch, batches)

@@ -1,0 +1,168 @@
+"""A disk that fills up: the fairseq plugin stops before a checkpoint is cut off."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import subprocess
+from concurrent.futures import wait
+from types import SimpleNamespace
+
+import pytest
+
+pytest.importorskip("fairseq", reason="needs fairseq: pip install '.[translation]'")
+
+import torch  # noqa: E402
+from fairseq_toys import EPOCHS  # noqa: E402
+from pskd_fairseq import checkpoint  # noqa: E402
+
+TO_THE_END = ["--max-epoch", str(EPOCHS)]
+
+#: Bytes a file system keeps for folders and rounds files up by.
+SLACK = 40_000
+
+
+@pytest.fixture(scope="module")
+def sizes(straight):
+    """Bytes of a checkpoint of an epoch's end and of one inside an epoch, with its teacher."""
+    names = ("checkpoint4.pt", "checkpoint_3_16.pt")
+    end, inside = ((straight.save_dir / name).stat().st_size for name in names)
+    assert inside > end + 2 * SLACK
+    return SimpleNamespace(end=end, inside=inside, growth=inside - end)
+
+
+def mount(folder, size: float, *options: str) -> None:
+    """Put a file system of a size in bytes on a folder."""
+    flags = ",".join([f"size={int(size) + SLACK}", *options])
+    command = ["mount", "-t", "tmpfs", "-o", flags, "tmpfs", str(folder)]
+    try:
+        subprocess.run(command, check=True, capture_output=True, text=True)
+    except FileNotFoundError:
+        pytest.skip("a small file system needs the mount command")
+    except subprocess.CalledProcessError as error:
+        pytest.skip(f"a small file system needs the right to mount one: {error.stderr.strip()}")
+
+
+@pytest.fixture(scope="module")
+def full_disks(fairseq, sizes):
+    """Trainings on file systems that are too small, by what has no room."""
+    inside = ["--no-epoch-checkpoints", "--save-interval-updates", "8"]
+    with_teacher = 2 * sizes.end + sizes.inside  # the last and the best, and one with its teacher
+    plans = {
+        "fourth_epoch": (5.5 * sizes.end, ["--max-epoch", "5"]),
+        "first_epoch": (2.5 * sizes.end, TO_THE_END),
+        "copy_to_best": (with_teacher + 0.5 * sizes.growth, [*TO_THE_END, *inside]),
+        "copy_to_last": (with_teacher + 1.5 * sizes.growth, [*TO_THE_END, *inside]),
+        # Two epochs leave six files, the third adds its own and half of one more of the best.
+        "one_of_the_best": (7.5 * sizes.end, [*TO_THE_END, "--keep-best-checkpoints", "2"]),
+    }
+    folders = [fairseq.folder / f"disk_{name}" for name in plans]
+    try:
+        for folder, (size, _) in zip(folders, plans.values(), strict=True):
+            folder.mkdir()
+            mount(folder, size)
+        runs = {name: fairseq.start(f"disk_{name}", *flags) for name, (_, flags) in plans.items()}
+        yield runs
+        wait(runs.values())
+    finally:
+        for folder in folders:
+            if os.path.ismount(folder):
+                subprocess.run(["umount", str(folder)], check=True)
+
+
+def expect_whole(folder) -> list[str]:
+    """Assert that every file with a final name can be read, and return the names."""
+    names = sorted(path.name for path in folder.glob("*.pt"))
+    for name in names:
+        try:
+            torch.load(folder / name, weights_only=False)
+        except (RuntimeError, EOFError) as error:
+            raise AssertionError(f"{name} is cut off: {error}") from error
+    return names
+
+
+def test_a_disk_that_fills_up_stops_training_and_spares_the_checkpoints(full_disks):
+    run = full_disks["fourth_epoch"].result()
+    assert run.code != 0
+    assert "no room for the next checkpoint" in run.output and str(run.save_dir) in run.output
+    assert expect_whole(run.save_dir) == [
+        "checkpoint1.pt", "checkpoint2.pt", "checkpoint3.pt", "checkpoint_best.pt",
+        "checkpoint_last.pt",
+    ]  # fmt: skip
+
+
+def test_with_more_room_training_goes_on(fairseq, full_disks, sizes):
+    folder = full_disks["fourth_epoch"].result().save_dir
+    mount(folder, 20 * sizes.end, "remount")
+    resumed = fairseq.train(folder.name, "--max-epoch", "5").expect_success()
+    assert resumed.column("alpha") == pytest.approx([0.56, 0.7], abs=1e-4)
+    assert "checkpoint5.pt" in expect_whole(folder)
+
+
+def test_a_disk_too_small_for_the_first_checkpoints_leaves_none_cut_off(full_disks):
+    """There is room for checkpoint1, checkpoint_best and half of checkpoint_last."""
+    run = full_disks["first_epoch"].result()
+    assert run.code != 0
+    expect_whole(run.save_dir)
+
+
+@pytest.mark.parametrize("copy", ["copy_to_best", "copy_to_last"])
+def test_a_disk_too_small_for_the_teacher_leaves_no_checkpoint_cut_off(full_disks, copy):
+    """A checkpoint inside an epoch is larger than the last, and so are the copies of it."""
+    run = full_disks[copy].result()
+    assert run.code != 0
+    assert {"checkpoint_best.pt", "checkpoint_last.pt"} <= set(expect_whole(run.save_dir))
+
+
+def test_a_disk_too_small_for_one_more_of_the_best_leaves_none_cut_off(full_disks):
+    """--keep-best-checkpoints copies the whole file once more, under a name of its own."""
+    run = full_disks["one_of_the_best"].result()
+    assert run.code != 0
+    best, others = [], []
+    for name in expect_whole(run.save_dir):
+        (best if name.startswith("checkpoint.best_loss_") else others).append(name)
+    assert len(best) == 2
+    assert others == [
+        "checkpoint1.pt", "checkpoint2.pt", "checkpoint_best.pt", "checkpoint_last.pt"
+    ]  # fmt: skip
+    assert "no room for the next checkpoint" in run.output and str(run.save_dir) in run.output
+
+
+def test_a_write_that_fails_leaves_no_file_under_a_final_name(fairseq, sizes):
+    """Without a file system of its own: files may grow to a size below that of the second one."""
+    flags = ["limited", *TO_THE_END, "--save-interval-updates", "8"]
+    run = fairseq.train(*flags, file_bytes=sizes.end + sizes.growth // 2)
+    assert run.code != 0 and "Error" in run.output
+    assert expect_whole(run.save_dir) == [
+        "checkpoint1.pt", "checkpoint_best.pt", "checkpoint_last.pt"
+    ]  # fmt: skip
+
+
+def test_free_space_is_compared_with_the_last_checkpoint(tmp_path, monkeypatch):
+    plan = checkpoint.SavePlan(str(tmp_path))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=999))
+    checkpoint.check_free_space(plan)  # nothing is known of a first one's size
+    (tmp_path / "checkpoint_last.pt").write_bytes(b"x" * 1000)
+    (tmp_path / "checkpoint_best.pt").write_bytes(b"x" * 1000)
+    with pytest.raises(OSError, match="expected 1,000 free bytes, got 999") as raised:
+        checkpoint.check_free_space(plan)
+    assert raised.value.errno == errno.ENOSPC
+    assert raised.value.filename == str(tmp_path)
+
+
+def test_free_space_is_that_for_one_more_of_the_best_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1999))
+    for name in ("checkpoint_last_a.pt", "checkpoint_best_a.pt"):
+        (tmp_path / name).write_bytes(b"x" * 1000)
+    checkpoint.check_free_space(checkpoint.SavePlan(str(tmp_path), "_a"))
+    checkpoint.check_free_space(checkpoint.SavePlan(str(tmp_path), keep_best=1))  # none to go by
+    with pytest.raises(OSError, match="expected 2,000 free bytes, got 1,999"):
+        checkpoint.check_free_space(checkpoint.SavePlan(str(tmp_path), "_a", keep_best=1))
+
+
+def test_enough_space_is_enough(tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    for name in ("checkpoint_last.pt", "checkpoint_best.pt"):
+        (tmp_path / name).write_bytes(b"x" * 1000)
+    checkpoint.check_free_space(checkpoint.SavePlan(str(tmp_path)))

@@ -1,0 +1,1 @@
+"""The steps of `evaluate.py`, from a fairseq checkpoint to its scores."""

@@ -1,0 +1,90 @@
+"""Reads what is evaluated: a data folder, and a checkpoint that fits it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from fairseq import checkpoint_utils
+from fairseq.data import Dictionary
+from fairseq.models import BaseFairseqModel
+from fairseq.tasks import FairseqTask
+from omegaconf import DictConfig
+
+# What is read of prepare.json.
+_PREPARED = {"source_lang", "target_lang", "lowercase"}
+
+
+class UserError(ValueError):
+    """Something the user gave is wrong; shown without a traceback."""
+
+
+def read_preparation(data: Path) -> dict | None:
+    """Return what prepare.py wrote of its steps, or None for data that another program prepared.
+
+    Raises:
+        UserError: if the folder holds no data of fairseq, or a prepare.json that is none.
+    """
+    path = data / "prepare.json"
+    if not path.is_file():
+        if not any(data.glob("dict.*.txt")):
+            raise UserError(
+                f"{data}: expected a folder that translation/prepare.py or fairseq-preprocess "
+                f"made, got no {path.name} and no dict.*.txt"
+            )
+        return None
+    try:
+        preparation = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path}: expected JSON, got {error}") from error
+    if not isinstance(preparation, dict) or not preparation.keys() >= _PREPARED:
+        got = sorted(preparation) if isinstance(preparation, dict) else type(preparation).__name__
+        raise UserError(f"{path}: expected an object with {sorted(_PREPARED)}, got {got}")
+    return preparation
+
+
+def load(args: argparse.Namespace) -> tuple[BaseFairseqModel, DictConfig, FairseqTask]:
+    """Return the checkpoint's model, configuration and task, with the dictionaries of the data.
+
+    Raises:
+        UserError: if the file is no whole checkpoint or does not fit the data.
+        OSError: if a file cannot be read.
+    """
+    try:
+        models, config, task = checkpoint_utils.load_model_ensemble_and_task(
+            [str(args.checkpoint)], arg_overrides={"data": str(args.data)}
+        )
+    except OSError:
+        raise
+    except Exception as error:  # a damaged pickle can fail in any way
+        reason = str(error).partition("\n")[0]
+        raise UserError(
+            f"{args.checkpoint}: expected a whole fairseq checkpoint that fits {args.data}, got "
+            f"{type(error).__name__}: {reason}"
+        ) from error
+    return models[0].eval(), config, task
+
+
+def languages(args: argparse.Namespace, config: DictConfig, task: FairseqTask) -> tuple[str, str]:
+    """Return source and target language, as the task found them in the data's names.
+
+    Raises:
+        UserError: if the task is not one that translates from one language to another.
+    """
+    own = getattr(task, "cfg", None) or config.task
+    found = getattr(own, "source_lang", None), getattr(own, "target_lang", None)
+    if not all(found):
+        raise UserError(
+            f"{args.checkpoint}: expected a model of one source and one target language, got the "
+            f"task {type(task).__name__}"
+        )
+    return found
+
+
+def subwords_of(dictionary: Dictionary) -> str | None:
+    """Return fairseq's name of how a dictionary's words are cut; None where they are whole."""
+    types = dictionary.symbols[dictionary.nspecial :]
+    if any(word.endswith("@@") for word in types):
+        return "subword_nmt"
+    return "sentencepiece" if any(word.startswith("\u2581") for word in types) else None

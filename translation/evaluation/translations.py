@@ -1,0 +1,96 @@
+"""Translates a split with fairseq-generate and scores the translations."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import sacrebleu
+from sacremoses import MosesDetokenizer
+
+from evaluation.inputs import UserError
+
+logger = logging.getLogger("evaluate")
+
+# fairseq-generate with torch's allow-list in place, whatever other plugin --user-dir names.
+_GENERATE = "import pskd_fairseq; from fairseq_cli.generate import cli_main; cli_main()"
+
+
+def generate(
+    args: argparse.Namespace, pair: tuple[str, str], subwords: str | None
+) -> tuple[list[str], str]:
+    """Translate the split with fairseq-generate.
+
+    Args:
+        pair: source and target language.
+        subwords: how words are put together again (``--post-process``); None: they are whole.
+
+    Returns:
+        the tokenised translations in the order of the reference, and fairseq's own BLEU line.
+
+    Raises:
+        UserError: if fairseq fails, naming its log.
+    """
+    log = args.out / "generate.log"
+    command = [sys.executable, "-c", _GENERATE, str(args.data)]
+    command += ["--source-lang", pair[0], "--target-lang", pair[1]]
+    command += ["--path", str(args.checkpoint), "--gen-subset", args.split]
+    command += ["--beam", str(args.beam), "--lenpen", str(args.lenpen)]
+    command += ["--max-len-a", "1.5", "--max-len-b", "10"]
+    command += ["--post-process", subwords] if subwords else []
+    # By default fairseq drops the last batch where its size is no multiple of 8.
+    command += ["--required-batch-size-multiple", "1", "--max-tokens", str(args.max_tokens)]
+    command += ["--user-dir", args.user_dir] if args.user_dir else []
+    command += ["--cpu"] if args.cpu else []
+    logger.info("translating %s with beam %d, log file: %s", args.split, args.beam, log)
+    with log.open("w", encoding="utf-8") as output:
+        code = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT).returncode
+    lines = log.read_text(encoding="utf-8").split("\n")
+    if code:
+        raise UserError(f"fairseq-generate failed ({code}), see {log}: {_last_line(lines)}")
+    found = [re.match(r"H-(\d+)\t[^\t]*\t(.*)", line) for line in lines]
+    numbered = sorted((int(match[1]), match[2]) for match in found if match)
+    bleu_line = next(line for line in lines if line.startswith("Generate "))
+    return [text for _, text in numbered], bleu_line
+
+
+def _last_line(lines: list[str]) -> str:
+    return next((line for line in reversed(lines) if line.strip()), "no output")
+
+
+def detokenised(tokenised: list[str], preparation: dict) -> list[str]:
+    detokenizer = MosesDetokenizer(preparation["target_lang"])
+    return [detokenizer.detokenize(line.split()) for line in tokenised]
+
+
+def raw_reference(args: argparse.Namespace, preparation: dict) -> Path:
+    return args.data / "raw" / f"{args.split}.{preparation['target_lang']}"
+
+
+def score(translations: list[str], args: argparse.Namespace, preparation: dict) -> dict:
+    """Return BLEU and chrF of the detokenised translations, with their sacreBLEU signatures.
+
+    Raises:
+        UserError: if the reference is of another length.
+    """
+    lowercase, reference_file = preparation["lowercase"], raw_reference(args, preparation)
+    references = reference_file.read_text(encoding="utf-8").split("\n")[:-1]
+    if len(translations) != len(references):
+        raise UserError(
+            f"{reference_file}: expected as many sentences as were translated, "
+            f"{len(translations)}, got {len(references)}"
+        )
+    # A model of lower-cased text is scored without case; the signature says so.
+    bleu = sacrebleu.BLEU(lowercase=lowercase)
+    chrf = sacrebleu.CHRF(lowercase=lowercase)
+    return {
+        "sentences": len(translations),
+        "bleu": bleu.corpus_score(translations, [references]).score,
+        "bleu_signature": str(bleu.get_signature()),
+        "chrf": chrf.corpus_score(translations, [references]).score,
+        "chrf_signature": str(chrf.get_signature()),
+    }
