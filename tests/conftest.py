@@ -6,13 +6,14 @@ import multiprocessing
 import multiprocessing.forkserver
 import os
 import signal
+from collections.abc import Iterator
 from multiprocessing.context import ForkServerContext
 
 import pytest
 
 
 @pytest.fixture(scope="module")
-def forkserver(request) -> ForkServerContext:
+def forkserver(request) -> Iterator[ForkServerContext]:
     """The context of processes that are forked from one with the modules of ``PRELOADED``.
 
     An interpreter imports a framework for seconds and trains a tiny model in a fraction of one.
