@@ -5,11 +5,14 @@ Shapes: R sampled ROIs, K foreground classes, and scores of K + 1 columns with b
 
 from __future__ import annotations
 
+import logging
+
 import torch
 import torch.nn.functional as F
 from detectron2.modeling.roi_heads import FastRCNNOutputLayers
 from detectron2.structures import Instances
 from detectron2.utils.events import get_event_storage
+from detectron2.utils.logger import log_first_n
 from torch import Tensor
 
 from pskd import PSKDStats, pskd_cross_entropy
@@ -72,6 +75,9 @@ class PSKDFastRCNNOutputLayers(FastRCNNOutputLayers):
         losses = super().losses(predictions, proposals)
         if not self.pskd.enabled or not self.training or not len(proposals):
             return losses
+        if not (self.pskd.is_driven or self.pskd.alpha):
+            message = "PS-KD: enabled, but the model has no PSKDHook: it trains as the stock one"
+            log_first_n(logging.WARNING, message, name="detectron2." + __name__, key="message")
         scores = predictions[0]
         labels = torch.cat([p.gt_classes for p in proposals])
         past = self._past(scores, labels, proposals)

@@ -92,6 +92,7 @@ class PSKDHook(HookBase):
         if heads is None or not isinstance(getattr(heads, "pskd", None), PSKDState):
             raise ValueError(f"expected a model with PSKD ROI heads, got {type(heads).__name__}")
         self._pskd: PSKDState = heads.pskd
+        self._pskd.is_driven = True
         if not self._pskd.enabled:
             raise ValueError("PSKDHook: expected heads with MODEL.PSKD.ENABLED True, got False")
         self._options: _Options = {

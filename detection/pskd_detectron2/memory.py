@@ -101,9 +101,10 @@ class AnnotationMemory:
             ValueError: if it is that of other annotations, of another number of rows or classes,
                 damaged, or no memory at all.
         """
-        if not isinstance(state, dict) or not {"fingerprint", "crc32", *_TENSORS} <= state.keys():
+        keys = {"fingerprint", "crc32", *_TENSORS}
+        if not isinstance(state, dict) or not keys <= state.keys():
             got = sorted(state) if isinstance(state, dict) else type(state).__name__
-            raise ValueError(f"expected a memory with {sorted(_TENSORS)}, got {got}")
+            raise ValueError(f"expected a memory with {sorted(keys)}, got {got}")
         for name, attribute in _TENSORS.items():
             own, new = getattr(self, attribute), state[name]
             if not isinstance(new, Tensor) or (new.shape, new.dtype) != (own.shape, own.dtype):

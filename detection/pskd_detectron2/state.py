@@ -18,6 +18,7 @@ class PSKDState:
         alpha: weight of the teacher in this epoch; 0 in the first.
         snapshot: last epoch's model, a module dict of ``backbone`` and ``roi_heads``.
         memory: last epoch's predictions by annotation, or None with the snapshot teacher.
+        is_driven: whether a hook was made for the model; without one there is never a teacher.
         rows_per_stage: the annotations of the training set; stage s of a cascade has its rows from
             ``s * rows_per_stage`` on.
     """
@@ -31,6 +32,7 @@ class PSKDState:
         self.alpha = 0.0
         self.snapshot = SnapshotTeacher()
         self.memory: AnnotationMemory | None = None
+        self.is_driven = False
         self.rows_per_stage = 0
 
     def __deepcopy__(self, memo: dict) -> PSKDState:

@@ -6,6 +6,8 @@ Shapes: R sampled ROIs of the batch, K foreground classes, K + 1 columns with ba
 from __future__ import annotations
 
 import copy
+import logging
+from collections import Counter
 from types import SimpleNamespace
 
 import pytest
@@ -23,6 +25,7 @@ from detectron2.modeling import build_model  # noqa: E402
 from detectron2.modeling.box_regression import Box2BoxTransform  # noqa: E402
 from detectron2.modeling.roi_heads import FastRCNNOutputLayers, ROIHeads  # noqa: E402
 from detectron2.structures import Boxes, Instances  # noqa: E402
+from detectron2.utils import logger as detectron2_logger  # noqa: E402
 from detectron2.utils.events import EventStorage  # noqa: E402
 from pskd_detectron2 import PSKDFastRCNNOutputLayers, Trainer  # noqa: E402
 from pskd_detectron2.fast_rcnn import ROW_FIELD, TEACHER_FIELD  # noqa: E402
@@ -543,6 +546,19 @@ def test_the_federated_loss_softens_the_sampled_classes_only():
     target = (1 - ALPHA) * hard + ALPHA * image.get(TEACHER_FIELD)[:, :1].sigmoid()
     bce = F.binary_cross_entropy_with_logits(scores[:, :1], target, reduction="sum")
     assert loss.item() == pytest.approx(bce.item() / len(image), rel=1e-5)
+
+
+@pytest.mark.parametrize("is_driven", [False, True])
+def test_heads_that_no_hook_drives_say_so_once(is_driven, caplog, monkeypatch):
+    monkeypatch.setattr(detectron2_logger, "_LOG_COUNTER", Counter())
+    state = PSKDState()
+    state.is_driven = is_driven
+    scores, deltas, image = rois()
+    layers = predictor(state)
+    with EventStorage(0), caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            layers.losses((scores, deltas), [image])
+    assert caplog.text.count("has no PSKDHook") == (0 if is_driven else 1)
 
 
 def test_what_is_logged():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,8 @@ pytest.importorskip(
 )
 
 import detectron2_tiny as tiny  # noqa: E402
+from detectron2.engine import DefaultTrainer  # noqa: E402
+from pskd_detectron2 import PSKDHook  # noqa: E402
 
 SCHEDULED = "MODEL.PSKD.ALPHA_FINAL 0.6 MODEL.PSKD.EPOCH_ITERS 2"
 TEACHERS = ("snapshot", "memory")
@@ -91,3 +94,16 @@ def test_a_lazy_config_trains_and_resumes(teacher, spec, tmp_path):
     evaluated = json.loads((out / "evaluation.json").read_text())
     assert evaluated["ground_truth_rois"] == results["ground_truth_rois"]
     assert evaluated["bbox"] == results["bbox"]
+
+
+def test_a_trainer_of_your_own_takes_the_hook(spec, tmp_path):
+    """The example of detection/README.md, as it stands there but for the epoch's length."""
+    page = (tiny.ROOT / "detection" / "README.md").read_text(encoding="utf-8")
+    (code,) = [c for c in re.findall(r"```python\n(.*?)```", page, re.S) if "MyTrainer" in c]
+    names = {"DefaultTrainer": DefaultTrainer, "PSKDHook": PSKDHook}
+    exec(compile(code.replace("1000", "2"), "detection/README.md", "exec"), names)
+    trainer = names["MyTrainer"](tiny.config("fpn", tmp_path, "SOLVER.MAX_ITER 4", train=spec))
+    trainer.train()
+    alphas = [line["pskd/alpha"] for line in tiny.metrics(tmp_path)]
+    assert alphas[-1] == pytest.approx(0.7)
+    assert tiny.metrics(tmp_path)[-1]["pskd/teacher_nll"] > 0
