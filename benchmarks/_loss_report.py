@@ -12,7 +12,7 @@ from pskd._drawing import INK, RUN_COLORS, new_figure, save, style
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["bandwidth_table", "memory_table", "plot", "time_table"]
+__all__ = ["bandwidth_table", "markdown", "memory_table", "plot", "ratio", "time_table"]
 
 IN_PLACE = " in place"
 MISSING = "-"
@@ -26,7 +26,8 @@ def _names(shapes: list[dict], key: str) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def _markdown(head: list[str], lines: list[list[str]]) -> str:
+def markdown(head: list[str], lines: list[list[str]]) -> str:
+    """Return a table whose first column is text."""
     rule = ["---"] + ["---:"] * (len(head) - 1)
     return "\n".join(f"| {' | '.join(line)} |" for line in [head, rule, *lines])
 
@@ -41,11 +42,12 @@ def time_table(shapes: list[dict], threads: str) -> str:
     base = [f"{found['seconds'][BASE] * 1e3:,.2f} ms" for found in times]
     lines = [[BASE, *base]]
     for name in _names(shapes, "ratio_median"):
-        lines.append([name, *(_ratio(found, name) for found in times)])
-    return _markdown(_head(shapes), lines)
+        lines.append([name, *(ratio(found, name) for found in times)])
+    return markdown(_head(shapes), lines)
 
 
-def _ratio(times: dict, name: str) -> str:
+def ratio(times: dict, name: str) -> str:
+    """Return a form's ratio to cross-entropy with its quartiles."""
     if name not in times["ratio_median"]:
         return MISSING
     low, high = times["ratio_quartiles"][name]
@@ -58,7 +60,7 @@ def memory_table(shapes: list[dict]) -> str:
     lines = []
     for name in _names(shapes, "seconds"):
         lines.append([name, *(f"{of[name]:.2f}" if name in of else MISSING for of in found)])
-    return _markdown(_head(shapes), lines)
+    return markdown(_head(shapes), lines)
 
 
 def bandwidth_table(shapes: list[dict]) -> str:
@@ -66,7 +68,7 @@ def bandwidth_table(shapes: list[dict]) -> str:
     lines = []
     for name in dict.fromkeys(name for shape in shapes for name in shape["of_copy"]):
         lines.append([name, *(f"{shape['of_copy'][name]:.2f}" for shape in shapes)])
-    return _markdown(_head(shapes), lines)
+    return markdown(_head(shapes), lines)
 
 
 def plot(result: dict, path: Path) -> Path:

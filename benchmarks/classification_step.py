@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -27,6 +26,7 @@ from pskd_classification import build_model
 from torch import Tensor, nn
 
 from pskd import MemoryCriterion, SnapshotCriterion
+from pskd.run.files import write_json
 
 ALPHA = 0.8  # the paper's, at the end of training
 LIMIT = 1.03  # of the memory's step over cross-entropy's
@@ -239,7 +239,7 @@ def main(argv: list[str] | None = None) -> int:
     ratio = result["step"]["ratio_median"]["memory"]
     print(f"memory over {BASE}, a step: {ratio:.3f}, {verdict} the limit of {LIMIT}")
     if args.json:
-        args.json.write_text(json.dumps(result, indent=2) + "\n")
+        write_json(args.json, result, indent=2)
     return 0 if result["within_limit"] else 1
 
 

@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from _loss_memory import extra_peak, start_measuring
+from _loss_report import markdown, ratio
 from _timing import machine, medians, quartiles, ratios_to, seconds
 from torch import Tensor
 
@@ -115,17 +116,14 @@ def memory(args: argparse.Namespace) -> dict[str, float | None]:
 
 
 def told(result: dict) -> str:
-    lines = ["| form | ms | time over cross-entropy's | memory over the logits' |"]
-    lines.append("| --- | ---: | ---: | ---: |")
+    head = ["form", "ms", "time over cross-entropy's", "memory over the logits'"]
+    lines = []
     for name, taken in result["seconds"].items():
-        ratio = "1"
-        if name in result["ratio_median"]:
-            low, high = result["ratio_quartiles"][name]
-            ratio = f"{result['ratio_median'][name]:.2f} ({low:.2f} to {high:.2f})"
         peak = result["memory"][name]
         held = "-" if peak is None else f"{peak:.2f}"
-        lines.append(f"| {name} | {taken * 1e3:,.0f} | {ratio} | {held} |")
-    return "\n".join(lines)
+        over_base = "1" if name == BASE else ratio(result, name)
+        lines.append([name, f"{taken * 1e3:,.0f}", over_base, held])
+    return markdown(head, lines)
 
 
 def main(argv: list[str] | None = None) -> int:
