@@ -174,6 +174,23 @@ def test_a_resumed_log_keeps_whole_lines_up_to_its_epoch(tmp_path, monkeypatch):
     assert (tmp_path / "metrics.json").read_text() == lines[0] + "\n"
 
 
+def test_a_resumed_log_drops_what_it_will_write_again(tmp_path):
+    pytest.importorskip("tensorboard")
+    log = MetricsLog(tmp_path)
+    for epoch in (1, 2):
+        log.write({"epoch": epoch, "iteration": 5 * epoch, "loss": float("nan"), "lr": None})
+    log.close()
+    path = tmp_path / "metrics.json"
+    with path.open("a") as file:
+        file.write('{"epoch": 2, "itera')  # as a kill leaves it
+    MetricsLog(tmp_path, epoch=1).close()
+    (line,) = path.read_text().splitlines()
+    assert json.loads(line) == {"epoch": 1, "iteration": 5, "loss": None, "lr": None}
+    MetricsLog(tmp_path).close()
+    assert path.read_text() == ""
+    assert {p.name.split(".")[0] for p in tmp_path.iterdir()} == {"metrics", "events"}
+
+
 def test_a_seed_sets_every_random_state():
     def draws(*key):
         seed_epoch(*key)

@@ -30,9 +30,6 @@ from torchvision.ops import FrozenBatchNorm2d
 from torchvision_toys import CLASSES, SIZE, same, write_images
 
 from pskd.distributed import World
-from pskd.means import Means
-from pskd.run.log import MetricsLog
-from pskd.run.seeding import seed_epoch
 
 
 @pytest.fixture(scope="module")
@@ -363,43 +360,6 @@ def test_the_learning_rate_is_that_of_torchvisions_reference(warmup):
 
 def test_an_epoch_of_one_iteration_needs_no_warm_up():
     assert LearningRate(0.2, 1000).at(1, 0, 1) == 0.2
-
-
-def test_every_process_and_epoch_has_random_states_of_its_own():
-    def draws(*key):
-        seed_epoch(*key)
-        return float(torch.rand(())), float(np.random.rand())
-
-    keys = [(s, e, r) for s in (0, 1) for e in (1, 2) for r in (0, 1)]
-    assert len({draws(*key) for key in keys}) == len(keys)
-    assert draws(1, 2, 3) == draws(1, 2, 3)
-
-
-def test_means_are_ratios_of_sums_and_start_anew():
-    means = Means()
-    means.add("loss", torch.tensor(1.0))
-    means.add("loss", torch.tensor(2.0))
-    means.add("nll", torch.tensor(3.0), torch.tensor(2))
-    means.add("nll", torch.tensor(1.0), torch.tensor(6))
-    means.add("nothing", torch.tensor(0.0), torch.tensor(0))
-    assert means.take() == {"loss": 1.5, "nll": 0.5}
-    assert means.take() == {}
-
-
-def test_a_resumed_log_drops_what_it_will_write_again(tmp_path):
-    log = MetricsLog(tmp_path)
-    for epoch in (1, 2):
-        log.write({"epoch": epoch, "iteration": 5 * epoch, "loss": float("nan"), "lr": None})
-    log.close()
-    path = tmp_path / "metrics.json"
-    with path.open("a") as file:
-        file.write('{"epoch": 2, "itera')  # as a kill leaves it
-    MetricsLog(tmp_path, epoch=1).close()
-    (line,) = path.read_text().splitlines()
-    assert json.loads(line) == {"epoch": 1, "iteration": 5, "loss": None, "lr": None}
-    MetricsLog(tmp_path).close()
-    assert path.read_text() == ""
-    assert {p.name.split(".")[0] for p in tmp_path.iterdir()} == {"metrics", "events"}
 
 
 # ---- checkpoint --------------------------------------------------------------------------------
