@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from multiprocessing.context import ForkServerContext
 
 import pytest
+import setuptools  # noqa: F401  fails where it comes after the distutils that it replaces
 
 
 @pytest.fixture(scope="module")

@@ -333,7 +333,8 @@ resumed("a flipped bit", f"{HERE}this run: damaged: expected CRC-32 0x..., got 0
 resumed("a file deleted", f"{HERE}the checkpoint, got no file", FILE.unlink)
 resumed(
     "another file under its name",
-    f"{HERE}this run: expected a memory with ['counts', 'probs', 'seen', 'sums'], got ['model']",
+    f"{HERE}this run: expected a memory with ['counts', 'crc32', "
+    f"'fingerprint', 'probs', 'seen', 'sums'], got ['model']",
     lambda: torch.save({"model": {}}, FILE),
 )
 resumed(

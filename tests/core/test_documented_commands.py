@@ -47,7 +47,8 @@ OPTIONAL |= {"tensorboard", "torchvision", "tqdm", "yaml"}
 #: What users have or get, by the names that commands give it. All other files must exist.
 USERS = (
     "MULTI30K/*", "W/*", "data/*", "data-bin/*", "runs/*", "text/*", "SAVE_DIR/*",
-    "train.*", "valid.*", "val.*", "test.*", "epochs.png", "loss.*", "my_faster_rcnn.yaml",
+    "train.*", "valid.*", "val.*", "test.*", "epochs.png", "loss.*", "loss_gpu_*.json",
+    "my_faster_rcnn.yaml",
     "r50.pth", "resnet50.pth", "wmt14/full",
 )  # fmt: skip
 #: The config of a user's own, as it may be.

@@ -446,8 +446,10 @@ def test_the_operator_keeps_torchs_rules():
 # -- The compiled form's library -------------------------------------------------------------------
 
 
-def test_a_library_of_another_machine_is_as_none(monkeypatch, tmp_path):
-    (tmp_path / f"_native_rows{EXTENSION_SUFFIXES[0]}").write_bytes(b"no library")
+@pytest.mark.parametrize("content", [None, b"no library"])
+def test_a_library_of_another_machine_is_as_none(content, monkeypatch, tmp_path):
+    if content is not None:
+        (tmp_path / f"_native_rows{EXTENSION_SUFFIXES[0]}").write_bytes(content)
     monkeypatch.setattr(native, "__file__", str(tmp_path / "native.py"))
     native._library.cache_clear()
     try:

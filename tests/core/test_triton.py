@@ -561,6 +561,10 @@ def test_the_gradient_is_scaled_in_the_precision_of_the_factor(interpreter, dtyp
     torch.testing.assert_close(got, expected, rtol=rounding, atol=0.0)
 
 
+def test_of_no_rows_no_gradient_is_scaled(interpreter):
+    assert interpreter(Scaling(torch.empty(0, 5), torch.tensor(2.0))).shape == (0, 5)
+
+
 def test_a_factor_of_one_leaves_the_gradient_alone(interpreter):
     grad = torch.full((2, 40), math.nan)
     grad.view(torch.int32).fill_(0x7FA00001)  # which a product by 1 would change to a quiet NaN
