@@ -13,10 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pskd.examples import ExampleStats
-from pskd.loss import pskd_cross_entropy
+from pskd.kernels import sum_dtype
+from pskd.loss import check_class_weights, pskd_cross_entropy
 from pskd.means import Means
 from pskd.schedule import AlphaSchedule, check_unchanged
-from pskd.targets import TopK, check_labels, check_rows
+from pskd.targets import TopK, check_batch, check_labels, is_soft
 
 __all__ = ["Criterion", "cross_entropy"]
 
@@ -33,6 +34,7 @@ class Criterion(ABC):
         alpha_schedule: str,
         label_smoothing: float,
         examples: ExampleStats | None,
+        weight: Tensor | None,
     ) -> None:
         self._schedule = AlphaSchedule(alpha_final, num_epochs, alpha_schedule)
         if not 0.0 <= label_smoothing <= 1.0:
@@ -40,6 +42,9 @@ class Criterion(ABC):
         self.num_epochs, self.alpha_schedule = num_epochs, alpha_schedule
         self.alpha_final = self._schedule.alpha_final
         self.label_smoothing = float(label_smoothing)
+        if weight is not None and label_smoothing:
+            raise ValueError("weight: expected labels without smoothing, got label_smoothing")
+        self.weight = weight
         self.examples = examples
         #: The epoch that is trained, from 1; 0 before the first.
         self.epoch = 0
@@ -92,13 +97,20 @@ class Criterion(ABC):
     ) -> Tensor:
         """Return the mean loss; ``alpha`` is (N,), ``rows`` is where `examples` may be told."""
         if past is None or alpha is None:
-            loss = cross_entropy(logits, target, self.label_smoothing)
+            loss = cross_entropy(logits, target, self.label_smoothing, self.weight)
             if recorded and rows is not None and self.examples is not None:
-                nll = F.cross_entropy(logits.detach().float(), target, reduction="none")
+                labels = target if is_soft(target) else target.long()
+                nll = F.cross_entropy(logits.detach().float(), labels, reduction="none")
                 self.examples.add(rows, nll, None, torch.zeros_like(nll))
             return loss
         loss, stats = pskd_cross_entropy(
-            logits, target, past, alpha, label_smoothing=self.label_smoothing, return_stats=True
+            logits,
+            target,
+            past,
+            alpha,
+            weight=self.weight,
+            label_smoothing=self.label_smoothing,
+            return_stats=True,
         )
         if recorded:
             self.means.add_teacher(logits, past, alpha, stats)
@@ -109,6 +121,8 @@ class Criterion(ABC):
     def _options(self) -> dict[str, object]:
         """Return what makes two trainings different ones."""
         options = self._schedule.options() | {"label_smoothing": self.label_smoothing}
+        if self.weight is not None:
+            options["weight"] = self.weight.tolist()
         return options | ({"criterion": type(self).__name__} if self.alpha_final else {})
 
     def state_dict(self, *, inside_epoch: bool = False) -> dict[str, Any]:
@@ -151,7 +165,9 @@ class Criterion(ABC):
         """Load the teacher from `state_dict`, or change nothing and raise ValueError."""
 
 
-def cross_entropy(logits: Tensor, target: Tensor, label_smoothing: float = 0.0) -> Tensor:
+def cross_entropy(
+    logits: Tensor, target: Tensor, label_smoothing: float = 0.0, weight: Tensor | None = None
+) -> Tensor:
     """Return the mean loss without a teacher, on the CPU torch's to the last bit.
 
     Not where rows are ignored: torch's is NaN if all of them are, or if one of them holds NaN.
@@ -159,10 +175,22 @@ def cross_entropy(logits: Tensor, target: Tensor, label_smoothing: float = 0.0) 
     Raises:
         ValueError: as `pskd_cross_entropy`.
     """
-    fits = logits.dim() == 2 and logits.shape[:1] == target.shape and len(target) > 0
-    if not fits or target.device.type != "cpu" or bool((target == _IGNORED).any()):
-        return pskd_cross_entropy(logits, target, None, 0.0, label_smoothing=label_smoothing)
-    check_rows(target, logits.size(1), None)
-    check_labels(target, logits.size(1), ignore_index=None)
-    logits = logits if logits.dtype == torch.float64 else logits.float()
-    return F.cross_entropy(logits, target, label_smoothing=label_smoothing)
+    check_batch(logits, target)
+    if weight is not None:
+        check_class_weights(weight, logits, target, label_smoothing)
+        weight = weight.to(logits.device, sum_dtype(logits))
+    if not _torch_serves(logits, target):
+        return pskd_cross_entropy(
+            logits, target, None, 0.0, weight=weight, label_smoothing=label_smoothing
+        )
+    if not is_soft(target):
+        check_labels(target, logits.size(1), ignore_index=None)
+        target = target.long()
+    scores = logits.to(sum_dtype(logits))
+    return F.cross_entropy(scores, target, weight, label_smoothing=label_smoothing)
+
+
+def _torch_serves(logits: Tensor, target: Tensor) -> bool:
+    if not len(target) or target.device.type != "cpu" or logits.device.type != "cpu":
+        return False
+    return is_soft(target) or not bool((target == _IGNORED).any())

@@ -23,6 +23,8 @@ Integers = NDArray[np.int64]
 # A float16 or bfloat16 softmax sums to 1 within half a unit in the last place (up to 0.002), plus,
 # over a large vocabulary, what its smallest entries lost. Logits and log-probabilities lie far off.
 _ROW_SUM_TOLERANCE = 0.01
+# Units in the last place: a few sums and a division.
+_ROUNDING = 4
 
 
 def as_tensor(name: str, values: Array) -> Tensor:
@@ -72,7 +74,10 @@ def check_bins(bins: int) -> int:
 
 
 def check_probs(probs: Tensor) -> None:
-    """Refuse what is no table of distributions, with one read-back from the device."""
+    """Refuse what is no table of distributions, with one read-back from the device.
+
+    Values may exceed [0, 1] by the rounding of their dtype.
+    """
     if probs.dim() != 2 or probs.size(1) == 0:
         raise ValueError(f"probs: expected shape (N, C) with C >= 1, got {tuple(probs.shape)}")
     if not probs.is_floating_point():
@@ -83,10 +88,29 @@ def check_probs(probs: Tensor) -> None:
     worst = totals[(totals - 1.0).abs().argmax()]
     low, high = probs.aminmax()
     low, high, worst = torch.stack([low.to(worst.dtype), high.to(worst.dtype), worst]).tolist()
-    if not (low >= 0.0 and high <= 1.0):  # also true of NaN
-        raise ValueError(f"probs: expected values in [0, 1], got values in [{low:g}, {high:g}]")
+    check_unit_range("probs", low, high, rounding(probs.dtype))
     if abs(worst - 1.0) > _ROW_SUM_TOLERANCE:
         raise ValueError(f"probs: expected rows that sum to 1, got a row that sums to {worst:g}")
+
+
+def rounding(dtype: torch.dtype | np.dtype[np.floating]) -> float:
+    """Return by how much a probability of this dtype may exceed 1, or fall below 0."""
+    info = torch.finfo(dtype) if isinstance(dtype, torch.dtype) else np.finfo(dtype)
+    return _ROUNDING * float(info.eps)
+
+
+def _rounding_of(name: str, values: Array) -> float:
+    """Return the `rounding` of the dtype that values come in."""
+    dtype = as_tensor(name, values).dtype
+    return rounding(dtype if dtype.is_floating_point else torch.float64)
+
+
+def check_unit_range(name: str, low: float, high: float, tolerance: float) -> None:
+    """Raise ValueError unless values from ``low`` to ``high`` lie in [0, 1], but for rounding."""
+    if not (low >= -tolerance and high <= 1.0 + tolerance):  # also true of NaN
+        raise ValueError(
+            f"{name}: expected values in [0, 1], got values in [{low:.9g}, {high:.9g}]"
+        )
 
 
 def check_target(target: Tensor, rows: int, classes: int) -> Tensor:
@@ -115,17 +139,28 @@ def check_pair(probs: Array, target: Array) -> tuple[Tensor, Tensor]:
 def confidence_rows(
     confidence: Array, correct: Array, *, unit_range: bool
 ) -> tuple[Floats, Booleans]:
-    """Return a confidence (N,) float and a correct (N,) bool array, checked."""
+    """Return a confidence (N,) float and a correct (N,) bool array, checked.
+
+    With ``unit_range`` what rounding left outside [0, 1] is brought back.
+    """
+    tolerance = _rounding_of("confidence", confidence)
     confidence = float_rows("confidence", confidence)
     correct = correct_rows(correct, len(confidence))
     if np.isnan(confidence).any():
         raise ValueError("confidence: expected numbers, got NaN")
-    if unit_range and not np.all((confidence >= 0.0) & (confidence <= 1.0)):
-        raise ValueError(
-            "confidence: expected values in [0, 1], got values in "
-            f"[{confidence.min():g}, {confidence.max():g}]"
-        )
+    if unit_range and len(confidence):
+        low, high = float(confidence.min()), float(confidence.max())
+        check_unit_range("confidence", low, high, tolerance)
+        confidence = confidence.clip(0.0, 1.0)
     return confidence, correct
+
+
+def nll_rows(nll: Array, rows: int) -> Floats:
+    """Return a negative log-likelihood (N,) of at least 0; of a probability above 1, 0."""
+    tolerance, values = _rounding_of("nll", nll), float_rows("nll", nll, rows)
+    if len(values) and not values.min() >= -tolerance:  # also true of NaN
+        raise ValueError(f"nll: expected values of at least 0, got {values.min():.9g}")
+    return values.clip(0.0)
 
 
 def correct_rows(correct: Array, rows: int | None = None) -> Booleans:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pskd.targets import TopK
+from pskd.targets import TopK, check_listed, check_tensors, check_top_k
 
 __all__ = ["WRITTEN_ELSEWHERE", "WRITTEN_HERE", "RecordLayout", "bytes_as"]
 
@@ -69,18 +69,26 @@ class RecordLayout:
         """Return predictions with as many classes as are kept, float32.
 
         Raises:
-            ValueError: if they are not of so many rows, or of other classes.
+            ValueError: if they are not of so many rows, or of other classes, or a sparse one does
+                not list distinct ones.
         """
         if isinstance(probs, TopK):
+            check_top_k("probs", probs, rows, self.num_classes)
             shape, width = tuple(probs.probs.shape), self.top_k
         else:
+            check_tensors(probs=probs)
             shape, width = tuple(probs.shape), self.num_classes
         if shape != (rows, width):
             form = f"({rows}, {self.num_classes}) probabilities"
             if self.top_k is not None:
                 form += f" or TopK of ({rows}, {self.width})"
             raise ValueError(f"probs: expected {form}, got {type(probs).__name__} of {shape}")
+        values = probs.probs if isinstance(probs, TopK) else probs
+        if not values.dtype.is_floating_point:
+            raise ValueError(f"probs: expected a floating-point tensor, got {values.dtype}")
         if isinstance(probs, TopK):
+            check_listed("probs", probs.indices, self.num_classes)
+            _check_distinct(probs.indices)
             return TopK(probs.indices.detach().long(), probs.probs.detach().float())
         if self.top_k is None:
             return probs.detach().float()
@@ -103,23 +111,27 @@ class RecordLayout:
         """Return the (N, j) probabilities of some classes."""
         hit = indices[:, :, None] == past.indices[:, None, :]
         listed = (hit * past.probs[:, None, :]).sum(dim=2)
-        return torch.where(hit.any(dim=2), listed, past.tail(self.num_classes)[:, None])
+        # Where even a listed class has 0, the others can have nothing: they may be masked.
+        is_whole = past.probs.amin(dim=1) == 0
+        tail = past.tail(self.num_classes).masked_fill(is_whole, 0.0)
+        return torch.where(hit.any(dim=2), listed, tail[:, None])
 
     def encode(self, probs: Tensor | TopK) -> Tensor:
         """Return (N, B) uint8 records."""
-        values = probs.probs if isinstance(probs, TopK) else probs
-        mass = values.sum(dim=1, keepdim=True)  # not finite if one of them is not
+        values = (probs.probs if isinstance(probs, TopK) else probs).to(self.dtype)
+        mass = values.sum(dim=1, keepdim=True, dtype=torch.float32)  # not finite if one of them is
         kept = mass.isfinite() & (mass > 0)
-        parts = [values.to(self.dtype), kept]
+        parts = [torch.where(kept, values, 0.0), kept]
         if isinstance(probs, TopK):
             parts.insert(0, probs.indices.to(self.index_dtype))
         return torch.cat([part.contiguous().view(torch.uint8) for part in parts], dim=1)
 
     def decode(self, records: Tensor) -> tuple[Tensor | TopK, Tensor]:
-        """Return the predictions of (N, B) uint8 records and whether there are any."""
+        """Return the predictions of (N, B) uint8 records and whether there are any, else zeros."""
         seen = records[:, -1] != 0
         start = self.index_bytes
         values = bytes_as(records[:, start:-1], self.dtype).float()
+        values.masked_fill_(~seen[:, None], 0.0)  # may be torn, or not finite
         # Rounded to half precision the parts of a whole may be a little more than that.
         is_whole = self.width == self.num_classes
         least = torch.finfo(torch.float32).tiny if is_whole else 1.0
@@ -127,9 +139,21 @@ class RecordLayout:
         if self.top_k is None:
             return values, seen
         indices = bytes_as(records[:, :start], self.index_dtype).long()
+        indices *= seen[:, None]
         if self.index_dtype is torch.int16:
             indices &= 0xFFFF
         return TopK(indices, values), seen
+
+
+def _check_distinct(indices: Tensor) -> None:
+    """Raise ValueError if a row lists a class twice; looked at on the CPU only."""
+    if indices.device.type != "cpu":
+        return
+    ordered = indices.sort(dim=1).values
+    twice = ordered[:, 1:] == ordered[:, :-1]
+    if bool(twice.any()):
+        got = int(ordered[:, 1:][twice][0])
+        raise ValueError(f"probs: expected TopK of distinct classes in a row, got {got} twice")
 
 
 def bytes_as(part: Tensor, dtype: torch.dtype) -> Tensor:

@@ -88,7 +88,7 @@ class FileTable:
 
     def close(self) -> None:
         """Unmap the file; what was written stays in it."""
-        self.records = torch.empty(0, self.records.size(1), dtype=torch.uint8)
+        self.records = self.records.new_empty(0, self.records.size(1))
         self._map.close()
 
 

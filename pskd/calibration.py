@@ -25,6 +25,7 @@ from pskd._inputs import (
     check_pair,
     confidence_rows,
     float_rows,
+    nll_rows,
 )
 from pskd._risk_coverage import (
     aurc,
@@ -51,13 +52,14 @@ Kind = TypeVar("Kind", bound=np.generic)
 
 def _label_nll(probs: Tensor, target: Tensor) -> Tensor:
     """Return -ln of the label's probability, (N,) float64 on the CPU."""
-    return -probs.gather(1, target[:, None]).squeeze(1).cpu().double().log()
+    label = probs.gather(1, target[:, None]).squeeze(1).cpu().double()
+    return -label.clamp(0.0, 1.0).log()
 
 
 def _top1(probs: Tensor, target: Tensor) -> tuple[Floats, Booleans]:
     """Return the confidence (N,) and whether the prediction is the label (N,)."""
     confidence, predicted = probs.max(dim=1)
-    return float_rows("probs", confidence), (predicted == target).cpu().numpy()
+    return float_rows("probs", confidence).clip(0.0, 1.0), (predicted == target).cpu().numpy()
 
 
 def negative_log_likelihood(probs: Array, target: Array) -> float:
@@ -187,9 +189,7 @@ class ConfidenceAccumulator:
                 other than 0 and 1, ``nll`` negative or NaN.
         """
         confidence, correct = confidence_rows(confidence, correct, unit_range=True)
-        nll = float_rows("nll", nll, len(confidence))
-        if not np.all(nll >= 0.0):
-            raise ValueError(f"nll: expected values of at least 0, got {nll.min():g}")
+        nll = nll_rows(nll, len(confidence))
         # Copies, because the caller may fill the same buffers with the next batch.
         self._add(confidence.copy(), correct.copy(), float(nll.sum(dtype=np.float64)))
 

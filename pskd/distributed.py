@@ -236,7 +236,7 @@ def _all_gather(
 ) -> list[Tensor]:
     """Gather tensors of different length in one collective after that of their lengths."""
     count = dist.get_world_size(group)
-    own = torch.tensor([len(part)], device=device)
+    own = torch.tensor([len(part)], dtype=torch.int64, device=device)
     all_lengths = [torch.empty_like(own) for _ in range(count)]
     dist.all_gather(all_lengths, own, group=group)
     lengths = [int(length) for length in all_lengths]

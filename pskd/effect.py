@@ -27,6 +27,8 @@ __all__ = [
 class TeacherEffect(NamedTuple):
     """Sums over the rows that have a teacher, so that those of steps and processes can be added.
 
+    A row that is not finite, in a step that overflowed, is left out.
+
     ``1 - removed / error`` is the mean gradient rescaling, each row weighted by its plain gradient:
     the factor itself divides by that and has no finite mean over well-learned rows.
 
@@ -53,14 +55,13 @@ def teacher_effect(nll: Tensor, teacher_probs_at_label: Tensor, alpha: Tensor) -
         teacher_probs_at_label: (N,) the past prediction's probability of the label.
         alpha: (N,) weight of the teacher; 0 for a row that has none.
     """
-    rows = alpha > 0
+    error, removed = gradient_on_label(nll, teacher_probs_at_label, alpha)
+    rows = (alpha > 0) & error.isfinite() & removed.isfinite()
     # A float32 softmax rounds what is very unlikely to 0, whose logarithm would spoil the sum.
     tiny = torch.finfo(torch.float32).tiny
     teacher_nll = -teacher_probs_at_label.float().clamp_min(tiny).log()
-    error, removed = gradient_on_label(nll, teacher_probs_at_label, alpha)
-    return TeacherEffect(
-        rows.sum(), (rows * teacher_nll).sum(), (rows * error).sum(), removed.sum()
-    )
+    sums = (torch.where(rows, value, 0.0).sum() for value in (teacher_nll, error, removed))
+    return TeacherEffect(rows.sum(), *sums)
 
 
 def gradient_on_label(
@@ -72,9 +73,11 @@ def gradient_on_label(
         nll, teacher_probs_at_label, alpha: as of `teacher_effect`.
 
     Returns:
-        Two of (N,) float32, ``1 - p[y]`` and ``alpha * (1 - p_past[y])``.
+        Two of (N,) float32, ``1 - p[y]`` and ``alpha * (1 - p_past[y])``; the latter 0 where alpha
+        is, whatever the past prediction.
     """
-    return -torch.expm1(-nll.float()), alpha * (1.0 - teacher_probs_at_label.float())
+    removed = alpha.float() * (1.0 - teacher_probs_at_label.float())
+    return -torch.expm1(-nll.float()), torch.where(alpha == 0, 0.0, removed)
 
 
 def agreement(scores: Tensor, past: Tensor | TopK) -> Tensor:

@@ -36,13 +36,13 @@ class ExampleStats:
 
     def __init__(self, num_rows: int, device: torch.device | str = "cpu") -> None:
         self.num_rows = check_count("num_rows", num_rows)
-        self._sums = torch.zeros(self.num_rows, 4, device=device)
+        self._sums = torch.zeros(self.num_rows, 4, dtype=torch.float32, device=device)
 
     @torch.no_grad()
     def add(
         self, rows: Tensor, nll: Tensor, teacher_probs_at_label: Tensor | None, alpha: Tensor
     ) -> None:
-        """Add a batch.
+        """Add a batch; a row that is not finite, in a step that overflowed, is no visit.
 
         Args:
             rows: (N,) int64 in [0, M).
@@ -56,6 +56,7 @@ class ExampleStats:
         error, removed = gradient_on_label(nll, teacher_probs_at_label, alpha)
         softened = error * (alpha > 0)
         added = torch.stack([torch.ones_like(error), error, softened, removed], dim=1)
+        added = torch.where(added.isfinite().all(dim=1, keepdim=True), added, 0.0)
         rows, added = rows.to(self._sums.device), added.to(self._sums.device)
         self._sums.index_add_(0, rows, added)
 

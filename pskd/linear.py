@@ -19,7 +19,7 @@ from pskd._linear_chunks import (
     Teacher,
     by_chunks,
 )
-from pskd.targets import TopK, check_rows, check_weights
+from pskd.targets import TopK, check_label_form, check_teacher, check_tensors, check_weights
 
 __all__ = ["LinearStats", "LinearTeacher", "pskd_linear_cross_entropy"]
 
@@ -78,7 +78,7 @@ def pskd_linear_cross_entropy(
     Args:
         hidden: (N, H) float; the student's last hidden states.
         weight: (C, H) float; the output embedding, as of `torch.nn.Linear`.
-        target: (N,) integer labels in [0, C), or ``ignore_index``.
+        target: (N,) integer labels in [0, C), or ``ignore_index``; probabilities are not served.
         teacher: the past prediction: `LinearTeacher`, `TopK`, (N, C) probabilities, or None.
             Receives no gradient.
         alpha: weight of the teacher in [0, 1]; one number, or (N,) with one a row.
@@ -138,6 +138,7 @@ def _check(
     reduction: str,
     stats_top_k: int,
 ) -> None:
+    check_tensors(target=target)
     _check_linear("", hidden, weight, bias)
     rows, classes = len(hidden), len(weight)
     if target.dim() == 1 and len(target) != rows:
@@ -149,7 +150,8 @@ def _check(
                 f"teacher: expected {rows} hidden states and {classes} classes, got "
                 f"{len(teacher.hidden)} and {len(teacher.weight)}"
             )
-    check_rows(target, classes, None if isinstance(teacher, LinearTeacher) else teacher)
+    check_label_form(target)
+    check_teacher(None if isinstance(teacher, LinearTeacher) else teacher, rows, classes)
     if reduction not in ("mean", "sum"):
         raise ValueError(f"reduction: expected 'mean' or 'sum', got {reduction!r}")
     if not 0 <= stats_top_k <= classes:
@@ -158,6 +160,7 @@ def _check(
 
 def _check_linear(owner: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     for name, tensor in ((f"{owner}hidden", hidden), (f"{owner}weight", weight)):
+        check_tensors(**{name: tensor})
         if tensor.dim() != 2 or not tensor.dtype.is_floating_point:
             raise ValueError(
                 f"{name}: expected a floating-point matrix, got {tensor.dtype} of shape "

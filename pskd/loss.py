@@ -14,11 +14,24 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from pskd.kernels import Rows, gradient_is_of_mean
+from pskd.kernels import Rows, gradient_is_of_mean, sum_dtype
 from pskd.kernels.gradient import is_traced, scaled, values_and_gradient, values_only
-from pskd.targets import TopK, check_rows, check_weights
+from pskd.kernels.rows import check_memory, readable
+from pskd.targets import (
+    TopK,
+    check_batch,
+    check_listed,
+    check_row_weights,
+    check_teacher,
+    check_tensors,
+    check_weights,
+    is_soft,
+    mixture,
+)
 
-__all__ = ["PSKDStats", "pskd_cross_entropy"]
+__all__ = ["PSKDStats", "check_class_weights", "pskd_cross_entropy"]
+
+_TINY = torch.finfo(torch.float32).tiny
 
 
 class PSKDStats(NamedTuple):
@@ -71,20 +84,14 @@ def _check(
     teacher_logits: Tensor | None,
     reduction: str,
 ) -> None:
-    for name, value in (("logits", logits), ("target", target)):
-        if not isinstance(value, Tensor):
-            raise ValueError(f"{name}: expected a tensor, got {type(value).__name__}")
-    if logits.dim() != 2 or not logits.dtype.is_floating_point:
-        raise ValueError(
-            f"logits: expected a floating-point tensor of shape (N, C), got {logits.dtype} of "
-            f"shape {tuple(logits.shape)}"
-        )
+    check_batch(logits, target)
     if reduction not in ("none", "mean", "sum"):
         raise ValueError(f"reduction: expected 'none', 'mean' or 'sum', got {reduction!r}")
     if teacher_probs is not None and teacher_logits is not None:
         raise ValueError("expected teacher_probs or teacher_logits, got both")
     if isinstance(teacher_logits, TopK):
         raise ValueError("teacher_logits: expected a tensor, got TopK (give it as teacher_probs)")
+    check_teacher(teacher_probs if teacher_logits is None else teacher_logits, *logits.shape)
 
 
 @overload
@@ -95,6 +102,7 @@ def pskd_cross_entropy(
     alpha: float | Tensor,
     *,
     teacher_logits: Tensor | None = None,
+    weight: Tensor | None = None,
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
     reduction: str = "mean",
@@ -111,6 +119,7 @@ def pskd_cross_entropy(
     alpha: float | Tensor,
     *,
     teacher_logits: Tensor | None = None,
+    weight: Tensor | None = None,
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
     reduction: str = "mean",
@@ -126,6 +135,7 @@ def pskd_cross_entropy(
     alpha: float | Tensor,
     *,
     teacher_logits: Tensor | None = None,
+    weight: Tensor | None = None,
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
     reduction: str = "mean",
@@ -139,16 +149,20 @@ def pskd_cross_entropy(
 
     Args:
         logits: (N, C) float; the student's scores. Half precision is summed in float32.
-        target: (N,) integer labels in [0, C), or ``ignore_index``.
+        target: (N,) integer labels in [0, C), or ``ignore_index``; or (N, C) probabilities, as from
+            Mixup, which take the place of the one-hot. Receives no gradient.
         teacher_probs: the past prediction: (N, C) probabilities, `TopK`, or None. Rows are expected
             to sum to 1. Receives no gradient.
         alpha: weight of the teacher in [0, 1]; one number, or (N,) with one a row (0 for a row that
             has no past prediction).
         teacher_logits: (N, C) scores in place of ``teacher_probs``, of which they give the softmax.
+        weight: (C,) float, how much a row counts by its label, as in torch; not with probabilities
+            or label smoothing, which torch weighs class by class.
         ignore_index: label of rows that add neither loss nor gradient nor count; may be a class.
         label_smoothing: eps in [0, 1] on the hard part, torch's: spread over all C classes.
         reduction: ``"none"`` (N,), ``"sum"``, or ``"mean"`` over the rows that are not ignored.
-        return_stats: return `PSKDStats` of the rows too; needs a teacher.
+        return_stats: return `PSKDStats` of the rows too; needs a teacher. Where targets are
+            probabilities, its likelihoods are those that the target expects.
         inplace: write the gradient over the logits, which are lost: then nothing of their size is
             made. They may not be a leaf, nor kept by what made them (autograd refuses the backward
             pass then). Without effect where no gradient is asked, and under ``torch.compile``.
@@ -170,9 +184,6 @@ def pskd_cross_entropy(
     """
     _check(logits, target, teacher_probs, teacher_logits, reduction)
     given = teacher_probs if teacher_logits is None else teacher_logits
-    if target.dim() == 1 and target.size(0) != logits.size(0):
-        raise ValueError(f"target: expected {logits.size(0)} labels, got {target.size(0)}")
-    check_rows(target, logits.size(1), given)
     alpha = _weights(alpha, label_smoothing, logits)
     if given is None:
         alpha = 0.0
@@ -183,7 +194,7 @@ def pskd_cross_entropy(
         indices, teacher_probs = teacher_probs
     rows = Rows(
         logits.detach(),
-        target.long(),  # an unsigned label would never equal a negative ignore_index
+        target.detach() if is_soft(target) else _as_int64(target),
         _constant(teacher_probs),
         _constant(teacher_logits),
         indices,
@@ -191,6 +202,23 @@ def pskd_cross_entropy(
         ignore_index,
         float(label_smoothing),
     )
+    if weight is not None:
+        check_class_weights(weight, logits, target, label_smoothing)
+        loss, stats = _computed(logits, rows, "none", return_stats, inplace)
+        loss = _weighted(loss, rows, weight, reduction)
+    elif is_soft(target):
+        mixed = _mixed(rows)
+        stats = _expected_stats(rows) if return_stats else None  # before logits are written over
+        loss, _ = _computed(logits, mixed, reduction, False, inplace)
+    else:
+        loss, stats = _computed(logits, rows, reduction, return_stats, inplace)
+    return loss if stats is None else (loss, stats)
+
+
+def _computed(
+    logits: Tensor, rows: Rows, reduction: str, with_stats: bool, inplace: bool
+) -> tuple[Tensor, PSKDStats | None]:
+    """Return the reduced loss and, if they are wanted, the statistics."""
     if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
         raise RuntimeError(
             "pskd_cross_entropy: expected plain autograd, got a torch.func transform"
@@ -198,11 +226,73 @@ def pskd_cross_entropy(
     if (torch.is_grad_enabled() and logits.requires_grad) or forward_ad._current_level >= 0:
         if inplace:
             _check_overwritable(logits)
-        made = _CrossEntropy.apply(logits, rows, reduction, return_stats, inplace)
-        loss, *stats = made if return_stats else (made,)
+        made = _CrossEntropy.apply(logits, rows, reduction, with_stats, inplace)
+        loss, *stats = made if with_stats else (made,)
     else:
-        loss, *stats = values_only(rows, reduction, with_stats=return_stats)
-    return (loss, PSKDStats(*stats)) if return_stats else loss
+        loss, *stats = values_only(rows, reduction, with_stats=with_stats)
+    return loss, PSKDStats(*stats) if with_stats else None
+
+
+def check_class_weights(
+    weight: Tensor, logits: Tensor, target: Tensor, label_smoothing: float
+) -> None:
+    """Raise ValueError unless there is a weight for each class, and each row has one label."""
+    check_tensors(weight=weight)
+    if tuple(weight.shape) != (logits.size(1),) or not weight.dtype.is_floating_point:
+        raise ValueError(
+            f"weight: expected a floating-point tensor of shape ({logits.size(1)},), got "
+            f"{weight.dtype} of shape {tuple(weight.shape)}"
+        )
+    if is_soft(target) or label_smoothing:
+        got = "probabilities" if is_soft(target) else f"label_smoothing {label_smoothing}"
+        raise ValueError(f"weight: expected labels without smoothing, got {got}")
+
+
+def _weighted(loss: Tensor, rows: Rows, weight: Tensor, reduction: str) -> Tensor:
+    """Return the (N,) loss times its label's weight, reduced as torch does."""
+    counts = rows.target != rows.ignore_index
+    weight = weight.detach().to(loss)[torch.where(counts, rows.target, 0)] * counts
+    if reduction == "none":
+        return loss * weight
+    total = (loss * weight).sum()
+    return total if reduction == "sum" else total / weight.sum().clamp_min(_TINY)
+
+
+def _mixed(rows: Rows) -> Rows:
+    """Return rows whose targets are probabilities in the form of a teacher without labels."""
+    if not is_traced(rows.logits):
+        rows = readable(rows)
+        check_row_weights(rows.alpha)
+        if rows.indices is not None:
+            check_listed("teacher_probs", rows.indices, rows.logits.size(1))
+    mixed = mixture(rows.target, _past(rows), rows.alpha, rows.logits.size(1), rows.label_smoothing)
+    no_label = torch.zeros_like(rows.target[:, 0], dtype=torch.int64)
+    return Rows(rows.logits, no_label, mixed, None, None, 1.0, -100, 0.0)
+
+
+def _past(rows: Rows) -> Tensor | None:
+    """Return the past prediction as (N, C) probabilities."""
+    if rows.teacher_logits is not None:
+        return rows.teacher_logits.to(sum_dtype(rows.teacher_logits)).softmax(dim=1)
+    if rows.probs is None or rows.indices is None:
+        return rows.probs
+    return TopK(rows.indices, rows.probs).dense(rows.logits.size(1), rows.logits != -torch.inf)
+
+
+def _expected_stats(rows: Rows) -> PSKDStats:
+    """Return the statistics of targets that are probabilities: what they expect of each."""
+    target, past = rows.target.to(sum_dtype(rows.logits)), _past(rows)
+    assert past is not None
+    lprobs = rows.logits.to(target.dtype).log_softmax(dim=1)
+    nll = -torch.where(target == 0, 0.0, target * lprobs).sum(dim=1)
+    return PSKDStats(nll, (target * past).sum(dim=1))
+
+
+def _as_int64(target: Tensor) -> Tensor:
+    """Return labels as int64: an unsigned one would never equal a negative ignore_index."""
+    if target.dtype != torch.int64 and not is_traced(target):
+        check_memory("target", target)  # torch does not look before it reads
+    return target.long()
 
 
 def _constant(teacher: Tensor | None) -> Tensor | None:
@@ -220,6 +310,8 @@ def _check_overwritable(logits: Tensor) -> None:
         raise ValueError(
             "inplace: expected logits that were computed, got a leaf, whose value stays"
         )
+    if not torch.compiler.is_compiling() and logits.is_neg():
+        raise ValueError("inplace: expected plain logits, got ones that are lazily negated")
     rows, classes = logits.shape
     if (classes > 1 and logits.stride(1) != 1) or (rows > 1 and logits.stride(0) < classes):
         raise ValueError(

@@ -46,6 +46,7 @@ class Means:
             stats: of the loss.
         """
         effect = teacher_effect(stats.nll, stats.teacher_probs_at_label, alpha)
+        # Of a row that is not finite NaN has the best score, which equals nothing.
         agree = ((alpha > 0) & agreement(logits, past)).sum()
         self.add("pskd/teacher_nll", effect.teacher_nll, effect.rows)
         self.add("pskd/teacher_agreement", agree, effect.rows)

@@ -20,7 +20,7 @@ from pskd._records import WRITTEN_HERE, RecordLayout
 from pskd._table import FileTable, MemoryTable
 from pskd.distributed import Machines, Processes, barrier, on_first_process
 from pskd.rows import check_count, check_range
-from pskd.targets import TopK
+from pskd.targets import TopK, check_tensors, row_alphas
 
 __all__ = ["PredictionMemory"]
 
@@ -163,7 +163,8 @@ class PredictionMemory:
             probs: (N, C) floating-point probabilities, or a `TopK` of k classes a row.
 
         Raises:
-            ValueError: if a row lies outside of the memory, or the shape is another.
+            ValueError: if a row lies outside of the memory, the shape is another, or a `TopK` does
+                not list distinct classes of [0, C).
         """
         self._check_rows(rows)
         probs = self._layout.kept_form(probs, len(rows))
@@ -171,7 +172,8 @@ class PredictionMemory:
             self.next_epoch()
         if self.momentum and self._past is not None:
             past, seen = self.read(rows)
-            probs = self._layout.average(probs, past, (self.momentum * seen)[:, None])
+            weight = row_alphas(self.momentum, seen)[:, None]
+            probs = self._layout.average(probs, past, weight)
         self._put(rows, self._layout.encode(probs))
 
     def _put(self, rows: Tensor, records: Tensor) -> None:
@@ -260,6 +262,7 @@ class PredictionMemory:
         self._close_tables()
 
     def _check_rows(self, rows: Tensor) -> None:
+        check_tensors(rows=rows)
         if rows.dim() != 1 or rows.dtype != torch.int64:
             raise ValueError(
                 f"rows: expected int64 of shape (N,), got {rows.dtype} of {tuple(rows.shape)}"

@@ -15,6 +15,7 @@ from pskd._criterion import Criterion, cross_entropy
 from pskd.examples import ExampleStats
 from pskd.memory import PredictionMemory
 from pskd.rows import check_distinct, check_given, check_range
+from pskd.targets import check_batch, row_alphas
 
 if TYPE_CHECKING:
     from typing import Unpack  # Python 3.11
@@ -54,6 +55,8 @@ class MemoryCriterion(Criterion):
             cross-entropy and keeps no memory.
         alpha_schedule: ``"linear"`` (the paper), ``"constant"`` or ``"cosine"``.
         label_smoothing: torch's, of the hard part of the target, over all C classes.
+        weight: (C,) float, how much a sample counts by its label, as of `pskd.pskd_cross_entropy`;
+            without label smoothing, and labels only.
         examples: is told of every row, if given.
         memory: options of `PredictionMemory`: ``top_k``, ``dtype``, ``path``, ``momentum``,
             ``fingerprint``, ``device``.
@@ -73,10 +76,11 @@ class MemoryCriterion(Criterion):
         alpha_final: float = 0.8,
         alpha_schedule: str = "linear",
         label_smoothing: float = 0.0,
+        weight: Tensor | None = None,
         examples: ExampleStats | None = None,
         **memory: Unpack[_MemoryOptions],
     ) -> None:
-        super().__init__(num_epochs, alpha_final, alpha_schedule, label_smoothing, examples)
+        super().__init__(num_epochs, alpha_final, alpha_schedule, label_smoothing, examples, weight)
         if examples is not None and examples.num_rows != num_rows:
             raise ValueError(f"examples: expected {num_rows} samples, got {examples.num_rows}")
         self.num_rows = num_rows
@@ -90,7 +94,7 @@ class MemoryCriterion(Criterion):
 
         Args:
             logits: (N, C) float, of the training forward.
-            target: (N,) integer labels.
+            target: (N,) integer labels, or (N, C) probabilities.
             rows: (N,) which samples they are, integers in [0, M), distinct; without autograd they
                 may be missing.
 
@@ -99,8 +103,9 @@ class MemoryCriterion(Criterion):
                 shapes that the loss refuses.
             RuntimeError: if no epoch was begun.
         """
+        check_batch(logits, target)
         if not torch.is_grad_enabled():
-            return cross_entropy(logits, target)
+            return cross_entropy(logits, target, weight=self.weight)
         rows = check_given(rows, len(logits))
         check_distinct(rows)
         loss = self.loss(logits, target, rows)
@@ -126,13 +131,14 @@ class MemoryCriterion(Criterion):
         """
         if not self.epoch:
             raise RuntimeError("expected begin_epoch(1) before the first batch")
+        check_batch(logits, target)
         rows = check_given(rows, len(logits))
         check_range(rows, self.num_rows)
         rows = rows.to(logits.device)
         past, alpha = None, None
         if self.memory is not None and self.epoch > 1:
             past, seen = self.memory.read(rows)
-            alpha = self.alpha * seen
+            alpha = row_alphas(self.alpha, seen)
         return self._loss(logits, target, past, alpha, rows, recorded=recorded)
 
     def carry_over(self, rows: Tensor) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from pskd._inputs import Array, Booleans, Floats, correct_rows, float_rows
+from pskd._inputs import Array, Booleans, correct_rows, nll_rows
 from pskd.calibration import aurc, optimal_risk_coverage_curve, reliability_bins
 
 __all__ = ["PRESETS", "Metric", "Preset", "measure"]
@@ -107,18 +107,11 @@ def measure(
     if in_top5 is not None:
         raw["top5_error"] = (~_named_rows("in_top5", in_top5, rows)).mean()
     if nll is not None:
-        raw["nll"] = _nll_rows(nll, rows).mean(dtype="float64")
+        raw["nll"] = nll_rows(nll, rows).mean(dtype="float64")
     raw["ece"] = filled.expected_calibration_error
     raw["aurc"] = area
     raw["e_aurc"] = area - optimal_risk_coverage_curve(correct)[1].mean()
     return {key: float(value) for key, value in raw.items()}
-
-
-def _nll_rows(nll: Array, rows: int) -> Floats:
-    values = float_rows("nll", nll, rows)
-    if not (values >= 0.0).all():  # also true of NaN
-        raise ValueError(f"nll: expected values of at least 0, got {values.min():g}")
-    return values
 
 
 def _named_rows(name: str, flags: Array, rows: int) -> Booleans:

@@ -83,7 +83,8 @@ def check_given(rows: object, count: int) -> Tensor:
             "rows: expected the row number of each sample of the batch, got none; "
             "pskd.WithRows(dataset) gives it"
         )
-    rows = torch.as_tensor(rows)
+    if not isinstance(rows, Tensor):
+        rows = torch.as_tensor(rows, device="cpu")
     if rows.dtype.is_floating_point or rows.dtype == torch.bool or tuple(rows.shape) != (count,):
         raise ValueError(
             f"rows: expected integers of shape ({count},), got {rows.dtype} of {tuple(rows.shape)}"

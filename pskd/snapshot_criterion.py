@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from pskd._criterion import Criterion, cross_entropy
 from pskd.examples import ExampleStats
 from pskd.rows import check_given, check_range
+from pskd.targets import check_batch
 from pskd.teacher import SnapshotTeacher
 
 __all__ = ["SnapshotCriterion"]
@@ -33,7 +34,8 @@ class SnapshotCriterion(Criterion):
 
     Args:
         model: the student; may be wrapped in DDP or compiled.
-        num_epochs, alpha_final, alpha_schedule, label_smoothing, examples: as of `MemoryCriterion`.
+        num_epochs, alpha_final, alpha_schedule, label_smoothing, weight, examples: as of
+            `MemoryCriterion`.
         logits_of: takes what the model returns and gives its (N, C) logits; if not given, they are
             what it returns or the attribute ``logits`` of it.
 
@@ -51,10 +53,11 @@ class SnapshotCriterion(Criterion):
         alpha_final: float = 0.8,
         alpha_schedule: str = "linear",
         label_smoothing: float = 0.0,
+        weight: Tensor | None = None,
         examples: ExampleStats | None = None,
         logits_of: Callable[[Any], Tensor] = lambda output: getattr(output, "logits", output),
     ) -> None:
-        super().__init__(num_epochs, alpha_final, alpha_schedule, label_smoothing, examples)
+        super().__init__(num_epochs, alpha_final, alpha_schedule, label_smoothing, examples, weight)
         self._student = _bare(model)
         self._logits_of = logits_of
         self.teacher = SnapshotTeacher()
@@ -71,7 +74,7 @@ class SnapshotCriterion(Criterion):
 
         Args:
             logits: (N, C) float, of the training forward.
-            target: (N,) integer labels.
+            target: (N,) integer labels, or (N, C) probabilities.
             inputs, named_inputs: what the student was called with.
             rows: (N,) which samples they are, for `examples`; may be missing.
 
@@ -80,8 +83,9 @@ class SnapshotCriterion(Criterion):
                 loss refuses.
             RuntimeError: if no epoch was begun.
         """
+        check_batch(logits, target)
         if not torch.is_grad_enabled():
-            return cross_entropy(logits, target)
+            return cross_entropy(logits, target, weight=self.weight)
         if self.alpha_final and not (inputs or named_inputs):  # in the first epoch too
             raise ValueError("inputs: expected what the model was called with, got none")
         return self.loss(logits, target, self.score(*inputs, **named_inputs), rows)
@@ -128,9 +132,10 @@ class SnapshotCriterion(Criterion):
         Raises:
             ValueError: labels, shapes or rows that do not fit.
         """
+        check_batch(logits, target)
         alpha = None
         if past is not None:
-            alpha = torch.full((len(logits),), self.alpha, device=logits.device)
+            alpha = logits.new_full((len(logits),), self.alpha, dtype=torch.float32)
         if rows is not None:
             rows = check_given(rows, len(logits))
             if self.examples is not None:

@@ -15,11 +15,19 @@ from pskd.schedule import check_alpha
 
 __all__ = [
     "TopK",
+    "check_batch",
+    "check_label_form",
     "check_labels",
+    "check_listed",
     "check_row_weights",
-    "check_rows",
+    "check_teacher",
+    "check_tensors",
+    "check_top_k",
     "check_weights",
+    "is_soft",
     "mix_targets",
+    "mixture",
+    "row_alphas",
 ]
 
 
@@ -27,7 +35,8 @@ class TopK(NamedTuple):
     """A teacher's distribution as its k largest classes; the rest of the mass is spread evenly.
 
     The classes that are not listed share ``1 - probs.sum()`` in equal parts, so the distribution
-    sums to 1. With k = C there is nothing to share and ``probs`` is taken as it is.
+    sums to 1. With k = C there is nothing to share and ``probs`` is taken as it is. In the loss,
+    classes that the student excludes (logits of -inf) have no share: the others have theirs too.
 
     Attributes:
         indices: (N, k) integer classes, distinct within a row.
@@ -51,14 +60,25 @@ class TopK(NamedTuple):
     def tail(self, num_classes: int) -> Tensor:
         """Return the (N,) float32 or float64 probability of each class that is not listed."""
         others = num_classes - self.indices.size(1)
-        rest = 1.0 - _upcast(self.probs).sum(dim=1)
-        return rest.clamp_min(0.0) / others if others else torch.zeros_like(rest)
+        return self._rest() / others if others else torch.zeros_like(self._rest())
 
-    def dense(self, num_classes: int) -> Tensor:
-        """Return the (N, C) distribution; for reference and plots, not for a training step."""
-        tail = self.tail(num_classes)
-        full = tail[:, None].expand(-1, num_classes).clone()
-        return full.scatter_(1, self.indices.long(), _upcast(self.probs))
+    def dense(self, num_classes: int, allowed: Tensor | None = None) -> Tensor:
+        """Return the (N, C) distribution; for reference and plots, not for a training step.
+
+        Args:
+            num_classes: C.
+            allowed: (N, C) bool, the classes that may have a share of the tail, such as ``logits !=
+                -inf``; None for all.
+        """
+        if allowed is None:
+            shares = self.tail(num_classes)[:, None].expand(-1, num_classes).clone()
+        else:
+            unlisted = allowed.scatter(1, self.indices.long(), False)
+            shares = unlisted * (self._rest() / unlisted.sum(dim=1).clamp_min(1))[:, None]
+        return shares.scatter_(1, self.indices.long(), _upcast(self.probs))
+
+    def _rest(self) -> Tensor:
+        return (1.0 - _upcast(self.probs).sum(dim=1)).clamp_min(0.0)
 
 
 def _upcast(tensor: Tensor) -> Tensor:
@@ -75,34 +95,98 @@ def check_labels(target: Tensor, num_classes: int, ignore_index: int | None) -> 
         raise ValueError(f"target: expected labels in [0, {num_classes - 1}], got [{low}, {high}]")
 
 
-def check_rows(target: Tensor, num_classes: int, teacher: Tensor | TopK | None) -> None:
-    """Raise ValueError unless labels and teacher are of the same N rows of C classes."""
-    if target.dim() != 1 or target.dtype.is_floating_point or target.dtype == torch.bool:
+def check_tensors(**values: object) -> None:
+    """Raise ValueError unless each named argument is a tensor."""
+    for name, value in values.items():
+        if not isinstance(value, Tensor):
+            raise ValueError(f"{name}: expected a tensor, got {type(value).__name__}")
+
+
+def is_soft(target: Tensor) -> bool:
+    """Return whether a target is (N, C) probabilities, and not (N,) labels."""
+    return target.dim() == 2 and target.dtype.is_floating_point
+
+
+def check_batch(logits: Tensor, target: Tensor) -> None:
+    """Raise ValueError unless they are (N, C) logits with N labels or (N, C) probabilities.
+
+    Whether a label is one of the classes is not looked at.
+    """
+    check_tensors(logits=logits, target=target)
+    if logits.dim() != 2 or not logits.dtype.is_floating_point:
+        raise ValueError(
+            f"logits: expected a floating-point tensor of shape (N, C), got {logits.dtype} of "
+            f"shape {tuple(logits.shape)}"
+        )
+    if is_soft(target):
+        if target.shape != logits.shape:
+            raise ValueError(
+                f"target: expected probabilities of shape {tuple(logits.shape)} as the logits, got "
+                f"{tuple(target.shape)}"
+            )
+        return
+    if target.dim() == 1 and target.size(0) != logits.size(0):
+        raise ValueError(f"target: expected {logits.size(0)} labels, got {target.size(0)}")
+    check_label_form(target)
+
+
+def check_label_form(target: Tensor) -> None:
+    """Raise ValueError unless labels are integers of shape (N,)."""
+    if target.dim() != 1 or not _holds_classes(target):
         raise ValueError(
             f"target: expected integer labels of shape (N,), got {target.dtype} of shape "
             f"{tuple(target.shape)}"
         )
-    rows = target.size(0)
+
+
+def check_teacher(teacher: Tensor | TopK | None, rows: int, num_classes: int) -> None:
+    """Raise ValueError unless a teacher is of N rows of C classes."""
+    if teacher is None:
+        return
     if isinstance(teacher, TopK):
-        indices, probs = teacher
-        if indices.shape != probs.shape or indices.dim() != 2 or indices.size(0) != rows:
+        check_top_k("teacher_probs", teacher, rows, num_classes)
+        teacher = teacher.probs
+    else:
+        check_tensors(teacher=teacher)
+        if tuple(teacher.shape) != (rows, num_classes):
             raise ValueError(
-                f"teacher_probs: expected TopK of two tensors of shape ({rows}, k), got "
-                f"{tuple(indices.shape)} and {tuple(probs.shape)}"
+                f"teacher: expected shape ({rows}, {num_classes}) as the logits, got "
+                f"{tuple(teacher.shape)}"
             )
-        if not 0 < indices.size(1) <= num_classes or indices.dtype.is_floating_point:
-            raise ValueError(
-                f"teacher_probs: expected 1 to {num_classes} integer classes a row, got "
-                f"{indices.size(1)} of {indices.dtype}"
-            )
-        teacher = probs
-    elif teacher is not None and tuple(teacher.shape) != (rows, num_classes):
-        raise ValueError(
-            f"teacher: expected shape ({rows}, {num_classes}) as the logits, got "
-            f"{tuple(teacher.shape)}"
-        )
-    if teacher is not None and not teacher.dtype.is_floating_point:
+    if not teacher.dtype.is_floating_point:
         raise ValueError(f"teacher: expected a floating-point tensor, got {teacher.dtype}")
+
+
+def check_top_k(name: str, given: TopK, rows: int, num_classes: int) -> None:
+    """Raise ValueError unless it is of N rows of 1 to C classes; which ones is not looked at."""
+    indices, probs = given
+    check_tensors(**{f"{name}.indices": indices, f"{name}.probs": probs})
+    if indices.shape != probs.shape or indices.dim() != 2 or indices.size(0) != rows:
+        raise ValueError(
+            f"{name}: expected TopK of two tensors of shape ({rows}, k), got "
+            f"{tuple(indices.shape)} and {tuple(probs.shape)}"
+        )
+    if not 0 < indices.size(1) <= num_classes or not _holds_classes(indices):
+        raise ValueError(
+            f"{name}: expected 1 to {num_classes} integer classes a row, got "
+            f"{indices.size(1)} of {indices.dtype}"
+        )
+
+
+def _holds_classes(tensor: Tensor) -> bool:
+    kind = tensor.dtype
+    return not (kind.is_floating_point or kind.is_complex or kind == torch.bool)
+
+
+def check_listed(name: str, indices: Tensor, num_classes: int) -> None:
+    """Raise ValueError unless the listed classes are of [0, C); looked at on the CPU only."""
+    if indices.device.type != "cpu" or not indices.numel():
+        return
+    low, high = (int(value) for value in indices.aminmax())
+    if low < 0 or high >= num_classes:
+        raise ValueError(
+            f"{name}: expected TopK of classes in [0, {num_classes - 1}], got [{low}, {high}]"
+        )
 
 
 def check_weights(alpha: float | Tensor, label_smoothing: float, rows: int) -> float | Tensor:
@@ -128,6 +212,14 @@ def check_row_weights(alpha: float | Tensor) -> None:
         raise ValueError("alpha: expected every row in [0, 1], got a row outside of it or NaN")
 
 
+def row_alphas(alpha: float, taught: Tensor) -> Tensor:
+    """Return (N,) float32 weights: alpha for the rows that have a teacher, 0 for the others.
+
+    Multiplied by a number, a mask would become torch's default dtype, which may be a half.
+    """
+    return taught.float().mul_(alpha)
+
+
 def mix_targets(
     target: Tensor,
     teacher_probs: Tensor | TopK | None,
@@ -143,36 +235,64 @@ def mix_targets(
     `pskd.pskd_cross_entropy` computes the same loss without it.
 
     Args:
-        target: (N,) integer labels.
+        target: (N,) integer labels; or (N, C) probabilities in place of their one-hot.
         teacher_probs: (N, C) probabilities, `TopK`, or None for no past prediction.
         alpha: weight of the teacher in [0, 1]; one number, or (N,) with one a row (0 for a row
-            that has no past prediction).
-        num_classes: C; needed where ``teacher_probs`` does not tell it.
+            that has no past prediction, whatever ``teacher_probs`` holds there).
+        num_classes: C; needed where neither ``target`` nor ``teacher_probs`` tells it.
         label_smoothing: eps in [0, 1], over all C classes.
 
     Returns:
         (N, C) distributions, float32 (float64 where the teacher is).
 
     Raises:
-        ValueError: if a weight lies outside [0, 1], a label outside [0, C), or shapes disagree.
+        ValueError: if a weight lies outside [0, 1], a label or a listed class outside [0, C), or
+            shapes disagree.
 
     Source: Kim et al. 2021, equation 5.
     """
-    if isinstance(teacher_probs, Tensor) and teacher_probs.dim() == 2:
-        num_classes = num_classes or teacher_probs.size(1)
+    check_tensors(target=target)
+    for known in (target, teacher_probs):
+        if isinstance(known, Tensor) and known.dim() == 2:
+            num_classes = num_classes or known.size(1)
     if num_classes is None:
         raise ValueError("num_classes: expected the number of classes, got None")
-    check_rows(target, num_classes, teacher_probs)
-    if target.device.type == "cpu":
-        check_labels(target, num_classes, ignore_index=None)
+    if not is_soft(target):
+        check_label_form(target)
+        if target.device.type == "cpu":
+            check_labels(target, num_classes, ignore_index=None)
+    elif target.size(1) != num_classes:
+        raise ValueError(f"target: expected {num_classes} classes, got {target.size(1)}")
+    check_teacher(teacher_probs, target.size(0), num_classes)
     alpha = check_weights(alpha, label_smoothing, target.size(0))
     check_row_weights(alpha)
-    hard = F.one_hot(target.long(), num_classes)
-    if teacher_probs is None:
-        return hard.float() * (1.0 - label_smoothing) + label_smoothing / num_classes
     if isinstance(teacher_probs, TopK):
+        check_listed("teacher_probs", teacher_probs.indices, num_classes)
         teacher_probs = teacher_probs.dense(num_classes)
-    soft = _upcast(teacher_probs)
-    hard = hard.to(soft.dtype) * (1.0 - label_smoothing) + label_smoothing / num_classes
-    weight = alpha[:, None].to(soft.dtype) if isinstance(alpha, Tensor) else alpha
-    return (1.0 - weight) * hard + weight * soft
+    return mixture(target, teacher_probs, alpha, num_classes, label_smoothing)
+
+
+def mixture(
+    target: Tensor,
+    teacher_probs: Tensor | None,
+    alpha: float | Tensor,
+    num_classes: int,
+    label_smoothing: float,
+) -> Tensor:
+    """Return `mix_targets` of what was checked."""
+    soft = None if teacher_probs is None else _upcast(teacher_probs)
+    if is_soft(target):
+        hard = _upcast(target)
+    else:
+        hard = F.one_hot(target.long(), num_classes).to(
+            torch.float32 if soft is None else soft.dtype
+        )
+    if label_smoothing:
+        hard = hard * (1.0 - label_smoothing) + label_smoothing / num_classes
+    if soft is None:
+        return hard
+    if not isinstance(alpha, Tensor):
+        return (1.0 - alpha) * hard + (alpha * soft if alpha else 0.0)
+    weight = alpha[:, None].to(soft.dtype)
+    # A row without a past may hold anything, NaN included: not multiplied by 0.
+    return (1.0 - weight) * hard + torch.where(weight == 0, 0.0, weight * soft)

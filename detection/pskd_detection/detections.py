@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from pskd._inputs import check_unit_range, rounding
 from pskd_detection.datasets import DetectionDataset
 
 __all__ = ["Detections", "checked_detections", "check_image", "to_xywh"]
@@ -63,10 +64,9 @@ def checked_detections(
     labels = labels.reshape(-1)
     if not np.isfinite(boxes).all() or (boxes[:, 2:] < boxes[:, :2]).any():
         raise ValueError(f"{where}: expected finite boxes with x1 <= x2 and y1 <= y2, got others")
-    if not np.all((scores >= 0) & (scores <= 1)):  # also of NaN
-        raise ValueError(
-            f"{where}: expected scores in [0, 1], got [{scores.min()}, {scores.max()}]"
-        )
+    if len(scores):
+        check_unit_range(f"{where}: scores", scores.min(), scores.max(), rounding(scores.dtype))
+        scores = scores.clip(0.0, 1.0)
     classes = len(dataset.class_names)
     if len(labels) and (
         labels.dtype.kind not in "iu" or not 0 <= labels.min() <= labels.max() < classes

@@ -14,7 +14,6 @@ import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-import torch
 from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 from detectron2.data.datasets.coco import convert_to_coco_dict
@@ -84,9 +83,7 @@ class PSKDDatasetMapper(DatasetMapper):
         instances = dataset_dict["instances"]
         rows = instances.gt_classes
         instances.set(ROW_FIELD, rows)
-        instances.gt_classes = torch.tensor(
-            [classes[row] for row in rows.tolist()], dtype=rows.dtype
-        )
+        instances.gt_classes = rows.new_tensor([classes[row] for row in rows.tolist()])
 
 
 def register_spec(

@@ -124,7 +124,7 @@ def ground_truth_rois(model: GeneralizedRCNN, loader, dataset_name: str) -> dict
     model = getattr(model, "module", model)
     was_training = model.training
     model.eval()
-    totals = torch.zeros(3, dtype=torch.float64)
+    totals = torch.zeros(3, dtype=torch.float64, device="cpu")
     for inputs in loader:
         images = model.preprocess_image(inputs)
         truth = [boxes[ids[os.path.normpath(image["file_name"])]] for image in inputs]
@@ -139,9 +139,7 @@ def ground_truth_rois(model: GeneralizedRCNN, loader, dataset_name: str) -> dict
             at_label = probs.gather(1, labels[:, None]).squeeze(1)
             nll = -at_label.clamp_min(torch.finfo(torch.float32).tiny).log()
             hits = probs.argmax(1) == labels
-            totals += torch.stack(
-                [nll.sum(), hits.double().sum(), torch.tensor(len(labels)).double()]
-            )
+            totals += torch.stack([nll.sum(), hits.sum(), totals.new_tensor(len(labels))])
     model.train(was_training)
     nll, hits, count = sum(comm.all_gather(totals)).tolist()
     return {"nll": nll / max(count, 1), "accuracy": hits / max(count, 1), "num_rois": int(count)}
@@ -165,5 +163,5 @@ def scaled(boxes: np.ndarray, image: dict, size: tuple[int, int]) -> Instances:
     height, width = size
     factors = [width / image["width"], height / image["height"]] * 2
     proposals = Instances(size)
-    proposals.proposal_boxes = Boxes(torch.as_tensor(boxes * factors, dtype=torch.float32))
+    proposals.proposal_boxes = Boxes(torch.from_numpy(boxes * factors).float())
     return proposals

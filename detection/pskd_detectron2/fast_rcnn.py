@@ -17,6 +17,7 @@ from torch import Tensor
 
 from pskd import PSKDStats, pskd_cross_entropy
 from pskd.effect import agreement, teacher_effect
+from pskd.targets import row_alphas
 from pskd_detectron2.config import check_label_smoothing
 from pskd_detectron2.memory import AnnotationMemory
 from pskd_detectron2.state import PSKDState
@@ -110,7 +111,7 @@ class PSKDFastRCNNOutputLayers(FastRCNNOutputLayers):
             return None
         past = self._probs(torch.cat([p.get(TEACHER_FIELD) for p in proposals]))
         keep = foreground if pskd.foreground_only else torch.ones_like(foreground)
-        return past, keep * pskd.alpha
+        return past, row_alphas(pskd.alpha, keep)
 
     def _remembered(
         self,
@@ -132,7 +133,7 @@ class PSKDFastRCNNOutputLayers(FastRCNNOutputLayers):
         given = None
         if pskd.alpha:
             past, seen = memory.read(rows)
-            given = past, (foreground & seen) * pskd.alpha
+            given = past, row_alphas(pskd.alpha, foreground & seen)
         # A background ROI carries the row of some annotation too, and is masked in place of being
         # selected, which would wait for the device.
         memory.write(rows, self._probs(scores.detach()), foreground)

@@ -32,9 +32,10 @@ class AnnotationMemory:
         self, num_rows: int, num_classes: int, fingerprint: str, device: torch.device | str = "cpu"
     ) -> None:
         self.fingerprint = fingerprint
-        self.probs = torch.zeros(num_rows, num_classes, device=device)
+        shape = (num_rows, num_classes)
+        self.probs = torch.zeros(shape, dtype=torch.float32, device=device)
         self.seen = torch.zeros(num_rows, dtype=torch.bool, device=device)
-        self._sums = torch.zeros(num_rows, num_classes, device=device)
+        self._sums = torch.zeros(shape, dtype=torch.float32, device=device)
         self._counts = torch.zeros(num_rows, dtype=torch.int64, device=device)
 
     def read(self, rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -51,9 +52,11 @@ class AnnotationMemory:
         Args:
             rows: (R,) int64 in [0, M).
             probs: (R, C) float.
-            counts: (R,) bool; the others are left out.
+            counts: (R,) bool; the others are left out, as are predictions that are not finite.
         """
-        self._sums.index_add_(0, rows, probs.detach().to(self._sums.dtype) * counts[:, None])
+        probs = probs.detach().to(self._sums.dtype)
+        counts = counts & probs.isfinite().all(dim=1)
+        self._sums.index_add_(0, rows, torch.where(counts[:, None], probs, 0.0))
         self._counts.index_add_(0, rows, counts.long())
 
     def next_epoch(self) -> None:

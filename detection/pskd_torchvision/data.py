@@ -100,9 +100,8 @@ class DetectionImages(Dataset):
             target = {key: F.horizontal_flip(value) for key, value in target.items()}
         labels = [a["category_id"] for a in self._objects.get(entry["id"], ())]
         plain = {key: value.as_subclass(Tensor) for key, value in target.items()}
-        plain["labels"] = 1 + torch.tensor(
-            [self.dataset.category_ids.index(label) for label in labels], dtype=torch.int64
-        )
+        classes = [1 + self.dataset.category_ids.index(label) for label in labels]
+        plain["labels"] = torch.tensor(classes, dtype=torch.int64, device="cpu")
         return F.to_dtype(image, torch.float32, scale=True).as_subclass(Tensor), plain
 
     def _read(self, entry: dict) -> Tensor:

@@ -15,6 +15,7 @@ from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from torchvision.models.detection.roi_heads import RoIHeads
 
 from pskd import pskd_cross_entropy
+from pskd.targets import row_alphas
 from pskd_torchvision.capture import captured
 from pskd_torchvision.state import PSKDState
 
@@ -86,8 +87,8 @@ def _softened(pskd: PSKDState, scores: Tensor, labels: Tensor, past: Tensor | No
             scores, labels, None, 0.0, label_smoothing=smoothing, reduction="sum"
         )
     else:
-        softened = labels > 0 if pskd.foreground_only else torch.ones_like(labels)
-        alpha = softened * pskd.alpha
+        taught = labels > 0 if pskd.foreground_only else torch.ones_like(labels, dtype=torch.bool)
+        alpha = row_alphas(pskd.alpha, taught)
         loss, stats = pskd_cross_entropy(
             scores,
             labels,

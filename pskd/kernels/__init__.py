@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pskd.kernels import native
 from pskd.kernels.chunked import torch_rows
-from pskd.kernels.rows import Rows, RowValues, check_devices, sum_dtype
+from pskd.kernels.rows import Rows, RowValues, readable, sum_dtype
 
 __all__ = [
     "RowValues",
@@ -63,10 +63,11 @@ def compute(rows: Rows, reduction: str, grad: Tensor | None, with_stats: bool) -
         with_stats: whether more than the loss is wanted; without, the others may be empty.
 
     Raises:
-        ValueError: if tensors lie on several devices; on the CPU, if a label, a class of a sparse
-            prediction or an alpha is out of range; nothing has been written then.
+        ValueError: if tensors lie on several devices, or their storage was freed; on the CPU, if a
+            label, a class of a sparse prediction or an alpha is out of range; nothing has been
+            written then.
     """
-    check_devices(rows)
+    rows = readable(rows)
     of_mean = gradient_is_of_mean(rows.logits, reduction)
     if native.serves(rows):
         return native.native_rows(rows, reduction, grad, of_mean=of_mean, with_stats=with_stats)

@@ -13,11 +13,12 @@ Shapes: N rows, n of them in a chunk, C classes, k kept classes of a sparse pred
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from pskd.kernels.rows import Rows, RowValues, check_values, sum_dtype
-from pskd.targets import TopK
 
 __all__ = ["torch_rows"]
 
@@ -67,7 +68,7 @@ class _Chunk:
         alpha = torch.as_tensor(rows.alpha, dtype=dtype, device=self.label.device)
         self.alpha = alpha.expand(len(rows.target))[part]
         self.lprobs = rows.logits[part].to(dtype).log_softmax(dim=1)
-        self.past = _past(rows, part, dtype)
+        self.past = _past(rows, part, self.lprobs)
 
     def values(self) -> tuple[Tensor, Tensor, Tensor]:
         """Return loss, NLL and the teacher's probability of the label, (n,) each."""
@@ -80,7 +81,7 @@ class _Chunk:
         teacher = torch.zeros_like(loss)
         if self.past is not None:
             loss = loss - _times(self.alpha, _expectation(self.past, self.lprobs))
-            teacher = _at_label(self.past, self.label, self.classes)
+            teacher = _at_label(self.past, self.label)
         ignored = ~self.valid
         return (
             loss.masked_fill_(ignored, 0.0),
@@ -90,14 +91,15 @@ class _Chunk:
 
     def write_gradient(self, scale: Tensor | float, grad: Tensor) -> None:
         """Write ``scale`` times the gradient of the rows; the log-probabilities are lost."""
-        g, past = self.lprobs.exp_(), self.past
-        alpha = self.alpha[:, None]
+        past, alpha = self.past, self.alpha[:, None]
+        masked = self.lprobs == -torch.inf if isinstance(past, _Sparse) else None
+        g = self.lprobs.exp_()
         hard = 1.0 - alpha
         if past is None:
             g.mul_(hard)
         else:
-            g.mul_(hard + _times(alpha, _mass(past, self.classes)[:, None]))
-            _subtract(g, past, alpha)
+            g.mul_(hard + _times(alpha, _mass(past)[:, None]))
+            _subtract(g, past, alpha, masked)
         if self.smoothing:
             g.sub_(hard * (self.smoothing / self.classes))
         g.scatter_add_(1, self.label, hard * (self.smoothing - 1.0))
@@ -107,14 +109,35 @@ class _Chunk:
         grad.copy_(g.mul_(scale))
 
 
-def _past(rows: Rows, part: slice, dtype: torch.dtype) -> Tensor | TopK | None:
+class _Sparse(NamedTuple):
+    """The k listed classes of a past prediction, and what each of the others has.
+
+    Attributes:
+        indices, probs: (n, k) of a `pskd.TopK`.
+        tail: (n,) probability of each class that is not listed and whose logit is not -inf.
+        others: (n,) how many these are.
+    """
+
+    indices: Tensor
+    probs: Tensor
+    tail: Tensor
+    others: Tensor
+
+
+def _past(rows: Rows, part: slice, lprobs: Tensor) -> Tensor | _Sparse | None:
     """Return the past prediction of some rows as probabilities, dense or sparse."""
     if rows.teacher_logits is not None:
-        return rows.teacher_logits[part].to(dtype).softmax(dim=1)
+        return rows.teacher_logits[part].to(lprobs.dtype).softmax(dim=1)
     if rows.probs is None:
         return None
-    probs = rows.probs[part].to(dtype)
-    return probs if rows.indices is None else TopK(rows.indices[part].long(), probs)
+    probs = rows.probs[part].to(lprobs.dtype)
+    if rows.indices is None:
+        return probs
+    indices = rows.indices[part].long()
+    others = _finite(lprobs) - _finite(lprobs.gather(1, indices))
+    rest = (1.0 - probs.sum(dim=1)).clamp_min(0.0)
+    tail = torch.where(others > 0, rest / others.clamp_min(1), 0.0)
+    return _Sparse(indices, probs, tail, others)
 
 
 def _times(weight: Tensor | float, value: Tensor) -> Tensor:
@@ -124,49 +147,55 @@ def _times(weight: Tensor | float, value: Tensor) -> Tensor:
     return weight * value if weight else torch.zeros_like(value)
 
 
-def _mass(p: Tensor | TopK, classes: int) -> Tensor:
+def _mass(p: Tensor | _Sparse) -> Tensor:
     """Return ``sum(p)`` a row: what is given as probabilities may sum to a little off 1."""
     if isinstance(p, Tensor):
         return p.sum(dim=1)
-    return p.probs.sum(dim=1) + p.tail(classes) * (classes - p.indices.size(1))
+    return p.probs.sum(dim=1) + p.tail * p.others
 
 
-def _expectation(p: Tensor | TopK, lprobs: Tensor) -> Tensor:
+def _expectation(p: Tensor | _Sparse, lprobs: Tensor) -> Tensor:
     """Return ``<p, lprobs>`` a row; of a sparse p from its classes and the sum over all."""
     if isinstance(p, Tensor):
         return _times(p, lprobs).sum(dim=1)  # a dot product would be of half precision in autocast
     listed = lprobs.gather(1, p.indices)
-    # Infinities are counted: subtracted from each other they would be NaN.
     rest = _finite_sum(lprobs) - _finite_sum(listed)
-    others_are_infinite = _infinite(lprobs) > _infinite(listed)
-    rest = rest.masked_fill(others_are_infinite, -torch.inf)
-    return _times(p.probs, listed).sum(dim=1) + _times(p.tail(lprobs.size(1)), rest)
+    return _times(p.probs, listed).sum(dim=1) + _times(p.tail, rest)
 
 
 def _finite_sum(lprobs: Tensor) -> Tensor:
     return lprobs.masked_fill(lprobs == -torch.inf, 0.0).sum(dim=1)
 
 
-def _infinite(lprobs: Tensor) -> Tensor:
-    return (lprobs == -torch.inf).sum(dim=1)
+def _finite(lprobs: Tensor) -> Tensor:
+    return (lprobs != -torch.inf).sum(dim=1)
 
 
-def _at_label(p: Tensor | TopK, label: Tensor, classes: int) -> Tensor:
+def _at_label(p: Tensor | _Sparse, label: Tensor) -> Tensor:
     """Return ``p[y]`` a row; ``label`` is (n, 1)."""
     if isinstance(p, Tensor):
         return p.gather(1, label).squeeze(1)
     hit = p.indices == label
-    return torch.where(hit.any(dim=1), (p.probs * hit).sum(dim=1), p.tail(classes))
+    return torch.where(hit.any(dim=1), (p.probs * hit).sum(dim=1), p.tail)
 
 
-def _subtract(grad: Tensor, p: Tensor | TopK, alpha: Tensor) -> None:
-    """Subtract ``alpha * p`` from ``grad`` in place; ``alpha`` is (n, 1)."""
+def _subtract(grad: Tensor, p: Tensor | _Sparse, alpha: Tensor, masked: Tensor | None) -> None:
+    """Subtract ``alpha * p`` from ``grad`` in place.
+
+    Args:
+        grad: (n, C).
+        p: the past prediction of the rows.
+        alpha: (n, 1).
+        masked: (n, C) which classes the student's logits exclude; of a sparse p.
+    """
     if isinstance(p, Tensor):
         grad.sub_(_times(alpha, p))
         return
-    tail = p.tail(grad.size(1))[:, None]
-    grad.sub_(_times(alpha, tail))
-    grad.scatter_add_(1, p.indices, _times(alpha, tail - p.probs))
+    assert masked is not None
+    share = _times(alpha, p.tail[:, None])
+    grad.sub_(torch.where(masked, 0.0, share))
+    share = torch.where(masked.gather(1, p.indices), 0.0, share)
+    grad.scatter_add_(1, p.indices, share - _times(alpha, p.probs))
 
 
 def _may_be_ignored(valid: Tensor) -> bool:

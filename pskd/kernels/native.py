@@ -6,6 +6,7 @@ Shapes: N rows, C classes, k kept classes of a sparse prediction.
 from __future__ import annotations
 
 import ctypes
+import logging
 from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
@@ -21,14 +22,18 @@ _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 # Fewer logits than this for each thread are done before a second thread has woken up.
 _LOGITS_A_THREAD = 1 << 14
 _REDUCTIONS = {"none": 0, "sum": 1, "mean": 2}
-_NO_MEMORY = 4
-_NOTHING = torch.empty(0)
+_VERSION = 2  # kVersion of native_rows.cpp
+_NO_MEMORY, _BAD_CALL = 4, 5
+
+logger = logging.getLogger(__name__)
 
 
 class _Call(ctypes.Structure):
     """``PSKDRows`` of native_rows.cpp, field by field."""
 
     _fields_ = [
+        ("size", ctypes.c_int64),
+        ("version", ctypes.c_int64),
         ("rows", ctypes.c_int64),
         ("classes", ctypes.c_int64),
         ("logits", ctypes.c_void_p),
@@ -63,15 +68,31 @@ def _library() -> ctypes.CDLL | None:
     for suffix in EXTENSION_SUFFIXES:
         path = Path(__file__).with_name(f"_native_rows{suffix}")
         if path.exists():
-            try:
-                return ctypes.CDLL(str(path))
-            except OSError:  # made for another machine
-                return None
+            return _loaded(path)
+    return None
+
+
+def _loaded(path: Path) -> ctypes.CDLL | None:
+    try:
+        library = ctypes.CDLL(str(path))
+    except OSError:  # made for another machine
+        return None
+    # An editable install keeps its library when the sources change.
+    version = library.pskd_rows_version() if hasattr(library, "pskd_rows_version") else 1
+    if version == _VERSION:
+        return library
+    logger.warning(
+        "%s: expected the compiled loss in version %d, got %d; install pskd again. Until then "
+        "torch's operators compute the loss",
+        path,
+        _VERSION,
+        version,
+    )
     return None
 
 
 def is_built() -> bool:
-    """Return whether the compiled form was built at install, and loads."""
+    """Return whether the compiled form was built at install from these sources, and loads."""
     return _library() is not None
 
 
@@ -92,7 +113,7 @@ def native_rows(
     """Return the reduced loss and, with ``with_stats``, the other values of each row.
 
     Args:
-        rows: that `serves` accepts.
+        rows: that `serves` accepts, from `pskd.kernels.rows.readable`.
         reduction: ``"none"``, ``"sum"``, or ``"mean"`` over the rows that are not ignored.
         grad: (N, C) as the logits, which it may be, contiguous within a row; is given the gradient
             of the sum. None: not wanted.
@@ -105,9 +126,11 @@ def native_rows(
     """
     logits, target = _with_dense_rows(rows.logits), rows.target.contiguous()
     count, classes = logits.shape
-    loss = torch.empty(count if reduction == "none" else ())
-    nll, at_label = torch.empty((2, count)).unbind() if with_stats else (_NOTHING, _NOTHING)
+    loss = _floats(count) if reduction == "none" else _floats()
+    nll, at_label = _floats(2, count if with_stats else 0).unbind()
     call = _Call(
+        size=ctypes.sizeof(_Call),
+        version=_VERSION,
         rows=count,
         classes=classes,
         logits=logits.data_ptr(),
@@ -148,9 +171,15 @@ def native_rows(
     if problem == _NO_MEMORY:
         raise MemoryError(f"pskd: no memory for rows of {classes} classes")
     if problem:
+        assert problem != _BAD_CALL, "pskd: the compiled form has another struct than _Call"
         check_values(rows)  # says which it is
         raise AssertionError(f"pskd: the compiled form refused what is good ({problem})")
     return RowValues(loss, nll, at_label)
+
+
+def _floats(*size: int) -> Tensor:
+    """Return what the library writes, float32 on the CPU, whatever torch's defaults are."""
+    return torch.empty(size, dtype=torch.float32, device="cpu")
 
 
 def _with_dense_rows(matrix: Tensor) -> Tensor:

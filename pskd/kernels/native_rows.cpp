@@ -126,7 +126,8 @@ struct Sums {
   double dot = 0.0;      // of the teacher's times z - max
 };
 
-// Sums of exp(z - max), which are left in e, and of z - max; e may be z.
+// Sums of exp(z - max), which are left in e, and of z - max; e may be z. In e a class at -infinity is
+// -0, and one whose exponential is too small for float32 is +0: only the latter gets a tail.
 EACH_PROCESSOR void student_sums(const float* z, float max, int64_t n, float* e, Sums& sums) {
   for (int64_t start = 0; start < n; start += kBlock) {
     const int64_t end = std::min(n, start + kBlock);
@@ -134,7 +135,7 @@ EACH_PROCESSOR void student_sums(const float* z, float max, int64_t n, float* e,
 #pragma omp simd reduction(+ : exps, shifted, infinite)
     for (int64_t i = start; i < end; ++i) {
       const float t = z[i] - max, x = exp_nonpositive(t);
-      e[i] = x;
+      e[i] = t == -kInfinity ? -0.0f : x;
       exps += x;
       shifted += t == -kInfinity ? 0.0f : t;
       infinite += t == -kInfinity ? 1.0f : 0.0f;
@@ -186,12 +187,22 @@ EACH_PROCESSOR void even_gradient(float* g, float factor, float even, int64_t n)
   for (int64_t i = 0; i < n; ++i) g[i] = g[i] * factor - even;
 }
 
+// As even_gradient, without the tail for the classes at -infinity.
+void masked_gradient(float* g, float factor, float even, float tail, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) {
+    g[i] = std::signbit(g[i]) ? -even : g[i] * factor - (even + tail);
+  }
+}
+
 }  // namespace
 
 extern "C" {
 
 // A call. Strides are in elements from row to row; within a row elements lie side by side.
+// kVersion changes with the meaning of a field: a library that was compiled from other sources than
+// its caller refuses the call.
 struct PSKDRows {
+  int64_t size, version;  // sizeof(PSKDRows) and kVersion, as the caller knows them
   int64_t rows, classes;
   const void* logits;
   int64_t logits_stride;
@@ -212,7 +223,8 @@ struct PSKDRows {
   int32_t gradient_is_of_mean;  // else of the sum
 };
 
-enum { kDone = 0, kBadLabel = 1, kBadAlpha = 2, kBadIndex = 3, kNoMemory = 4 };  // returned
+enum { kVersion = 2 };
+enum { kDone = 0, kBadLabel, kBadAlpha, kBadIndex, kNoMemory, kBadCall };  // returned
 
 }  // extern "C"
 
@@ -220,7 +232,13 @@ namespace {
 
 // What a thread needs to convert and to keep a row: nothing of the size of the batch.
 struct Scratch {
-  std::vector<float> z, p, listed;
+  std::vector<float> z, p;
+  std::vector<int64_t> indices;
+};
+
+// A label or a listed class that left its range after `check`: another thread writes to it.
+struct OutOfRange {
+  int problem;
 };
 
 INLINE const void* row_of(const void* base, int type, int64_t offset) {
@@ -255,6 +273,7 @@ class Row {
       ignore();
       return 0.0f;
     }
+    if (label < 0 || label >= classes_) throw OutOfRange{kBadLabel};
     const double alpha = call_.alpha_rows ? call_.alpha_rows[row_] : call_.alpha;
     z_ = as_float(call_.logits, call_.logits_type, row_ * call_.logits_stride, classes_, scratch_.z);
     g_ = exponentials_row();
@@ -291,6 +310,7 @@ class Row {
   double q_sum_ = 1.0;
   float* g_ = nullptr;
   float max_ = 0.0f;
+  double masked_ = 0.0;  // classes at -infinity that a sparse teacher does not list
   Sums sums_;
 
   void* grad_row() const {
@@ -326,8 +346,8 @@ class Row {
   }
 
   Teacher sparse(int64_t label) {
-    const int64_t kept = call_.kept, others = classes_ - kept;
-    const int64_t* indices = call_.indices + row_ * call_.indices_stride;
+    const int64_t kept = call_.kept;
+    const int64_t* indices = checked_indices();
     p_ = as_float(call_.teacher, call_.teacher_type, row_ * call_.teacher_stride, kept, scratch_.p);
     double listed = 0.0, listed_shifted = 0.0, listed_infinite = 0.0, expectation = 0.0;
     Teacher teacher;
@@ -343,13 +363,24 @@ class Row {
         teacher.at_label = p;
       }
     }
-    teacher.tail = others ? std::max(0.0, 1.0 - listed) / others : 0.0;
-    if (!label_is_listed) teacher.at_label = teacher.tail;
     student_sums(z_, max_, classes_, g_, sums_);
-    const double rest = sums_.infinite > listed_infinite ? -kInfinity : sums_.shifted - listed_shifted;
-    teacher.expectation = expectation + weighted(teacher.tail, rest);
+    masked_ = sums_.infinite - listed_infinite;
+    const double others = double(classes_ - kept) - masked_;
+    teacher.tail = others > 0.0 ? std::max(0.0, 1.0 - listed) / others : 0.0;
+    if (!label_is_listed) teacher.at_label = teacher.tail;
+    teacher.expectation = expectation + weighted(teacher.tail, sums_.shifted - listed_shifted);
     teacher.mass = listed + teacher.tail * others;
     return teacher;
+  }
+
+  // A copy: what was checked is what is used, whoever writes to the original.
+  const int64_t* checked_indices() {
+    const int64_t* given = call_.indices + row_ * call_.indices_stride;
+    scratch_.indices.assign(given, given + call_.kept);
+    for (const int64_t index : scratch_.indices) {
+      if (index < 0 || index >= classes_) throw OutOfRange{kBadIndex};
+    }
+    return scratch_.indices.data();
   }
 
   void write_gradient(double alpha, bool soft, const Teacher& teacher, int64_t label) {
@@ -359,17 +390,21 @@ class Row {
     const double spread = scale * hard * smoothing / classes_;
     if (soft && !call_.indices) {
       dense_gradient(g_, g_, factor, p_, float(scale * alpha / q_sum_), float(spread), classes_);
+    } else if (soft && masked_ > 0.0) {
+      // A listed class is given the tail like every other here, and its own share below.
+      for (const int64_t index : scratch_.indices) g_[index] = std::fabs(g_[index]);
+      masked_gradient(g_, factor, float(spread), float(scale * alpha * teacher.tail), classes_);
     } else {
       even_gradient(g_, factor, float(spread + scale * alpha * teacher.tail), classes_);
     }
-    if (soft && call_.indices) {
-      const int64_t* indices = call_.indices + row_ * call_.indices_stride;
-      for (int64_t j = 0; j < call_.kept; ++j) {
-        g_[indices[j]] -= float(scale * alpha * (p_[j] - teacher.tail));
-      }
-    }
+    if (soft && call_.indices) write_listed(alpha, teacher.tail);
     g_[label] -= float(scale * hard * (1.0 - smoothing));
     if (call_.logits_type != kFloat32) store(g_, call_.logits_type, classes_, grad_row());
+  }
+
+  void write_listed(double alpha, double tail) {
+    const int64_t* indices = scratch_.indices.data();
+    for (int64_t j = 0; j < call_.kept; ++j) g_[indices[j]] -= float(scale_ * alpha * (p_[j] - tail));
   }
 };
 
@@ -393,7 +428,15 @@ int check(const PSKDRows& call, int64_t& count) {
   return kDone;
 }
 
+// Whether the caller knows this layout, and what is always read or written has an address.
+bool is_sound(const PSKDRows& call) {
+  if (call.size != sizeof(PSKDRows) || call.version != kVersion) return false;
+  if (call.rows == 0) return call.loss || call.reduction == kNone;
+  return call.loss && call.target && (call.logits || call.classes == 0);
+}
+
 int run(const PSKDRows& call) {
+  if (!is_sound(call)) return kBadCall;
   int64_t count = 0;
   const int problem = check(call, count);
   if (problem != kDone) return problem;
@@ -411,11 +454,14 @@ int run(const PSKDRows& call) {
         loss[row] = Row(call, row, scale, scratch).loss();
       } catch (const std::bad_alloc&) {
 #pragma omp atomic write
-        failed = 1;
+        failed = kNoMemory;
+      } catch (const OutOfRange& found) {
+#pragma omp atomic write
+        failed = found.problem;
       }
     }
   }
-  if (failed) return kNoMemory;
+  if (failed) return failed;
   if (call.reduction == kNone) return kDone;
   double sum = 0.0;  // in the order of the rows, whatever the threads: the same to the last bit
   for (const float value : reduced) sum += value;
@@ -430,6 +476,9 @@ int run(const PSKDRows& call) {
 #else
 #define EXPORT __attribute__((visibility("default")))
 #endif
+
+// Asked before the first call: libraries of before there was a version do not have it.
+extern "C" EXPORT int pskd_rows_version() { return kVersion; }
 
 extern "C" EXPORT int pskd_rows(const PSKDRows* call) {
   try {

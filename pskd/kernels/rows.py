@@ -5,14 +5,14 @@ Shapes: N rows (samples, tokens or boxes), C classes, k kept classes of a sparse
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from pskd.targets import check_labels, check_row_weights
+from pskd.targets import check_labels, check_listed, check_row_weights
 
-__all__ = ["RowValues", "Rows", "check_devices", "check_values", "sum_dtype"]
+__all__ = ["RowValues", "Rows", "check_memory", "check_values", "readable", "sum_dtype"]
 
 
 class Rows(NamedTuple):
@@ -61,12 +61,41 @@ def sum_dtype(logits: Tensor) -> torch.dtype:
     return torch.float64 if logits.dtype == torch.float64 else torch.float32
 
 
-def check_devices(rows: Rows) -> None:
-    """Raise ValueError unless all tensors lie where the logits do: they are read by address."""
-    expected = rows.logits.device
+def readable(rows: Rows) -> Rows:
+    """Return rows whose tensors can be read by address.
+
+    Raises:
+        ValueError: unless all tensors lie densely where the logits do, with the storage they need.
+    """
+    device = rows.logits.device
+    lazy: dict[str, Any] = {}
     for name, value in zip(rows._fields, rows, strict=True):
-        if isinstance(value, Tensor) and value.device != expected:
-            raise ValueError(f"{name}: expected a tensor on {expected}, got one on {value.device}")
+        if not isinstance(value, Tensor):
+            continue
+        if value.device != device:
+            raise ValueError(f"{name}: expected a tensor on {device}, got one on {value.device}")
+        if value.layout is not torch.strided:
+            raise ValueError(f"{name}: expected a dense tensor, got the layout {value.layout}")
+        check_memory(name, value)
+        if value.is_neg():  # the sign is not in the memory
+            lazy[name] = value.resolve_neg()
+    return rows._replace(**lazy) if lazy else rows
+
+
+def check_memory(name: str, tensor: Tensor) -> None:
+    """Raise ValueError if a tensor's memory was freed, as sharding does with parameters."""
+    needed, there = _extent(tensor), tensor.untyped_storage().nbytes()
+    if there < needed or (needed and not tensor.data_ptr()):
+        raise ValueError(f"{name}: expected a tensor in memory ({needed} bytes), got a freed one")
+
+
+def _extent(tensor: Tensor) -> int:
+    """Return up to which byte of its storage a tensor reaches."""
+    count = tensor.numel()
+    if count and not tensor.is_contiguous():
+        steps = zip(tensor.shape, tensor.stride(), strict=True)
+        count = 1 + sum((size - 1) * step for size, step in steps)
+    return int(tensor.storage_offset() + count) * tensor.itemsize if count else 0
 
 
 def check_values(rows: Rows) -> None:
@@ -80,8 +109,4 @@ def check_values(rows: Rows) -> None:
     check_labels(rows.target, last + 1, rows.ignore_index)
     check_row_weights(rows.alpha)
     if rows.indices is not None:
-        low, high = (int(value) for value in rows.indices.aminmax())
-        if low < 0 or high > last:
-            raise ValueError(
-                f"teacher_probs: expected TopK of classes in [0, {last}], got [{low}, {high}]"
-            )
+        check_listed("teacher_probs", rows.indices, last + 1)

@@ -137,26 +137,30 @@ def _read_listed(indices, probs, logits, ks, kept, classes, soft, ACC: tl.conste
 
 
 @triton.jit
-def _sum_listed(p, z, m, total, finite, others):
-    """Return the tail that ``others`` classes have each, ``sum(p)`` and ``<p, z - m>``."""
+def _sum_listed(p, z, m, total, finite, ACC: tl.constexpr):
+    """Return the tail of each other class at a finite logit, ``sum(p)`` and ``<p, z - m>``."""
+    is_finite = z != float("-inf")
+    others = tl.cast(finite - tl.sum(tl.where(is_finite, 1, 0), 0), ACC)
     listed_mass = tl.sum(p, 0)
     tail = tl.where(others > 0, tl.maximum(1.0 - listed_mass, 0.0) / others, 0.0)
-    is_finite = z != float("-inf")
     rest = total - tl.sum(tl.where(is_finite, z - m, 0.0), 0)
-    rest_finite = finite - tl.sum(tl.where(is_finite, 1, 0), 0)
-    rest = tl.where(rest_finite < others, float("-inf"), rest)
     cross = tl.sum(_weigh(p, z - m), 0) + _weigh(tail, rest)
     return tail, listed_mass + tail * others, cross
 
 
 @triton.jit
-def _write(grad, cols, classes, z, t, m, top, factor, w_past, w_each, FORM: tl.constexpr):
-    """Write ``factor * exp(z - m) - w_past * q - w_each``; q as in `_add_dense`, if p is dense."""
+def _write(grad, cols, classes, z, t, m, top, factor, w_past, w_each, w_tail, FORM: tl.constexpr):
+    """Write ``factor * exp(z - m) - w_past * q - w_each``; q as in `_add_dense`, if p is dense.
+
+    Of a sparse p, a class whose logit is not -inf has ``w_tail`` taken off too.
+    """
     g = factor * tl.exp(z - m)
     if FORM == "probs":
         g -= w_past * t
     if FORM == "logits":
         g -= w_past * tl.exp(t - top)
+    if FORM == "top_k":
+        g -= tl.where(z == float("-inf"), 0.0, w_tail)
     if w_each is not None:
         g -= w_each
     tl.store(grad + cols, g.to(grad.dtype.element_ty), mask=cols < classes)
@@ -243,8 +247,7 @@ def rows_kernel(
         index, p_listed, z_listed, is_listed = _read_listed(
             indices + row * indices_stride, teacher, logits, ks, kept, classes, soft, ACC
         )
-        others = tl.cast(classes - kept, ACC)
-        tail, mass, cross = _sum_listed(p_listed, z_listed, m, total, finite, others)
+        tail, mass, cross = _sum_listed(p_listed, z_listed, m, total, finite, ACC)
         is_label = index == label
         at_label = tl.sum(tl.where(is_label, p_listed, 0.0), 0)
         at_label = tl.where(tl.max(is_label.to(tl.int32), 0) > 0, at_label, tail)
@@ -266,18 +269,18 @@ def rows_kernel(
         w_soft *= scaled
         w_past = w_soft * per_mass
         w_each = w_each * scaled
-        # Every class has the same share, by smoothing or by the tail; or none has one.
-        share = w_each + w_soft * tail if NEEDS_TOTAL else None
+        w_tail = w_soft * tail
+        share = w_each if SMOOTHING > 0 else None
         cols = span
         if not IS_ONE_BLOCK:
             cols += (tl.cdiv(classes, BLOCK) - 1) * BLOCK
         tl.debug_barrier()  # all threads have read the single classes and the block at hand
-        _write(grad, cols, classes, z, t, m, top, factor, w_past, share, FORM)
+        _write(grad, cols, classes, z, t, m, top, factor, w_past, share, w_tail, FORM)
         if not IS_ONE_BLOCK:
             for _ in range(1, tl.cdiv(classes, BLOCK)):
                 cols -= BLOCK
                 z, t = _read(logits, teacher, cols, classes, valid, soft, FORM, ACC)
-                _write(grad, cols, classes, z, t, m, top, factor, w_past, share, FORM)
+                _write(grad, cols, classes, z, t, m, top, factor, w_past, share, w_tail, FORM)
         # Single classes are written over what they have been given as one of all.
         if FORM == "top_k":
             tl.debug_barrier()

@@ -394,6 +394,31 @@ class TestInputs:
         stream.update(probs.requires_grad_(), target)
         assert expected_calibration_error(probs, target) == stream.compute()["ece"]
 
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_probabilities_an_ulp_outside_of_the_unit_range_are_brought_back(self, dtype):
+        """As a product of a mean, or one minus a sum, leaves them."""
+        eps = torch.finfo(dtype).eps
+        probs = torch.tensor([[1.0, 0.0], [0.0, 1.0]], dtype=dtype)
+        rounded = torch.tensor([[1.0 + eps, -eps], [0.0, 1.0 + eps]], dtype=dtype)
+        assert (rounded > 1.0).any()
+        exact, stream = ConfidenceAccumulator(), ConfidenceAccumulator()
+        exact.update(probs, LABELS)
+        stream.update(rounded, LABELS)
+        stream.update_from(rounded.amax(1), [True, True], torch.tensor([-eps, 0.0], dtype=dtype))
+        assert stream.compute() == exact.compute() | {"count": 4}
+        assert negative_log_likelihood(rounded, LABELS) == 0.0
+        assert expected_calibration_error(rounded, LABELS) == 0.0
+        assert reliability_bins(rounded.amax(1), [True, True]).confidence_sum.tolist()[-1] == 2.0
+
+    def test_more_than_rounding_is_refused_with_enough_digits_to_see_it(self):
+        probs = torch.tensor([[1.0 + 1e-5, 0.0]])
+        with pytest.raises(ValueError, match=r"got values in \[0, 1.00001"):
+            negative_log_likelihood(probs, torch.tensor([0]))
+        with pytest.raises(ValueError, match=r"confidence: expected .* got values in \[1.0000\d+,"):
+            reliability_bins(probs[:, 0], [True])
+        with pytest.raises(ValueError, match=r"nll: expected values of at least 0, got -9.9"):
+            ConfidenceAccumulator().update_from([0.5], [True], np.array([-1e-5], np.float32))
+
     @pytest.mark.parametrize("dtype", DTYPES[:3])
     def test_a_half_precision_softmax_over_a_large_vocabulary_is_accepted(self, dtype):
         generator = torch.Generator().manual_seed(0)
@@ -422,7 +447,11 @@ class TestRefusals:
             (torch.eye(2, dtype=torch.int64), LABELS, "probs: expected a floating-point dtype"),
             (GOOD.to(torch.complex64), LABELS, "probs: expected real numbers, got .*complex64"),
             (np.array([["a", "b"]]), LABELS, "probs: expected real numbers"),
-            (torch.tensor([[1.1, -0.1], [1, 0]]), LABELS, r"\[0, 1\], got values in \[-0.1, 1.1\]"),
+            (
+                torch.tensor([[1.1, -0.1], [1, 0]]),
+                LABELS,
+                r"got values in \[-0.1\d*, 1.1\d*\]",
+            ),
             (torch.tensor([[0.5, 0.5], [NAN, 1]]), LABELS, r"\[0, 1\], got values in \[nan, nan\]"),
             (torch.tensor([[0.5, 0.5], [0.5, 0.4]]), LABELS, "sum to 1, got a row .* to 0.9"),
             (GOOD, torch.tensor([0, 2]), r"labels in \[0, 2\), got labels in \[0, 2\]"),

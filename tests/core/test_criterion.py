@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from criterion_runs import (
     Run,
     equal,
     logits,
+    loss_by,
     memory_of,
     net,
     same,
@@ -242,3 +244,96 @@ def test_the_snapshot_is_of_the_model_below_its_wrappers():
     for epoch in (1, 2):
         criterion.begin_epoch(epoch)
     assert type(criterion.teacher.model) is nn.Sequential
+
+
+def losses_of(criterion, model, target: torch.Tensor) -> list[torch.Tensor]:
+    """Return the losses of the first batch in two epochs, and without autograd."""
+    losses, count = [], len(target)
+    for epoch in (1, 2):
+        criterion.begin_epoch(epoch)
+        losses.append(loss_by(criterion)(model, torch.arange(count), INPUTS[:count], target))
+    with torch.no_grad():
+        losses.append(loss_by(criterion)(model, torch.arange(count), INPUTS[:count], target))
+    return losses
+
+
+@FORMS
+@pytest.mark.parametrize("dtype", [torch.int32, torch.uint8, torch.int16])
+def test_labels_may_be_any_integers(form, dtype):
+    model = net().eval()
+    got = losses_of(form(model), model, TARGET[:6].to(dtype))
+    assert [loss.item() for loss in got] == [
+        loss.item() for loss in losses_of(form(model), model, TARGET[:6])
+    ]
+
+
+@FORMS
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_one_hot_probabilities_are_the_labels(form, smoothing):
+    model, onehot = net().eval(), F.one_hot(TARGET[:6], C).float()
+    told = [pskd.ExampleStats(M), pskd.ExampleStats(M)]
+    options = {"label_smoothing": smoothing}
+    got = losses_of(form(model, examples=told[0], **options), model, onehot)
+    expected = losses_of(form(model, examples=told[1], **options), model, TARGET[:6])
+    torch.testing.assert_close(got, expected)
+    torch.testing.assert_close(told[0].compute(), told[1].compute(), equal_nan=True)
+
+
+@FORMS
+def test_probabilities_and_class_weights_are_those_of_the_loss(form):
+    """In the first epoch torch's, later with the teacher, which is the model itself here."""
+    model, weight = net().eval(), torch.linspace(0.5, 2.0, C)
+    soft = torch.randn(6, C, generator=torch.Generator().manual_seed(5)).softmax(1)
+    scores, past = model(INPUTS[:6]), model(INPUTS[:6]).detach().softmax(1)
+    alpha = pskd.linear_alpha(2, EPOCHS, 0.8)
+    first, second, plain = losses_of(form(model, alpha_final=0.8), model, soft)
+    torch.testing.assert_close(first, F.cross_entropy(scores, soft))
+    torch.testing.assert_close(plain, first)
+    expected = F.cross_entropy(scores, (1 - alpha) * soft + alpha * past)
+    torch.testing.assert_close(second, expected, rtol=1e-3, atol=1e-3)  # half precision is kept
+    weighted = form(model, alpha_final=0.8, weight=weight)
+    first, second, plain = losses_of(weighted, model, TARGET[:6])
+    torch.testing.assert_close(first, F.cross_entropy(scores, TARGET[:6], weight))
+    torch.testing.assert_close(plain, first)
+    expected = pskd.pskd_cross_entropy(scores, TARGET[:6], past, alpha, weight=weight)
+    torch.testing.assert_close(second, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_other_class_weights_are_another_training():
+    criterion = memory_of(None, weight=torch.ones(C))
+    criterion.begin_epoch(1)
+    state = criterion.state_dict()
+    memory_of(None, weight=torch.ones(C)).load_state_dict(state)
+    with pytest.raises(ValueError, match="weight: expected"):
+        memory_of(None, weight=2 * torch.ones(C)).load_state_dict(state)
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 4, None])
+@pytest.mark.parametrize("momentum", [0.0, 0.5])
+def test_masked_classes_train_on_with_a_memory(top_k, momentum):
+    """A vocabulary of which some classes cannot be said: their logits are -inf."""
+    model, masked = net(), torch.tensor([1, 3])
+    criterion = memory_of(None, top_k=top_k, momentum=momentum)
+    target = torch.where(torch.isin(TARGET, masked), 0, TARGET)
+    for epoch in range(1, EPOCHS + 1):
+        criterion.begin_epoch(epoch)
+        scores = model(INPUTS).index_fill(1, masked, -torch.inf)
+        scores.retain_grad()
+        loss = criterion(scores, target, torch.arange(M))
+        loss.backward()
+        assert loss.isfinite() and scores.grad.isfinite().all()
+        assert not scores.grad[:, masked].any()
+    assert all(math.isfinite(value) for value in criterion.take_means().values())
+
+
+def test_an_epoch_that_is_not_finite_does_not_spoil_the_means():
+    criterion, rows = memory_of(None), torch.arange(M)
+    for epoch in (1, 2, 3, 4):
+        criterion.begin_epoch(epoch)
+        scores = logits(M) * 1.0
+        if epoch == 2:
+            scores[:5] = torch.nan
+        criterion(scores, TARGET, rows)
+        means = criterion.take_means()
+        assert all(math.isfinite(value) for value in means.values()), means
+        assert epoch == 1 or {"pskd/teacher_nll", "pskd/gradient_rescaling"} < set(means)

@@ -136,3 +136,45 @@ def test_a_framework_is_given_the_criterion_of_the_teacher_that_it_names():
         make_criterion(model, data, C, teacher="oracle", num_epochs=EPOCHS)
     with pytest.raises(ValueError, match=r"expected pskd.WithRows\(dataset\), got list"):
         make_criterion(model, [(1.0, 0)], C, num_epochs=EPOCHS)
+
+
+@FORMS
+@pytest.mark.parametrize("epoch", [1, 2])
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"logits": [[0.0] * C] * 4}, "logits: expected a tensor, got list"),
+        ({"target": [0, 1, 2, 3]}, "target: expected a tensor, got list"),
+        ({"target": TARGET[:4].numpy()}, "target: expected a tensor, got ndarray"),
+        ({"target": TARGET[:3]}, "target: expected 4 labels, got 3"),
+        (
+            {"target": TARGET[:4].float()},
+            r"expected integer labels of shape \(N,\), got torch.f",
+        ),
+        ({"target": torch.ones(4, C + 1)}, r"target: expected probabilities of shape \(4, 5\) as"),
+        ({"target": TARGET[:4] + C}, r"target: expected labels in \[0, 4\]"),
+    ],
+)
+def test_a_batch_that_does_not_fit_is_refused_in_every_epoch(form, epoch, grad, changed, message):
+    model = net()
+    criterion, rows = form(model), torch.arange(4)
+    for number in range(1, epoch + 1):
+        criterion.begin_epoch(number)
+    batch = {"logits": model(INPUTS[:4]), "target": TARGET[:4]} | changed
+    seen = rows if isinstance(criterion, pskd.MemoryCriterion) else INPUTS[:4]
+    with torch.set_grad_enabled(grad), pytest.raises(ValueError, match=message):
+        criterion(batch["logits"], batch["target"], seen)
+
+
+@FORMS
+@pytest.mark.parametrize("epoch", [1, 2])
+def test_class_weights_that_do_not_fit_are_refused(form, epoch):
+    with pytest.raises(ValueError, match="weight: expected labels without smoothing, got label_"):
+        form(net(), weight=torch.ones(C), label_smoothing=0.1)
+    model = net()
+    criterion = form(model, weight=torch.ones(C + 1))
+    for number in range(1, epoch + 1):
+        criterion.begin_epoch(number)
+    with pytest.raises(ValueError, match=r"weight: expected a floating-point tensor of shape"):
+        loss_by(criterion)(model, torch.arange(4), INPUTS[:4], TARGET[:4])

@@ -123,3 +123,19 @@ def test_agreement_is_that_of_the_most_likely_classes(sparse):
             torch.tensor([[0, 1], [1, 2], [2, 0]]), torch.tensor([[0.2, 0.7]] * 2 + [[0.5, 0.3]])
         )
     assert agreement(scores, past).tolist() == [True, False, True]
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_past_that_is_not_finite_has_no_effect(bad):
+    nll, past, alpha = torch.tensor([0.5, 0.7, 0.9]), torch.tensor([0.5, bad, 0.3]), torch.ones(3)
+    got = teacher_effect(nll, past, 0.6 * alpha)
+    expected = teacher_effect(nll[[0, 2]], past[[0, 2]], 0.6 * alpha[[0, 2]])
+    torch.testing.assert_close(got, expected)
+    unseen = teacher_effect(nll, past, torch.tensor([0.6, 0.0, 0.6]))
+    torch.testing.assert_close(unseen, expected)
+
+
+def test_a_student_that_is_not_finite_is_left_out():
+    past, alpha = torch.tensor([0.5, 0.4]), torch.full((2,), 0.6)
+    got = teacher_effect(torch.tensor([0.5, math.nan]), past, alpha)
+    torch.testing.assert_close(got, teacher_effect(torch.tensor([0.5]), past[:1], alpha[:1]))

@@ -110,3 +110,18 @@ def test_processes_add_up(tmp_path, in_processes):
     for rank in range(2):
         told = torch.load(tmp_path / f"{rank}.pt")
         torch.testing.assert_close(told, alone.compute(), rtol=1e-6, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("broken", ["student", "teacher"])
+def test_a_visit_that_is_not_finite_is_none(broken):
+    """Under a loss scale a step overflows now and then and is left out by the optimizer too."""
+    clean, stats = pskd.ExampleStats(M), pskd.ExampleStats(M)
+    rows = torch.arange(M)
+    for epoch in (1, 2):
+        tell(clean, epoch, rows)
+        tell(stats, epoch, rows)
+    nll, past = torch.full((M,), 0.5), torch.full((M,), 0.5)
+    (nll if broken == "student" else past)[:] = torch.nan
+    stats.add(rows, nll, past, torch.full((M,), 0.5))
+    for got, expected in zip(stats.compute(), clean.compute(), strict=True):
+        torch.testing.assert_close(got, expected, equal_nan=True)

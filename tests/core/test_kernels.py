@@ -209,6 +209,36 @@ def test_a_masked_class_costs_nothing_where_the_teacher_masks_it_too(backend, fo
     torch.testing.assert_close(grad[:, kept].double(), slope, **tolerance(dtype))
 
 
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
+@pytest.mark.parametrize("eps", [0.0, 0.1])
+@pytest.mark.parametrize("inplace", [False, True])
+def test_the_tail_is_spread_over_the_classes_that_the_student_can_say(backend, eps, inplace, dtype):
+    """By equality with cross-entropy against the mixture over these classes."""
+    student, past, target = random_rows(6, 9, 5)
+    student = student.to(dtype)
+    student[:4, [4, 7]] = -math.inf
+    student[3] = student[3].index_fill(0, torch.tensor([0, 1, 2, 3, 5, 6]), -math.inf)
+    target = torch.where(student.gather(1, target[:, None])[:, 0].isinf(), 8, target)
+    top = TopK(torch.tensor([[8, 0, 1]] * 6), past.softmax(1)[:, :3] / 2)
+    top.probs[:4, 1:] *= student[:4, :2].isfinite()  # what is listed and masked has nothing
+    if eps:  # smoothing spreads over masked classes too and costs infinitely much, as in torch
+        student = student.clamp_min(-1e4)
+    mixed = mix_targets(
+        target, top.dense(9, student != -math.inf).double(), 0.5, label_smoothing=eps
+    )
+    reference = student.double().requires_grad_()
+    value = -torch.where(mixed == 0, 0.0, mixed * reference.log_softmax(1)).sum(1)
+    (slope,) = torch.autograd.grad(value.sum(), reference)
+    leaf = student.clone().requires_grad_()
+    loss = pskd_cross_entropy(
+        leaf * 1, target, top, 0.5, label_smoothing=eps, reduction="none", inplace=inplace
+    )
+    (grad,) = torch.autograd.grad(loss.sum(), leaf)
+    torch.testing.assert_close(loss.double(), value.detach(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(grad.double(), slope, **tolerance(dtype))
+    assert (grad[student == -math.inf] == 0).all()
+
+
 @pytest.mark.parametrize("form", ["probs", "logits", "top_k"])
 def test_what_the_teacher_expects_and_the_student_excludes_costs_infinitely_much(backend, form):
     student, past, target = torch.zeros(1, 4), torch.zeros(1, 4), torch.tensor([0])

@@ -389,3 +389,95 @@ def test_stats_of_ignored_rows_are_zero_and_one_whatever_they_hold(form):
 def test_stats_without_a_teacher_are_refused():
     with pytest.raises(ValueError, match="return_stats: expected a teacher, got none"):
         pskd_cross_entropy(torch.zeros(2, 3), torch.tensor([0, 1]), None, 0.5, return_stats=True)
+
+
+# -- Targets that are probabilities, class weights -------------------------------------------------
+
+
+@given(batch=batches(min_rows=1), alpha=weights, form=forms, eps=smoothings, reduction=reductions)
+@few
+def test_probabilities_as_targets_are_the_mixture_with_them(batch, alpha, form, eps, reduction):
+    target = (batch.logits.flip(0) / 2).softmax(1)
+    mixed = (1 - alpha) * ((1 - eps) * target + eps / batch.classes) + alpha * batch.dense(form)
+    options = {"label_smoothing": eps, "reduction": reduction}
+
+    def loss(logits):
+        return pskd_cross_entropy(logits, target, alpha=alpha, **batch.teacher(form), **options)
+
+    expected = value_and_grad(
+        lambda z: F.cross_entropy(z, mixed, reduction=reduction), batch.logits
+    )
+    assert_same(value_and_grad(loss, batch.logits), expected)
+
+
+@given(batch=batches(), eps=smoothings, reduction=reductions)
+@few
+def test_probabilities_without_a_teacher_are_torchs(batch, eps, reduction):
+    target = batch.logits.flip(0).softmax(1)
+    options = {"label_smoothing": eps, "reduction": reduction}
+    got = value_and_grad(
+        lambda z: pskd_cross_entropy(z, target, None, 0.7, **options), batch.logits
+    )
+    if len(target):
+        assert_same(
+            got, value_and_grad(lambda z: F.cross_entropy(z, target, **options), batch.logits)
+        )
+    else:
+        assert got[0].sum() == 0 and got[1].shape == batch.logits.shape
+
+
+@given(batch=batches(min_rows=1), alpha=weights, form=forms)
+@few
+def test_statistics_of_one_hot_probabilities_are_those_of_the_labels(batch, alpha, form):
+    onehot = F.one_hot(batch.target, batch.classes).double()
+    options = {"alpha": alpha, "return_stats": True, **batch.teacher(form)}
+    loss, stats = pskd_cross_entropy(batch.logits, onehot, **options)
+    expected_loss, expected = pskd_cross_entropy(batch.logits, batch.target, **options)
+    torch.testing.assert_close(loss, expected_loss)
+    torch.testing.assert_close(stats.nll, expected.nll)
+    if alpha:
+        torch.testing.assert_close(stats.teacher_probs_at_label, expected.teacher_probs_at_label)
+
+
+def test_probabilities_receive_no_gradient_and_may_be_written_over():
+    batch = make(4, 5)
+    target = batch.logits.flip(0).softmax(1).requires_grad_()
+    leaf = batch.logits.clone().requires_grad_()
+    probs = batch.teacher("probs")["teacher_probs"]
+    loss, stats = pskd_cross_entropy(
+        leaf * 1, target, probs, 0.5, ignore_index=0, return_stats=True, inplace=True
+    )
+    loss.backward()
+    assert target.grad is None and not stats.nll.requires_grad
+    plain = batch.logits.clone().requires_grad_()
+    pskd_cross_entropy(plain, target, probs, 0.5).backward()
+    torch.testing.assert_close(leaf.grad, plain.grad)
+
+
+@given(batch=padded_batches(min_rows=1), reduction=reductions)
+@few
+def test_class_weights_are_torchs(batch, reduction):
+    weight = torch.linspace(0.5, 2.0, batch.classes, dtype=torch.float64)
+    got = value_and_grad(
+        loss_of(batch, None, 0.0, weight=weight, reduction=reduction), batch.logits
+    )
+    if not batch.valid.any() and reduction == "mean":
+        assert got[0] == 0 and not got[1].any()
+        return
+    options = {"ignore_index": batch.ignore_index, "reduction": reduction}
+    expected = lambda z: F.cross_entropy(z, batch.target, weight, **options)  # noqa: E731
+    assert_same(got, value_and_grad(expected, batch.logits))
+
+
+@given(batch=padded_batches(min_rows=1), alpha=weights, form=forms)
+@few
+def test_class_weights_count_rows_by_their_label(batch, alpha, form):
+    weight = torch.linspace(0.5, 2.0, batch.classes, dtype=torch.float64)
+    by_row = weight[batch.target.clamp_min(0)] * batch.valid
+    each = loss_of(batch, form, alpha, reduction="none")
+
+    def by_hand(logits):
+        return (each(logits) * by_row).sum() / by_row.sum().clamp_min(1e-30)
+
+    got = value_and_grad(loss_of(batch, form, alpha, weight=weight), batch.logits)
+    assert_same(got, value_and_grad(by_hand, batch.logits))

@@ -55,7 +55,10 @@ REFUSED = [
     ({"target": torch.tensor([156, 2]).byte()}, "expected labels in [0, 2], got [2, 156]"),
     ({"ignore_index": 0, "target": torch.tensor([0, -100])}, "labels in [0, 2], got [-100, -100]"),
     ({"target": torch.zeros(2)}, "expected integer labels of shape (N,), got torch.float32"),
-    ({"target": THIRDS}, "labels of shape (N,), got torch.float32 of shape (2, 3)"),
+    (
+        {"target": THIRDS[:, :2]},
+        "target: expected probabilities of shape (2, 3) as the logits, got (2, 2)",
+    ),
     ({"target": torch.ones(2) > 0}, "expected integer labels of shape (N,), got torch.bool"),
     ({"target": INDICES}, "integer labels of shape (N,), got torch.int64 of shape (2, 2)"),
     ({"target": torch.tensor(1)}, "integer labels of shape (N,), got torch.int64 of shape ()"),
@@ -100,6 +103,31 @@ REFUSED = [
         {"teacher_probs": TopK(INDICES[0], THIRDS[0, :2])},
         "teacher_probs: expected TopK of two tensors of shape (2, k), got (2,) and (2,)",
     ),
+]
+
+ONES = torch.ones(3)
+REFUSED += [
+    ({"weight": [1, 1, 1]}, "weight: expected a tensor, got list"),
+    ({"weight": ONES[:2]}, "weight: expected a floating-point tensor of shape (3,), got"),
+    ({"weight": ONES.long()}, "of shape (3,), got torch.int64 of shape (3,)"),
+    (
+        {"weight": ONES, "label_smoothing": 0.1},
+        "weight: expected labels without smoothing, got label_smoothing 0.1",
+    ),
+    (
+        {"weight": ONES, "target": THIRDS},
+        "weight: expected labels without smoothing, got probabilities",
+    ),
+    (
+        {"target": THIRDS, "alpha": torch.tensor([0.5, 1.5])},
+        "alpha: expected every row in [0, 1], got",
+    ),
+    (
+        {"target": THIRDS, "teacher_probs": TopK(INDICES + 1, THIRDS[:, :2])},
+        "teacher_probs: expected TopK of classes in [0, 2], got [1, 3]",
+    ),
+    ({"teacher_probs": THIRDS.tolist()}, "teacher: expected a tensor, got list"),
+    ({"target": torch.tensor([0, 2]).numpy()}, "target: expected a tensor, got ndarray"),
 ]
 
 

@@ -592,3 +592,88 @@ def test_records_that_do_not_fit_are_refused_and_nothing_is_changed(name, record
 def test_what_is_no_state_is_refused(state):
     with pytest.raises(ValueError, match="expected a memory's state with 'header' and 'epoch'"):
         pskd.PredictionMemory(M, C).load_state_dict(state)
+
+
+@pytest.mark.parametrize(
+    ("indices", "message"),
+    [
+        ([0, 1, C], r"probs: expected TopK of classes in \[0, 6\], got \[0, 7\]"),
+        ([70_000, 1, 2], r"got \[1, 70000\]"),
+        ([-1, 1, 2], r"got \[-1, 2\]"),
+        ([4, 2, 4], "probs: expected TopK of distinct classes in a row, got 4 twice"),
+    ],
+)
+def test_classes_that_no_prediction_can_have_are_refused(indices, message):
+    memory = pskd.PredictionMemory(M, C, top_k=3)
+    memory.next_epoch()
+    with pytest.raises(ValueError, match=message):
+        memory.write(torch.tensor([0]), pskd.TopK(torch.tensor([indices]), torch.full((1, 3), 0.3)))
+    memory.next_epoch()
+    assert not memory.read(torch.tensor([0]))[1].any()
+
+
+@pytest.mark.parametrize(
+    ("rows", "probs", "message"),
+    [
+        ([0], predictions(1), "rows: expected a tensor, got list"),
+        (torch.tensor([0]), predictions(1).tolist(), "probs: expected a tensor, got list"),
+        (torch.tensor([0]), torch.ones(1, C).long(), "probs: expected a floating-point tensor"),
+        (
+            torch.tensor([0]),
+            pskd.TopK(torch.zeros(1, 3), torch.zeros(1, 3)),
+            "probs: expected 1 to 7 integer classes a row, got 3 of torch.float32",
+        ),
+    ],
+)
+def test_rows_and_predictions_of_other_types_are_refused(rows, probs, message):
+    with pytest.raises(ValueError, match=message):
+        pskd.PredictionMemory(M, C, top_k=3).write(rows, probs)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e6])  # the last in half precision
+@pytest.mark.parametrize("k", FORMS)
+def test_a_row_that_was_not_finite_reads_as_zeros(k, bad, path):
+    """Also of files that were written before, which hold NaN."""
+    memory = pskd.PredictionMemory(M, C, top_k=k, path=path)
+    rows, probs = torch.arange(3), predictions(3)
+    probs[1, 2] = bad
+    memory.next_epoch()
+    memory.write(rows, probs)
+    memory._present.records[5:7, :-1] = 0xFF  # NaN of rows that say that they were not written
+    memory.next_epoch()
+    past, seen = memory.read(torch.arange(7))
+    assert seen.tolist() == [True, False, True, False, False, False, False]
+    for part in past if k else [past]:
+        assert (part[~seen] == 0).all()
+        assert part.isfinite().all()
+    memory.close()
+
+
+@pytest.mark.parametrize("k", FORMS)
+def test_an_average_recovers_from_an_epoch_that_was_not_finite(k):
+    memory = pskd.PredictionMemory(M, C, top_k=k, momentum=0.5)
+    rows, nothing = torch.arange(M), torch.full((M, C), float("nan"))
+    seen = []
+    for probs in (predictions(M), nothing, predictions(M), predictions(M)):
+        memory.next_epoch()
+        seen.append(bool(memory.read(rows)[1].any()))
+        memory.write(rows, probs)
+    memory.next_epoch()
+    past, is_there = memory.read(rows)
+    assert seen == [False, True, False, True] and is_there.all()
+    torch.testing.assert_close(dense(past), kept(predictions(M), k), rtol=0, atol=2e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_an_average_gives_nothing_to_classes_that_are_masked(dtype):
+    """More classes are kept than can be said: the rest of the list are some of the masked."""
+    memory = pskd.PredictionMemory(M, C, top_k=5, dtype=dtype, momentum=0.9)
+    rows, masked = torch.arange(M), torch.tensor([1, 3, 4, 6])
+    for epoch in range(4):
+        memory.next_epoch()
+        scores = predictions(M, seed=epoch).log().index_fill(1, masked, -torch.inf)
+        memory.write(rows, scores.softmax(dim=1))
+    memory.next_epoch()
+    past, _ = memory.read(rows)
+    is_masked = torch.isin(past.indices, masked)
+    assert is_masked.any() and (past.probs[is_masked] == 0).all()

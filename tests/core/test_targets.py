@@ -259,3 +259,55 @@ def test_top_k_of_logits_is_that_of_their_softmax():
     assert TopK.from_logits(logits.half(), 3).probs.dtype == torch.float32
     known = TopK.from_logits(logits, 3, logsumexp=logits.logsumexp(dim=1))
     assert torch.equal(known.probs, top.probs)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_rows_of_alpha_zero_may_hold_anything(bad):
+    target, probs = past(0, 4, 3)
+    seen = torch.tensor([True, False, True, False])
+    clean = mix_targets(target, probs, 0.7 * seen)
+    probs[~seen] = bad
+    assert torch.equal(mix_targets(target, probs, 0.7 * seen), clean)
+    assert torch.equal(
+        mix_targets(target, torch.full_like(probs, bad), 0.0),
+        mix_targets(target, torch.zeros_like(probs), 0.0),
+    )
+
+
+@given(**sizes, alpha=weights, eps=weights)
+@few
+def test_probabilities_take_the_place_of_the_one_hot(rows, classes, seed, alpha, eps):
+    target, probs = past(seed, rows, classes)
+    onehot = torch.eye(classes).double()[target]
+    got = mix_targets(onehot, probs, alpha, label_smoothing=eps)
+    expected = mix_targets(target, probs, alpha, label_smoothing=eps)
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-15)
+    alone = mix_targets(onehot, None, 0.0, label_smoothing=eps)
+    torch.testing.assert_close(alone, mix_targets(onehot, onehot, 0.0, label_smoothing=eps))
+
+
+def test_the_tail_may_be_kept_from_some_classes():
+    sparse = TopK(torch.tensor([[0, 1]]), torch.tensor([[0.5, 0.1]]))
+    allowed = torch.tensor([[True, True, False, True, True]])
+    dense = sparse.dense(5, allowed)
+    torch.testing.assert_close(dense, torch.tensor([[0.5, 0.1, 0.0, 0.2, 0.2]]))
+    nobody = sparse.dense(5, torch.zeros_like(allowed))
+    torch.testing.assert_close(nobody, torch.tensor([[0.5, 0.1, 0.0, 0.0, 0.0]]))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"target": [0, 1]}, "target: expected a tensor, got list"),
+        ({"teacher_probs": [[1.0]]}, "teacher: expected a tensor, got list"),
+        ({"target": torch.ones(2, 2)}, "teacher: expected shape (2, 2) as the logits, got (2, 3)"),
+        (
+            {"teacher_probs": TopK(torch.tensor([[0, 3]] * 2), torch.full((2, 2), 0.5))},
+            "teacher_probs: expected TopK of classes in [0, 2], got [0, 3]",
+        ),
+    ],
+)
+def test_other_types_and_classes_are_refused(given, message):
+    good = {"target": torch.tensor([0, 1]), "teacher_probs": torch.full((2, 3), 1 / 3)}
+    with pytest.raises(ValueError, match=re.escape(message)):
+        mix_targets(**good | given, alpha=0.5, num_classes=None if "target" in given else 3)

@@ -156,7 +156,8 @@ def dense(rows: Rows) -> Tensor:
         return torch.zeros_like(rows.logits, dtype=torch.float64)
     if rows.indices is None:
         return rows.probs.double()
-    return TopK(rows.indices, rows.probs.double()).dense(rows.logits.size(1))
+    allowed = rows.logits != -math.inf
+    return TopK(rows.indices, rows.probs.double()).dense(rows.logits.size(1), allowed)
 
 
 def reference(rows: Rows, scale: float = 1.0) -> tuple[RowValues, Tensor]:
@@ -414,13 +415,26 @@ def test_classes_at_minus_infinity_that_nobody_expects(kernel, form, some, block
     assert (grad[:, some] == 0.0).all()
 
 
-@every_teacher
+@pytest.mark.parametrize("form", ["probs", "logits"])
 def test_classes_at_minus_infinity_that_the_teacher_expects(kernel, form):
     rows = make(form, target=torch.tensor([31, 32, 33, 36]), alpha=torch.tensor([0.3, 1, 0, 0]))
     rows = forbid(rows, slice(0, 20), of_teacher=False)
     values, grad = kernel(rows, block=16)  # the first block has no finite logit
     assert values.loss[:2].tolist() == [math.inf, math.inf]
     assert_is((values, grad), reference(rows))
+
+
+@every_block
+def test_the_tail_of_a_sparse_teacher_spares_the_classes_at_minus_infinity(kernel, block):
+    rows = make("top_k", target=torch.tensor([31, 32, 33, 36]), alpha=torch.tensor([0.3, 1, 0, 0]))
+    logits = rows.logits.clone()
+    logits[:, :20] = -math.inf
+    logits.scatter_(1, rows.indices, 0.5)  # what the teacher lists by name can still be said
+    rows = rows._replace(logits=logits)
+    values, grad = kernel(rows, block=block)
+    assert values.loss.isfinite().all()
+    assert_is((values, grad), reference(rows))
+    assert (grad[logits == -math.inf] == 0.0).all()
 
 
 @every_form

@@ -195,8 +195,11 @@ BAD = {
     "three corners": (Detections(np.zeros((1, 3)), np.zeros(1), np.zeros(1, int)), "shapes"),
     "NaN box": (found((0.5, 0, 1, 1, np.nan, 2)), "finite boxes"),
     "swapped": (found((0.5, 0, 5, 1, 2, 2)), "x1 <= x2"),
-    "score above": (found((1.5, 0, *BOX)), r"scores in \[0, 1\], got \[1.5, 1.5\]"),
-    "score NaN": (found((np.nan, 0, *BOX)), r"scores in \[0, 1\]"),
+    "score above": (
+        found((1.5, 0, *BOX)),
+        r"scores: expected .* got values in \[1.5, 1.5\]",
+    ),
+    "score NaN": (found((np.nan, 0, *BOX)), r"scores: expected values in \[0, 1\]"),
     "label above": (found((0.5, 3, *BOX)), r"labels in \[0, 3\), got int64 in \[3, 3\]"),
     "label below": (found((0.5, -1, *BOX)), r"labels in \[0, 3\)"),
     "label float": (Detections(np.zeros((1, 4)), np.ones(1), np.ones(1)), "integer labels"),

@@ -412,6 +412,16 @@ def test_what_an_epoch_writes_is_read_in_the_next_one_only():
     assert memory.read(torch.tensor([1]))[1].all()
 
 
+def test_what_is_left_out_of_a_mean_may_hold_anything():
+    memory, nan = AnnotationMemory(2, 2, "set"), float("nan")
+    probs = torch.tensor([[0.2, 0.8], [nan, nan], [nan, 1.0]])
+    memory.write(torch.tensor([0, 0, 1]), probs, torch.tensor([True, False, True]))
+    memory.next_epoch()
+    past, known = memory.read(torch.arange(2))
+    assert known.tolist() == [True, False] and torch.equal(past[0], probs[0])
+    assert past.isfinite().all()
+
+
 def test_a_memory_comes_back_whole_or_not_at_all():
     memory, other, untouched = (AnnotationMemory(3, 2, "set") for _ in range(3))
     memory.write(torch.arange(3), torch.full((3, 2), 0.5), torch.ones(3, dtype=torch.bool))

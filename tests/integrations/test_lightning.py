@@ -99,6 +99,20 @@ def test_it_is_the_loop_by_hand(teacher, tmp_path):
     assert module.told[-1]["pskd/alpha"] == pytest.approx(0.9)
 
 
+@FORMS
+@pytest.mark.parametrize("precision", ["bf16-true", "16-true", "bf16-mixed"])
+def test_half_precision_trains_near_the_loop_by_hand(teacher, precision, tmp_path):
+    """``...-true`` makes half precision torch's default dtype around each step."""
+    module, made = fit(tmp_path, teacher, precision=precision, validate=True)
+    losses, told = by_hand(teacher)[1:]
+    assert len(module.losses) == len(losses)
+    # Weights in half precision go another way, a little more in every step.
+    assert module.losses[0] == pytest.approx(float(losses[0]), rel=0.05)
+    assert module.losses[-1] == pytest.approx(float(losses[-1]), rel=0.5)
+    assert all(torch.tensor(module.losses + module.validated).isfinite())
+    assert made.criterion.alpha == 0.9 and torch.get_default_dtype() == torch.float32
+
+
 def test_a_validation_is_plain_cross_entropy(tmp_path):
     """Before the training (Lightning looks at two batches first), in it, and without one."""
     module, _ = fit(tmp_path, "memory", validate=True)

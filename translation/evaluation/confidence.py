@@ -55,7 +55,7 @@ def fit_temperature_on_valid(
     step = math.ceil(np.sum(task.dataset("valid").tgt_sizes) / _TEMPERATURE_TOKENS)
     for lprobs, target in scored_tokens(args, "valid", model, config, task):
         # Evenly over all batches: these come in order of their sentences' lengths.
-        chosen = torch.arange(-seen % step, len(target), step, device=target.device)
+        chosen = slice(-seen % step, None, step)
         # A model may forbid a word by minus infinity.
         kept_lprobs.append(lprobs[chosen].clamp(min=_LEAST_LPROB).cpu())
         kept_target.append(target[chosen].cpu())

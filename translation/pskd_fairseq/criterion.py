@@ -15,6 +15,7 @@ from fairseq.criterions.label_smoothed_cross_entropy import LabelSmoothedCrossEn
 from torch import Tensor
 
 from pskd import LinearTeacher, PSKDStats, pskd_cross_entropy, pskd_linear_cross_entropy
+from pskd.targets import row_alphas
 from pskd_fairseq import fused
 from pskd_fairseq.checkpoint import SavePlan
 from pskd_fairseq.config import PSKDCriterionConfig
@@ -219,7 +220,7 @@ class PSKDCriterion(LabelSmoothedCrossEntropyCriterion):
         if self._skip_wrong_teacher:
             past = past._replace(taught=taught & (past.preferred(slice(None)) == target))
         if kept is not None or self._skip_wrong_teacher:
-            past = past._replace(alpha=past.taught * self.epoch_state.alpha)
+            past = past._replace(alpha=row_alphas(self.epoch_state.alpha, past.taught))
         return past
 
     def _rows(self, *tensors: Tensor) -> tuple[Tensor, ...]:

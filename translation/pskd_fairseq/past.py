@@ -39,4 +39,4 @@ class Past(NamedTuple):
         """Return the sum over the tokens of the probability that a memory's types hold, else 0."""
         if self.top_k is None:
             return self.taught.new_zeros((), dtype=torch.float32)
-        return (self.top_k.probs.sum(dim=1) * self.taught).sum()
+        return torch.where(self.taught, self.top_k.probs.sum(dim=1), 0.0).sum()

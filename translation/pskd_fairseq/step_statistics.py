@@ -12,6 +12,7 @@ from fairseq.logging import metrics
 from torch import Tensor
 
 from pskd.effect import teacher_effect
+from pskd.targets import row_alphas
 
 #: Finding the largest of V scores costs as much as a softmax: every eighth token tells enough.
 COMPARED = slice(None, None, 8)
@@ -66,8 +67,9 @@ def step_statistics(
     tokens = is_token.sum()
     agree = (student_prefers == teacher_prefers) & taught[COMPARED]
     hard = (teacher_prefers != target[COMPARED]) & taught[COMPARED]
-    effect = teacher_effect(nll, teacher_at_label, alpha * taught)
-    hard_effect = teacher_effect(nll[COMPARED], teacher_at_label[COMPARED], alpha * hard)
+    effect = teacher_effect(nll, teacher_at_label, row_alphas(alpha, taught))
+    hard_alphas = row_alphas(alpha, hard)
+    hard_effect = teacher_effect(nll[COMPARED], teacher_at_label[COMPARED], hard_alphas)
     sums = {
         "pskd_tokens": tokens,
         "pskd_alpha": alpha * tokens,
