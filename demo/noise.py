@@ -1,11 +1,11 @@
 """Wrong training data, as crawled or crowd-sourced sets have it, made from clean data.
 
-    python -m demo.noise lines train.en.gz --share 0.333 --out noisy.en
-    python -m demo.noise boxes voc:BCCD:train --share 0.3 --out noisy.json
+    python -m demo.noise lines train.en.gz --share 0.333 --out train.noisy.en
+    python -m demo.noise boxes voc:BCCD:train --share 0.3 --out train.noisy.json
 
 ``lines`` gives a share of the lines the text of another of them: beside an untouched source file
-these are misaligned sentence pairs. ``boxes`` gives a share of the boxes another class, drawn evenly
-from the others. Apply neither to data that is validated or tested on.
+these are misaligned sentence pairs. ``boxes`` gives a share of the boxes another class, drawn
+evenly from the others. Apply neither to data that is validated or tested on.
 """
 
 from __future__ import annotations
@@ -71,8 +71,8 @@ def _chosen(count: int, share: float, seed: int) -> list[int]:
 
 
 def _write_lines(args: argparse.Namespace) -> None:
-    is_gzip = Path(args.file).suffix == ".gz"
-    with (gzip.open if is_gzip else open)(args.file, "rt", encoding="utf-8", newline="\n") as file:
+    opener = gzip.open if Path(args.file).suffix == ".gz" else open
+    with opener(args.file, "rt", encoding="utf-8", newline="\n") as file:
         lines = [line.removesuffix("\n") for line in file]
     text = "".join(f"{line}\n" for line in misaligned(lines, args.share, args.seed))
     Path(args.out).write_text(text, encoding="utf-8", newline="\n")

@@ -54,6 +54,9 @@ RUN: dict[str, dict[str, list[str]]] = {
     "detection/test_digits.py": {
         "test_command_line": ["python -m demo.digits"],
     },
+    "detection/test_noise.py": {
+        "test_command_line_for_lines": ["python -m demo.noise"],
+    },
     "detection/test_torchvision_training.py": {
         "test_results_tell_the_command_and_every_metric": ["detection/train_torchvision.py"],
         "test_two_processes_end_with_the_same_model_and_teacher": [
