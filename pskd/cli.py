@@ -6,9 +6,11 @@
 ``pskd doctor`` tries the core and every other part, and exits with 0 if the core and all parts that
 are present work. With parts named it tries those (and the core, on which they stand) and exits
 with 0 exactly if they are present and work; otherwise with 1, and with 2 for a wrong command line.
+A part whose trial takes too long is told as "timed out", which is not known to work: status 1, and
+``--timeout`` gives it more time.
 
 ``pskd report`` compares runs of any task on one page, and exits with 0, with 2 for what the user
-can mend, or with 1 if a file cannot be read or written.
+can mend, or with 1 if a file cannot be read or written. ``pskd --version`` says which pskd this is.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ import textwrap
 from collections.abc import Sequence
 
 from pskd import doctor
+from pskd.version import __version__
 
 __all__ = ["main"]
 
@@ -32,10 +35,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments without the program's name; None: those of the process.
 
     Returns:
-        0 if all is well, 1 if the command found something broken.
+        0 if all is well, 1 if the command found something broken or did not end trying.
 
     Raises:
-        SystemExit: with status 2 if the arguments are wrong, 0 after ``--help``.
+        SystemExit: with status 2 if the arguments are wrong, 0 after ``--help`` and ``--version``.
     """
     args = _parser().parse_args(argv)
     status: int = args.run(args)
@@ -46,6 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="pskd", description="Progressive self-knowledge distillation."
     )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     _add_doctor(commands)
     _add_report(commands)
@@ -58,7 +62,8 @@ def _add_doctor(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         help="say what is installed, what does not fit, and what mends it",
         description="Say what is installed, what does not fit, and the command that mends it. "
         "Exit status: without PART, 0 if the core and every part that is present work; with PART, "
-        "0 if the core and all parts named are present and work; otherwise 1.",
+        "0 if the core and all parts named are present and work; otherwise 1, also for a part that "
+        "timed out, of which nothing is known.",
     )
     command.add_argument(
         "parts",
@@ -73,7 +78,7 @@ def _add_doctor(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         metavar="SECONDS",
         type=_seconds,
         default=120.0,
-        help="for trying all parts together (default: %(default)g)",
+        help="for trying all parts together (default: %(default)g); more for a part that timed out",
     )
     command.set_defaults(run=_doctor)
 

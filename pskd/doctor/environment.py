@@ -49,10 +49,14 @@ class Attempt:
 
 @dataclass(frozen=True)
 class Probe:
-    """What one part's process tried; ``failure`` is set where the process itself did not finish."""
+    """What one part's process tried; ``failure`` is set where the process itself did not finish.
+
+    Where it was stopped because it took too long, ``limit`` is the time in seconds that it had.
+    """
 
     attempts: Mapping[str, Attempt]
     failure: str = ""
+    limit: float | None = None
 
 
 @dataclass(frozen=True)
@@ -132,7 +136,7 @@ class Report:
 
     Attributes:
         environment: what was judged.
-        parts: part -> "works", "broken" or "absent".
+        parts: part -> "works", "broken", "absent" or "timed out", of which nothing is known.
         findings: errors first, then warnings, then notes.
     """
 
@@ -142,8 +146,9 @@ class Report:
 
     @property
     def ok(self) -> bool:
-        """Whether no error was found: the core, every present part and every asked part work."""
-        return all(finding.severity != "error" for finding in self.findings)
+        """Whether the core, every present part and every asked part are known to work."""
+        errors = any(finding.severity == "error" for finding in self.findings)
+        return not errors and "timed out" not in self.parts.values()
 
     def as_dict(self) -> dict[str, Any]:
         """Return the report as plain JSON types."""

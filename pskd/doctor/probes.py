@@ -20,8 +20,13 @@ from pskd.doctor.steps import STEPS
 _LONGEST_ERROR = 400
 
 # What a framework prints while it is imported goes to stderr, so that stdout carries the reports.
+# Python puts the current folder first in the path of -c, but not of an installed command: without
+# that a checkout, or a clone of a framework, would be tried in place of what is installed.
 _RUNNER = """
-import json, os, sys
+import sys
+if sys.path[:1] == [""]:
+    del sys.path[0]
+import json, os
 reports = os.fdopen(os.dup(1), "w")
 os.dup2(2, 1)
 def report(*line):
@@ -47,7 +52,8 @@ def gather(asked: Iterable[str] = (), *, timeout: float = 120.0) -> Environment:
         timeout: seconds for all the trying together.
 
     Returns:
-        What there is. The processes start in the current directory, which is importable in them.
+        What there is. In the processes modules are found as in an installed command: not in the
+        current directory, unless PYTHONPATH names it.
 
     Raises:
         ValueError: if a part is not one of `PARTS`.
@@ -93,13 +99,14 @@ def run_probes(steps: Mapping[str, Mapping[str, str]], timeout: float) -> dict[s
         running = {part: _start(code, stack) for part, code in steps.items()}
         probes = {}
         for part, (process, stdout, stderr) in running.items():
+            limit = None
             try:
                 ended = _describe_end(process.wait(max(deadline - time.monotonic(), 0.0)))
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
-                ended = f"did not end within {timeout:g} seconds"
-            probes[part] = _read_probe(ended, _text(stdout), _text(stderr))
+                ended, limit = f"did not end within {timeout:g} seconds", timeout
+            probes[part] = _read_probe(ended, _text(stdout), _text(stderr), limit)
         return probes
 
 
@@ -123,7 +130,7 @@ def _describe_end(status: int) -> str:
     return f"was ended by {known.get(-status, f'signal {-status}')}"
 
 
-def _read_probe(ended: str, reports: str, noise: str) -> Probe:
+def _read_probe(ended: str, reports: str, noise: str, limit: float | None) -> Probe:
     """Make a probe of what its process wrote; ``ended`` is empty where the process finished."""
     attempts, current = {}, ""
     for line in reports.split("\n")[:-1]:  # after the last newline: a line that was cut off
@@ -135,7 +142,7 @@ def _read_probe(ended: str, reports: str, noise: str) -> Probe:
         return Probe(attempts)
     where = f" (while trying {current})" if current else ""
     last = "".join(f": {line}" for line in noise.strip().splitlines()[-1:])
-    return Probe(attempts, _one_line(f"{ended}{where}{last}"))
+    return Probe(attempts, _one_line(f"{ended}{where}{last}"), limit)
 
 
 def _text(file: IO[bytes]) -> str:

@@ -35,7 +35,8 @@ def diagnose(env: Environment) -> Report:
     ]
     found.sort(key=lambda finding: SEVERITIES.index(finding.severity))
     broken = {finding.part for finding in found if finding.severity == "error"} - absent
-    states = dict.fromkeys(env.probes, "works")
+    unknown = {part for part, probe in env.probes.items() if probe.limit is not None}
+    states = dict.fromkeys(env.probes, "works") | dict.fromkeys(unknown, "timed out")
     states |= dict.fromkeys(broken, "broken") | dict.fromkeys(absent, "absent")
     return Report(env, states, tuple(found))
 
@@ -77,7 +78,8 @@ def _python_does_not_fit_fairseq(env: Environment) -> Iterator[Finding]:
             f"Python {'.'.join(map(str, env.python))} is not one of those that fairseq-fixed is "
             "made for, 3.11 and 3.12."
         )
-        severity = "warning" if env.worked("fairseq") else "error"
+        tried = env.attempt("fairseq")
+        severity = "error" if tried is not None and not tried.ok else "warning"
         yield Finding(severity, "translation", message, "python3.12 -m venv .venv")
 
 
@@ -116,7 +118,11 @@ def _config_packages_do_not_fit(env: Environment) -> Iterator[Finding]:
 
 def _probes_did_not_finish(env: Environment) -> Iterator[Finding]:
     for part, probe in env.probes.items():
-        if probe.failure:
+        if probe.limit is not None:
+            message = f"Whether this part works is not known: trying it {probe.failure}."
+            mend = f"pskd doctor {part} --timeout {5 * probe.limit:g}"
+            yield Finding("warning", part, message, mend)
+        elif probe.failure:
             message = f"Trying this part {probe.failure}."
             yield Finding("error", part, message, f"pskd doctor {part} --timeout 600")
 
@@ -163,6 +169,8 @@ def _framework_is_absent(env: Environment, part: str, way: Way, severity: str) -
         return Finding(severity, part, f"{way.packages[0]} is not installed.", way.install)
     if env.worked("torchvision") and env.worked("pskd_torchvision"):
         other = "works"
+    elif env.attempt("pskd_torchvision") is None:
+        other = "was not tried"
     else:
         other = "does not work either" if _present(env, part) else "is not there either"
     message = f"Detectron2 is absent; the torchvision adapter {other}."

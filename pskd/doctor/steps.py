@@ -127,15 +127,15 @@ STEPS: Mapping[str, Mapping[str, Step]] = {
         "fairseq.data.data_utils_fast": _on(
             "fairseq",
             "import fairseq.data.data_utils_fast, fairseq.data.token_block_utils_fast",
-            "fairseq's compiled batching does not load, as in a build without Cython or in "
-            "fairseq's source folder",
+            "fairseq's compiled batching does not load, as in a build without Cython or with "
+            "fairseq's source folder in PYTHONPATH",
             REBUILD_FAIRSEQ,
         ),
         "fairseq.libbleu": _on(
             "fairseq",
             "import fairseq.libbleu",
-            "fairseq's compiled BLEU does not load, as in a build without a C++ compiler or in "
-            "fairseq's source folder",
+            "fairseq's compiled BLEU does not load, as in a build without a C++ compiler or with "
+            "fairseq's source folder in PYTHONPATH",
             REBUILD_FAIRSEQ,
         ),
         "fairseq_cli.train": _on(
@@ -171,8 +171,8 @@ STEPS: Mapping[str, Mapping[str, Step]] = {
         "detectron2._C": _on(
             "detectron2",
             "import torch, detectron2._C",
-            "Detectron2's compiled operators do not load, as in its source folder or after torch "
-            "was replaced",
+            "Detectron2's compiled operators do not load, as with its source folder in PYTHONPATH "
+            "or after torch was replaced",
             REBUILD_DETECTRON2,
         ),
         "pskd_torchvision": _on(

@@ -11,6 +11,7 @@ import functools
 import gzip
 import os
 import sys
+from argparse import Namespace
 from pathlib import Path
 from unittest import mock
 
@@ -273,6 +274,18 @@ def memory_resumed(tried: str, says: str, spoil=lambda file: None, lengths=(3, 5
     RESUMED.add(tried, run, says)
 
 
+CODE = Namespace(arch="fconv", encoder_layers="[print()]")
+NO_LITERAL = (
+    "encoder_layers: expected a literal such as '[(512, 3)] * 20', since fairseq evaluates it, got "
+    "'[print()]'"
+)
+resumed(
+    "code for an argument that fairseq evaluates",
+    NO_LITERAL,
+    lambda state, entry: state.update(args=CODE),
+)
+
+
 memory_resumed(
     "the memory's file cut off",
     "run/pskd_memory/shard_0/epoch_00001.pskd: expected 4,249 bytes, got 4,149: cut off",
@@ -443,6 +456,12 @@ evaluated(
     "a checkpoint that is none",
     "model.pt",
     "model.pt: expected a whole fairseq checkpoint that fits data, got ...",
+)
+evaluated(
+    "a checkpoint with code for an argument that fairseq evaluates",
+    "model.pt",
+    f"model.pt: {NO_LITERAL}",
+    lambda: torch.save({"model": {}, "args": CODE}, "model.pt"),
 )
 evaluated(
     "the raw reference deleted",

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+import pskd
 from pskd import cli, doctor
 from pskd.doctor import Attempt, Environment, Probe, Report, diagnose
 from pskd.doctor.environment import UNSAFE_LOAD
@@ -183,9 +184,9 @@ RULE_CASES = {
         "Detectron2 is absent; the torchvision adapter works",
         "pip install --no-build-isolation 'git+https://github.com/facebookresearch/detectron2.git'",
     ),
-    "timed out": (
-        made(failures={"plots": "did not end within 1 seconds"}), "error", "plots",
-        "did not end within 1 seconds", "pskd doctor plots --timeout",
+    "crashed": (
+        made(failures={"plots": "was ended by SIGSEGV"}), "error", "plots",
+        "was ended by SIGSEGV", "pskd doctor plots",
     ),
     "loss not compiled": (
         made(attempts={"pskd": Attempt(True, "not compiled")}), "note", "core",
@@ -394,6 +395,46 @@ def test_asked_parts_work_exactly_if_there_is_no_error():
         assert works or not report.ok, chosen
 
 
+# -- Parts that timed out --------------------------------------------------------------------------
+
+
+def timed_out(env: Environment, part: str, tried: int = 0) -> Environment:
+    """Return an environment in which a part was stopped after one second and some attempts."""
+    attempts = dict(itertools.islice(env.probes[part].attempts.items(), tried))
+    probe = Probe(attempts, "did not end within 1 seconds (while trying it)", 1.0)
+    return dataclasses.replace(env, probes={**env.probes, part: probe})
+
+
+@pytest.mark.parametrize("part", doctor.PARTS)
+def test_of_a_part_that_timed_out_nothing_is_known(part):
+    report = diagnose(env := timed_out(made(), part))
+    assert report.parts == dict.fromkeys(doctor.PARTS, "works") | {part: "timed out"}
+    assert not report.ok and not any(f.severity == "error" for f in report.findings)
+    (finding,) = found(env, "not known")
+    assert finding.part == part and "did not end within 1 seconds" in finding.message
+    assert finding.mend == f"pskd doctor {part} --timeout 5"
+
+
+def test_what_failed_before_a_part_timed_out_is_broken():
+    env = made(attempts={"fairseq": "OSError: x"}, asked=["translation"])
+    report = diagnose(env := timed_out(env, "translation", tried=1))
+    assert report.parts["translation"] == "broken" and found(env, "not known")
+
+
+def test_an_absent_part_that_timed_out_is_absent():
+    report = diagnose(timed_out(without("fairseq"), "translation", tried=1))
+    assert report.parts["translation"] == "absent" and report.ok
+
+
+def test_what_was_not_tried_is_not_told_to_fail():
+    env = timed_out(made({"detectron2": None}), "detection", tried=3)
+    failed = Attempt(False, no_module("detectron2"))
+    env.probes["detection"].attempts["detectron2"] = failed
+    assert found(env, "Detectron2 is absent; the torchvision adapter was not tried.")
+    late = timed_out(made(python=(3, 13, 0)), "translation")
+    assert diagnose(late).parts["translation"] == "timed out"
+
+
 # -- Versions --------------------------------------------------------------------------------------
 
 
@@ -450,12 +491,35 @@ def test_probes_report_values_noise_errors_and_crashes():
     assert probes["crash"].attempts == {"a": Attempt(True)}
     assert probes["crash"].failure == "was ended by SIGABRT (while trying b): last words"
     assert probes["status"].failure == "ended with status 3 (while trying a)"
+    assert probes["status"].limit is None
 
 
 def test_probe_that_takes_too_long_is_a_failure():
     probe = run_probes({"p": {"a": "import time; time.sleep(60)"}}, timeout=0.5)["p"]
     assert probe.failure.startswith("did not end within 0.5 seconds")
-    assert not probe.attempts
+    assert probe.limit == 0.5 and not probe.attempts
+
+
+def test_probes_find_modules_as_an_installed_command_does(tmp_path, monkeypatch):
+    """Not in the current folder, which may be a checkout, but wherever PYTHONPATH says."""
+    for folder in ("current", "named"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / f"module_{folder}.py").touch()
+    (tmp_path / "current" / "json.py").write_text("raise ImportError('of the current folder')")
+    monkeypatch.chdir(tmp_path / "current")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "named"), prepend=os.pathsep)
+    imports = {name: f"import {name}" for name in ("module_current", "module_named", "json")}
+    assert run_probes({"p": imports}, timeout=60)["p"] == Probe(
+        {
+            "module_current": Attempt(False, no_module("module_current")),
+            "module_named": Attempt(True),
+            "json": Attempt(True),
+        }
+    )
+    (tmp_path / "current" / "json.py").unlink()
+    monkeypatch.setenv("PYTHONPATH", ".", prepend=os.pathsep)
+    tried = run_probes({"p": imports}, timeout=60)["p"].attempts
+    assert all(attempt.ok for attempt in tried.values()), tried
 
 
 def test_long_errors_keep_both_ends():
@@ -525,6 +589,20 @@ def test_wrong_command_line_is_status_2(arguments, capsys):
         cli.main(arguments)
     assert stop.value.code == 2
     assert "usage: pskd" in capsys.readouterr().err
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["--version"])
+    assert stop.value.code == 0
+    assert capsys.readouterr() == (f"pskd {pskd.__version__}\n", "")
+
+
+def test_real_run_that_times_out_calls_nothing_broken(capsys):
+    assert cli.main(["doctor", "core", "--timeout", "0.01"]) == 1
+    told = capsys.readouterr().out
+    assert "core  timed out\n" in told and "broken" not in told
+    assert "0 error(s), 1 warning(s)" in told and "--timeout 0.05" in told
 
 
 def test_real_run_tries_the_core_and_imports_no_framework():

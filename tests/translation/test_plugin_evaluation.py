@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from argparse import Namespace
 from functools import partial
 
 import pytest
@@ -10,6 +11,7 @@ import pytest
 pytest.importorskip("fairseq", reason="needs fairseq: pip install '.[translation]'")
 
 import torch  # noqa: E402
+from evaluation.translations import generate  # noqa: E402
 from fairseq_toys import LENGTHS, PLUGIN, Payload  # noqa: E402
 
 # --- fairseq-validate -------------------------------------------------------------------------
@@ -122,3 +124,18 @@ def test_generate_refuses_a_foreign_object_and_does_not_run_it(fairseq, translat
     # The payload is a real one.
     torch.load(fairseq.folder / "payload.pt", weights_only=False)
     assert translations["marker"].exists()
+
+
+def test_evaluate_translates_whatever_modules_the_current_folder_has(
+    fairseq, straight, tmp_path, monkeypatch
+):
+    """As fairseq-generate itself; a clone of fairseq would take the place of the installed one."""
+    for name in ("fairseq", "fairseq_cli", "pskd_fairseq", "json"):
+        (tmp_path / f"{name}.py").write_text("raise RuntimeError('of the current folder')")
+    monkeypatch.chdir(tmp_path)
+    args = Namespace(
+        data=fairseq.data, checkpoint=straight.save_dir / "checkpoint_last.pt", out=tmp_path,
+        split="test", beam=1, lenpen=1.0, max_tokens=4000, user_dir=None, cpu=True,
+    )  # fmt: skip
+    sentences, bleu_line = generate(args, ("de", "en"), None)
+    assert len(sentences) == len(LENGTHS["test"]) and "BLEU4 = " in bleu_line

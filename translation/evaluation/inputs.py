@@ -11,6 +11,7 @@ from fairseq.data import Dictionary
 from fairseq.models import BaseFairseqModel
 from fairseq.tasks import FairseqTask
 from omegaconf import DictConfig
+from pskd_fairseq.evaluated import UnsafeArgumentError, check_arguments
 
 # What is read of prepare.json.
 _PREPARED = {"source_lang", "target_lang", "lowercase"}
@@ -48,15 +49,19 @@ def load(args: argparse.Namespace) -> tuple[BaseFairseqModel, DictConfig, Fairse
     """Return the checkpoint's model, configuration and task, with the dictionaries of the data.
 
     Raises:
-        UserError: if the file is no whole checkpoint or does not fit the data.
+        UserError: if the file is no whole checkpoint, does not fit the data, or has an argument
+            that fairseq would evaluate and that may run code.
         OSError: if a file cannot be read.
     """
+    path = str(args.checkpoint)
     try:
-        models, config, task = checkpoint_utils.load_model_ensemble_and_task(
-            [str(args.checkpoint)], arg_overrides={"data": str(args.data)}
-        )
+        state = checkpoint_utils.load_checkpoint_to_cpu(path, {"data": str(args.data)})
+        check_arguments(state.get("cfg"))  # torch's allow-list sees command lines, not dictionaries
+        models, config, task = checkpoint_utils.load_model_ensemble_and_task([path], state=state)
     except OSError:
         raise
+    except UnsafeArgumentError as error:
+        raise UserError(f"{args.checkpoint}: {error}") from error
     except Exception as error:  # a damaged pickle can fail in any way
         reason = str(error).partition("\n")[0]
         raise UserError(

@@ -16,7 +16,8 @@ from evaluation.inputs import UserError
 
 logger = logging.getLogger("evaluate")
 
-# fairseq-generate with torch's allow-list in place, whatever other plugin --user-dir names.
+# fairseq-generate with torch's allow-list in place, whatever other plugin --user-dir names. As of
+# its own command, and unlike of -c alone, modules of the current folder are not found (-P).
 _GENERATE = "import pskd_fairseq; from fairseq_cli.generate import cli_main; cli_main()"
 
 
@@ -36,7 +37,7 @@ def generate(
         UserError: if fairseq fails, naming its log.
     """
     log = args.out / "generate.log"
-    command = [sys.executable, "-c", _GENERATE, str(args.data)]
+    command = [sys.executable, "-P", "-c", _GENERATE, str(args.data)]
     command += ["--source-lang", pair[0], "--target-lang", pair[1]]
     command += ["--path", str(args.checkpoint), "--gen-subset", args.split]
     command += ["--beam", str(args.beam), "--lenpen", str(args.lenpen)]

@@ -15,6 +15,7 @@ from fairseq.tasks import FairseqTask
 
 from pskd.schedule import check_unchanged
 from pskd_fairseq.checkpoint import ENTRY, FORMAT, digest, vocabulary_sizes
+from pskd_fairseq.evaluated import UnsafeArgumentError
 
 logger = logging.getLogger(__name__)
 
@@ -69,9 +70,10 @@ def check_resume(
         options: as of `make_entry`.
 
     Raises:
-        ValueError: if the file is damaged or holds objects that fairseq does not write, if it was
-            made with dictionaries of another size, with other options, with another alpha schedule
-            (unless ``allow_change``), or stops in the middle of an epoch without its teacher.
+        ValueError: if the file is damaged or holds objects that fairseq does not write, if an
+            argument in it may run code, if it was made with dictionaries of another size, with
+            other options, with another alpha schedule (unless ``allow_change``), or stops in the
+            middle of an epoch without its teacher.
         FileNotFoundError: as `ResumePlan.path`.
     """
     path = plan.path()
@@ -88,6 +90,8 @@ def _read(path: str) -> dict:
     try:
         # mmap: only the pages that are looked at are read, fairseq loads the rest a moment later.
         return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except UnsafeArgumentError as error:
+        raise ValueError(f"{path}: {error}") from error
     except Exception as error:  # a damaged pickle can fail in any way
         foreign = re.search(r"GLOBAL (\S+)", str(error))
         if isinstance(error, pickle.UnpicklingError) and foreign:

@@ -11,20 +11,34 @@ import omegaconf
 import torch
 from fairseq.distributed.utils import _TensorPlaceholder
 
+from pskd_fairseq.evaluated import check_arguments
+
 
 def allow_fairseq_types() -> None:
     """Let torch >= 2.6 read fairseq checkpoints with its protection on.
 
     fairseq pickles its command line (`argparse.Namespace`), numpy counters of validation BLEU and,
     between processes, its omegaconf configuration. These types and no others join torch's
-    allow-list, so a checkpoint that holds any other object is still refused.
+    allow-list, so a checkpoint that holds any other object is still refused; so is a command line
+    with an argument that fairseq would evaluate and that is no literal.
     """
     torch.serialization.add_safe_globals(_plain_types() + _numpy_types() + _omegaconf_types())
 
 
+class _CommandLine(argparse.Namespace):
+    """Stands in torch's allow-list for `argparse.Namespace`, and becomes one when it is checked."""
+
+    __module__, __qualname__ = "argparse", "Namespace"  # the name that torch looks for
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        check_arguments(state)
+        vars(self).update(state)
+        self.__class__ = argparse.Namespace  # type: ignore[assignment]
+
+
 def _plain_types() -> list:
     return [
-        argparse.Namespace,
+        _CommandLine,
         collections.defaultdict,
         dict,
         int,
