@@ -44,6 +44,8 @@ class PredictionMemory:
     and exchange their rows in `next_epoch`. A file takes its final name when its epoch is complete,
     and is kept for as long as the first process's last `state_dict` needs it.
 
+    With ``top_k``, classes that the student excludes (logits of -inf) get nothing of the rest.
+
     Args:
         num_rows: M; rows are numbered from 0.
         num_classes: C.
