@@ -57,7 +57,7 @@ def train(job: Job) -> dict:
     statistics = trainer.objective.criterion.examples.compute()
     if not job.world.is_first:
         return {}
-    write_examples(job.folder, job.splits.train, job.splits.class_names, statistics)
+    write_examples(job.folder, job.splits, statistics)
     return {"seconds_per_epoch": median(epoch["seconds"] for epoch in read_epochs(job.folder))}
 
 

@@ -15,6 +15,7 @@ from pskd import ExampleStats, MemoryCriterion, SnapshotCriterion
 from pskd.distributed import World
 from pskd.run import checkpoint
 from pskd_classification.data import Splits, load_splits
+from pskd_classification.label_noise import LabelNoise
 from pskd_classification.mixing import Mixer
 from pskd_classification.models import build_model
 from pskd_classification.objective import Objective, VirtualTeacher
@@ -29,8 +30,9 @@ LAST, BEST = "checkpoint.pth", "best.pth"
 KEYS = {"model", "optimizer", "scheduler", "scaler", "criterion", "epoch", "best", "options"}
 #: Options that shape the weights or the data; others may change, which is said in the log.
 FIXED = (
-    "model", "samples", "fingerprint", "opt", "epochs", "lr", "lr_schedule", "lr_steps",
-    "lr_gamma", "lr_warmup_epochs",
+    "model", "num_classes", "train_per_class", "label_noise", "label_noise_seed", "samples",
+    "fingerprint", "opt", "epochs", "lr", "lr_schedule", "lr_steps", "lr_gamma",
+    "lr_warmup_epochs",
 )  # fmt: skip
 
 
@@ -82,6 +84,9 @@ def prepare(args: argparse.Namespace, world: World) -> Job:
         image_size=args.image_size,
         hflip=args.hflip,
         download=args.download,
+        num_classes=args.num_classes,
+        train_per_class=args.train_per_class,
+        label_noise=LabelNoise.parse(args.label_noise, args.label_noise_seed),
     )
     torch.manual_seed(args.seed)  # the same weights in every process
     model = build_model(

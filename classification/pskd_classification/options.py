@@ -13,6 +13,7 @@ from pskd.distributed import World
 from pskd.run.options import TRAINING_RANGES, check_ranges
 from pskd.schedule import SCHEDULES, check_alpha
 from pskd_classification.data import Splits
+from pskd_classification.label_noise import LabelNoise
 from pskd_classification.sources import DATASETS
 
 __all__ = ["build_parser", "check", "parse", "recorded"]
@@ -27,6 +28,9 @@ RANGES = TRAINING_RANGES | {
     "image_size": (1, math.inf),
     "hflip": (0.0, 1.0),
     "split_seed": (0, 2**32 - 1),
+    "num_classes": (2, math.inf),
+    "train_per_class": (1, math.inf),
+    "label_noise_seed": (0, 2**32 - 1),
     "label_smoothing": (0.0, 1.0),
     "cutmix_alpha": (0.0, math.inf),
     "mixup_alpha": (0.0, math.inf),
@@ -40,10 +44,11 @@ RANGES = TRAINING_RANGES | {
 }
 # What a run that is resumed is compared with; the rest is about where and how it runs.
 RECORDED = (
-    "model", "dropout", "stochastic_depth", "dataset", "val_fraction", "split_seed", "augment",
-    "image_size", "hflip", "epochs", "batch_size", "opt", "lr", "momentum", "weight_decay",
-    "lr_schedule", "lr_steps", "lr_gamma", "lr_warmup_epochs", "label_smoothing", "cutmix_alpha",
-    "mixup_alpha", "mix_prob", "tf_kd_alpha", "amp", "seed",
+    "model", "dropout", "stochastic_depth", "dataset", "val_fraction", "split_seed", "num_classes",
+    "train_per_class", "label_noise", "augment", "image_size", "hflip", "epochs", "batch_size",
+    "opt", "lr", "momentum", "weight_decay", "lr_schedule", "lr_steps", "lr_gamma",
+    "lr_warmup_epochs", "label_smoothing", "cutmix_alpha", "mixup_alpha", "mix_prob",
+    "tf_kd_alpha", "amp", "seed",
 )  # fmt: skip
 
 
@@ -134,7 +139,21 @@ def _add_data(group) -> None:
         "--val-fraction", type=float, default=0.1,
         help="of the training set, held out to choose the best checkpoint; default: %(default)s",
     )  # fmt: skip
-    add("--split-seed", type=int, default=0, help="of that division; default: %(default)s")
+    add(
+        "--split-seed", type=int, default=0,
+        help="of that division and of the two draws; default: %(default)s",
+    )  # fmt: skip
+    add("--num-classes", type=int, metavar="N", help="draw N classes; default: all")
+    add(
+        "--train-per-class", type=int, metavar="N",
+        help="draw N training images of each class, of those not held out; default: all",
+    )  # fmt: skip
+    add(
+        "--label-noise", metavar="RATE[:KIND]",
+        help="share of the training labels to replace: symmetric, evenly by one of the other "
+        "classes (default), or next, by the class after it; default: 0",
+    )  # fmt: skip
+    add("--label-noise-seed", type=int, default=0, help="of its draw; default: %(default)s")
     add(
         "--augment", choices=("crop", "resized-crop", "none"), default="crop",
         help="default: crop, padded by an eighth",
@@ -237,6 +256,8 @@ def check(args: argparse.Namespace) -> None:
             "--mix-prob: expected below 1 with the memory teacher, which learns from batches that "
             "are not mixed (or --pskd-teacher snapshot), got 1"
         )
+    noise = LabelNoise.parse(args.label_noise, args.label_noise_seed)
+    args.label_noise = None if noise is None else str(noise)
     if args.lr_steps is None:
         args.lr_steps = [args.epochs // 2, args.epochs * 3 // 4]
 
@@ -245,4 +266,6 @@ def recorded(args: argparse.Namespace, world: World, splits: Splits) -> dict[str
     """Return the options that a checkpoint keeps, so that a resumed run can be compared."""
     options: dict[str, object] = {name: getattr(args, name) for name in RECORDED}
     data = {"fingerprint": splits.fingerprint, "samples": len(splits.train)}
+    data |= {"noisy_samples": int(splits.noisy.sum()), "noisy_share": float(splits.noisy.mean())}
+    data["label_noise_seed"] = args.label_noise_seed if args.label_noise else None
     return options | data | {"processes": world.size}

@@ -167,6 +167,39 @@ def test_the_scale_of_mixed_precision_goes_on(tmp_path, monkeypatch):
     assert one == other and one["scale"] > 2.0
 
 
+def test_wrong_labels_are_recorded_and_another_draw_is_not_resumed(tmp_path, capsys):
+    noise = ["--label-noise", "0.25", "--train-per-class", "8", "--epochs", "2"]
+    stopped(tmp_path, *noise, after=1)
+    for other, message in (
+        (["--label-noise", "0.5"], "label_noise '0.5:symmetric' as in this run, got '0.25"),
+        (["--label-noise", "0.25:next"], "label_noise '0.25:next' as in this run, got '0.25:sym"),
+        (["--label-noise", "0"], "label_noise None as in this run, got '0.25:symmetric'"),
+        (["--label-noise-seed", "1"], "label_noise_seed 1 as in this run, got 0"),
+        (["--train-per-class", "7"], "train_per_class 7 as in this run, got 8"),
+        (["--num-classes", "2"], "num_classes 2 as in this run, got None"),
+    ):
+        assert train(tmp_path, *noise, *other, "--resume") == 1
+        assert f"checkpoint.pth: expected {message}" in capsys.readouterr().err
+    assert train(tmp_path, *noise, "--resume") == 0
+    options = results(tmp_path)["options"]
+    assert options == checkpoint(tmp_path)["options"]
+    assert (options["label_noise"], options["label_noise_seed"]) == ("0.25:symmetric", 0)
+    assert (options["samples"], options["noisy_samples"], options["noisy_share"]) == (24, 6, 0.25)
+    examples = np.load(tmp_path / "examples.npz")
+    assert examples["noisy"].sum() == 6
+    right = np.array([int(name) % 3 for name in examples["ids"]])  # of the toys
+    assert np.array_equal(examples["label"] != right, examples["noisy"])
+
+
+def test_a_checkpoint_of_before_these_options_is_resumed(tmp_path):
+    stopped(tmp_path, *PSKD, "--epochs", "2", after=1)
+    content = checkpoint(tmp_path)
+    for name in ("num_classes", "train_per_class", "label_noise", "label_noise_seed"):
+        del content["options"][name]
+    torch.save(content, tmp_path / "checkpoint.pth")
+    assert train(tmp_path, *PSKD, "--epochs", "2", "--resume") == 0
+
+
 def test_resuming_a_finished_run_trains_nothing_and_tells_the_same(run, tmp_path):
     before = results(run)
     assert train(run, *PSKD, "--resume") == 0
@@ -288,6 +321,9 @@ def test_two_processes_share_the_memory_and_go_on_as_one(tmp_path):
         ("--PSKD --pskd-top-k 4", "top_k: expected 1 to 3 classes, got 4"),
         ("--config absent.yaml", "absent.yaml"),
         ("--tf-kd-temperature 0", "--tf-kd-temperature: expected above 0, got 0.0"),
+        ("--label-noise 1", "--label-noise: expected a rate in [0, 1), perhaps with :symmetric"),
+        ("--train-per-class 12", "--train-per-class: expected at most 11, which class red has"),
+        ("--num-classes 1", "--num-classes: expected 2 or more, got 1"),
     ],
 )
 def test_what_cannot_be_trained_is_refused_before_anything_is_written(
