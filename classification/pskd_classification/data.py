@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 
 from pskd_classification.label_noise import LabelNoise
 from pskd_classification.sources import Source, as_rgb, check_source, load_sources
-from pskd_classification.transforms import eval_transform, stats_of, train_transform
+from pskd_classification.transforms import View, eval_transform, stats_of, train_transform
 
 __all__ = ["Images", "Splits", "load_splits"]
 
@@ -74,6 +74,7 @@ class Splits:
         test: not augmented; looked at when training is over.
         fingerprint: of the ids and labels that are trained on, in their order.
         noisy: (M,) bool, which labels of ``train`` were replaced by wrong ones.
+        view: how the images are seen.
     """
 
     class_names: tuple[str, ...]
@@ -82,6 +83,7 @@ class Splits:
     test: Images
     fingerprint: str
     noisy: np.ndarray
+    view: View
 
 
 def load_splits(
@@ -93,6 +95,8 @@ def load_splits(
     augment: str = "crop",
     image_size: int | None = None,
     hflip: float | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
     download: bool = False,
     num_classes: int | None = None,
     train_per_class: int | None = None,
@@ -112,6 +116,8 @@ def load_splits(
         augment: ``crop`` (padded by an eighth), ``resized-crop`` (as for ImageNet) or ``none``.
         image_size: side in pixels; None for that of the images.
         hflip: probability of a flip; None for 0.5, and 0 for digits.
+        mean, std: of the channels, of pixels from 0 to 1; None for those of the data set, or
+            ImageNet's.
         download: fetch CIFAR if it is not there.
         num_classes: so many classes are drawn by ``split_seed``, with all their samples; None for
             all.
@@ -149,9 +155,10 @@ def load_splits(
         targets["train"] = label_noise.apply(clean, len(class_names))
     size = image_size or _size_of(sources["train"])
     hflip = (0.0 if name == "digits" else 0.5) if hflip is None else hflip
-    stats = stats_of(name)
-    seen = {"train": train_transform(augment, size, hflip, stats)}
-    seen["val"] = seen["test"] = eval_transform(augment, size, stats)
+    own_mean, own_std = stats_of(name)
+    view = View(augment, size, hflip, tuple(mean or own_mean), tuple(std or own_std))
+    seen = {"train": train_transform(view)}
+    seen["val"] = seen["test"] = eval_transform(view)
     images = {
         part: Images(source, ids[part], indices[part], seen[part], targets[part])
         for part, source in sources.items()
@@ -159,7 +166,7 @@ def load_splits(
     train = images["train"]
     fingerprint = _fingerprint(class_names, train)
     noisy = targets["train"] != clean
-    return Splits(class_names, train, images.get("val"), images["test"], fingerprint, noisy)
+    return Splits(class_names, train, images.get("val"), images["test"], fingerprint, noisy, view)
 
 
 def _fingerprint(class_names: Sequence[str], train: Images) -> str:

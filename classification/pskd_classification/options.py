@@ -24,10 +24,14 @@ OPTIMIZERS = ("sgd", "adamw")
 # name: (least, most), both allowed; of a list every entry.
 RANGES = TRAINING_RANGES | {
     "lr_warmup_epochs": (0, math.inf),
+    "eval_every": (1, math.inf),
+    "checkpoint_every": (1, math.inf),
     "val_fraction": (0.0, 0.999),
     "image_size": (1, math.inf),
     "hflip": (0.0, 1.0),
     "split_seed": (0, 2**32 - 1),
+    "mean": (0.0, 1.0),
+    "std": (0.001, 1.0),
     "num_classes": (2, math.inf),
     "train_per_class": (1, math.inf),
     "label_noise_seed": (0, 2**32 - 1),
@@ -118,6 +122,16 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     add("--overwrite", action="store_true", help="replace a training that lies in OUTPUT_DIR")
     add("--test-only", action="store_true", help="evaluate --weights and train nothing")
     add(
+        "--eval-test-every-epoch", action=argparse.BooleanOptionalAction, default=False,
+        help="measure the test set too whenever the validation set is: results.json then tells "
+        "best_by_test, as the paper's tables do; best.pth stays the best by validation",
+    )  # fmt: skip
+    add("--eval-every", type=int, default=1, metavar="N", help="epochs; default: every epoch")
+    add(
+        "--checkpoint-every", type=int, default=1, metavar="N",
+        help="epochs, and the last; default: every epoch",
+    )  # fmt: skip
+    add(
         "--weights", metavar="FILE", help="a checkpoint of this script to start from or to evaluate"
     )
     _add_data(parser.add_argument_group("data"))
@@ -160,6 +174,14 @@ def _add_data(group) -> None:
     )  # fmt: skip
     add("--image-size", type=int, help="side in pixels; default: that of the images")
     add("--hflip", type=float, help="probability of a flip; default: 0.5, of digits 0")
+    add(
+        "--mean", type=float, nargs=3, metavar="X",
+        help="of the channels, from 0 to 1, that becomes 0; default: the data set's, or ImageNet's",
+    )  # fmt: skip
+    add(
+        "--std", type=float, nargs=3, metavar="X",
+        help="of the channels that becomes 1; default: as of --mean",
+    )  # fmt: skip
     add("--workers", type=int, default=2, help="reading images, a process; default: %(default)s")
 
 
@@ -267,5 +289,6 @@ def recorded(args: argparse.Namespace, world: World, splits: Splits) -> dict[str
     options: dict[str, object] = {name: getattr(args, name) for name in RECORDED}
     data = {"fingerprint": splits.fingerprint, "samples": len(splits.train)}
     data |= {"noisy_samples": int(splits.noisy.sum()), "noisy_share": float(splits.noisy.mean())}
+    data |= {"mean": list(splits.view.mean), "std": list(splits.view.std)}
     data["label_noise_seed"] = args.label_noise_seed if args.label_noise else None
     return options | data | {"processes": world.size}

@@ -171,8 +171,9 @@ for _line, _says in (
     ),
     (
         "--model alexnet2",
-        "train: --model: expected one of preact_resnet18, preact_resnet10_tiny, a classifier of "
-        "torchvision or timm:NAME, got 'alexnet2'",
+        "train: --model: expected one of preact_resnet18, preact_resnet10_tiny, "
+        "preact_resnet18_published, preact_resnet101_published, a classifier of torchvision or "
+        "timm:NAME, got 'alexnet2'",
     ),
     (
         "--pskd-alpha-final 0.8 --pskd-top-k 11",

@@ -68,6 +68,16 @@ def test_training_is_augmented_and_evaluation_is_not():
     assert np.array_equal(plain.picture(0), colours().train.picture(0))
 
 
+def test_the_normalisation_is_the_data_sets_or_the_one_that_is_given():
+    digits, own = load_splits("digits", None, val_fraction=0), (0.5, 0.25, 0.0)
+    pixels = torch.tensor(np.asarray(digits.test.picture(0)) / 255).movedim(-1, 0)
+    assert digits.view.mean == (0.3, 0.3, 0.3) and digits.view.std == (0.37, 0.37, 0.37)
+    assert torch.allclose(digits.test[0][0], ((pixels - 0.3) / 0.37).float(), atol=1e-6)
+    test = load_splits("digits", None, val_fraction=0, mean=own, std=(0.5, 0.5, 1)).test
+    shift, scale = torch.tensor(own)[:, None, None], torch.tensor([0.5, 0.5, 1])[:, None, None]
+    assert torch.allclose(test[0][0], ((pixels - shift) / scale).float(), atol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("augment", "size"), [("crop", 12), ("none", 6), ("resized-crop", 10), ("crop", None)]
 )
