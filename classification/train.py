@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from statistics import median
 
 from pskd_classification.evaluation import measure, predict, rows_of
-from pskd_classification.job import BEST, Job, build_trainer, prepare, save
+from pskd_classification.job import BEST, Job, build_trainer, keep_best, prepare, save
 from pskd_classification.options import parse
 from pskd_classification.results import (
     read_epochs,
@@ -38,6 +38,7 @@ from pskd.run.program import run_program
 from pskd.temperature import fit_temperature
 
 PROGRAM = "train"
+TEST = "test/"  # before a figure of the test set, in metrics.json
 logger = logging.getLogger(PROGRAM)
 
 
@@ -46,10 +47,14 @@ def train(job: Job) -> dict:
     trainer, done = build_trainer(job)
     log = MetricsLog(job.folder if job.world.is_first else None, done)
     for epoch in range(done + 1, job.args.epochs + 1):
-        told = trainer.train_epoch(epoch)
-        error = validate(job, told)
+        told, is_last = trainer.train_epoch(epoch), epoch == job.args.epochs
+        if is_last or epoch % job.args.eval_every == 0:
+            keep_best(job, epoch, validate(job, told))
+            if job.args.eval_test_every_epoch:
+                watch_test(job, told)
         log.write({"epoch": epoch, "iteration": epoch * trainer.iterations - 1} | told)
-        save(job, trainer, epoch, error)
+        if is_last or epoch % job.args.checkpoint_every == 0:
+            save(job, trainer, epoch)
         if job.world.is_first:
             write_csv(job.folder)
     log.close()
@@ -57,8 +62,11 @@ def train(job: Job) -> dict:
     statistics = trainer.objective.criterion.examples.compute()
     if not job.world.is_first:
         return {}
-    write_examples(job.folder, job.splits.train, job.splits.class_names, statistics)
-    return {"seconds_per_epoch": median(epoch["seconds"] for epoch in read_epochs(job.folder))}
+    write_examples(job.folder, job.splits, statistics)
+    results = {"seconds_per_epoch": median(epoch["seconds"] for epoch in read_epochs(job.folder))}
+    if job.args.eval_test_every_epoch:
+        results["best_by_test"] = best_by_test(job)
+    return results
 
 
 def validate(job: Job, told: dict) -> float | None:
@@ -69,6 +77,29 @@ def validate(job: Job, told: dict) -> float | None:
     numbers = measure(rows_of(*found))
     told |= {f"val/{name}": numbers[name] for name in ("top1_error", "nll", "ece", "aurc")}
     return numbers["top1_error"]
+
+
+def watch_test(job: Job, told: dict) -> None:
+    """Add the test set's figures to an epoch's, and keep its rows if it has the least error yet."""
+    found = _predict(job, job.splits.test)
+    if found is None:
+        return
+    rows, earlier = rows_of(*found), best_by_test(job)
+    told |= {f"{TEST}{name}": value for name, value in measure(rows).items()}
+    if not earlier or told[f"{TEST}top1_error"] < earlier["top1_error"]:
+        folder = job.folder / "best_by_test"
+        folder.mkdir(exist_ok=True)
+        write_confidence(folder, rows, None, None)
+
+
+def best_by_test(job: Job) -> dict:
+    """Return the figures of the first epoch with the least error on the test set; or nothing."""
+    epochs = [epoch for epoch in read_epochs(job.folder) if f"{TEST}top1_error" in epoch]
+    if not epochs:
+        return {}
+    best = min(epochs, key=lambda epoch: epoch[f"{TEST}top1_error"])
+    figures = {k.removeprefix(TEST): v for k, v in best.items() if k.startswith(TEST)}
+    return figures | {"epoch": best["epoch"]}
 
 
 def test(job: Job) -> dict:

@@ -13,8 +13,9 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from pskd_classification.label_noise import LabelNoise
 from pskd_classification.sources import Source, as_rgb, check_source, load_sources
-from pskd_classification.transforms import eval_transform, stats_of, train_transform
+from pskd_classification.transforms import View, eval_transform, stats_of, train_transform
 
 __all__ = ["Images", "Splits", "load_splits"]
 
@@ -22,14 +23,29 @@ __all__ = ["Images", "Splits", "load_splits"]
 class Images(Dataset):
     """Some samples of a source, seen through a transform.
 
+    Args:
+        source, ids: of the whole data set.
+        indices: of the samples.
+        transform: from an image of PIL to a tensor.
+        targets: (M,) labels of the samples in place of the source's.
+
     Attributes:
         targets: (M,) int64 labels.
         ids: (M,) a name for each sample, stable from run to run.
     """
 
-    def __init__(self, source: Source, ids: Sequence[str], indices: Iterable[int], transform):
+    def __init__(
+        self,
+        source: Source,
+        ids: Sequence[str],
+        indices: Iterable[int],
+        transform,
+        targets: np.ndarray | None = None,
+    ):
         self._source, self._indices, self._transform = source, list(indices), transform
-        self.targets = torch.as_tensor(source.targets)[self._indices].long()
+        if targets is None:
+            targets = np.asarray(source.targets)[self._indices]
+        self.targets = torch.as_tensor(targets).long()
         self.ids = [ids[i] for i in self._indices]
 
     def __len__(self) -> int:
@@ -37,10 +53,10 @@ class Images(Dataset):
 
     def __getitem__(self, row: int) -> tuple[Tensor, int]:
         try:
-            image, label = self._source[self._indices[row]]
+            image = self._source[self._indices[row]][0]
         except (OSError, SyntaxError) as error:  # what PIL raises for a damaged file
             raise ValueError(f"{self.ids[row]}: expected an image, got {error}") from error
-        return self._transform(as_rgb(image)), int(label)
+        return self._transform(as_rgb(image)), int(self.targets[row])
 
     def picture(self, row: int) -> Image.Image:
         """Return the image as it is in the source, for a report."""
@@ -57,6 +73,8 @@ class Splits:
         validation: held out of the training set, not augmented; None if nothing is.
         test: not augmented; looked at when training is over.
         fingerprint: of the ids and labels that are trained on, in their order.
+        noisy: (M,) bool, which labels of ``train`` were replaced by wrong ones.
+        view: how the images are seen.
     """
 
     class_names: tuple[str, ...]
@@ -64,6 +82,8 @@ class Splits:
     validation: Images | None
     test: Images
     fingerprint: str
+    noisy: np.ndarray
+    view: View
 
 
 def load_splits(
@@ -75,7 +95,12 @@ def load_splits(
     augment: str = "crop",
     image_size: int | None = None,
     hflip: float | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
     download: bool = False,
+    num_classes: int | None = None,
+    train_per_class: int | None = None,
+    label_noise: LabelNoise | None = None,
 ) -> Splits:
     """Read a data set and divide it; everything that could not be trained on is refused here.
 
@@ -91,7 +116,14 @@ def load_splits(
         augment: ``crop`` (padded by an eighth), ``resized-crop`` (as for ImageNet) or ``none``.
         image_size: side in pixels; None for that of the images.
         hflip: probability of a flip; None for 0.5, and 0 for digits.
+        mean, std: of the channels, of pixels from 0 to 1; None for those of the data set, or
+            ImageNet's.
         download: fetch CIFAR if it is not there.
+        num_classes: so many classes are drawn by ``split_seed``, with all their samples; None for
+            all.
+        train_per_class: so many training samples of each class are drawn by ``split_seed``, after
+            validation is held out; a larger draw holds a smaller one. None for all.
+        label_noise: of the training labels; those of validation and test stay right.
 
     Raises:
         ValueError: naming the part, what was expected and what came.
@@ -99,24 +131,42 @@ def load_splits(
     sources = load_sources(name, root, download)
     class_names = tuple(str(c) for c in sources["train"].classes)
     ids = {part: check_source(part, source, class_names) for part, source in sources.items()}
+    labels = {part: np.asarray(source.targets, np.int64) for part, source in sources.items()}
     indices = {part: np.arange(len(source)) for part, source in sources.items()}
+    if num_classes is not None:
+        chosen = _drawn_classes(class_names, num_classes, split_seed)
+        class_names = tuple(class_names[c] for c in chosen)
+        for part, own in labels.items():
+            indices[part] = np.flatnonzero(np.isin(own, chosen))
+            labels[part] = np.searchsorted(chosen, own)
     if "val" not in sources and val_fraction:
-        labels = np.asarray(sources["train"].targets)
-        held_out = _stratified(labels, val_fraction, split_seed)
-        sources["val"], ids["val"] = sources["train"], ids["train"]
-        indices["val"], indices["train"] = held_out, np.setdiff1d(indices["train"], held_out)
+        held_out = _stratified(labels["train"][indices["train"]], val_fraction, split_seed)
+        sources["val"], ids["val"], labels["val"] = sources["train"], ids["train"], labels["train"]
+        indices["val"] = indices["train"][held_out]
+        indices["train"] = np.delete(indices["train"], held_out)
+    if train_per_class is not None:
+        drawn = _drawn_of_each(
+            labels["train"][indices["train"]], class_names, train_per_class, split_seed
+        )
+        indices["train"] = indices["train"][drawn]
+    targets = {part: own[indices[part]] for part, own in labels.items()}
+    clean = targets["train"]
+    if label_noise is not None:
+        targets["train"] = label_noise.apply(clean, len(class_names))
     size = image_size or _size_of(sources["train"])
     hflip = (0.0 if name == "digits" else 0.5) if hflip is None else hflip
-    stats = stats_of(name)
-    seen = {"train": train_transform(augment, size, hflip, stats)}
-    seen["val"] = seen["test"] = eval_transform(augment, size, stats)
+    own_mean, own_std = stats_of(name)
+    view = View(augment, size, hflip, tuple(mean or own_mean), tuple(std or own_std))
+    seen = {"train": train_transform(view)}
+    seen["val"] = seen["test"] = eval_transform(view)
     images = {
-        part: Images(source, ids[part], indices[part], seen[part])
+        part: Images(source, ids[part], indices[part], seen[part], targets[part])
         for part, source in sources.items()
     }
     train = images["train"]
     fingerprint = _fingerprint(class_names, train)
-    return Splits(class_names, train, images.get("val"), images["test"], fingerprint)
+    noisy = targets["train"] != clean
+    return Splits(class_names, train, images.get("val"), images["test"], fingerprint, noisy, view)
 
 
 def _fingerprint(class_names: Sequence[str], train: Images) -> str:
@@ -124,6 +174,31 @@ def _fingerprint(class_names: Sequence[str], train: Images) -> str:
     for name, label in zip(train.ids, train.targets.tolist(), strict=True):
         digest.update(f"\n{name}\t{label}".encode())
     return digest.hexdigest()[:16]
+
+
+def _drawn_classes(class_names: Sequence[str], count: int, seed: int) -> np.ndarray:
+    """Return some classes in their order."""
+    if count > len(class_names):
+        raise ValueError(
+            f"--num-classes: expected at most {len(class_names)}, which there are, got {count}"
+        )
+    return np.sort(np.random.default_rng(seed).permutation(len(class_names))[:count])
+
+
+def _drawn_of_each(
+    labels: np.ndarray, class_names: Sequence[str], count: int, seed: int
+) -> np.ndarray:
+    """Return the places of as many samples of each class, in their order."""
+    random, drawn = np.random.default_rng(seed), []
+    for label, name in enumerate(class_names):
+        own = random.permutation(np.flatnonzero(labels == label))
+        if len(own) < count:
+            raise ValueError(
+                f"--train-per-class: expected at most {len(own)}, which class {name} has, got "
+                f"{count}"
+            )
+        drawn.append(own[:count])
+    return np.sort(np.concatenate(drawn))
 
 
 def _stratified(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:

@@ -15,13 +15,15 @@ from pskd import ExampleStats, MemoryCriterion, SnapshotCriterion
 from pskd.distributed import World
 from pskd.run import checkpoint
 from pskd_classification.data import Splits, load_splits
+from pskd_classification.label_noise import LabelNoise
 from pskd_classification.mixing import Mixer
 from pskd_classification.models import build_model
 from pskd_classification.objective import Objective, VirtualTeacher
 from pskd_classification.options import check, recorded
 from pskd_classification.training import Trainer
+from pskd_classification.transforms import stats_of
 
-__all__ = ["BEST", "LAST", "Job", "build_trainer", "prepare", "save"]
+__all__ = ["BEST", "LAST", "Job", "build_trainer", "keep_best", "prepare", "save"]
 
 logger = logging.getLogger(__name__)
 
@@ -29,8 +31,9 @@ LAST, BEST = "checkpoint.pth", "best.pth"
 KEYS = {"model", "optimizer", "scheduler", "scaler", "criterion", "epoch", "best", "options"}
 #: Options that shape the weights or the data; others may change, which is said in the log.
 FIXED = (
-    "model", "samples", "fingerprint", "opt", "epochs", "lr", "lr_schedule", "lr_steps",
-    "lr_gamma", "lr_warmup_epochs",
+    "model", "num_classes", "train_per_class", "label_noise", "label_noise_seed", "samples",
+    "fingerprint", "mean", "std", "opt", "epochs", "lr", "lr_schedule", "lr_steps", "lr_gamma",
+    "lr_warmup_epochs",
 )  # fmt: skip
 
 
@@ -81,7 +84,12 @@ def prepare(args: argparse.Namespace, world: World) -> Job:
         augment=args.augment,
         image_size=args.image_size,
         hflip=args.hflip,
+        mean=args.mean,
+        std=args.std,
         download=args.download,
+        num_classes=args.num_classes,
+        train_per_class=args.train_per_class,
+        label_noise=LabelNoise.parse(args.label_noise, args.label_noise_seed),
     )
     torch.manual_seed(args.seed)  # the same weights in every process
     model = build_model(
@@ -96,6 +104,9 @@ def prepare(args: argparse.Namespace, world: World) -> Job:
         content = checkpoint.read_checkpoint(path, {"model", "class_names", "epoch"})
         checkpoint.check_classes(path, content["class_names"], splits.class_names)
         checkpoint.load_weights(path, model, content["model"])
+        saved = content.get("options", {})
+        seen = {name: saved[name] for name in ("mean", "std") if name in saved}
+        checkpoint.tell_changes(path, seen, job.options)
         job.epoch = content["epoch"]
     return job
 
@@ -134,7 +145,9 @@ def build_trainer(job: Job) -> tuple[Trainer, int]:
 
 def _load(job: Job, trainer: Trainer, path: Path) -> int:
     content = checkpoint.read_checkpoint(path, KEYS)
-    checkpoint.check_same(path, content["options"], job.options, FIXED)
+    mean, std = stats_of(job.args.dataset)
+    before = {"mean": list(mean), "std": list(std)}  # what there was before it was an option
+    checkpoint.check_same(path, before | content["options"], job.options, FIXED)
     checkpoint.check_classes(path, content["class_names"], job.splits.class_names)
     try:
         trainer.objective.criterion.load_state_dict(content["criterion"])
@@ -155,25 +168,23 @@ def _load(job: Job, trainer: Trainer, path: Path) -> int:
     return content["epoch"]
 
 
-def save(job: Job, trainer: Trainer, epoch: int, error: float | None) -> None:
-    """Save the state at an epoch's end, and the weights if they are the best so far; a collective.
+def keep_best(job: Job, epoch: int, error: float | None) -> None:
+    """Save the weights if they are the best so far.
 
     Args:
-        error: on the validation set; None without one.
+        error: on the validation set; None without one, and in all but the first process.
     """
+    if error is not None and (job.best is None or error < job.best["top1_error"]):
+        job.best = {"epoch": epoch, "top1_error": error}
+        checkpoint.write_checkpoint(job.folder / BEST, _weights(job, epoch))
+
+
+def save(job: Job, trainer: Trainer, epoch: int) -> None:
+    """Save the state at an epoch's end; a collective."""
     criterion = trainer.objective.criterion.state_dict()
     if not job.world.is_first:
         return
-    shared = {
-        "model": job.model.state_dict(),
-        "class_names": list(job.splits.class_names),
-        "options": job.options,
-        "epoch": epoch,
-    }
-    if error is not None and (job.best is None or error < job.best["top1_error"]):
-        job.best = {"epoch": epoch, "top1_error": error}
-        checkpoint.write_checkpoint(job.folder / BEST, shared)
-    content = shared | {
+    content = _weights(job, epoch) | {
         "optimizer": trainer.optimizer.state_dict(),
         "scheduler": trainer.scheduler.state_dict(),
         "scaler": trainer.scaler.state_dict(),
@@ -181,6 +192,15 @@ def save(job: Job, trainer: Trainer, epoch: int, error: float | None) -> None:
         "best": job.best,
     }
     checkpoint.write_checkpoint(job.folder / LAST, content)
+
+
+def _weights(job: Job, epoch: int) -> dict[str, object]:
+    return {
+        "model": job.model.state_dict(),
+        "class_names": list(job.splits.class_names),
+        "options": job.options,
+        "epoch": epoch,
+    }
 
 
 def _objective(job: Job) -> Objective:

@@ -10,11 +10,22 @@ from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.ops import stochastic_depth as drop_rows
 
-from pskd_classification.preact_resnet import PREACT_RESNETS
+from pskd_classification.preact_resnet import preact_resnet10_tiny, preact_resnet18
+from pskd_classification.published import preact_resnet18_published, preact_resnet101_published
 
 __all__ = ["build_model"]
 
 TIMM = "timm:"
+#: The networks for small images, which torchvision does not have.
+CIFAR_NETWORKS = {
+    build.__name__: build
+    for build in (
+        preact_resnet18,
+        preact_resnet10_tiny,
+        preact_resnet18_published,
+        preact_resnet101_published,
+    )
+}
 
 
 def build_model(
@@ -23,8 +34,8 @@ def build_model(
     """Build a classifier with random weights; nothing is downloaded.
 
     Args:
-        name: ``preact_resnet18`` or ``preact_resnet10_tiny``, a classification model of
-            torchvision (``resnet50``, ``convnext_tiny``, ...), or one of timm as ``timm:NAME``.
+        name: one of `CIFAR_NETWORKS`, a classification model of torchvision (``resnet50``,
+            ``convnext_tiny``, ...), or one of timm as ``timm:NAME``.
         num_classes: C.
         dropout: probability before the classifier; 0 leaves the model's own default.
         stochastic_depth: probability that the last residual branch is left out of a sample,
@@ -34,13 +45,14 @@ def build_model(
         ValueError: for a name that none has, timm that is not installed, or a regulariser that the
             model has no place for.
     """
-    if name in PREACT_RESNETS:
-        return PREACT_RESNETS[name](num_classes, dropout=dropout, stochastic_depth=stochastic_depth)
+    if name in CIFAR_NETWORKS:
+        build = CIFAR_NETWORKS[name]
+        return build(num_classes, dropout=dropout, stochastic_depth=stochastic_depth)
     if name.startswith(TIMM):
         return _timm(name.removeprefix(TIMM), num_classes, dropout, stochastic_depth)
     if name not in torchvision.models.list_models(module=torchvision.models):
         raise ValueError(
-            f"--model: expected one of {', '.join(PREACT_RESNETS)}, a classifier of torchvision "
+            f"--model: expected one of {', '.join(CIFAR_NETWORKS)}, a classifier of torchvision "
             f"or {TIMM}NAME, got {name!r}"
         )
     options = {}

@@ -13,6 +13,7 @@ from pskd.distributed import World
 from pskd.run.options import TRAINING_RANGES, check_ranges
 from pskd.schedule import SCHEDULES, check_alpha
 from pskd_classification.data import Splits
+from pskd_classification.label_noise import LabelNoise
 from pskd_classification.sources import DATASETS
 
 __all__ = ["build_parser", "check", "parse", "recorded"]
@@ -23,10 +24,17 @@ OPTIMIZERS = ("sgd", "adamw")
 # name: (least, most), both allowed; of a list every entry.
 RANGES = TRAINING_RANGES | {
     "lr_warmup_epochs": (0, math.inf),
+    "eval_every": (1, math.inf),
+    "checkpoint_every": (1, math.inf),
     "val_fraction": (0.0, 0.999),
     "image_size": (1, math.inf),
     "hflip": (0.0, 1.0),
     "split_seed": (0, 2**32 - 1),
+    "mean": (0.0, 1.0),
+    "std": (0.001, 1.0),
+    "num_classes": (2, math.inf),
+    "train_per_class": (1, math.inf),
+    "label_noise_seed": (0, 2**32 - 1),
     "label_smoothing": (0.0, 1.0),
     "cutmix_alpha": (0.0, math.inf),
     "mixup_alpha": (0.0, math.inf),
@@ -40,10 +48,11 @@ RANGES = TRAINING_RANGES | {
 }
 # What a run that is resumed is compared with; the rest is about where and how it runs.
 RECORDED = (
-    "model", "dropout", "stochastic_depth", "dataset", "val_fraction", "split_seed", "augment",
-    "image_size", "hflip", "epochs", "batch_size", "opt", "lr", "momentum", "weight_decay",
-    "lr_schedule", "lr_steps", "lr_gamma", "lr_warmup_epochs", "label_smoothing", "cutmix_alpha",
-    "mixup_alpha", "mix_prob", "tf_kd_alpha", "amp", "seed",
+    "model", "dropout", "stochastic_depth", "dataset", "val_fraction", "split_seed", "num_classes",
+    "train_per_class", "label_noise", "augment", "image_size", "hflip", "epochs", "batch_size",
+    "opt", "lr", "momentum", "weight_decay", "lr_schedule", "lr_steps", "lr_gamma",
+    "lr_warmup_epochs", "label_smoothing", "cutmix_alpha", "mixup_alpha", "mix_prob",
+    "tf_kd_alpha", "amp", "seed",
 )  # fmt: skip
 
 
@@ -113,6 +122,16 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     add("--overwrite", action="store_true", help="replace a training that lies in OUTPUT_DIR")
     add("--test-only", action="store_true", help="evaluate --weights and train nothing")
     add(
+        "--eval-test-every-epoch", action=argparse.BooleanOptionalAction, default=False,
+        help="measure the test set too whenever the validation set is: results.json then tells "
+        "best_by_test, as the paper's tables do; best.pth stays the best by validation",
+    )  # fmt: skip
+    add("--eval-every", type=int, default=1, metavar="N", help="epochs; default: every epoch")
+    add(
+        "--checkpoint-every", type=int, default=1, metavar="N",
+        help="epochs, and the last; default: every epoch",
+    )  # fmt: skip
+    add(
         "--weights", metavar="FILE", help="a checkpoint of this script to start from or to evaluate"
     )
     _add_data(parser.add_argument_group("data"))
@@ -134,13 +153,35 @@ def _add_data(group) -> None:
         "--val-fraction", type=float, default=0.1,
         help="of the training set, held out to choose the best checkpoint; default: %(default)s",
     )  # fmt: skip
-    add("--split-seed", type=int, default=0, help="of that division; default: %(default)s")
+    add(
+        "--split-seed", type=int, default=0,
+        help="of that division and of the two draws; default: %(default)s",
+    )  # fmt: skip
+    add("--num-classes", type=int, metavar="N", help="draw N classes; default: all")
+    add(
+        "--train-per-class", type=int, metavar="N",
+        help="draw N training images of each class, of those not held out; default: all",
+    )  # fmt: skip
+    add(
+        "--label-noise", metavar="RATE[:KIND]",
+        help="share of the training labels to replace: symmetric, evenly by one of the other "
+        "classes (default), or next, by the class after it; default: 0",
+    )  # fmt: skip
+    add("--label-noise-seed", type=int, default=0, help="of its draw; default: %(default)s")
     add(
         "--augment", choices=("crop", "resized-crop", "none"), default="crop",
         help="default: crop, padded by an eighth",
     )  # fmt: skip
     add("--image-size", type=int, help="side in pixels; default: that of the images")
     add("--hflip", type=float, help="probability of a flip; default: 0.5, of digits 0")
+    add(
+        "--mean", type=float, nargs=3, metavar="X",
+        help="of the channels, from 0 to 1, that becomes 0; default: the data set's, or ImageNet's",
+    )  # fmt: skip
+    add(
+        "--std", type=float, nargs=3, metavar="X",
+        help="of the channels that becomes 1; default: as of --mean",
+    )  # fmt: skip
     add("--workers", type=int, default=2, help="reading images, a process; default: %(default)s")
 
 
@@ -237,6 +278,8 @@ def check(args: argparse.Namespace) -> None:
             "--mix-prob: expected below 1 with the memory teacher, which learns from batches that "
             "are not mixed (or --pskd-teacher snapshot), got 1"
         )
+    noise = LabelNoise.parse(args.label_noise, args.label_noise_seed)
+    args.label_noise = None if noise is None else str(noise)
     if args.lr_steps is None:
         args.lr_steps = [args.epochs // 2, args.epochs * 3 // 4]
 
@@ -245,4 +288,7 @@ def recorded(args: argparse.Namespace, world: World, splits: Splits) -> dict[str
     """Return the options that a checkpoint keeps, so that a resumed run can be compared."""
     options: dict[str, object] = {name: getattr(args, name) for name in RECORDED}
     data = {"fingerprint": splits.fingerprint, "samples": len(splits.train)}
+    data |= {"noisy_samples": int(splits.noisy.sum()), "noisy_share": float(splits.noisy.mean())}
+    data |= {"mean": list(splits.view.mean), "std": list(splits.view.std)}
+    data["label_noise_seed"] = args.label_noise_seed if args.label_noise else None
     return options | data | {"processes": world.size}

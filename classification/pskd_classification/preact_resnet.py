@@ -1,4 +1,6 @@
-"""Pre-activation ResNets for small images, which torchvision does not have.
+"""Pre-activation ResNets for small images as He et al. describe them.
+
+The network that the PS-KD paper's code trains is another one: `pskd_classification.published`.
 
 Shapes: N images, C classes; images are (N, 3, H, W) with H and W of 32 pixels or so.
 """
@@ -6,15 +8,26 @@ Shapes: N images, C classes; images are (N, 3, H, W) with H and W of 32 pixels o
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
 
-__all__ = ["PREACT_RESNETS", "PreActResNet", "preact_resnet10_tiny", "preact_resnet18"]
+__all__ = ["Block", "PreActResNet", "build_stages", "preact_resnet10_tiny", "preact_resnet18"]
+
+
+class Block(Protocol):
+    """A class of residual blocks, built of channels in, channels, stride and drop probability."""
+
+    expansion: int  # channels out of a block over its channels
+
+    def __call__(self, in_channels: int, channels: int, stride: int, drop: float) -> nn.Module: ...
 
 
 class PreActBlock(nn.Module):
     """Two 3x3 convolutions, each after its batch norm and ReLU, beside a shortcut."""
+
+    expansion = 1
 
     def __init__(self, in_channels: int, channels: int, stride: int, drop: float) -> None:
         super().__init__()
@@ -36,6 +49,32 @@ class PreActBlock(nn.Module):
         return self.stochastic_depth(out) + identity
 
 
+def build_stages(
+    block: Block,
+    blocks: Sequence[int],
+    width: int,
+    stochastic_depth: float,
+) -> tuple[list[nn.Sequential], int]:
+    """Return the stages of a residual network, and the channels after the last.
+
+    Args:
+        block: of which they are.
+        blocks: of each stage; each stage but the first halves the resolution.
+        width: channels of the first stage and into it; each further stage has twice as many.
+        stochastic_depth: probability of the last block; it grows linearly from 0.
+    """
+    stages, channels, done = [], width, 0
+    for stage, count in enumerate(blocks):
+        layers = []
+        for number in range(count):
+            stride = 2 if stage and not number else 1
+            drop = stochastic_depth * done / max(1, sum(blocks) - 1)
+            layers.append(block(channels, width * 2**stage, stride, drop))
+            channels, done = width * 2**stage * block.expansion, done + 1
+        stages.append(nn.Sequential(*layers))
+    return stages, channels
+
+
 class PreActResNet(nn.Module):
     """Four stages of pre-activation blocks after a 3x3 stem.
 
@@ -52,11 +91,6 @@ class PreActResNet(nn.Module):
     Networks with Stochastic Depth".
     """
 
-    layer1: nn.Sequential
-    layer2: nn.Sequential
-    layer3: nn.Sequential
-    layer4: nn.Sequential
-
     def __init__(
         self,
         blocks: Sequence[int],
@@ -69,16 +103,8 @@ class PreActResNet(nn.Module):
     ) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(3, width, 3, stem_stride, padding=1, bias=False)
-        channels, done, total = width, 0, sum(blocks)
-        for stage, count in enumerate(blocks, start=1):
-            layers = []
-            for number in range(count):
-                out = width * 2 ** (stage - 1)
-                stride = 2 if stage > 1 and number == 0 else 1
-                drop = stochastic_depth * done / max(1, total - 1)
-                layers.append(PreActBlock(channels, out, stride, drop))
-                channels, done = out, done + 1
-            setattr(self, f"layer{stage}", nn.Sequential(*layers))
+        stages, channels = build_stages(PreActBlock, blocks, width, stochastic_depth)
+        self.layer1, self.layer2, self.layer3, self.layer4 = stages
         self.bn = nn.BatchNorm2d(channels)
         self.relu = nn.ReLU(inplace=True)
         self.avgpool = nn.AdaptiveAvgPool2d(1)
@@ -96,16 +122,10 @@ class PreActResNet(nn.Module):
 
 
 def preact_resnet18(num_classes: int, **options) -> PreActResNet:
-    """The paper's network for CIFAR, 11.2 million weights."""
+    """Pre-activation ResNet-18, 11.2 million weights."""
     return PreActResNet((2, 2, 2, 2), num_classes, **options)
 
 
 def preact_resnet10_tiny(num_classes: int, **options) -> PreActResNet:
     """Half the blocks and resolution, 24 channels, 0.7 million weights: for a CPU core."""
     return PreActResNet((1, 1, 1, 1), num_classes, width=24, stem_stride=2, **options)
-
-
-PREACT_RESNETS = {
-    "preact_resnet18": preact_resnet18,
-    "preact_resnet10_tiny": preact_resnet10_tiny,
-}

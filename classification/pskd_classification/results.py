@@ -16,7 +16,7 @@ import numpy as np
 from torch import Tensor
 
 from pskd.run.files import write_json, written_aside
-from pskd_classification.data import Images
+from pskd_classification.data import Images, Splits
 from pskd_classification.evaluation import Rows
 
 __all__ = ["read_epochs", "write_confidence", "write_csv", "write_examples"]
@@ -56,9 +56,7 @@ def write_csv(folder: Path) -> None:
         table.writerows(epochs)
 
 
-def write_examples(
-    folder: Path, train: Images, class_names: tuple[str, ...], statistics: tuple[Tensor, Tensor]
-) -> None:
+def write_examples(folder: Path, splits: Splits, statistics: tuple[Tensor, Tensor]) -> None:
     """Write what happened to each training sample: examples.npz and reweighted.json.
 
     The latter holds those whose gradient PS-KD took most and least of, with their pictures.
@@ -66,12 +64,14 @@ def write_examples(
     Args:
         statistics: of `ExampleStats.compute`.
     """
+    train, class_names = splits.train, splits.class_names
     difficulty, rescaling = (values.numpy() for values in statistics)
     with written_aside(folder / "examples.npz") as aside:
         np.savez_compressed(
             aside,
             ids=np.array(train.ids),
             label=train.targets.numpy(),
+            noisy=splits.noisy,
             difficulty=difficulty,
             rescaling=rescaling,
             class_names=np.array(class_names),

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 from torchvision.transforms import v2
 
-__all__ = ["eval_transform", "stats_of", "train_transform"]
+__all__ = ["Fit", "View", "eval_transform", "stats_of", "train_transform"]
 
 CIFAR10_STATS = ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
 CIFAR100_STATS = ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762))
@@ -21,37 +23,56 @@ def stats_of(name: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
     return _STATS.get(name, IMAGENET_STATS)
 
 
-def train_transform(augment: str, size: int, hflip: float, stats: tuple) -> v2.Compose:
-    """Return the augmentations of training and the normalisation.
+@dataclass(frozen=True)
+class View:
+    """How a network sees the images.
 
-    Args:
+    Attributes:
         augment: ``crop``, ``resized-crop`` or ``none``, as of `pskd_classification.load_splits`.
         size: side of the square that comes out, in pixels.
-        hflip: probability of a flip.
-        stats: as of `stats_of`.
+        hflip: probability of a flip in training.
+        mean, std: of the three channels, of pixels from 0 to 1: what is normalised to 0 and 1.
     """
+
+    augment: str
+    size: int
+    hflip: float
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    @property
+    def padding(self) -> int:
+        """Black pixels on each side before a random crop; 0 without one."""
+        return max(1, self.size // 8) if self.augment == "crop" else 0
+
+
+def train_transform(view: View) -> v2.Compose:
+    """Return the augmentations of training and the normalisation."""
     steps = [v2.ToImage()]
-    if augment == "resized-crop":
-        steps.append(v2.RandomResizedCrop(size, antialias=True))
+    if view.augment == "resized-crop":
+        steps.append(v2.RandomResizedCrop(view.size, antialias=True))
     else:
-        steps.append(_Fit(size))
-    if augment == "crop":
-        steps.append(v2.RandomCrop(size, padding=max(1, size // 8)))
-    if hflip:
-        steps.append(v2.RandomHorizontalFlip(hflip))
-    return v2.Compose([*steps, v2.ToDtype(torch.float32, scale=True), v2.Normalize(*stats)])
+        steps.append(Fit(view.size))
+    if view.padding:
+        steps.append(v2.RandomCrop(view.size, padding=view.padding))
+    if view.hflip:
+        steps.append(v2.RandomHorizontalFlip(view.hflip))
+    return v2.Compose([*steps, *_normalisation(view)])
 
 
-def eval_transform(augment: str, size: int, stats: tuple) -> v2.Compose:
-    """Return what evaluation sees after training with `train_transform`'s options."""
-    fit = [_Fit(size)]
-    if augment == "resized-crop":  # ImageNet's 224 of 256
-        fit = [v2.Resize(round(size * 256 / 224), antialias=True), v2.CenterCrop(size)]
-    to_float = v2.ToDtype(torch.float32, scale=True)
-    return v2.Compose([v2.ToImage(), *fit, to_float, v2.Normalize(*stats)])
+def eval_transform(view: View) -> v2.Compose:
+    """Return what evaluation sees after training with `train_transform`."""
+    fit = [Fit(view.size)]
+    if view.augment == "resized-crop":  # ImageNet's 224 of 256
+        fit = [v2.Resize(round(view.size * 256 / 224), antialias=True), v2.CenterCrop(view.size)]
+    return v2.Compose([v2.ToImage(), *fit, *_normalisation(view)])
 
 
-class _Fit(torch.nn.Module):
+def _normalisation(view: View) -> list[v2.Transform]:
+    return [v2.ToDtype(torch.float32, scale=True), v2.Normalize(view.mean, view.std)]
+
+
+class Fit(torch.nn.Module):
     """Resizes to a square where an image is not one already: most are, and resizing costs."""
 
     def __init__(self, size: int) -> None:

@@ -139,6 +139,16 @@ for _line, _says in (
     ("--lr nan", "train: --lr: expected 0 or more, got nan"),
     ("--epochs 0", "train: --epochs: expected 1 or more, got 0"),
     ("--val-fraction 1", "train: --val-fraction: expected 0 to 0.999, got 1.0"),
+    (
+        "--label-noise 1.2",
+        "train: --label-noise: expected a rate in [0, 1), perhaps with :symmetric or :next after "
+        "it, got 1.2",
+    ),
+    (
+        "--train-per-class 500",
+        "train: --train-per-class: expected at most ..., which class 0 has, got 500",
+    ),
+    ("--num-classes 11", "train: --num-classes: expected at most 10, which there are, got 11"),
     ("--pskd-alpha-final 1.5", "train: --pskd-alpha-final: expected a number in [0, 1], got 1.5"),
     ("--tf-kd-temperature 0", "train: --tf-kd-temperature: expected above 0, got 0.0"),
     ("--clip-grad-norm 0", "train: --clip-grad-norm: expected above 0, got 0.0"),
@@ -161,8 +171,9 @@ for _line, _says in (
     ),
     (
         "--model alexnet2",
-        "train: --model: expected one of preact_resnet18, preact_resnet10_tiny, a classifier of "
-        "torchvision or timm:NAME, got 'alexnet2'",
+        "train: --model: expected one of preact_resnet18, preact_resnet10_tiny, "
+        "preact_resnet18_published, preact_resnet101_published, a classifier of torchvision or "
+        "timm:NAME, got 'alexnet2'",
     ),
     (
         "--pskd-alpha-final 0.8 --pskd-top-k 11",
@@ -286,6 +297,11 @@ going_on(
     f"{PSKD} --resume --model preact_resnet18",
     "run/checkpoint.pth: expected model 'preact_resnet18' as in this run, got "
     "'preact_resnet10_tiny'",
+)
+going_on(
+    "`--resume` with other wrong labels",
+    f"{PSKD} --resume --label-noise 0.5",
+    "run/checkpoint.pth: expected label_noise '0.5:symmetric' as in this run, got None",
 )
 going_on(
     "`--resume` with an image less",

@@ -8,6 +8,7 @@ import torch
 from classification_toys import CLASSES, Colours, write_folders
 from PIL import Image
 from pskd_classification.data import Images, load_splits
+from pskd_classification.label_noise import LabelNoise
 from pskd_classification.sources import check_source
 
 
@@ -67,6 +68,16 @@ def test_training_is_augmented_and_evaluation_is_not():
     assert np.array_equal(plain.picture(0), colours().train.picture(0))
 
 
+def test_the_normalisation_is_the_data_sets_or_the_one_that_is_given():
+    digits, own = load_splits("digits", None, val_fraction=0), (0.5, 0.25, 0.0)
+    pixels = torch.tensor(np.asarray(digits.test.picture(0)) / 255).movedim(-1, 0)
+    assert digits.view.mean == (0.3, 0.3, 0.3) and digits.view.std == (0.37, 0.37, 0.37)
+    assert torch.allclose(digits.test[0][0], ((pixels - 0.3) / 0.37).float(), atol=1e-6)
+    test = load_splits("digits", None, val_fraction=0, mean=own, std=(0.5, 0.5, 1)).test
+    shift, scale = torch.tensor(own)[:, None, None], torch.tensor([0.5, 0.5, 1])[:, None, None]
+    assert torch.allclose(test[0][0], ((pixels - shift) / scale).float(), atol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("augment", "size"), [("crop", 12), ("none", 6), ("resized-crop", 10), ("crop", None)]
 )
@@ -74,6 +85,70 @@ def test_images_have_the_size_that_was_asked_for(augment, size):
     splits = colours(augment=augment, image_size=size)
     side = size or 8
     assert splits.train[0][0].shape == splits.test[0][0].shape == (3, side, side)
+
+
+# ---- draws and wrong labels --------------------------------------------------------------------
+
+
+def test_a_share_of_the_labels_is_wrong_and_evenly_one_of_the_others():
+    labels = np.repeat(np.arange(4), 3000)
+    noisy = LabelNoise(0.4, "symmetric", 0).apply(labels, 4)
+    wrong = noisy != labels
+    assert wrong.sum() == 4800  # the share itself: none is drawn to its own class
+    assert np.bincount(labels[wrong]).min() > 1100
+    steps = np.bincount((noisy - labels)[wrong] % 4, minlength=4)
+    assert steps[0] == 0 and steps[1:].min() > 1500
+    assert not np.array_equal(noisy, LabelNoise(0.4, "symmetric", 1).apply(labels, 4))
+
+
+def test_the_next_class_and_after_the_last_the_first():
+    labels = np.repeat(np.arange(3), 100)
+    noisy = LabelNoise(0.25, "next", 0).apply(labels, 3)
+    assert ((noisy - labels) % 3).tolist().count(1) == 75 == (noisy != labels).sum()
+
+
+def test_label_noise_is_read_from_its_option():
+    assert LabelNoise.parse("0.4", 3) == LabelNoise(0.4, "symmetric", 3)
+    assert LabelNoise.parse("0.4:next", 0) == LabelNoise.parse(str(LabelNoise(0.4, "next", 0)), 0)
+    assert LabelNoise.parse(None, 0) is LabelNoise.parse("0:next", 0) is None
+
+
+def test_only_labels_that_are_trained_on_are_wrong():
+    clean, noisy = colours(), colours(label_noise=LabelNoise(0.5, "symmetric", 0))
+    assert noisy.noisy.sum() == 16 and not clean.noisy.any()  # of 33, rounded to even
+    assert noisy.train.ids == clean.train.ids
+    assert np.array_equal(noisy.train.targets != clean.train.targets, noisy.noisy)
+    # A batch has the labels that are told.
+    assert [label for _, label in noisy.train] == noisy.train.targets.tolist()
+    for part in ("validation", "test"):
+        assert torch.equal(getattr(noisy, part).targets, getattr(clean, part).targets)
+    assert noisy.fingerprint != clean.fingerprint
+    again = colours(label_noise=LabelNoise(0.5, "symmetric", 0))
+    assert again.fingerprint == noisy.fingerprint
+
+
+def test_as_many_training_images_of_each_class_as_asked_for():
+    few, more = colours(train_per_class=2), colours(train_per_class=5)
+    assert torch.bincount(few.train.targets).tolist() == [2, 2, 2]
+    assert set(few.train.ids) < set(more.train.ids) < set(colours().train.ids)
+    assert few.validation.ids == colours().validation.ids and len(few.test) == 21
+    assert colours(train_per_class=2, split_seed=1).train.ids != few.train.ids
+
+
+def labels_of(splits, part: str) -> dict[str, str]:
+    images = getattr(splits, part)
+    return {name: splits.class_names[c] for name, c in zip(images.ids, images.targets, strict=True)}
+
+
+def test_some_classes_with_all_their_images():
+    whole = colours(val_fraction=0.0)
+    two = colours(val_fraction=0.0, num_classes=2, split_seed=1)
+    assert len(two.class_names) == 2 and set(two.class_names) < set(whole.class_names)
+    for part in ("train", "test"):
+        kept = {n: c for n, c in labels_of(whole, part).items() if c in two.class_names}
+        assert labels_of(two, part) == kept
+    assert len({colours(num_classes=2, split_seed=seed).class_names for seed in range(9)}) == 3
+    assert torch.bincount(colours(num_classes=2).validation.targets).tolist() == [3, 3]
 
 
 # ---- what is refused ---------------------------------------------------------------------------
@@ -118,8 +193,13 @@ def test_samples_that_cannot_be_told_apart_or_classified_are_refused(source, mes
         ("classification_toys:Colours.__init__", None, {}, "MODULE:FUNCTION"),
         ("collections:Counter", None, {}, r"expected train, test and perhaps val, got \[\]"),
         ("classification_toys:build", None, {"val_fraction": 0.99}, "--val-fraction: .* got 0.99"),
+        ("digits", None, {"num_classes": 11}, "--num-classes: expected at most 10, .* got 11"),
+        (
+            "classification_toys:build", None, {"train_per_class": 12},
+            "--train-per-class: expected at most 11, which class red has, got 12",
+        ),
     ],
-)
+)  # fmt: skip
 def test_data_that_is_not_there_is_refused(name, root, options, message):
     with pytest.raises(ValueError, match=message):
         load_splits(name, root, **{"val_fraction": 0.2} | options)
@@ -139,3 +219,14 @@ def test_what_is_no_image_is_refused():
     )
     with pytest.raises(ValueError, match="expected an image of PIL, got Tensor"):
         Images(source, [str(i) for i in range(6)], range(6), lambda image: image)[0]
+
+
+@pytest.mark.parametrize("text", ["1", "-0.1", "nan", "much", "0.4:pairs", ":next", ""])
+def test_label_noise_that_is_none_is_refused(text):
+    with pytest.raises(ValueError, match=r"--label-noise: expected a rate in \[0, 1\), .* got"):
+        LabelNoise.parse(text, 0)
+
+
+def test_a_single_class_has_no_wrong_label():
+    with pytest.raises(ValueError, match="--label-noise: expected two classes or more, got 1"):
+        LabelNoise(0.4, "next", 0).apply(np.zeros(5, np.int64), 1)

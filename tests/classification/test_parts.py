@@ -17,6 +17,7 @@ from pskd_classification.evaluation import measure, predict, rows_of
 from pskd_classification.mixing import Mixer
 from pskd_classification.models import build_model
 from pskd_classification.objective import Objective, VirtualTeacher
+from pskd_classification.published import BottleneckBlock
 from torch.utils.data import TensorDataset
 
 import pskd
@@ -38,13 +39,75 @@ def test_a_model_scores_the_classes_and_its_weights_have_torchvisions_names(name
         assert list(model.state_dict()) == list(stock.state_dict())
 
 
-def test_the_papers_network_has_its_size():
-    model = build_model("preact_resnet18", 100)
-    assert 11.1e6 < sum(p.numel() for p in model.parameters()) < 11.3e6
-    assert model.layer4(model.layer3(model.layer2(torch.zeros(1, 64, 32, 32)))).shape[2:] == (4, 4)
+@pytest.mark.parametrize(
+    ("name", "weights", "channels"),
+    [
+        ("preact_resnet18", 11_218_340, (64, 128, 256, 512)),
+        # As the authors' code has them.
+        ("preact_resnet18_published", 11_217_444, (64, 128, 256, 512)),
+        ("preact_resnet101_published", 42_697_380, (256, 512, 1024, 2048)),
+    ],
+)
+def test_a_network_for_small_images_has_its_size(name, weights, channels):
+    with torch.device("meta"):
+        model = build_model(name, 100)
+        images = torch.zeros(2, 3, 32, 32)
+    assert sum(p.numel() for p in model.parameters()) == weights
+    shapes = []
+    for stage in (model.layer1, model.layer2, model.layer3, model.layer4):
+        stage.register_forward_hook(lambda *call: shapes.append(tuple(call[-1].shape[1:])))
+    assert model(images).shape == (2, 100)
+    sides = (32, 16, 8, 4)
+    assert shapes == [(c, side, side) for c, side in zip(channels, sides, strict=True)]
 
 
-@pytest.mark.parametrize("name", ["preact_resnet10_tiny", "resnet18", "resnet50"])
+def as_published(weights: dict, images: torch.Tensor) -> torch.Tensor:
+    """The published PreAct ResNet-18 in evaluation, written from its description."""
+
+    def norm(x, name):
+        mean, var = weights[f"{name}.running_mean"], weights[f"{name}.running_var"]
+        return F.batch_norm(x, mean, var, weights[f"{name}.weight"], weights[f"{name}.bias"])
+
+    def conv(x, name, stride=1):
+        kernel = weights[f"{name}.weight"]
+        return F.conv2d(x, kernel, stride=stride, padding=kernel.size(-1) // 2)
+
+    x = norm(conv(images, "conv1"), "bn1").relu()
+    for stage, number in itertools.product((1, 2, 3, 4), (0, 1)):
+        block = f"layer{stage}.{number}"
+        stride = 2 if stage > 1 and number == 0 else 1
+        activated = norm(x, f"{block}.bn1").relu()
+        out = norm(conv(activated, f"{block}.conv1", stride), f"{block}.bn2").relu()
+        shortcut = activated
+        if f"{block}.shortcut.weight" in weights:
+            shortcut = conv(activated, f"{block}.shortcut", stride)
+        x = conv(out, f"{block}.conv2") + shortcut
+    return F.avg_pool2d(x, 4).flatten(1) @ weights["fc.weight"].T + weights["fc.bias"]
+
+
+def test_the_published_network_computes_what_is_described():
+    torch.manual_seed(0)
+    model = build_model("preact_resnet18_published", C).double()
+    images = torch.randn(4, 3, 32, 32, dtype=torch.float64)
+    model.train()(images)  # statistics that are not those of the start
+    weights = model.state_dict()
+    assert torch.allclose(model.eval()(images), as_published(weights, images))
+    # Torch's default initialisation: uniform within 1 / sqrt(fan in).
+    kernel = build_model("preact_resnet18_published", C).layer4[1].conv2.weight
+    assert kernel.abs().max() <= (512 * 9) ** -0.5 and kernel.std().item() > 0.5 * (512 * 9) ** -0.5
+
+
+def test_the_bottlenecks_of_the_published_network_activate_after_the_shortcut():
+    block = BottleneckBlock(8, 2, 1, 0.0).eval()
+    torch.nn.init.zeros_(block.conv3.weight)
+    x = torch.randn(2, 8, 4, 4)
+    assert torch.equal(block(x), x.relu())
+    assert isinstance(BottleneckBlock(8, 2, 2, 0.0).shortcut[1], torch.nn.BatchNorm2d)
+
+
+@pytest.mark.parametrize(
+    "name", ["preact_resnet10_tiny", "preact_resnet18_published", "resnet18", "resnet50"]
+)
 @pytest.mark.parametrize("options", [{"dropout": 0.5}, {"stochastic_depth": 0.9}])
 def test_regularisers_act_in_training_only_and_leave_the_weights_names(name, options):
     model, plain = build_model(name, C, **options), build_model(name, C)
@@ -61,10 +124,14 @@ def test_regularisers_act_in_training_only_and_leave_the_weights_names(name, opt
     assert not torch.allclose(model.train()(images), plain.train()(images))
 
 
-def test_the_first_branch_is_never_left_out():
-    model = build_model("preact_resnet10_tiny", C, stochastic_depth=1.0)
+@pytest.mark.parametrize(
+    ("name", "blocks"), [("preact_resnet10_tiny", 4), ("preact_resnet101_published", 33)]
+)
+def test_the_first_branch_is_never_left_out(name, blocks):
+    with torch.device("meta"):
+        model = build_model(name, C, stochastic_depth=1.0)
     drops = [block.stochastic_depth.p for block in model.modules() if hasattr(block, "shortcut")]
-    assert drops == pytest.approx([0.0, 1 / 3, 2 / 3, 1.0])
+    assert drops == pytest.approx([number / (blocks - 1) for number in range(blocks)])
 
 
 @pytest.mark.parametrize(

@@ -167,6 +167,48 @@ def test_the_scale_of_mixed_precision_goes_on(tmp_path, monkeypatch):
     assert one == other and one["scale"] > 2.0
 
 
+def test_wrong_labels_are_recorded_and_another_draw_is_not_resumed(tmp_path, capsys):
+    noise = ["--label-noise", "0.25", "--train-per-class", "8", "--epochs", "2"]
+    stopped(tmp_path, *noise, after=1)
+    for other, message in (
+        (["--label-noise", "0.5"], "label_noise '0.5:symmetric' as in this run, got '0.25"),
+        (["--label-noise", "0.25:next"], "label_noise '0.25:next' as in this run, got '0.25:sym"),
+        (["--label-noise", "0"], "label_noise None as in this run, got '0.25:symmetric'"),
+        (["--label-noise-seed", "1"], "label_noise_seed 1 as in this run, got 0"),
+        (["--train-per-class", "7"], "train_per_class 7 as in this run, got 8"),
+        (["--num-classes", "2"], "num_classes 2 as in this run, got None"),
+        (["--mean", ".1", ".2", ".3"], "mean [0.1, 0.2, 0.3] as in this run, got [0.485, 0.456,"),
+        (["--std", ".1", ".2", ".3"], "std [0.1, 0.2, 0.3] as in this run, got [0.229, 0.224,"),
+    ):
+        assert train(tmp_path, *noise, *other, "--resume") == 1
+        assert f"checkpoint.pth: expected {message}" in capsys.readouterr().err
+    assert train(tmp_path, *noise, "--resume") == 0
+    options = results(tmp_path)["options"]
+    assert options == checkpoint(tmp_path)["options"]
+    assert (options["label_noise"], options["label_noise_seed"]) == ("0.25:symmetric", 0)
+    assert (options["samples"], options["noisy_samples"], options["noisy_share"]) == (24, 6, 0.25)
+    examples = np.load(tmp_path / "examples.npz")
+    assert examples["noisy"].sum() == 6
+    right = np.array([int(name) % 3 for name in examples["ids"]])  # of the toys
+    assert np.array_equal(examples["label"] != right, examples["noisy"])
+
+
+def test_a_checkpoint_of_before_these_options_is_resumed(tmp_path):
+    stopped(tmp_path, *PSKD, "--epochs", "2", after=1)
+    content = checkpoint(tmp_path)
+    for name in (
+        "num_classes",
+        "train_per_class",
+        "label_noise",
+        "label_noise_seed",
+        "mean",
+        "std",
+    ):
+        del content["options"][name]
+    torch.save(content, tmp_path / "checkpoint.pth")
+    assert train(tmp_path, *PSKD, "--epochs", "2", "--resume") == 0
+
+
 def test_resuming_a_finished_run_trains_nothing_and_tells_the_same(run, tmp_path):
     before = results(run)
     assert train(run, *PSKD, "--resume") == 0
@@ -179,6 +221,42 @@ def test_the_best_checkpoint_is_the_best_of_validation_not_of_test(run):
     errors = [line["val/top1_error"] for line in lines(run)]
     best = torch.load(run / "best.pth", weights_only=True)
     assert best["epoch"] == 1 + errors.index(min(errors)) == checkpoint(run)["best"]["epoch"]
+
+
+def test_the_best_epoch_by_the_test_set_is_told_and_chooses_nothing(run, tmp_path):
+    assert "best_by_test" not in results(run) and "test/nll" not in lines(run)[0]
+    flags = [*PSKD, "--eval-test-every-epoch"]
+    stopped(tmp_path, *flags, after=2)
+    assert train(tmp_path, *flags, "--resume") == 0
+    told, epochs = results(tmp_path), lines(tmp_path)
+    errors = [line["test/top1_error"] for line in epochs]
+    best = told["best_by_test"]
+    assert len(errors) == 4 and best["epoch"] == 1 + errors.index(min(errors))
+    assert best["nll"] == epochs[best["epoch"] - 1]["test/nll"] and best["count"] == 21
+    assert errors[-1] == told["last"]["top1_error"]
+    rows = np.load(tmp_path / "best_by_test" / "confidence.npz")
+    assert rows["nll"].mean() == pytest.approx(best["nll"])
+    # It changes neither the training nor what is chosen.
+    assert (told["last"], told["best"]) == (results(run)["last"], results(run)["best"])
+
+
+def test_epochs_are_evaluated_and_saved_as_often_as_asked(run, tmp_path):
+    flags = [*PSKD, "--eval-every", "3", "--checkpoint-every", "2", "--eval-test-every-epoch"]
+    stopped(tmp_path, *flags, after=3)
+    assert checkpoint(tmp_path)["epoch"] == 2
+    assert train(tmp_path, *flags, "--resume") == 0
+    epochs = lines(tmp_path)
+    assert [line["epoch"] for line in epochs if "val/nll" in line] == [3, 4]
+    assert [line["epoch"] for line in epochs if "test/nll" in line] == [3, 4]
+    assert same(checkpoint(tmp_path)["model"], checkpoint(run)["model"])
+    with (tmp_path / "metrics.csv").open() as file:
+        assert [bool(row["val/nll"]) for row in csv.DictReader(file)] == [False, False, True, True]
+
+
+def test_weights_that_saw_another_normalisation_are_told(run, tmp_path, caplog):
+    flags = ["--test-only", "--weights", str(run / "best.pth"), "--std", "1", "1", "1"]
+    assert train(tmp_path, *flags) == 0
+    assert "trained with std [0.229, 0.224, 0.225], goes on with [1.0, 1.0, 1.0]" in caplog.text
 
 
 def test_best_and_evaluation_of_a_checkpoint(run, tmp_path):
@@ -227,6 +305,18 @@ def test_every_recipe_is_one_that_the_script_takes():
         args = program.parse("", ["--config", str(recipe)])
         check(args)
         assert ("pskd" in recipe.stem) == (args.pskd_alpha_final > 0)
+
+
+def test_the_published_recipe_is_the_published_one():
+    configs = SCRIPT.parents[1] / "configs" / "classification"
+    args = program.parse("", ["--config", str(configs / "cifar100_published_pskd.yaml")])
+    check(args)
+    assert (args.model, args.val_fraction) == ("preact_resnet18_published", 0)
+    assert (args.mean, args.std) == ([0.4914, 0.4822, 0.4465], [0.2023, 0.1994, 0.2010])
+    assert (args.epochs, args.batch_size, args.lr_steps) == (300, 128, [150, 225])
+    assert (args.opt, args.lr, args.lr_gamma, args.momentum) == ("sgd", 0.1, 0.1, 0.9)
+    assert (args.weight_decay, args.pskd_alpha_final, args.pskd_teacher) == (5e-4, 0.8, "memory")
+    assert args.eval_test_every_epoch
 
 
 # ---- processes ---------------------------------------------------------------------------------
@@ -288,6 +378,12 @@ def test_two_processes_share_the_memory_and_go_on_as_one(tmp_path):
         ("--PSKD --pskd-top-k 4", "top_k: expected 1 to 3 classes, got 4"),
         ("--config absent.yaml", "absent.yaml"),
         ("--tf-kd-temperature 0", "--tf-kd-temperature: expected above 0, got 0.0"),
+        ("--label-noise 1", "--label-noise: expected a rate in [0, 1), perhaps with :symmetric"),
+        ("--train-per-class 12", "--train-per-class: expected at most 11, which class red has"),
+        ("--mean 125.3 123 113.9", "--mean: expected 0 to 1, got 125.3"),
+        ("--std 0 0.2 0.2", "--std: expected 0.001 to 1, got 0.0"),
+        ("--eval-every 0", "--eval-every: expected 1 or more, got 0"),
+        ("--num-classes 1", "--num-classes: expected 2 or more, got 1"),
     ],
 )
 def test_what_cannot_be_trained_is_refused_before_anything_is_written(
