@@ -38,15 +38,15 @@ class VirtualTeacher:
     def __init__(
         self, num_classes: int, alpha: float, *, correct: float = 0.99, temperature: float = 20.0
     ) -> None:
-        log_odds = torch.tensor([correct, (1.0 - correct) / max(1, num_classes - 1)]).log()
-        peak, rest = (log_odds / temperature).exp().tolist()
+        peak = correct ** (1.0 / temperature)
+        rest = ((1.0 - correct) / max(1, num_classes - 1)) ** (1.0 / temperature)
         self.probability = peak / (peak + (num_classes - 1) * rest)
         self.alpha = alpha
 
     def past(self, target: Tensor) -> TopK:
         """Return what it says of (N,) labels."""
-        probs = torch.full((len(target), 1), self.probability, device=target.device)
-        return TopK(target[:, None], probs)
+        shape = (len(target), 1)
+        return TopK(target[:, None], target.new_full(shape, self.probability, dtype=torch.float32))
 
 
 class Objective:
