@@ -1,8 +1,8 @@
-"""Both halves of the demo, translation and detection, and their results in one table.
+"""The three parts of the demo, classification, translation and detection, and what they show.
 
     python -m demo    the same as: make demo
 
-runs/demo/results.json holds both results afterwards.
+runs/demo/results.json holds all results afterwards.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from demo import detection, translation
+from demo import classification, detection, translation
 from demo.steps import StepFailed
 from pskd.run.files import write_json
 
@@ -20,11 +20,12 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m demo",
         description=__doc__.split("\n")[0],
-        epilog="Options: those of python -m demo.translation and python -m demo.detection.",
+        epilog="Options: those of python -m demo.classification, demo.translation, demo.detection.",
     )
     parser.parse_args(argv)
     try:
-        reports = [half.run(half.parse([])) for half in (translation, detection)]
+        parts = (classification, translation, detection)
+        reports = [part.run(part.parse([])) for part in parts]
     except (StepFailed, OSError, ValueError) as error:
         print(f"demo: error: {error}", file=sys.stderr)
         return 1

@@ -8,6 +8,7 @@ from typing import NamedTuple
 __all__ = ["Report"]
 
 _WIDTH = 10
+_NAME_WIDTH = 15
 
 
 class Report(NamedTuple):
@@ -31,5 +32,8 @@ class Report(NamedTuple):
         for name, result in self.results.items():
             values = [(result[key], form) for key, (_, form) in self.columns.items()]
             rows.append([name, *("-" if v is None else format(v, form) for v, form in values)])
-        lines = ["".join(f"{cell:>{_WIDTH}}" for cell in row) for row in rows]
+        lines = [
+            f"{row[0]:>{_NAME_WIDTH}}" + "".join(f"{cell:>{_WIDTH}}" for cell in row[1:])
+            for row in rows
+        ]
         return "\n".join([self.title, *lines, self.note])

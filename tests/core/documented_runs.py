@@ -54,6 +54,9 @@ RUN: dict[str, dict[str, list[str]]] = {
     "detection/test_digits.py": {
         "test_command_line": ["python -m demo.digits"],
     },
+    "classification/test_demo_classification.py": {
+        "test_the_table_is_that_of_the_results": ["python -m demo.classification"],
+    },
     "detection/test_noise.py": {
         "test_command_line_for_lines": ["python -m demo.noise"],
     },

@@ -147,7 +147,7 @@ def test_the_whole_demo_names_a_folder_that_it_may_not_delete(monkeypatch, capsy
 
 def test_the_whole_demo_tells_of_both_halves(monkeypatch, capsys, tmp_path):
     """As `make demo` runs it; the halves have tests of their own from end to end."""
-    for half, name in ((both.translation, "translation"), (both.detection, "detection")):
+    for half, name in ((both.classification, "classification"), (both.translation, "translation"), (both.detection, "detection")):
         told = Report(
             name, {"nll": ("NLL", ".2f")}, {"baseline": {"nll": 1}, "PS-KD": {"nll": 2}}, ""
         )
