@@ -111,7 +111,8 @@ def test(job: Job) -> dict:
     if validation is not None:
         temperature = fit_temperature(*validation)
         scaled = rows_of(*tested, temperature)
-    write_confidence(job.folder, rows, scaled, temperature)
+    splits = job.splits
+    write_confidence(job.folder, rows, scaled, temperature, splits.test, splits.class_names)
     results = {"last": measure(rows) | {"epoch": job.epoch}}
     if scaled is not None:
         results |= {"temperature": temperature, "scaled": measure(scaled)}

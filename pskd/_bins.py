@@ -20,7 +20,7 @@ from pskd._inputs import (
     confidence_rows,
 )
 
-__all__ = ["ReliabilityBins", "fill_bins", "reliability_bins"]
+__all__ = ["ReliabilityBins", "bin_index", "fill_bins", "reliability_bins"]
 
 
 @dataclass(frozen=True)
@@ -92,11 +92,16 @@ class ReliabilityBins:
         )
 
 
-def fill_bins(confidence: Floats, correct: Booleans, bins: int) -> ReliabilityBins:
+def bin_index(confidence: Floats, bins: int) -> Integers:
+    """Return the bin of each row, (N,) int64 in [0, bins)."""
     # Borders rounded to the data's own precision: a float32 0.6 belongs to the bin that ends at
     # 0.6, though as a float64 it lies above it.
     borders = (np.arange(1, bins) / bins).astype(confidence.dtype)
-    index = np.searchsorted(borders, confidence, side="left")
+    return np.searchsorted(borders, confidence, side="left")
+
+
+def fill_bins(confidence: Floats, correct: Booleans, bins: int) -> ReliabilityBins:
+    index = bin_index(confidence, bins)
     return ReliabilityBins(
         np.bincount(index, minlength=bins),
         # Of no rows they are whole numbers, whatever the weights.

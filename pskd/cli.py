@@ -95,7 +95,8 @@ def _add_report(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         "runs",
         metavar="RUN",
         nargs="+",
-        help="a run's folder, or NAME=FOLDER; runs of one NAME are seeds of one method",
+        help="a run's folder, NAME=FOLDER, or NAME=FOLDER,FOLDER for the seeds of one method; the "
+        "first name is the baseline",
     )
     command.add_argument("--out", default="report", help="folder to write to (default: report)")
     command.add_argument(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -84,7 +84,7 @@ def _check_runs(runs: Runs) -> None:
             )
 
 
-def _draw_reliability(axes: Axes, name: str, bins: ReliabilityBins) -> None:
+def _draw_reliability(axes: Axes, title: str, bins: ReliabilityBins) -> None:
     """Accuracy as bars, and on each the gap to the mean confidence."""
     filled = bins.count > 0
     left, width = bins.edges[:-1][filled], 1.0 / len(bins.count)
@@ -97,9 +97,7 @@ def _draw_reliability(axes: Axes, name: str, bins: ReliabilityBins) -> None:
         gap = (confidence - accuracy)[chosen]
         axes.bar(left[chosen], gap, width, accuracy[chosen], align="edge", **look)
     axes.plot([0, 1], [0, 1], **_PERFECT)
-    ece = bins.expected_calibration_error
-    title = axes.set_title(f"{short(name)}\nECE {ece:.4f}", fontsize=11, color=INK)
-    literal([title])
+    literal([axes.set_title(title, fontsize=11, color=INK)])
     axes.set(xlim=(0, 1), ylim=(0, 1))
     axes.tick_params(labelbottom=False)
     style(axes)
@@ -135,7 +133,13 @@ def _reliability_legend(figure: Figure, columns: int) -> None:
     )
 
 
-def reliability_diagram(runs: Runs, path: str | os.PathLike[str], *, bins: int = 15) -> Path:
+def reliability_diagram(
+    runs: Runs,
+    path: str | os.PathLike[str],
+    *,
+    bins: int = 15,
+    text: Callable[[float], str] = "{:.4f}".format,
+) -> Path:
     """Draw accuracy against confidence, a panel a run, with the confidence histogram beneath.
 
     The bars are ``reliability_bins(confidence, correct, bins=bins)``: a run is calibrated where
@@ -145,6 +149,7 @@ def reliability_diagram(runs: Runs, path: str | os.PathLike[str], *, bins: int =
         runs: name -> (confidence, correct), each as `reliability_bins` takes them.
         path: where to write; the suffix (.png, .pdf, .svg) is the format.
         bins: the number of confidence bins.
+        text: writes the ECE above a panel, from the fraction.
 
     Returns:
         ``path``.
@@ -167,7 +172,8 @@ def reliability_diagram(runs: Runs, path: str | os.PathLike[str], *, bins: int =
         row, column = divmod(place, columns)
         upper = figure.add_subplot(grid[2 * row, column])
         lower = figure.add_subplot(grid[2 * row + 1, column], sharex=upper)
-        _draw_reliability(upper, name, run_bins)
+        ece = text(run_bins.expected_calibration_error)
+        _draw_reliability(upper, f"{short(name)}\nECE {ece}", run_bins)
         _draw_histogram(lower, run_bins, top)
         if column == 0:
             upper.set_ylabel("accuracy", color=INK)
@@ -185,20 +191,27 @@ def _thinned(coverage: np.ndarray, risk: np.ndarray) -> tuple[np.ndarray, np.nda
     return coverage[chosen], risk[chosen]
 
 
-def _draw_risk(axes: Axes, name: str, run: tuple[Array, Array], color: str) -> float:
+def _draw_risk(
+    axes: Axes, name: str, run: tuple[Array, Array], color: str, text: Callable[[float], str]
+) -> float:
     """Draw a run and its optimum; return the highest risk where the curve is steady."""
     coverage, risk = risk_coverage_curve(*run)
     optimum = optimal_risk_coverage_curve(run[1])[1]
     # The means are `aurc` and `excess_aurc`, without sorting the rows again.
     area, excess = risk.mean(), risk.mean() - optimum.mean()
-    label = f"{short(name)}: AURC {area:.4f}, E-AURC {excess:.4f}"
+    label = f"{short(name)}: AURC {text(area)}, E-AURC {text(excess)}"
     axes.plot(*_thinned(coverage, risk), color=color, linewidth=1.8, label=label)
     axes.plot(*_thinned(coverage, optimum), color=color, linewidth=1.1, linestyle=_OPTIMAL)
     axes.plot([1.0], risk[-1:], color=color, marker="o", markersize=4, clip_on=False)
     return float(risk[coverage >= _STEADY_COVERAGE].max())
 
 
-def risk_coverage_plot(runs: Runs, path: str | os.PathLike[str]) -> Path:
+def risk_coverage_plot(
+    runs: Runs,
+    path: str | os.PathLike[str],
+    *,
+    text: Callable[[float], str] = "{:.4f}".format,
+) -> Path:
     """Draw the error rate among the most confident rows against the fraction of rows kept.
 
     The curves are ``risk_coverage_curve(confidence, correct)``, dashed the optimum of the same
@@ -208,6 +221,7 @@ def risk_coverage_plot(runs: Runs, path: str | os.PathLike[str]) -> Path:
     Args:
         runs: name -> (confidence, correct), each as `risk_coverage_curve` takes them.
         path: where to write; the suffix (.png, .pdf, .svg) is the format.
+        text: writes an area in the legend, from the fraction.
 
     Returns:
         ``path``.
@@ -220,10 +234,10 @@ def risk_coverage_plot(runs: Runs, path: str | os.PathLike[str]) -> Path:
     Source: Geifman & El-Yaniv 2019.
     """
     _check_runs(runs)
-    figure = new_figure(6.4, 4.2 + 0.22 * len(runs))
+    figure = new_figure(4.2, 4.2 + 0.22 * len(runs))
     axes = figure.add_subplot()
     colored = zip(runs.items(), itertools.cycle(RUN_COLORS), strict=False)
-    highest = [_draw_risk(axes, *item, color) for item, color in colored]
+    highest = [_draw_risk(axes, *item, color, text) for item, color in colored]
     axes.plot([], [], color=INK, linewidth=1.1, linestyle=_OPTIMAL, label="optimal ranking")
     # Without an error anywhere the axis still needs a height.
     axes.set(xlim=(0, 1), ylim=(0, 1.08 * max(highest) or 1.0))

@@ -10,8 +10,8 @@ Confidence is that of the next token when the reference is read along (teacher f
 and AURC over every target token, the end of the sentence included, as raw fractions. On the test
 split they are also given after temperature scaling: one number, fitted on at most 4096 tokens,
 evenly spread over the validation split. OUT gets evaluation.json, translations.txt, generate.log,
-confidence.npz (confidence, correctness and NLL of every token, also after temperature scaling) and
-two plots; it is a run of `pskd report`.
+sentences.json (texts and sacreBLEU's counts), confidence.npz (confidence, correctness and NLL of
+every token, also after temperature scaling) and two plots; it is a run of `pskd report`.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def evaluate(args: argparse.Namespace) -> dict:
     fitted = args.split == "test"
     temperature = fit_temperature_on_valid(args, model, config, task) if fitted else None
     tokens = measure_confidence(args, model, config, task, temperature)
-    translations, scores = _translated(args, preparation, pair, subwords)
+    translations, scores, sentences = _translated(args, preparation, pair, subwords)
     confidence = summary(tokens)
     result = {
         "task": "translation",
@@ -73,7 +73,7 @@ def evaluate(args: argparse.Namespace) -> dict:
     }
     if fitted:
         result |= {"temperature": temperature, "scaled": summary(tokens, "scaled_")}
-    _write_outputs(args, result, translations, tokens)
+    _write_outputs(args, result, translations, sentences, tokens)
     return result
 
 
@@ -92,31 +92,36 @@ def _translated(
     preparation: dict | None,
     pair: tuple[str, str],
     subwords: str | None,
-) -> tuple[list[str], dict]:
-    """Return the translations of the split, detokenised where it can be, and their scores."""
+) -> tuple[list[str], dict, dict[str, list]]:
+    """Return the split's translations, detokenised where possible, and what `score` does."""
     translations, bleu_line = generate(args, pair, subwords)
     if preparation is not None:
         translations = detokenised(translations, preparation)
-        scores = score(translations, args, preparation)
+        scores, sentences = score(translations, args, preparation)
     else:
         logger.info("%s has no prepare.json: no BLEU and chrF of detokenised text", args.data)
-        scores = {"sentences": len(translations)}
+        scores, sentences = {"sentences": len(translations)}, {}
     tokenised_bleu = float(re.search(r"BLEU4 = ([\d.]+)", bleu_line)[1])
     return translations, {
         **scores, "tokenised_bleu_line": bleu_line, "tokenised_bleu": tokenised_bleu
-    }  # fmt: skip
+    }, sentences  # fmt: skip
 
 
 def _write_outputs(
     args: argparse.Namespace,
     result: dict,
     translations: list[str],
+    sentences: dict[str, list],
     tokens: dict[str, np.ndarray],
 ) -> None:
     with written_aside(args.out / "translations.txt") as aside:
         aside.write_text("\n".join(translations) + "\n", encoding="utf-8")
     with written_aside(args.out / "confidence.npz") as aside:
         np.savez_compressed(aside, **tokens)
+    if sentences:
+        write_json(args.out / "sentences.json", sentences)
+    else:
+        (args.out / "sentences.json").unlink(missing_ok=True)  # of an earlier evaluation
     runs = {args.name or args.checkpoint.parent.name: (tokens["confidence"], tokens["correct"])}
     reliability_diagram(runs, args.out / "reliability.png")
     risk_coverage_plot(runs, args.out / "risk_coverage.png")

@@ -30,12 +30,16 @@ class Rows(NamedTuple):
         correct: (N,) bool, whether it is the label.
         nll: (N,) float64, in nats.
         in_top5: (N,) bool, whether the label is among the five most probable classes.
+        label: (N,) int64.
+        predicted: (N,) int64, the most probable class.
     """
 
     confidence: np.ndarray
     correct: np.ndarray
     nll: np.ndarray
     in_top5: np.ndarray
+    label: np.ndarray
+    predicted: np.ndarray
 
 
 @torch.no_grad()
@@ -83,6 +87,8 @@ def rows_of(logits: Tensor, target: Tensor, temperature: float = 1.0) -> Rows:
         correct=(predicted == target).numpy(),
         nll=F.nll_loss(lprobs, target, reduction="none").numpy(),
         in_top5=(top == target[:, None]).any(dim=1).numpy(),
+        label=target.numpy(),
+        predicted=predicted.numpy(),
     )
 
 

@@ -22,11 +22,27 @@ from pskd_classification.evaluation import Rows
 __all__ = ["read_epochs", "write_confidence", "write_csv", "write_examples"]
 
 SHOWN_EXAMPLES = 24
+SHOWN_MISTAKES = 500
 
 
-def write_confidence(folder: Path, rows: Rows, scaled: Rows | None, temperature: float | None):
-    """Write confidence.npz: the rows of the test set, and those after temperature scaling."""
-    arrays = rows._asdict()
+def write_confidence(
+    folder: Path,
+    rows: Rows,
+    scaled: Rows | None,
+    temperature: float | None,
+    test: Images,
+    class_names: tuple[str, ...],
+) -> None:
+    """Write confidence.npz and test_pictures.json: what the model says of the test set.
+
+    Pictures are of the mistakes with the highest NLL: whatever two runs disagree on most, one of
+    them has wrong.
+
+    Args:
+        rows: of the test set.
+        scaled: the same after temperature scaling.
+    """
+    arrays = rows._asdict() | {"ids": np.array(test.ids), "class_names": np.array(class_names)}
     if scaled is not None:
         arrays |= {
             "scaled_confidence": scaled.confidence,
@@ -35,6 +51,10 @@ def write_confidence(folder: Path, rows: Rows, scaled: Rows | None, temperature:
         }
     with written_aside(folder / "confidence.npz") as aside:
         np.savez_compressed(aside, **arrays)
+    wrong = np.flatnonzero(~rows.correct)
+    worst = wrong[np.argsort(-rows.nll[wrong], kind="stable")][:SHOWN_MISTAKES]
+    pictures = {test.ids[row]: _data_uri(test, row) for row in worst.tolist()}
+    write_json(folder / "test_pictures.json", pictures)
 
 
 def read_epochs(folder: Path) -> list[dict]:

@@ -119,7 +119,9 @@ class DetectionConfidence:
         self._images = {image["id"] for image in dataset.coco["images"]}
         self._seen: set = set()
         empty = np.empty(0, np.float32)
-        self._rows: list[tuple[np.ndarray, ...]] = [(empty, empty, np.empty(0, np.int64))]
+        self._rows: list[tuple[np.ndarray, ...]] = [
+            (empty, empty, np.empty(0, np.int64), np.empty((0, 4)), np.empty(0, str))
+        ]
 
     def update(self, image_id: Hashable, detections: Detections) -> None:
         """Add the detections of one image.
@@ -142,7 +144,8 @@ class DetectionConfidence:
             iou = self._matched(image_id, int(label), boxes[of_class])
             counts = ~np.isnan(iou)
             of_class, iou = of_class[counts], iou[counts]
-            self._rows.append((scores[of_class], iou, labels[of_class]))
+            ids = np.full(len(of_class), str(image_id))
+            self._rows.append((scores[of_class], iou, labels[of_class], boxes[of_class], ids))
 
     def _matched(self, image_id: Hashable, label: int, boxes: np.ndarray) -> np.ndarray:
         objects = self._objects.get((image_id, label))
@@ -171,6 +174,16 @@ class DetectionConfidence:
     def labels(self) -> np.ndarray:
         """The class index of each, (N,) int64."""
         return self._column(2)
+
+    @property
+    def boxes(self) -> np.ndarray:
+        """The box of each, (N, 4) float: x, y, width, height in pixels."""
+        return self._column(3)
+
+    @property
+    def image_ids(self) -> np.ndarray:
+        """The image of each, (N,) str."""
+        return self._column(4)
 
     def _column(self, i: int) -> np.ndarray:
         if len(self._rows) > 1:

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from pskd.run.files import write_json, written_aside
+from pskd_detection.confidence import DetectionConfidence
+from pskd_detection.datasets import DetectionDataset
 
-__all__ = ["format_table", "write_confidence", "write_results"]
+__all__ = ["format_table", "write_confidence", "write_detections", "write_results"]
+
+SHOWN_IMAGES, SHOWN_SIDE = 64, 256  # with 10 to 15 KB each, under 1 MB
 
 
 def write_results(
@@ -35,8 +43,67 @@ def write_results(
     return write_json(path, results, indent=2)
 
 
+def write_detections(
+    output_dir: str | os.PathLike, dataset: DetectionDataset, found: DetectionConfidence
+) -> None:
+    """Write confidence.npz and test_images.json: what `pskd report` compares detections by.
+
+    The images are the first of the data set, so that any two runs have the same. One that cannot
+    be opened is left out.
+
+    Args:
+        output_dir: an evaluation's folder, made if there is none.
+        dataset: the test set.
+        found: of all its images.
+    """
+    path = write_confidence(output_dir, found.confidence, found.correct, found.image_ids)
+    truth: dict[str, list[dict]] = {}
+    names = dict(zip(dataset.category_ids, dataset.class_names, strict=True))
+    for a in dataset.coco["annotations"]:
+        if not a["iscrowd"]:
+            box = {"box": a["bbox"], "label": names[a["category_id"]]}
+            truth.setdefault(str(a["image_id"]), []).append(box)
+    images = {}
+    for image in dataset.coco["images"][:SHOWN_IMAGES]:
+        key = str(image["id"])
+        uri = _data_uri(dataset.image_dir / image["file_name"])
+        if uri is None:
+            continue
+        images[key] = {
+            "width": image["width"],
+            "height": image["height"],
+            "image": uri,
+            "objects": truth.get(key, []),
+            "detections": [
+                {
+                    "box": found.boxes[row],
+                    "label": dataset.class_names[found.labels[row]],
+                    "score": found.confidence[row],
+                    "correct": found.correct[row],
+                }
+                for row in np.flatnonzero(found.image_ids == key)
+            ],
+        }
+    write_json(path.with_name("test_images.json"), images)
+
+
+def _data_uri(path: Path) -> str | None:
+    try:
+        with Image.open(path) as image:
+            picture = image.convert("RGB")
+    except (OSError, SyntaxError):  # what PIL raises for a damaged file
+        return None
+    picture.thumbnail((SHOWN_SIDE, SHOWN_SIDE))
+    buffer = io.BytesIO()
+    picture.save(buffer, format="JPEG", quality=80)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
 def write_confidence(
-    output_dir: str | os.PathLike, confidence: np.ndarray, correct: np.ndarray
+    output_dir: str | os.PathLike,
+    confidence: np.ndarray,
+    correct: np.ndarray,
+    ids: np.ndarray | None = None,
 ) -> Path:
     """Write confidence.npz: the scores of detections, and which of them are right.
 
@@ -47,12 +114,14 @@ def write_confidence(
         output_dir: an evaluation's folder, made if there is none.
         confidence: (N,) float.
         correct: (N,) bool.
+        ids: (N,) of the image of each; None if not known.
     """
     folder = Path(output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "confidence.npz"
     with written_aside(path) as aside:
-        np.savez_compressed(aside, confidence=confidence, correct=correct)
+        known: dict[str, Any] = {} if ids is None else {"ids": ids}
+        np.savez_compressed(aside, confidence=confidence, correct=correct, **known)
     return path
 
 

@@ -13,7 +13,7 @@ from detectron2.evaluation import COCOEvaluator, DatasetEvaluator, PascalVOCDete
 from detectron2.modeling import GeneralizedRCNN
 from detectron2.structures import Boxes, Instances
 from detectron2.utils import comm
-from pskd_detection import DetectionConfidence, DetectionDataset, Detections, write_confidence
+from pskd_detection import DetectionConfidence, DetectionDataset, Detections, write_detections
 
 from pskd.plots import reliability_diagram, risk_coverage_plot
 from pskd_detectron2.data import detection_dataset
@@ -27,8 +27,8 @@ class ConfidenceEvaluator(DatasetEvaluator):
 
     Args:
         dataset_name: a registered one in COCO or VOC format.
-        output_dir: where ``confidence.npz`` and, if there are detections, ``reliability.png`` and
-            ``risk_coverage.png`` are written; None for none.
+        output_dir: where ``confidence.npz``, ``test_images.json`` and, if there are detections,
+            ``reliability.png`` and ``risk_coverage.png`` are written; None for none.
         options: of `pskd_detection.DetectionConfidence`, such as ``iou_threshold``.
     """
 
@@ -60,13 +60,13 @@ class ConfidenceEvaluator(DatasetEvaluator):
                 confidence.update(image_id, detections)
         results = confidence.compute()
         if self._output_dir:
-            self._write(Path(self._output_dir), confidence)
+            self._write(Path(self._output_dir), self._dataset, confidence)
         # Detectron2 prints and logs floats only.
         return {"confidence": {k: math.nan if v is None else v for k, v in results.items()}}
 
     @staticmethod
-    def _write(folder: Path, confidence: DetectionConfidence) -> None:
-        write_confidence(folder, confidence.confidence, confidence.correct)
+    def _write(folder: Path, dataset: DetectionDataset, confidence: DetectionConfidence) -> None:
+        write_detections(folder, dataset, confidence)
         if len(confidence.confidence):
             runs = {"detections": (confidence.confidence, confidence.correct)}
             reliability_diagram(runs, folder / "reliability.png")

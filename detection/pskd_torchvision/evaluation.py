@@ -17,7 +17,7 @@ from pskd_detection import (
     DetectionDataset,
     Detections,
     average_precision,
-    write_confidence,
+    write_detections,
 )
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
@@ -53,8 +53,8 @@ def evaluate(
         batch_size: images a process takes at a time.
         workers: that read images, a process.
         output_dir: where ``coco_instances_results.json`` (COCO's results format),
-            ``confidence.npz`` and, if there are detections, ``reliability.png`` and
-            ``risk_coverage.png`` are written; None for none.
+            ``confidence.npz``, ``test_images.json`` and, if there are detections,
+            ``reliability.png`` and ``risk_coverage.png`` are written; None for none.
 
     Returns:
         In the first process ``bbox``, `average_precision` (percent); ``confidence``, that is
@@ -133,7 +133,7 @@ def _write(
 ) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "coco_instances_results.json", _in_coco_format(dataset, detections))
-    write_confidence(folder, confidence.confidence, confidence.correct)
+    write_detections(folder, dataset, confidence)
     if len(confidence.confidence):
         runs = {"detections": (confidence.confidence, confidence.correct)}
         reliability_diagram(runs, folder / "reliability.png")

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from pskd.presets import PRESETS
+from pskd.report.compare import compare
+from pskd.report.export import as_csv, as_json
 from pskd.report.page import make_page
 from pskd.report.runs import read_runs
-from pskd.report.tables import as_csv, as_json, make_tables
+from pskd.report.tables import make_tables
 from pskd.run.files import write_json, written_aside
 
 __all__ = ["write_report"]
@@ -21,7 +24,8 @@ def write_report(
     """Read runs and write report.html, report.json and report.csv.
 
     Args:
-        runs: each ``FOLDER`` or ``NAME=FOLDER``; runs of one name are seeds of one method.
+        runs: each ``FOLDER``, ``NAME=FOLDER`` or ``NAME=FOLDER,FOLDER``; runs of one name are seeds
+            of one method. The first name of a task is the baseline of the others.
         out: the folder to write to, made if there is none.
         preset: one of `pskd.presets.PRESETS`.
 
@@ -30,8 +34,8 @@ def write_report(
 
     Raises:
         ImportError: matplotlib is missing.
-        ValueError: a folder that holds no run or files that are not what docs/report.md says;
-            nothing is written then.
+        ValueError: a folder that holds no run, files that are not what docs/report.md says, or runs
+            that were tested on different examples; nothing is written then.
         OSError: a file that cannot be read or written, or is in the place of ``out``.
     """
     if preset not in PRESETS:
@@ -40,14 +44,36 @@ def write_report(
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"{folder}: expected a folder to write to, got a file")
     tables = make_tables(read_runs(runs), chosen)
-    page = make_page(tables, chosen)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "report.json", as_json(tables, chosen), indent=2)
-    _write_text(folder / "report.csv", as_csv(tables))
-    _write_text(folder / "report.html", page)
+    pairs = {table.task: compare(table, chosen) for table in tables}
+    page = make_page(tables, pairs, chosen)
+    _write_all(
+        folder,
+        {
+            "report.json": as_json(tables, pairs, chosen),
+            "report.csv": as_csv(tables),
+            "report.html": page,
+        },
+    )
     return folder / "report.html"
 
 
-def _write_text(path: Path, text: str) -> None:
-    with written_aside(path) as aside:
-        aside.write_text(text, encoding="utf-8")
+def _write_all(folder: Path, files: Mapping[str, str | dict[str, object]]) -> None:
+    """Write all files or none, and make no folder for none."""
+    for name in files:
+        if (folder / name).is_dir():
+            raise IsADirectoryError(f"{folder / name}: expected a file to replace, got a folder")
+    is_new = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with contextlib.ExitStack() as renamed_last:
+            for name, content in files.items():
+                aside = renamed_last.enter_context(written_aside(folder / name))
+                if isinstance(content, str):
+                    aside.write_text(content, encoding="utf-8")
+                else:
+                    write_json(aside, content, indent=2)
+    except BaseException:
+        if is_new:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+        raise

@@ -85,6 +85,7 @@ def _seconds(of: str, digits: int) -> Column:
         f"What a training {of} takes on the machine of the run.",
         "s",
         digits=digits,
+        better="",  # of the machine as much as of the method
     )
     return Column(f"seconds_per_{of}", metric, (f"seconds_per_{of}",))
 

@@ -15,7 +15,7 @@ from pskd.plots import reliability_diagram, risk_coverage_plot
 from pskd.presets import Preset
 from pskd.report.plots import hard_example_plot, teacher_plot
 from pskd.report.runs import Run
-from pskd.report.tables import Table
+from pskd.report.tables import Row, Table
 
 __all__ = ["Figure", "confidence_figures", "hard_example_figures", "teacher_figures"]
 
@@ -27,24 +27,30 @@ class Figure:
     Attributes:
         uri: the image as a data URI.
         caption: as plain text.
-        columns: how much room it wants: 1, or 2 for twice the width.
     """
 
     uri: str
     caption: str
-    columns: int = 2
 
 
 def confidence_figures(table: Table, preset: Preset) -> list[Figure]:
     """Return a reliability diagram of each method, and the risk-coverage curves of all."""
-    runs = {row.name: _rows(row.runs[0]) for row in table.rows if row.runs[0].rows}
+    runs = {_label(row): _rows(row.runs[0]) for row in table.rows if row.runs[0].rows}
     if not runs:
         return []
+    ece, area = preset.metrics["ece"], preset.metrics["aurc"]
+    unit = "" if ece.unit == "fraction" else f" {ece.unit}"
     figures = [
         Figure(
-            _drawn(partial(reliability_diagram, {name: pair}, bins=preset.bins)),
+            _drawn(
+                partial(
+                    reliability_diagram,
+                    {name: pair},
+                    bins=preset.bins,
+                    text=lambda value: ece.text(value) + unit,
+                )
+            ),
             f"Reliability of {name}, {preset.bins} bins.",
-            columns=1,
         )
         for name, pair in runs.items()
     ]
@@ -52,7 +58,17 @@ def confidence_figures(table: Table, preset: Preset) -> list[Figure]:
         "Risk against coverage: the error rate if only the most confident rows are kept. Dashed, "
         "the best ranking of the same predictions; the area between is the E-AURC."
     )
-    return [*figures, Figure(_drawn(partial(risk_coverage_plot, runs)), caption)]
+    if area.unit != "fraction":
+        caption += f" Areas {area.unit}."
+    return [*figures, Figure(_drawn(partial(risk_coverage_plot, runs, text=area.text)), caption)]
+
+
+def _label(row: Row) -> str:
+    """Return the name of a row's first run, whose seed or place tells it from the others."""
+    if len(row.runs) == 1:
+        return row.name
+    seed = row.runs[0].numbers.get("seed")
+    return f"{row.name}, first run" if seed is None else f"{row.name}, seed {seed}"
 
 
 def _rows(run: Run) -> tuple[np.ndarray, np.ndarray]:

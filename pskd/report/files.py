@@ -17,8 +17,29 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["Example", "read_examples", "read_numbers", "read_reweighted", "read_rows"]
+__all__ = [
+    "ROW_ARRAYS",
+    "Example",
+    "check_image",
+    "read_examples",
+    "read_json",
+    "read_numbers",
+    "read_reweighted",
+    "read_rows",
+]
 
+#: The arrays of confidence.npz that have an entry for each row.
+ROW_ARRAYS = (
+    "confidence",
+    "correct",
+    "nll",
+    "in_top5",
+    "scaled_confidence",
+    "scaled_nll",
+    "ids",
+    "label",
+    "predicted",
+)
 _IMAGE = re.compile(r"data:image/(png|jpeg|gif|webp);base64,[A-Za-z0-9+/]+={0,2}")
 
 
@@ -40,7 +61,15 @@ class Example:
     image: str | None = None
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def check_image(image: str) -> str:
+    """Return an image's data URI; an image from elsewhere is a ValueError."""
+    if not _IMAGE.fullmatch(image):
+        raise ValueError(f"image: expected a data URI of an image in base64, got {image[:40]!r}")
+    return image
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a file that holds one JSON object."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -52,7 +81,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def read_numbers(path: Path) -> dict[str, Any]:
     """Read results.json or evaluation.json."""
-    numbers = _read_json(path)
+    numbers = read_json(path)
     for key in ("last", "best", "scaled", "bbox", "voc", "confidence", "ground_truth_rois"):
         if not isinstance(numbers.get(key, {}), dict):
             raise ValueError(f"{path}: {key}: expected an object, got {numbers[key]!r}")
@@ -103,9 +132,11 @@ def _check_numbers(path: Path, arrays: dict[str, np.ndarray], names: Sequence[st
 def read_rows(path: Path) -> dict[str, np.ndarray]:
     """Read confidence.npz; nothing of one without rows."""
     rows = _read_arrays(path, ("confidence", "correct"))
-    vectors = ("confidence", "correct", "nll", "in_top5", "scaled_confidence", "scaled_nll")
-    _check_lengths(path, rows, vectors)
+    _check_lengths(path, rows, ROW_ARRAYS)
     _check_numbers(path, rows, ("temperature",))
+    for name in ("label", "predicted"):
+        if name in rows and rows[name].dtype.kind not in "iu":
+            raise ValueError(f"{path}: {name}: expected integers, got dtype {rows[name].dtype}")
     if rows.get("temperature", np.empty(())).shape != ():
         raise ValueError(
             f"{path}: temperature: expected a single number, got shape {rows['temperature'].shape}"
@@ -131,7 +162,7 @@ def read_examples(path: Path) -> dict[str, np.ndarray]:
 
 def read_reweighted(path: Path) -> dict[str, list[Example]]:
     """Read reweighted.json: the examples of lowest factor, ``most``, and of highest, ``least``."""
-    found = _read_json(path)
+    found = read_json(path)
     try:
         return {key: [_example(entry) for entry in found.get(key, [])] for key in ("most", "least")}
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -142,12 +173,10 @@ def read_reweighted(path: Path) -> dict[str, list[Example]]:
 
 def _example(entry: dict[str, Any]) -> Example:
     image, difficulty = entry.get("image"), entry.get("difficulty")
-    if image is not None and not _IMAGE.fullmatch(image):
-        raise ValueError(f"image: expected a data URI of an image in base64, got {image[:40]!r}")
     return Example(
         id=str(entry["id"]),
         label=str(entry["label"]),
         rescaling=float(entry["rescaling"]),
         difficulty=None if difficulty is None else float(difficulty),
-        image=image,
+        image=None if image is None else check_image(image),
     )

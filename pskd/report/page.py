@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 
 from pskd.presets import Preset
-from pskd.report.columns import Column
+from pskd.report.compare import Comparison
 from pskd.report.figures import (
     Figure,
     confidence_figures,
@@ -16,8 +15,10 @@ from pskd.report.figures import (
 )
 from pskd.report.files import Example
 from pskd.report.runs import Run
-from pskd.report.tables import Row, Table
+from pskd.report.tables import Table
 from pskd.report.template import PAGE
+from pskd.report.verdict import metrics_table, title_of, verdict_html
+from pskd.report.where_section import where_section
 from pskd.version import __version__
 
 __all__ = ["make_page"]
@@ -35,12 +36,16 @@ _ROWS = {
     "translation": "the reference tokens, each predicted from those before it",
 }
 _BETTER = {"lower": "lower is better", "higher": "higher is better", "": ""}
-_ARROWS = {"lower": "↓", "higher": "↑", "": ""}
 _MOST_EXAMPLES = 12
 
 
-def make_page(tables: Sequence[Table], preset: Preset) -> str:
+def make_page(
+    tables: Sequence[Table], pairs: Mapping[str, Sequence[Comparison]], preset: Preset
+) -> str:
     """Return the page as HTML.
+
+    Args:
+        pairs: the comparisons of each task.
 
     Raises:
         ImportError: matplotlib is missing.
@@ -48,35 +53,21 @@ def make_page(tables: Sequence[Table], preset: Preset) -> str:
     """
     tasks = ", ".join(_TITLES[table.task].lower() for table in tables)
     title = f"pskd report: {tasks}"
-    body = [_head(title, tables, preset)]
-    body += [_section(table, preset) for table in tables]
+    body = [f"<h1>{escape(title)}</h1>"]
+    for table in tables:
+        body += [f"<h2>{_TITLES[table.task]}</h2>"] if len(tables) > 1 else []
+        body.append(_section(table, pairs[table.task], preset))
     body.append(_sources(tables))
     return PAGE.substitute(title=escape(title), body="\n".join(body))
 
 
-def _head(title: str, tables: Sequence[Table], preset: Preset) -> str:
-    lines = [
-        f"<h1>{escape(title)}</h1>",
-        f'<p class="soft">Preset <b>{escape(preset.name)}</b>: {escape(preset.source)}; '
-        f"ECE over {preset.bins} bins. ↓ lower is better, ↑ higher is better; the best value of a "
-        "column is marked. Figures show raw fractions.</p>",
-    ]
-    if any(len(row.runs) > 1 for table in tables for row in table.rows):
-        lines.append(
-            '<p class="soft">Runs of one name are seeds of one method: mean ± sample standard '
-            "deviation over them; the best mean is marked, whatever the deviations. Figures and "
-            "examples are those of the first.</p>"
-        )
-    return "\n".join(lines)
-
-
-def _section(table: Table, preset: Preset) -> str:
+def _section(table: Table, pairs: Sequence[Comparison], preset: Preset) -> str:
     parts = [
-        f"<section>\n<h2>{_TITLES[table.task]}</h2>",
-        _table(table),
-        f'<p class="soft">{escape(_notes(table))}</p>',
-        "<h3>What the columns mean</h3>",
-        _meanings(table),
+        "<section>",
+        verdict_html(table, pairs),
+        metrics_table(table, pairs),
+        _definitions(table, bool(pairs), preset),
+        *(where_section(pair, preset) for pair in pairs),
         _figures("Confidence", confidence_figures(table, preset)),
         _figures("What PS-KD did", [*teacher_figures(table), *hard_example_figures(table)]),
         _all_examples(table),
@@ -85,72 +76,45 @@ def _section(table: Table, preset: Preset) -> str:
     return "\n".join(part for part in parts if part)
 
 
-def _table(table: Table) -> str:
-    plain = [column for column in table.columns if not column.scaled]
-    scaled = [column for column in table.columns if column.scaled]
-    # The group stands last, whatever the order in which the columns are told.
-    columns = plain + scaled
-    seeds = any(len(row.runs) > 1 for row in table.rows)
-    lines = ['<div class="wide"><table>', "<thead>"]
-    if scaled:
-        lines.append(
-            f'<tr class="groups"><td colspan="{len(plain) + 1 + seeds}"></td><th scope="colgroup" '
-            f'colspan="{len(scaled)}">after temperature scaling</th></tr>'
+def _definitions(table: Table, compared: bool, preset: Preset) -> str:
+    lines = ["<details>\n<summary>What the metrics mean</summary>"]
+    lines += [f'<p class="soft">{escape(note)}</p>' for note in _notes(table, compared, preset)]
+    return "\n".join([*lines, _meanings(table), "</details>"])
+
+
+def _notes(table: Table, compared: bool, preset: Preset) -> list[str]:
+    """Return how to read the table."""
+    notes = [
+        f"Preset {preset.name}: {preset.source}; ECE over {preset.bins} bins, in the table and in "
+        f"the figures. Confidence is measured over {_ROWS[table.task]}."
+    ]
+    if compared:
+        notes.append(
+            "Below a value stands its difference from the baseline, the run that was named first, "
+            "with its 95 % interval; it is coloured where the interval leaves 0 out. One in twenty "
+            "such intervals misses the truth."
         )
-    heads = "".join(_column_head(column, column in scaled[:1]) for column in columns)
-    runs = '<th scope="col">runs</th>' if seeds else ""
-    lines += [f'<tr><th scope="col" class="text">run</th>{runs}{heads}</tr>', "</thead>", "<tbody>"]
-    best = {column.key: table.best(column) for column in columns}
-    for row in table.rows:
-        cells = [
-            _cell(row, column, row in best[column.key], column in scaled[:1]) for column in columns
-        ]
-        count = f"<td>{len(row.runs)}</td>" if seeds else ""
-        lines.append(f'<tr><th scope="row">{escape(row.name)}</th>{count}{"".join(cells)}</tr>')
-    return "\n".join([*lines, "</tbody>", "</table></div>"])
-
-
-def _column_head(column: Column, first: bool) -> str:
-    metric = column.metric
-    title = f"{metric.title}\u00a0{_ARROWS[metric.better]}".strip()
-    # A head of two words on two lines, or the column would be as wide as both.
-    shown = "<br>".join(map(escape, title.rsplit(" ", 1)))
-    mark = ' class="first"' if first else ""
-    return f'<th scope="col"{mark}>{shown}<small>{escape(metric.unit)}</small></th>'
-
-
-def _cell(row: Row, column: Column, best: bool, first: bool) -> str:
-    classes = " ".join(name for name, holds in (("best", best), ("first", first)) if holds)
-    mark = f' class="{classes}"' if classes else ""
-    mean, deviation = row.mean(column.key), row.deviation(column.key)
-    if mean is None:
-        return f"<td{mark}>-</td>"
-    shown = column.metric.text(mean)
-    if deviation is not None and (column.metric.better or column.scaled):
-        shown += f"<small>± {column.metric.text(deviation)}</small>"
-    return f"<td{mark}>{shown}</td>"
-
-
-def _notes(table: Table) -> str:
-    """Return what the confidence was measured over, and what its scaling is."""
-    notes = [f"Confidence is measured over {_ROWS[table.task]}."]
+    if any(len(row.runs) > 1 for row in table.rows):
+        notes.append(
+            "Runs of one name are seeds of one method: mean ± sample standard deviation. Figures "
+            "and examples are those of the first run."
+        )
     if any(column.scaled for column in table.columns):
         notes.append(
-            "After temperature scaling: one number T, fitted on validation data only, by which the "
-            'logits are divided; "-" where a run has none.'
+            "After scaling: logits are divided by one number T, fitted on validation data only; "
+            '"-" where a run has none.'
         )
-    return " ".join(notes)
+    return notes
 
 
 def _meanings(table: Table) -> str:
     lines = ['<div class="wide"><table class="meaning">', "<tbody>"]
     for column in table.columns:
         metric = column.metric
-        name = f"{metric.title}, scaled" if column.scaled and metric.title != "T" else metric.title
         told = ", ".join(part for part in (metric.unit, _BETTER[metric.better]) if part)
         lines.append(
-            f'<tr><th scope="row">{escape(name)}</th><td class="text">{escape(metric.meaning)}'
-            f' <span class="soft">{escape(told)}</span></td></tr>'
+            f'<tr><th scope="row">{escape(title_of(column))}</th><td class="text">'
+            f'{escape(metric.meaning)} <span class="soft">{escape(told)}</span></td></tr>'
         )
     return "\n".join([*lines, "</tbody>", "</table></div>"])
 
@@ -158,17 +122,13 @@ def _meanings(table: Table) -> str:
 def _figures(title: str, figures: Sequence[Figure]) -> str:
     if not figures:
         return ""
-    lines = [f"<h3>{escape(title)}</h3>"]
-    for columns, group in itertools.groupby(figures, key=lambda figure: figure.columns):
-        shape = "narrow" if columns == 1 else "broad"
-        lines.append('<div class="figures">')
-        lines += [
-            f'<figure class="{shape}"><img src="{figure.uri}" alt="{escape(figure.caption)}">'
-            f"<figcaption>{escape(figure.caption)}</figcaption></figure>"
-            for figure in group
-        ]
-        lines.append("</div>")
-    return "\n".join(lines)
+    lines = [f'<h3>{escape(title)}</h3>\n<div class="figures">']
+    lines += [
+        f'<figure><img src="{figure.uri}" alt="{escape(figure.caption)}">'
+        f"<figcaption>{escape(figure.caption)}</figcaption></figure>"
+        for figure in figures
+    ]
+    return "\n".join([*lines, "</div>"])
 
 
 def _all_examples(table: Table) -> str:

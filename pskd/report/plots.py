@@ -49,7 +49,7 @@ def teacher_plot(
 
     Source: Kim et al. 2021, section 3.2, whose factor the rescaling is.
     """
-    figure = new_figure(5.8, 4.6 + 0.11 * len(runs))
+    figure = new_figure(4.8, 4.6 + 0.11 * len(runs))
     upper, lower = figure.subplots(2, 1, sharex=True)
     drawn = _draw_curves(upper, runs, "alpha") | _draw_curves(lower, runs, "gradient_rescaling")
     if not drawn:
@@ -149,7 +149,7 @@ def hard_example_plot(
     Source: Kim et al. 2021, section 3.2 (hard example mining).
     """
     difficulty, rescaling = _checked_examples(difficulty, rescaling)
-    figure = new_figure(5.8, 4.4)
+    figure = new_figure(4.8, 4.4)
     axes = figure.add_subplot()
     shown = np.linspace(0, len(difficulty) - 1, min(len(difficulty), _MOST_POINTS)).astype(int)
     # As one image within the file: thousands of circles make a vector file slow to open.

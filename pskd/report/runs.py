@@ -5,14 +5,21 @@ Shapes: N rows (samples, tokens or boxes) that were tested, M training examples.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from pskd.report.epochs import read_epochs
+from pskd.report.example_files import (
+    Boxes,
+    Sentences,
+    read_boxes,
+    read_pictures,
+    read_sentences,
+)
 from pskd.report.files import (
     Example,
     read_examples,
@@ -29,6 +36,8 @@ TASKS = ("classification", "detection", "translation")
 _PLACES = (".", "inference", "evaluation")
 _NUMBERS = ("results.json", "evaluation.json")
 
+Found = TypeVar("Found")
+
 
 @dataclass(frozen=True)
 class Run:
@@ -43,6 +52,9 @@ class Run:
         epochs: as `read_epochs` returns them.
         examples: the arrays of examples.npz; empty without.
         reweighted: the examples of lowest and of highest factor, ``most`` and ``least``.
+        pictures: data URIs of some test examples, by id.
+        sentences: the test set's, with their translations; None without.
+        boxes: some test images with what was detected, by id.
     """
 
     name: str
@@ -53,6 +65,9 @@ class Run:
     epochs: list[dict[str, float]] = field(default_factory=list)
     examples: dict[str, np.ndarray] = field(default_factory=dict)
     reweighted: dict[str, list[Example]] = field(default_factory=dict)
+    pictures: dict[str, str] = field(default_factory=dict)
+    sentences: Sentences | None = None
+    boxes: dict[str, Boxes] = field(default_factory=dict)
 
     @property
     def has_teacher(self) -> bool:
@@ -62,7 +77,7 @@ class Run:
 
 
 def read_runs(words: Sequence[str]) -> list[Run]:
-    """Read the runs of a command line, each ``FOLDER`` or ``NAME=FOLDER``.
+    """Read the runs of a command line, each ``FOLDER``, ``NAME=FOLDER`` or ``NAME=FOLDER,FOLDER``.
 
     A folder without a name is called by its last part, and by more parts where that alone would
     not tell it from another run. A name that is given several times makes those runs seeds of one.
@@ -73,7 +88,7 @@ def read_runs(words: Sequence[str]) -> list[Run]:
     """
     if not words:
         raise ValueError("runs: expected at least one folder, got none")
-    given = [_split(word) for word in words]
+    given = [pair for word in words for pair in _split(word)]
     folders = [folder for _, folder in given]
     for folder in folders:
         if [other.resolve() for other in folders].count(folder.resolve()) > 1:
@@ -82,13 +97,15 @@ def read_runs(words: Sequence[str]) -> list[Run]:
     return [read_run(folder, name or _own_name(folder, folders, names)) for name, folder in given]
 
 
-def _split(word: str) -> tuple[str, Path]:
-    name, mark, folder = word.partition("=")
+def _split(word: str) -> list[tuple[str, Path]]:
+    """Return names, empty where there is none, and folders."""
+    name, mark, rest = word.partition("=")
     if not mark or Path(word).exists():
-        return "", Path(word)
-    if not name.strip() or not folder:
-        raise ValueError(f"{word!r}: expected FOLDER or NAME=FOLDER")
-    return name.strip(), Path(folder)
+        return [("", Path(word))]
+    folders = [rest] if Path(rest).exists() else rest.split(",")
+    if not name.strip() or not all(folders):
+        raise ValueError(f"{word!r}: expected FOLDER, NAME=FOLDER or NAME=FOLDER,FOLDER,...")
+    return [(name.strip(), Path(folder)) for folder in folders]
 
 
 def _own_name(folder: Path, folders: Sequence[Path], taken: set[str]) -> str:
@@ -122,17 +139,24 @@ def read_run(folder: Path, name: str) -> Run:
             "evaluation.json in it or in its inference or evaluation folder, got "
             + (f"none of them{_elsewhere(folder)}" if folder.is_dir() else "no such folder")
         )
-    examples_path, reweighted_path = _find(folder, "examples.npz"), _find(folder, "reweighted.json")
     numbers = read_numbers(numbers_path) if numbers_path else {}
+
+    def read(file: str, reader: Callable[[Path], Found], nothing: Found) -> Found:
+        path = _find(folder, file)
+        return reader(path) if path else nothing
+
     return Run(
         name=name,
         folder=folder,
         task=_task(numbers, numbers_path),
         numbers=numbers,
-        rows=read_rows(rows_path) if rows_path else {},
+        rows=read("confidence.npz", read_rows, {}),
         epochs=read_epochs(_find(folder, "metrics.json"), _find_log(folder, numbers)),
-        examples=read_examples(examples_path) if examples_path else {},
-        reweighted=read_reweighted(reweighted_path) if reweighted_path else {},
+        examples=read("examples.npz", read_examples, {}),
+        reweighted=read("reweighted.json", read_reweighted, {}),
+        pictures=read("test_pictures.json", read_pictures, {}),
+        sentences=read("sentences.json", read_sentences, None),
+        boxes=read("test_images.json", read_boxes, {}),
     )
 
 

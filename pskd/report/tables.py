@@ -1,11 +1,8 @@
-"""Tables of runs: a row a method, its seeds as mean and deviation, the best value of a column."""
+"""Tables of runs: a row a method, its seeds as mean and deviation."""
 
 from __future__ import annotations
 
-import csv
-import io
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,7 +11,7 @@ from pskd.presets import Preset
 from pskd.report.columns import Column, columns_of, raw_values
 from pskd.report.runs import TASKS, Run
 
-__all__ = ["Row", "Table", "as_csv", "as_json", "make_tables"]
+__all__ = ["Row", "Table", "make_tables"]
 
 
 @dataclass(frozen=True)
@@ -50,17 +47,6 @@ class Table:
     columns: list[Column]
     rows: list[Row]
 
-    def best(self, column: Column) -> list[Row]:
-        """Return the rows with the best mean as it is shown; none where all are equal."""
-        means = [(row, row.mean(column.key)) for row in self.rows]
-        shown = [(row, float(column.metric.text(mean))) for row, mean in means if mean is not None]
-        if len(shown) < 2 or not column.metric.better:
-            return []
-        choose = min if column.metric.better == "lower" else max
-        best = choose(value for _, value in shown)
-        rows = [row for row, value in shown if value == best]
-        return rows if len(rows) < len(shown) else []
-
 
 def make_tables(runs: Sequence[Run], preset: Preset) -> list[Table]:
     """Return a table for each task that has runs, rows in the order in which they were given.
@@ -90,74 +76,3 @@ def _values(run: Run, preset: Preset) -> dict[str, float]:
             f"{run.folder}: expected numbers of a {run.task} run, got none that are known"
         )
     return values
-
-
-def as_json(tables: Sequence[Table], preset: Preset) -> dict[str, object]:
-    """Return report.json: every run's raw values, and what each of them means."""
-    return {
-        "preset": {"name": preset.name, "source": preset.source, "bins": preset.bins},
-        "metrics": {
-            table.task: {column.key: _described(column) for column in table.columns}
-            for table in tables
-        },
-        "tables": {
-            table.task: [
-                {
-                    "name": row.name,
-                    "runs": len(row.runs),
-                    "mean": {c.key: row.mean(c.key) for c in table.columns},
-                    "deviation": {c.key: row.deviation(c.key) for c in table.columns},
-                }
-                for row in table.rows
-            ]
-            for table in tables
-        },
-        "runs": [
-            {
-                **_identity(table, row, run),
-                "command": run.numbers.get("command"),
-                "values": values,
-            }
-            for table, row, run, values in _each(tables)
-        ],
-    }
-
-
-def _described(column: Column) -> dict[str, object]:
-    metric = column.metric
-    return {
-        "title": metric.title,
-        "meaning": metric.meaning,
-        "raw_unit": column.raw_unit,
-        "shown_unit": metric.unit,
-        "better": metric.better or None,
-        "scaled": column.scaled,
-    }
-
-
-def as_csv(tables: Sequence[Table]) -> str:
-    """Return report.csv: one row a run, raw values under the names of report.json."""
-    keys = dict.fromkeys(column.key for table in tables for column in table.columns)
-    text = io.StringIO()
-    writer = csv.DictWriter(text, ["name", "task", "seed", "folder", *keys], lineterminator="\n")
-    writer.writeheader()
-    for table, row, run, values in _each(tables):
-        finite = {key: value for key, value in values.items() if not math.isnan(value)}
-        writer.writerow(_identity(table, row, run) | finite)
-    return text.getvalue()
-
-
-def _identity(table: Table, row: Row, run: Run) -> dict[str, object]:
-    return {
-        "name": row.name,
-        "task": table.task,
-        "seed": run.numbers.get("seed"),
-        "folder": str(run.folder),
-    }
-
-
-def _each(tables: Sequence[Table]) -> Iterator[tuple[Table, Row, Run, dict[str, float]]]:
-    for table in tables:
-        for row in table.rows:
-            for run, values in zip(row.runs, row.values, strict=True):
-                yield table, row, run, values

@@ -81,7 +81,22 @@ reported(
     "run mine=run",
     f"{ERROR}run: expected each folder once, got it again",
 )
-reported("a name without a folder", "mine=", f"{ERROR}'mine=': expected FOLDER or NAME=FOLDER")
+reported(
+    "a name without a folder",
+    "mine=",
+    f"{ERROR}'mine=': expected FOLDER, NAME=FOLDER or NAME=FOLDER,FOLDER,...",
+)
+reported(
+    "a seed that is not there",
+    "mine=run,nowhere",
+    f"{ERROR}nowhere: expected the folder of a run, ... got no such folder",
+)
+reported(
+    "runs that were tested on different examples",
+    "run other",
+    f"{ERROR}other: expected the test examples of run, got other labels",
+    lambda: arrays("confidence.npz", label=np.zeros(300, int)),
+)
 reported(
     "an unknown preset",
     "run --preset mine",

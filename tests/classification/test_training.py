@@ -72,6 +72,11 @@ def test_a_run_leaves_its_figures_and_what_the_report_reads(run):
     assert 1 - rows["correct"].mean() == pytest.approx(told["last"]["top1_error"])
     assert rows["nll"].mean() == pytest.approx(told["last"]["nll"])
     assert rows["scaled_nll"].mean() == pytest.approx(told["scaled"]["nll"])
+    assert (rows["correct"] == (rows["label"] == rows["predicted"])).all()
+    assert len(set(rows["ids"].tolist())) == 21 and len(rows["class_names"]) > 1
+    pictures = json.loads((run / "test_pictures.json").read_text())
+    assert pictures.keys() == set(rows["ids"][~rows["correct"]].tolist())
+    assert all(uri.startswith("data:image/png;base64,") for uri in pictures.values())
     epochs = lines(run)
     assert [line["pskd/alpha"] for line in epochs] == pytest.approx([0.0, 0.4, 0.6, 0.8])
     assert all({"train/loss", "val/nll", "lr", "seconds"} <= set(line) for line in epochs)

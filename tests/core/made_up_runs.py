@@ -12,6 +12,7 @@ IMAGE = (
     "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR42mNgAAAAAgAB"
     "c3UBGAAAAABJRU5ErkJggg=="
 )
+CLASSES = np.array(["cat", "dog", "emu"])
 IDS = np.array([f"train/{i:03d}.png" for i in range(60)])
 
 
@@ -36,6 +37,43 @@ def scaled(arrays: dict[str, np.ndarray], temperature: float = 1.25) -> dict[str
     }
 
 
+def named(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Add labels, the same in every run, and predictions and names of test examples."""
+    label = np.random.default_rng(0).integers(0, len(CLASSES), len(arrays["correct"]))
+    return arrays | {
+        "label": label,
+        "predicted": np.where(arrays["correct"], label, (label + 1) % len(CLASSES)),
+        "ids": np.array([f"test/{i:03d}" for i in range(len(label))]),
+        "class_names": CLASSES,
+    }
+
+
+def sentences(seed: int, count: int = 30) -> dict[str, list]:
+    """What sentences.json holds."""
+    rng = np.random.default_rng(seed)
+    total = np.array([8, 7, 6, 5])
+    matches = rng.integers(1, total + 1, (count, 4))
+    bleu = np.c_[np.full((count, 2), 8), matches, np.tile(total, (count, 1))]
+    both = rng.integers(1, 21, (count, 6))
+    chrf = np.stack([np.full_like(both, 20), np.full_like(both, 20), both], axis=2)
+    return {
+        "source": [f"Satz {i}" for i in range(count)],
+        "reference": [f"sentence {i}" for i in range(count)],
+        "translation": [f"sentence {i} <{seed}>" for i in range(count)],
+        "bleu": bleu.tolist(),
+        "chrf": chrf.reshape(count, 18).tolist(),
+    }
+
+
+def boxes(seed: int) -> dict[str, dict]:
+    """What test_images.json holds: of image 3 the detector of seed 2 finds both objects."""
+    truth = [{"box": [1, 2, 10, 12], "label": "<cat>"}, {"box": [20, 2, 9, 9], "label": "dog"}]
+    seen = [truth[0] | {"score": 0.875, "correct": True}, truth[1] | {"score": 0.25}]
+    seen += [truth[1] | {"score": 0.75, "correct": True}] if seed == 2 else []
+    entry = {"width": 40, "height": 30, "image": IMAGE, "objects": truth}
+    return {"3": entry | {"detections": seen}, "4": entry | {"detections": []}}
+
+
 def write(folder: Path, name: str, value: object) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     if name.endswith(".npz"):
@@ -52,7 +90,8 @@ def teacher(epoch: int, epochs: int) -> dict[str, float]:
 
 
 def classification(folder: Path, seed: int = 1, *, pskd: bool = False) -> Path:
-    write(folder, "confidence.npz", scaled(rows(seed)))
+    write(folder, "confidence.npz", named(scaled(rows(seed))))
+    write(folder, "test_pictures.json", {f"test/{i:03d}": IMAGE for i in range(300)})
     numbers = {
         "task": "classification",
         "command": ["classification/train.py", "--seed", str(seed)],
@@ -72,7 +111,7 @@ def classification(folder: Path, seed: int = 1, *, pskd: bool = False) -> Path:
     order = np.arange(len(IDS))[:: -1 if pskd else 1]
     examples = {
         "label": rng.integers(0, 3, len(IDS)),
-        "class_names": np.array(["cat", "dog", "emu"]),
+        "class_names": CLASSES,
     }
     examples |= {"difficulty": difficulty, "rescaling": rescaling}
     write(folder, "examples.npz", examples | {"ids": IDS[order]})
@@ -87,7 +126,9 @@ def classification(folder: Path, seed: int = 1, *, pskd: bool = False) -> Path:
 
 def detection(folder: Path, seed: int = 1, *, pskd: bool = False, epochs: bool = True) -> Path:
     arrays = {name: rows(seed)[name] for name in ("confidence", "correct")}
+    arrays["ids"] = np.array([str(i // 10) for i in range(len(arrays["correct"]))])
     write(folder / "inference", "confidence.npz", arrays)
+    write(folder / "inference", "test_images.json", boxes(seed))
     confidence = {"d_ece": 0.1, "la_ece": 0.2, "aurc": 0.3, "e_aurc": 0.1, "bins": 15}
     confidence |= {"num_detections": 300, "iou_threshold": 0.5, "score_threshold": 0.05}
     numbers = {
@@ -112,7 +153,9 @@ def detection(folder: Path, seed: int = 1, *, pskd: bool = False, epochs: bool =
 def translation(folder: Path, seed: int = 1, *, pskd: bool = False) -> Path:
     arrays = rows(seed)
     del arrays["in_top5"]
+    arrays["ids"] = np.arange(300) // 10
     write(folder / "evaluation", "confidence.npz", scaled(arrays))
+    write(folder / "evaluation", "sentences.json", sentences(seed))
     numbers = {
         "checkpoint": str(folder / "checkpoint_last.pt"),
         "split": "test",

@@ -165,19 +165,6 @@ def test_a_quantity_that_one_seed_lacks_is_no_mean(tmp_path):
     assert table.rows[0].mean("nll") is not None
 
 
-def test_the_best_is_the_best_that_is_seen(tmp_path):
-    words = []
-    for name, nll, ece in (("a", 0.70001, 0.2), ("b", 0.70002, 0.2), ("c", 0.9, 0.2)):
-        made.write(tmp_path / name, "results.json", {"last": {"nll": nll, "ece": ece, "epoch": 3}})
-        words.append(tmp_path / name)
-    (table,) = tables(*words)
-    best = {column.key: [row.name for row in table.best(column)] for column in table.columns}
-    # Where all are equal or nothing is better, there is none.
-    assert best == {"nll": ["a", "b"], "ece": [], "epochs": []}
-    (table,) = tables(made.detection(tmp_path / "d1", 1), made.detection(tmp_path / "d2", 2))
-    assert [row.name for row in table.best(table.columns[0])] == ["d2"]
-
-
 @pytest.mark.parametrize("preset", PRESETS.values(), ids=list(PRESETS))
 @pytest.mark.parametrize("task", TASKS)
 def test_every_column_says_what_it_is(task, preset):

@@ -7,8 +7,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from pskd_detection import format_table, write_results
+from PIL import Image
+from pskd_detection import (
+    DetectionConfidence,
+    DetectionDataset,
+    Detections,
+    format_table,
+    write_detections,
+    write_results,
+)
 
+from pskd.report.example_files import Box, read_boxes
 from pskd.run.files import write_json
 
 
@@ -74,6 +83,34 @@ def test_an_evaluation_leaves_the_trainings_numbers(tmp_path):
     # A finished training that is resumed has nothing left to time.
     write_results(tmp_path, {"AP": 2.0, "seconds_per_iteration": None})
     assert strict(tmp_path / "results.json") == {"AP": 2.0, "seconds_per_iteration": 0.5}
+
+
+def test_detections_are_kept_with_their_images(tmp_path):
+    Image.new("RGB", (600, 300)).save(tmp_path / "1.png")  # there is no 2.png
+    boxes = [[10, 20, 30, 40], [100, 20, 30, 40], [200, 20, 30, 40]]
+    annotations = [
+        {"id": i, "image_id": 1, "category_id": 5, "bbox": box, "iscrowd": int(i == 3)}
+        for i, box in enumerate(boxes, start=1)
+    ]
+    images = [{"id": i, "file_name": f"{i}.png", "width": 600, "height": 300} for i in (1, 2)]
+    categories = [{"id": 5, "name": "cat"}]
+    coco = {"images": images, "annotations": annotations, "categories": categories}
+    dataset = DetectionDataset("made", coco, tmp_path)
+    found = DetectionConfidence(dataset)
+    corners = np.array([[10, 20, 40, 60], [400, 20, 430, 60]], float)
+    found.update(1, Detections(corners, np.array([0.75, 0.5]), np.zeros(2, int)))
+    found.update(2, Detections(corners[:1], np.array([0.25]), np.zeros(1, int)))
+    write_detections(tmp_path / "out", dataset, found)
+    with np.load(tmp_path / "out" / "confidence.npz") as arrays:
+        assert arrays["ids"].tolist() == ["1", "1", "2"]
+        assert arrays["correct"].tolist() == [True, False, False]
+    ((key, image),) = read_boxes(tmp_path / "out" / "test_images.json").items()
+    assert (key, image.width, image.height) == ("1", 600, 300)
+    assert image.objects == [Box(tuple(map(float, box)), "cat") for box in boxes[:2]]
+    assert image.detections == [
+        Box((10.0, 20.0, 30.0, 40.0), "cat", 0.75, True),
+        Box((400.0, 20.0, 30.0, 40.0), "cat", 0.5, False),
+    ]
 
 
 def test_the_table_tells_what_the_confidence_was_measured_on():

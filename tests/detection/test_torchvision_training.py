@@ -150,6 +150,12 @@ def test_detections_and_plots_lie_beside_the_results(tool, straight):
     with np.load(folder / "confidence.npz") as found:
         assert len(found["confidence"]) == straight.results()["confidence"]["num_detections"]
         assert found["correct"].sum() == straight.results()["confidence"]["num_matched"]
+        images = json.loads((folder / "test_images.json").read_text())
+        assert set(found["ids"].tolist()) <= images.keys()
+        for key, image in images.items():
+            assert image["image"].startswith("data:image/jpeg;base64,")
+            right = [box["correct"] for box in image["detections"]]
+            assert sorted(right) == sorted(found["correct"][found["ids"] == key].tolist())
     rows = json.loads((folder / "coco_instances_results.json").read_text())
     kept = [row for row in rows if row["score"] >= 0.05]
     assert len(kept) == straight.results()["confidence"]["num_detections"]

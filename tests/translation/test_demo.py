@@ -18,7 +18,9 @@ pytest.importorskip("babel", reason="needs babel: pip install '.[demo]'")
 import sacrebleu  # noqa: E402
 
 from pskd.calibration import aurc, reliability_bins  # noqa: E402
+from pskd.report.example_files import read_sentences  # noqa: E402
 from pskd.report.runs import read_run  # noqa: E402
+from pskd.report.sentences import bleu, chrf  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "translation")]
@@ -117,6 +119,20 @@ def test_tokenised_bleu_is_that_of_the_tokens_of_all_sentences(demo):
     assert precisions[0] > 0.0
 
 
+def test_the_scores_can_be_made_of_the_sentences_that_are_kept(demo):
+    out, _ = demo
+    folder = out / "pskd" / "evaluation"
+    result = json.loads((folder / "evaluation.json").read_text())
+    kept = read_sentences(folder / "sentences.json")
+    text = (folder / "translations.txt").read_text(encoding="utf-8")
+    assert kept.translation == text.split("\n")[:-1]
+    raw = {side: (out / "data" / "raw" / f"test.{side}").read_text(encoding="utf-8")
+           for side in ("en", "de")}  # fmt: skip
+    assert {"\n".join([*kept.source, ""]), "\n".join([*kept.reference, ""])} == set(raw.values())
+    assert bleu(kept.bleu.sum(axis=0)) == pytest.approx(result["bleu"])
+    assert chrf(kept.chrf.sum(axis=0)) == pytest.approx(result["chrf"])
+
+
 def test_evaluation_measures_confidence_over_every_reference_token(demo):
     out, _ = demo
     result = json.loads((out / "baseline" / "evaluation" / "evaluation.json").read_text())
@@ -126,6 +142,9 @@ def test_evaluation_measures_confidence_over_every_reference_token(demo):
     # Every piece and the end of every sentence.
     assert result["tokens"] == len(confidence) == pieces["de"] + result["sentences"]
     assert result["aurc"] == pytest.approx(aurc(confidence, correct))
+    # As many tokens of each sentence as pieces and its end.
+    assert np.unique(tokens["ids"]).tolist() == list(range(result["sentences"]))
+    assert np.bincount(tokens["ids"]).min() >= 2
     bins = reliability_bins(confidence, correct)
     assert result["ece"] == pytest.approx(bins.expected_calibration_error)
     assert result["nll_bits"] == pytest.approx(result["nll"] / np.log(2.0))
@@ -171,7 +190,7 @@ def test_many_tokens_are_fitted_to_evenly(demo, tmp_path, monkeypatch):
     loaded = load(args)
     assert confidence.fit_temperature_on_valid(args, *loaded) == 1.0
     ((lprobs, target),) = fitted
-    every = [label for _, labels in confidence.scored_tokens(args, "valid", *loaded)
+    every = [label for _, labels, _ in confidence.scored_tokens(args, "valid", *loaded)
              for label in labels.tolist()]  # fmt: skip
     step = -(-len(every) // 50)
     assert step > 1 and target.tolist() == every[::step]

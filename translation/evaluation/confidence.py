@@ -29,8 +29,8 @@ def scored_tokens(
     model: BaseFairseqModel,
     config: DictConfig,
     task: FairseqTask,
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Give the log-probabilities (n, V) and labels (n,) of each batch, under teacher forcing."""
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Give each batch's log-probabilities (n, V), labels (n,) and sentences' numbers (n,)."""
     use_cuda = torch.cuda.is_available() and not args.cpu
     model = model.cuda() if use_cuda else model
     task.load_dataset(split, task_cfg=config.task)
@@ -43,7 +43,7 @@ def scored_tokens(
         lprobs = model.get_normalized_probs(net_output, log_probs=True, sample=sample)
         target = model.get_targets(sample, net_output)
         keep = target != task.target_dictionary.pad()
-        yield lprobs[keep], target[keep]
+        yield lprobs[keep], target[keep], sample["id"][:, None].expand_as(target)[keep]
 
 
 def fit_temperature_on_valid(
@@ -53,7 +53,7 @@ def fit_temperature_on_valid(
     kept_lprobs, kept_target, seen = [], [], 0
     task.load_dataset("valid", task_cfg=config.task)
     step = math.ceil(np.sum(task.dataset("valid").tgt_sizes) / _TEMPERATURE_TOKENS)
-    for lprobs, target in scored_tokens(args, "valid", model, config, task):
+    for lprobs, target, _ in scored_tokens(args, "valid", model, config, task):
         # Evenly over all batches: these come in order of their sentences' lengths.
         chosen = slice(-seen % step, None, step)
         # A model may forbid a word by minus infinity.
@@ -73,13 +73,15 @@ def measure_confidence(
     """Score every reference token of ``args.split``.
 
     Returns:
-        ``confidence`` (N,), ``correct`` (N,) and ``nll`` (N,) nats; with a temperature also it and
+        ``confidence`` (N,), ``correct`` (N,), ``nll`` (N,) nats and ``ids`` (N,), the number of the
+        token's sentence; with a temperature also it and
         ``scaled_confidence`` (N,) and ``scaled_nll`` (N,).
     """
     parts = []
-    for lprobs, target in scored_tokens(args, args.split, model, config, task):
+    for lprobs, target, sentence in scored_tokens(args, args.split, model, config, task):
         part = _confidence(lprobs, target)
         part["correct"] = (lprobs.argmax(dim=-1) == target).cpu().numpy()
+        part["ids"] = sentence.cpu().numpy()
         if temperature is not None:
             scaled = _confidence(torch.log_softmax(lprobs / temperature, dim=-1), target)
             part |= {f"scaled_{name}": values for name, values in scaled.items()}

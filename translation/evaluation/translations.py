@@ -72,14 +72,21 @@ def raw_reference(args: argparse.Namespace, preparation: dict) -> Path:
     return args.data / "raw" / f"{args.split}.{preparation['target_lang']}"
 
 
-def score(translations: list[str], args: argparse.Namespace, preparation: dict) -> dict:
-    """Return BLEU and chrF of the detokenised translations, with their sacreBLEU signatures.
+def score(
+    translations: list[str], args: argparse.Namespace, preparation: dict
+) -> tuple[dict, dict[str, list]]:
+    """Score the detokenised translations against the raw reference.
+
+    Returns:
+        BLEU and chrF with their sacreBLEU signatures, and what `pskd report` reads of each
+        sentence: its texts and sacreBLEU's counts, of which the scores of any part of the corpus
+        can be made.
 
     Raises:
         UserError: if the reference is of another length.
     """
     lowercase, reference_file = preparation["lowercase"], raw_reference(args, preparation)
-    references = reference_file.read_text(encoding="utf-8").split("\n")[:-1]
+    references = _lines(reference_file)
     if len(translations) != len(references):
         raise UserError(
             f"{reference_file}: expected as many sentences as were translated, "
@@ -88,10 +95,23 @@ def score(translations: list[str], args: argparse.Namespace, preparation: dict) 
     # A model of lower-cased text is scored without case; the signature says so.
     bleu = sacrebleu.BLEU(lowercase=lowercase)
     chrf = sacrebleu.CHRF(lowercase=lowercase)
-    return {
+    scores = {
         "sentences": len(translations),
         "bleu": bleu.corpus_score(translations, [references]).score,
         "bleu_signature": str(bleu.get_signature()),
         "chrf": chrf.corpus_score(translations, [references]).score,
         "chrf_signature": str(chrf.get_signature()),
     }
+    source_file = reference_file.with_suffix(f".{preparation['source_lang']}")
+    sentences = {
+        "source": _lines(source_file) if source_file.is_file() else [],
+        "reference": references,
+        "translation": translations,
+        "bleu": bleu._extract_corpus_statistics(translations, [references]),
+        "chrf": chrf._extract_corpus_statistics(translations, [references]),
+    }
+    return scores, sentences
+
+
+def _lines(path: Path) -> list[str]:
+    return path.read_text(encoding="utf-8").split("\n")[:-1]
