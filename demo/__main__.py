@@ -31,7 +31,7 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     results = Path("runs/demo/results.json")
     write_json(results, {report.title: report.results for report in reports}, indent=2)
-    print("", *(report.table() for report in reports), sep="\n\n")
+    print("", *(report.text() for report in reports), sep="\n\n")
     print(f"\nAll of it, with pictures: {results.parent.resolve()}")
     return 0
 

@@ -122,13 +122,14 @@ def run(args: argparse.Namespace) -> Report:
     out.mkdir(parents=True, exist_ok=True)
     train(args, out)
     title = "classification, digits of which 40 % of the training labels are wrong"
-    return Report(title, COLUMNS, collect(out), NOTE)
+    folders = {run: folder(out, run) for run in RUNS}
+    return Report(title, COLUMNS, collect(out), NOTE, folders)
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     try:
-        print(f"\n{run(args).table()}")
+        print(f"\n{run(args).text()}")
     except (StepFailed, OSError, ValueError) as error:
         print(f"demo: error: {error}", file=sys.stderr)
         return 1

@@ -164,7 +164,7 @@ def collect(specs: dict[str, str], out: Path) -> dict[str, dict]:
     return results
 
 
-def report(results: dict[str, dict], framework: str) -> Report:
+def report(results: dict[str, dict], framework: str, out: Path) -> Report:
     flat = {
         run: {**result["bbox"], **result["confidence"], **result} for run, result in results.items()
     }
@@ -174,7 +174,8 @@ def report(results: dict[str, dict], framework: str) -> Report:
         f"at least\n{first['score_threshold']:g}, right with an IoU of at least "
         f"{first['iou_threshold']:g}. Lower is better but for AP and AP50."
     )
-    return Report(f"detection, {NAMES[framework]}", COLUMNS, flat, note)
+    folders = {run: folder(out, run) for run in RUNS}
+    return Report(f"detection, {NAMES[framework]}", COLUMNS, flat, note, folders)
 
 
 def say(number: int, text: str) -> None:
@@ -229,13 +230,13 @@ def run(args: argparse.Namespace) -> Report:
     out.mkdir(parents=True, exist_ok=True)
     specs = prepare(args, out)
     train(args, specs, out)
-    return report(collect(specs, out), args.framework)
+    return report(collect(specs, out), args.framework, out)
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     try:
-        print(f"\n{run(args).table()}")
+        print(f"\n{run(args).text()}")
     except (StepFailed, OSError, ValueError) as error:
         print(f"demo: error: {error}", file=sys.stderr)
         return 1

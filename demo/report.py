@@ -1,9 +1,16 @@
-"""What a half of the demo ends with: its part of the table."""
+"""What a part of the demo ends with: its table, and a verdict on PS-KD."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import NamedTuple
+
+from pskd.presets import PRESETS
+from pskd.report.compare import Comparison, compare
+from pskd.report.runs import read_run
+from pskd.report.tables import Table, make_tables
+from pskd.report.verdict import title_of
 
 __all__ = ["Report"]
 
@@ -12,19 +19,21 @@ _NAME_WIDTH = 15
 
 
 class Report(NamedTuple):
-    """The results of one half.
+    """The results of one part.
 
     Attributes:
         title: names the task, the framework and the test set.
         columns: key of a result -> title and format of its column.
         results: run -> its numbers by key; None where there is none.
         note: what the columns are.
+        folders: run -> its folder, as `pskd report` reads it; the first is the baseline.
     """
 
     title: str
     columns: Mapping[str, tuple[str, str]]
     results: Mapping[str, Mapping]
     note: str
+    folders: Mapping[str, Path]
 
     def table(self) -> str:
         """Return the table as text, a row a run."""
@@ -37,3 +46,30 @@ class Report(NamedTuple):
             for row in rows
         ]
         return "\n".join([self.title, *lines, self.note])
+
+    def text(self) -> str:
+        """Return the table and the verdict."""
+        return f"{self.table()}\n\n{self.verdict()}"
+
+    def verdict(self) -> str:
+        """Return a sentence on each run but the baseline: what is better, worse or noise."""
+        runs = [read_run(folder, name) for name, folder in self.folders.items()]
+        (table,) = make_tables(runs, PRESETS["guo"])
+        pairs = compare(table, PRESETS["guo"])
+        return "\n".join(_sentence(table, pair) for pair in pairs)
+
+
+def _sentence(table: Table, pair: Comparison) -> str:
+    groups: dict[str, list[str]] = {}
+    for column in table.columns:
+        difference = pair.differences.get(column.key)
+        if difference is not None and difference.interval is not None:
+            effect = difference.effect(column.metric.better) or "within noise"
+            groups.setdefault(effect, []).append(title_of(column))
+    told = [
+        f"{effect} in {', '.join(groups[effect])}"
+        for effect in ("better", "worse", "within noise")
+        if effect in groups
+    ]
+    said = "; ".join(told) or "too few test examples to tell"
+    return f"{pair.method.name} against {pair.baseline.name}: {said}."

@@ -141,13 +141,14 @@ def write_results(results: dict[str, dict], out: Path) -> None:
     write_json(out / "results.json", results, indent=2)
 
 
-def report(results: dict[str, dict]) -> Report:
+def report(results: dict[str, dict], out: Path) -> Report:
     signature = next(iter(results.values()))["bleu_signature"]
     note = (
         f"BLEU: sacreBLEU {signature}.\nNLL (nats), ECE (15 bins) and AURC: of every reference "
         "token under teacher forcing. Lower is better but for BLEU."
     )
-    return Report("translation, fairseq", COLUMNS, results, note)
+    folders = {name: folder(out, name) / "evaluation" for name in RECIPES}
+    return Report("translation, fairseq", COLUMNS, results, note, folders)
 
 
 def say(number: int, text: str) -> None:
@@ -208,13 +209,13 @@ def run(args: argparse.Namespace) -> Report:
     train(args, data, out)
     results = evaluate(args, data, out)
     write_results(results, out)
-    return report(results)
+    return report(results, out)
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     try:
-        print(f"\n{run(args).table()}")
+        print(f"\n{run(args).text()}")
     except (StepFailed, OSError, ValueError) as error:
         print(f"demo: error: {error}", file=sys.stderr)
         return 1

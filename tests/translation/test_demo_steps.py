@@ -126,6 +126,7 @@ def test_the_whole_demo_reads_its_command_line(monkeypatch, capsys, word, code):
     def trains(args):
         raise AssertionError("the demo has begun")
 
+    monkeypatch.setattr(both.classification, "run", trains)
     monkeypatch.setattr(both.translation, "run", trains)
     monkeypatch.setattr(both.detection, "run", trains)
     monkeypatch.setattr(sys, "argv", ["demo", word])
@@ -140,26 +141,27 @@ def test_the_whole_demo_names_a_folder_that_it_may_not_delete(monkeypatch, capsy
     def refuses(args):
         raise ValueError("runs/demo/translation/pskd: expected a folder")
 
-    monkeypatch.setattr(both.translation, "run", refuses)
+    monkeypatch.setattr(both.classification, "run", refuses)
     assert both.main([]) == 1
     assert "demo: error: runs/demo/translation/pskd" in capsys.readouterr().err
 
 
 def test_the_whole_demo_tells_of_both_halves(monkeypatch, capsys, tmp_path):
     """As `make demo` runs it; the halves have tests of their own from end to end."""
-    for half, name in ((both.classification, "classification"), (both.translation, "translation"), (both.detection, "detection")):
-        told = Report(
-            name, {"nll": ("NLL", ".2f")}, {"baseline": {"nll": 1}, "PS-KD": {"nll": 2}}, ""
-        )
-        monkeypatch.setattr(half, "run", lambda args, told=told: told)
+    for name in ("classification", "translation", "detection"):
+        results = {"baseline": {"nll": 1}, "PS-KD": {"nll": 2}}
+        told = Report(name, {"nll": ("NLL", ".2f")}, results, "", {})
+        monkeypatch.setattr(getattr(both, name), "run", lambda args, told=told: told)
+    monkeypatch.setattr(Report, "verdict", lambda report: f"verdict on {report.title}")
     (tmp_path / "runs/demo").mkdir(parents=True)  # by the halves
     monkeypatch.chdir(tmp_path)
     assert both.main([]) == 0
     results = {"baseline": {"nll": 1}, "PS-KD": {"nll": 2}}
     written = json.loads((tmp_path / "runs/demo/results.json").read_text())
-    assert written == {"translation": results, "detection": results}
+    assert written == {name: results for name in ("classification", "translation", "detection")}
     printed = capsys.readouterr().out
-    assert printed.index("translation") < printed.index("detection")
-    assert printed.count("PS-KD      2.00") == 2 and str(tmp_path / "runs/demo") in printed
+    order = [printed.index(f"verdict on {name}") for name in written]
+    assert order == sorted(order)
+    assert printed.count("PS-KD      2.00") == 3 and str(tmp_path / "runs/demo") in printed
     makefile = (ROOT / "Makefile").read_text()
     assert re.search(r"^demo: .*\n\t\$\(BIN\)/python -m demo$", makefile, flags=re.MULTILINE)
