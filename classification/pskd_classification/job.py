@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import lr_scheduler
 
 from pskd import ExampleStats, MemoryCriterion, SnapshotCriterion
 from pskd.distributed import World
 from pskd.run import checkpoint
 from pskd_classification.data import Images, Splits, load_splits
+from pskd_classification.evaluation import predict
 from pskd_classification.label_noise import LabelNoise
 from pskd_classification.mixing import Mixer
 from pskd_classification.models import build_model
@@ -33,6 +34,7 @@ __all__ = [
     "Job",
     "build_trainer",
     "keep_best",
+    "predict_part",
     "prepare",
     "read_data",
     "save",
@@ -218,6 +220,15 @@ def _load(job: Job, trainer: Trainer, path: Path) -> int:
     checkpoint.tell_changes(path, content["options"], job.options)
     logger.info("%s: goes on after epoch %d of %d", path, content["epoch"], job.args.epochs)
     return content["epoch"]
+
+
+def predict_part(job: Job, part: str) -> tuple[Tensor, Tensor] | None:
+    """Return `predict` of ``validation`` or ``test``; None where there is none; a collective."""
+    if part not in job.images:
+        return None
+    args = job.args
+    options = {"batch_size": args.batch_size, "workers": args.workers, "amp": args.amp}
+    return predict(job.model, job.images[part], job.world, **options)
 
 
 def keep_best(job: Job, epoch: int, error: float | None) -> None:

@@ -17,7 +17,7 @@ from pskd_classification.label_noise import LabelNoise
 from pskd_classification.precision import AMP
 from pskd_classification.sources import DATASETS
 
-__all__ = ["build_parser", "check", "parse", "recorded"]
+__all__ = ["PUBLISHED_ALPHA", "build_parser", "check", "parse", "recorded"]
 
 PUBLISHED_ALPHA = 0.8
 TEACHERS = ("memory", "snapshot")
@@ -58,14 +58,21 @@ RECORDED = (
 )  # fmt: skip
 
 
-def parse(description: str, argv: Sequence[str]) -> argparse.Namespace:
+def parse(
+    description: str, argv: Sequence[str], *, parser: argparse.ArgumentParser | None = None
+) -> argparse.Namespace:
     """Return the options: the defaults, over them the config's, over them the command line's.
+
+    Args:
+        description: of the program.
+        argv: the command line.
+        parser: `build_parser`'s with options of one's own.
 
     Raises:
         ValueError: for a config that cannot be read.
         SystemExit: for an option that is not known or cannot be converted.
     """
-    parser = build_parser(description)
+    parser = parser or build_parser(description)
     first = argparse.ArgumentParser(add_help=False)
     first.add_argument("--config")
     config = first.parse_known_args(argv)[0].config

@@ -52,8 +52,15 @@ def test_an_epoch_of_each_form_makes_as_many_steps(benchmark, monkeypatch):
             return super().step(*args)
 
     monkeypatch.setattr(benchmark, "SGD", Counted)
-    benchmark.main(FLAGS)
+    benchmark.main([*FLAGS, "--cpu-time"])
     assert list(counts.values()) == [6, 6, 6]  # an epoch that is not counted, and two rounds
+
+
+@pytest.mark.parametrize("flags", [["--workers", "1"], ["--device", "cuda"]])
+def test_refuses_to_time_the_process_where_another_computes(benchmark, flags, capsys):
+    with pytest.raises(SystemExit):
+        benchmark.main(["--cpu-time", *flags])
+    assert "--cpu-time: expected --device cpu and --workers 0" in capsys.readouterr().err
 
 
 def test_refuses_a_model_that_is_none(benchmark, capsys):

@@ -15,6 +15,9 @@ RUN: dict[str, dict[str, list[str]]] = {
             "benchmarks/classification_throughput.py"
         ],
     },
+    "classification/test_compare.py": {
+        "test_a_table_of_each_epoch": ["classification/compare.py"],
+    },
     "classification/test_page.py": {
         "test_the_plot_of_the_page_is_drawn": ["python -c"],
     },
