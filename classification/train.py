@@ -20,8 +20,8 @@ import sys
 from collections.abc import Sequence
 from statistics import median
 
-from pskd_classification.evaluation import measure, predict, rows_of
-from pskd_classification.job import BEST, Job, build_trainer, keep_best, prepare, save
+from pskd_classification.evaluation import measure, rows_of
+from pskd_classification.job import BEST, Job, build_trainer, keep_best, predict_part, prepare, save
 from pskd_classification.options import parse
 from pskd_classification.results import (
     read_epochs,
@@ -71,7 +71,7 @@ def train(job: Job) -> dict:
 
 def validate(job: Job, told: dict) -> float | None:
     """Add the validation set's figures to an epoch's; return its error in the first process."""
-    found = _predict(job, job.splits.validation)
+    found = predict_part(job, "validation")
     if found is None:
         return None
     numbers = measure(rows_of(*found))
@@ -81,7 +81,7 @@ def validate(job: Job, told: dict) -> float | None:
 
 def watch_test(job: Job, told: dict) -> None:
     """Add the test set's figures to an epoch's, and keep its rows if it has the least error yet."""
-    found = _predict(job, job.splits.test)
+    found = predict_part(job, "test")
     if found is None:
         return
     rows, earlier = rows_of(*found), best_by_test(job)
@@ -104,7 +104,7 @@ def best_by_test(job: Job) -> dict:
 
 def test(job: Job) -> dict:
     """Return the test set's figures, with temperature scaling fitted on the validation set."""
-    validation, tested = _predict(job, job.splits.validation), _predict(job, job.splits.test)
+    validation, tested = predict_part(job, "validation"), predict_part(job, "test")
     if tested is None:
         return {}
     rows, scaled, temperature = rows_of(*tested), None, None
@@ -126,18 +126,10 @@ def test_best(job: Job) -> dict:
     path = job.folder / BEST
     content = read_checkpoint(path, {"model", "epoch"})
     load_weights(path, job.model, content["model"])
-    tested = _predict(job, job.splits.test)
+    tested = predict_part(job, "test")
     if tested is None:
         return {}
     return {"best": measure(rows_of(*tested)) | {"epoch": content["epoch"]}}
-
-
-def _predict(job: Job, images):
-    if images is None:
-        return None
-    args = job.args
-    options = {"batch_size": args.batch_size, "workers": args.workers, "amp": args.amp}
-    return predict(job.model, images, job.world, **options)
 
 
 def run(args: argparse.Namespace, world: World) -> None:

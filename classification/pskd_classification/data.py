@@ -12,12 +12,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
+from torchvision.transforms.v2.functional import pil_to_tensor
 
 from pskd_classification.label_noise import LabelNoise
 from pskd_classification.sources import Source, as_rgb, check_source, load_sources
-from pskd_classification.transforms import View, eval_transform, stats_of, train_transform
+from pskd_classification.transforms import Fit, View, eval_transform, stats_of, train_transform
 
-__all__ = ["Images", "Splits", "load_splits"]
+__all__ = ["Images", "OddSizeError", "Splits", "load_splits"]
 
 
 class Images(Dataset):
@@ -52,15 +53,40 @@ class Images(Dataset):
         return len(self._indices)
 
     def __getitem__(self, row: int) -> tuple[Tensor, int]:
+        return self._transform(self.picture(row)), int(self.targets[row])
+
+    def picture(self, row: int) -> Image.Image:
+        """Return the image as it is in the source."""
         try:
             image = self._source[self._indices[row]][0]
         except (OSError, SyntaxError) as error:  # what PIL raises for a damaged file
             raise ValueError(f"{self.ids[row]}: expected an image, got {error}") from error
-        return self._transform(as_rgb(image)), int(self.targets[row])
+        return as_rgb(image)
 
-    def picture(self, row: int) -> Image.Image:
-        """Return the image as it is in the source, for a report."""
-        return as_rgb(self._source[self._indices[row]][0])
+    def decode(self, size: int, *, resize: bool) -> Tensor:
+        """Return all images without augmentation, (M, 3, S, S) uint8 on the CPU.
+
+        Args:
+            size: S.
+            resize: images of another size, instead of refusing them.
+
+        Raises:
+            OddSizeError: for an image of another size.
+        """
+        pixels, fit = torch.empty(len(self), 3, size, size, dtype=torch.uint8), Fit(size)
+        for row, place in enumerate(pixels):
+            image = self.picture(row)
+            if image.size != (size, size) and not resize:
+                width, height = image.size
+                raise OddSizeError(
+                    f"{self.ids[row]}: expected {size}x{size} pixels, got {width}x{height}"
+                )
+            place.copy_(fit(pil_to_tensor(image)))
+        return pixels
+
+
+class OddSizeError(ValueError):
+    """An image has another size than the others."""
 
 
 @dataclass(frozen=True)

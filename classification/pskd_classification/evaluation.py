@@ -5,6 +5,7 @@ Shapes: N samples, C classes.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -16,6 +17,8 @@ from torch.utils.data import DataLoader, Subset
 from pskd import presets
 from pskd.distributed import World, gather
 from pskd_classification.data import Images
+from pskd_classification.on_device import DeviceImages, DeviceLoader
+from pskd_classification.precision import autocast
 
 __all__ = ["Rows", "measure", "predict", "rows_of"]
 
@@ -44,7 +47,13 @@ class Rows(NamedTuple):
 
 @torch.no_grad()
 def predict(
-    model: nn.Module, images: Images, world: World, *, batch_size: int, workers: int, amp: bool
+    model: nn.Module,
+    images: Images | DeviceImages,
+    world: World,
+    *,
+    batch_size: int,
+    workers: int,
+    amp: bool | str,
 ) -> tuple[Tensor, Tensor] | None:
     """Score a data set, each process its share of it; a collective.
 
@@ -53,16 +62,14 @@ def predict(
         but the first process.
     """
     own = range(world.rank, len(images), world.size)
-    loader = DataLoader(Subset(images, own), batch_size=batch_size, num_workers=workers)
     was_training = model.training
     model.eval()
     logits, labels = [], []
-    for batch, target in loader:
-        half = torch.float16 if world.device.type == "cuda" else torch.bfloat16
-        with torch.autocast(world.device.type, dtype=half, enabled=amp):
+    for batch, target in _batches(images, own, batch_size, workers):
+        with autocast(amp, world.device):
             scores = model(batch.to(world.device, non_blocking=True))
         logits.append(scores.float().cpu())
-        labels.append(target)
+        labels.append(target.cpu())
     model.train(was_training)
     parts = gather((torch.cat(logits), torch.cat(labels)) if logits else None)
     if parts is None:
@@ -75,6 +82,14 @@ def predict(
         if part is not None:  # fewer samples than processes
             all_logits[rank :: world.size], all_labels[rank :: world.size] = part
     return all_logits, all_labels
+
+
+def _batches(
+    images: Images | DeviceImages, rows: range, batch_size: int, workers: int
+) -> Iterable[tuple[Tensor, Tensor]]:
+    if isinstance(images, DeviceImages):
+        return (batch[1:] for batch in DeviceLoader(images, batch_size=batch_size, sampler=rows))
+    return DataLoader(Subset(images, rows), batch_size=batch_size, num_workers=workers)
 
 
 def rows_of(logits: Tensor, target: Tensor, temperature: float = 1.0) -> Rows:

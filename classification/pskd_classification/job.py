@@ -4,26 +4,41 @@ from __future__ import annotations
 
 import argparse
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import lr_scheduler
 
 from pskd import ExampleStats, MemoryCriterion, SnapshotCriterion
 from pskd.distributed import World
 from pskd.run import checkpoint
-from pskd_classification.data import Splits, load_splits
+from pskd_classification.data import Images, Splits, load_splits
+from pskd_classification.evaluation import predict
 from pskd_classification.label_noise import LabelNoise
 from pskd_classification.mixing import Mixer
 from pskd_classification.models import build_model
 from pskd_classification.objective import Objective, VirtualTeacher
+from pskd_classification.on_device import DeviceImages, place
 from pskd_classification.options import check, recorded
 from pskd_classification.training import Trainer
 from pskd_classification.transforms import stats_of
 
-__all__ = ["BEST", "LAST", "Job", "build_trainer", "keep_best", "prepare", "save"]
+__all__ = [
+    "BEST",
+    "LAST",
+    "Data",
+    "Job",
+    "build_trainer",
+    "keep_best",
+    "predict_part",
+    "prepare",
+    "read_data",
+    "save",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +60,7 @@ class Job:
         args: the command line.
         world: the processes.
         splits: the data.
+        images: ``train``, ``validation`` and ``test``, as far as there are any, as they are read.
         model: on the device.
         options: that a checkpoint keeps.
         epoch: after which the weights are; 0 for random ones.
@@ -54,6 +70,7 @@ class Job:
     args: argparse.Namespace
     world: World
     splits: Splits
+    images: Mapping[str, Images | DeviceImages]
     model: nn.Module
     options: dict[str, object]
     epoch: int = 0
@@ -65,17 +82,19 @@ class Job:
         return Path(self.args.output_dir)
 
 
-def prepare(args: argparse.Namespace, world: World) -> Job:
-    """Read the data set and build the model.
+class Data(NamedTuple):
+    """A data set, and its images as they are read."""
+
+    splits: Splits
+    images: Mapping[str, Images | DeviceImages]
+
+
+def read_data(args: argparse.Namespace, world: World) -> Data:
+    """Read the data set, of small images onto the device.
 
     Raises:
-        ValueError: for anything that could not be trained on or evaluated, naming what was
-            expected and what came.
+        ValueError: as `prepare`.
     """
-    check(args)
-    if not args.test_only:
-        last = Path(args.output_dir) / LAST
-        checkpoint.check_is_new(last, resume=args.resume, overwrite=args.overwrite)
     splits = load_splits(
         args.dataset,
         args.data_dir,
@@ -91,6 +110,36 @@ def prepare(args: argparse.Namespace, world: World) -> Job:
         train_per_class=args.train_per_class,
         label_noise=LabelNoise.parse(args.label_noise, args.label_noise_seed),
     )
+    parts = {"validation": splits.validation, "test": splits.test}
+    if not args.test_only:
+        parts["train"] = splits.train
+    images = {part: own for part, own in parts.items() if own is not None}
+    resize = args.image_size is not None
+    placed = place(images, splits.view, world.device, wanted=_on_device(args), resize=resize)
+    return Data(splits, images if placed is None else placed)
+
+
+def _on_device(args: argparse.Namespace) -> bool | None:
+    """Return whether images are wanted on the device; a run that is resumed goes on as it began."""
+    last = Path(args.output_dir) / LAST
+    if args.data_on_device is None and args.resume and last.exists():
+        options = checkpoint.read_checkpoint(last, KEYS)["options"]
+        return options.get("data_on_device", False)  # there was no choice once
+    return args.data_on_device
+
+
+def prepare(args: argparse.Namespace, world: World, data: Data | None = None) -> Job:
+    """Read the data set, if it is not there yet, and build the model.
+
+    Raises:
+        ValueError: for anything that could not be trained on or evaluated, naming what was
+            expected and what came.
+    """
+    check(args)
+    if not args.test_only:
+        last = Path(args.output_dir) / LAST
+        checkpoint.check_is_new(last, resume=args.resume, overwrite=args.overwrite)
+    splits, images = data or read_data(args, world)
     torch.manual_seed(args.seed)  # the same weights in every process
     model = build_model(
         args.model,
@@ -98,7 +147,9 @@ def prepare(args: argparse.Namespace, world: World) -> Job:
         dropout=args.dropout,
         stochastic_depth=args.stochastic_depth,
     ).to(world.device)
-    job = Job(args, world, splits, model, recorded(args, world, splits))
+    options = recorded(args, world, splits)
+    options["data_on_device"] = isinstance(images["test"], DeviceImages)
+    job = Job(args, world, splits, images, model, options)
     if args.weights:
         path = Path(args.weights)
         content = checkpoint.read_checkpoint(path, {"model", "class_names", "epoch"})
@@ -119,9 +170,11 @@ def build_trainer(job: Job) -> tuple[Trainer, int]:
     """
     args = job.args
     optimizer = _optimizer(args, job.model)
+    if job.world.device.type == "cuda":  # all batches but the last have one shape
+        torch.backends.cudnn.benchmark = True
     trainer = Trainer(
         job.model,
-        job.splits.train,
+        job.images["train"],
         _objective(job),
         optimizer,
         _scheduler(args, optimizer),
@@ -130,6 +183,7 @@ def build_trainer(job: Job) -> tuple[Trainer, int]:
         workers=args.workers,
         amp=args.amp,
         compiled=args.compile,
+        compile_mode=args.compile_mode,
         channels_last=args.channels_last,
         clip_grad_norm=args.clip_grad_norm,
         seed=args.seed,
@@ -166,6 +220,15 @@ def _load(job: Job, trainer: Trainer, path: Path) -> int:
     checkpoint.tell_changes(path, content["options"], job.options)
     logger.info("%s: goes on after epoch %d of %d", path, content["epoch"], job.args.epochs)
     return content["epoch"]
+
+
+def predict_part(job: Job, part: str) -> tuple[Tensor, Tensor] | None:
+    """Return `predict` of ``validation`` or ``test``; None where there is none; a collective."""
+    if part not in job.images:
+        return None
+    args = job.args
+    options = {"batch_size": args.batch_size, "workers": args.workers, "amp": args.amp}
+    return predict(job.model, job.images[part], job.world, **options)
 
 
 def keep_best(job: Job, epoch: int, error: float | None) -> None:
@@ -239,14 +302,18 @@ def _objective(job: Job) -> Objective:
 
 
 def _optimizer(args: argparse.Namespace, model: nn.Module) -> torch.optim.Optimizer:
+    parameters = list(model.parameters())
+    # One kernel for all weights, which with float16's loss scale does not wait for the device.
+    fused = True if parameters[0].device.type == "cuda" else None
     if args.opt == "adamw":
-        return torch.optim.AdamW(model.parameters(), args.lr, weight_decay=args.weight_decay)
+        return torch.optim.AdamW(parameters, args.lr, weight_decay=args.weight_decay, fused=fused)
     return torch.optim.SGD(
-        model.parameters(),
+        parameters,
         args.lr,
         momentum=args.momentum,
         weight_decay=args.weight_decay,
         nesterov=args.momentum > 0,
+        fused=fused,
     )
 
 

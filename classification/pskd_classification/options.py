@@ -14,13 +14,15 @@ from pskd.run.options import TRAINING_RANGES, check_ranges
 from pskd.schedule import SCHEDULES, check_alpha
 from pskd_classification.data import Splits
 from pskd_classification.label_noise import LabelNoise
+from pskd_classification.precision import AMP
 from pskd_classification.sources import DATASETS
 
-__all__ = ["build_parser", "check", "parse", "recorded"]
+__all__ = ["PUBLISHED_ALPHA", "build_parser", "check", "parse", "recorded"]
 
 PUBLISHED_ALPHA = 0.8
 TEACHERS = ("memory", "snapshot")
 OPTIMIZERS = ("sgd", "adamw")
+COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 # name: (least, most), both allowed; of a list every entry.
 RANGES = TRAINING_RANGES | {
     "lr_warmup_epochs": (0, math.inf),
@@ -56,14 +58,21 @@ RECORDED = (
 )  # fmt: skip
 
 
-def parse(description: str, argv: Sequence[str]) -> argparse.Namespace:
+def parse(
+    description: str, argv: Sequence[str], *, parser: argparse.ArgumentParser | None = None
+) -> argparse.Namespace:
     """Return the options: the defaults, over them the config's, over them the command line's.
+
+    Args:
+        description: of the program.
+        argv: the command line.
+        parser: `build_parser`'s with options of one's own.
 
     Raises:
         ValueError: for a config that cannot be read.
         SystemExit: for an option that is not known or cannot be converted.
     """
-    parser = build_parser(description)
+    parser = parser or build_parser(description)
     first = argparse.ArgumentParser(add_help=False)
     first.add_argument("--config")
     config = first.parse_known_args(argv)[0].config
@@ -183,6 +192,11 @@ def _add_data(group) -> None:
         help="of the channels that becomes 1; default: as of --mean",
     )  # fmt: skip
     add("--workers", type=int, default=2, help="reading images, a process; default: %(default)s")
+    add(
+        "--data-on-device", action=argparse.BooleanOptionalAction, default=None,
+        help="decode the images once and augment them on the device; default: if they have at most "
+        "64x64 pixels and one size and fit; --resume goes on as the run began",
+    )  # fmt: skip
 
 
 def _add_training(group) -> None:
@@ -204,10 +218,18 @@ def _add_training(group) -> None:
     add("--lr-warmup-epochs", type=int, default=0, help="default: %(default)s")
     add("--clip-grad-norm", type=float, help="default: none")
     add(
-        "--amp", action=argparse.BooleanOptionalAction, default=False,
-        help="mixed precision: float16 on a GPU, bfloat16 on a CPU",
+        "--amp", nargs="?", choices=list(AMP), const=True, default=False,
+        help="mixed precision; alone fp16 on a GPU, bf16 on a CPU",
     )  # fmt: skip
-    add("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile")
+    add("--no-amp", dest="amp", action="store_false", help="the default")
+    add(
+        "--compile", action=argparse.BooleanOptionalAction, default=False,
+        help="torch.compile; a smaller last batch runs without",
+    )  # fmt: skip
+    add(
+        "--compile-mode", choices=COMPILE_MODES,
+        help="of torch.compile, which it turns on; reduce-overhead replays CUDA graphs",
+    )  # fmt: skip
     add("--channels-last", action=argparse.BooleanOptionalAction, default=False)
     add("--device", help="cpu or cuda; default: cuda if there is one")
     add("--seed", type=int, default=0, help="default: %(default)s")
@@ -280,6 +302,7 @@ def check(args: argparse.Namespace) -> None:
         )
     noise = LabelNoise.parse(args.label_noise, args.label_noise_seed)
     args.label_noise = None if noise is None else str(noise)
+    args.compile = args.compile or args.compile_mode is not None
     if args.lr_steps is None:
         args.lr_steps = [args.epochs // 2, args.epochs * 3 // 4]
 

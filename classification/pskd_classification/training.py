@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import time
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,12 +23,14 @@ from pskd.means import Means
 from pskd.run.seeding import seed_epoch
 from pskd_classification.data import Images
 from pskd_classification.objective import Objective
+from pskd_classification.on_device import DeviceImages, DeviceLoader
+from pskd_classification.precision import amp_dtype, autocast
 
 __all__ = ["Trainer"]
 
 logger = logging.getLogger(__name__)
 
-CHECK_EVERY = 50  # iterations, on a GPU: to look at a loss is to wait for the device
+CHECK_EVERY = 1000  # iterations, on a GPU: to look at a loss is to wait for the device
 
 
 class Trainer:
@@ -35,14 +38,16 @@ class Trainer:
 
     Args:
         model: bare and on the device.
-        images: the training set.
+        images: the training set, read by a DataLoader or on the device.
         objective: the loss; its criterion is told when an epoch begins.
         optimizer, scheduler: the scheduler makes a step an epoch.
         world: the processes; each takes ``batch_size`` images an iteration.
         batch_size: images of an iteration and process.
         workers: that read images, a process.
-        amp: mixed precision: float16 with a loss scale on a GPU, bfloat16 on a CPU.
-        compiled: run the model through torch.compile.
+        amp: mixed precision, as of `pskd_classification.precision`; float16 with a loss scale.
+        compiled: run the model through torch.compile. A smaller last batch runs without, so that
+            it is compiled for one shape.
+        compile_mode: torch.compile's; None for its default.
         channels_last: the memory format of images and weights.
         clip_grad_norm: the largest norm of the gradient; None for any.
         seed: of the order of images and of all sampling.
@@ -51,7 +56,7 @@ class Trainer:
     def __init__(
         self,
         model: nn.Module,
-        images: Images,
+        images: Images | DeviceImages,
         objective: Objective,
         optimizer: torch.optim.Optimizer,
         scheduler: torch.optim.lr_scheduler.LRScheduler,
@@ -59,8 +64,9 @@ class Trainer:
         world: World,
         batch_size: int = 128,
         workers: int = 0,
-        amp: bool = False,
+        amp: bool | str = False,
         compiled: bool = False,
+        compile_mode: str | None = None,
         channels_last: bool = False,
         clip_grad_norm: float | None = None,
         seed: int = 0,
@@ -70,31 +76,41 @@ class Trainer:
         self._world, self._amp, self._seed = world, amp, seed
         self._clip_grad_norm = clip_grad_norm
         on_gpu = world.device.type == "cuda"
-        self.scaler = torch.amp.GradScaler(world.device.type, enabled=amp and on_gpu)
+        is_half = amp_dtype(amp, world.device) is torch.float16
+        self.scaler = torch.amp.GradScaler(world.device.type, enabled=is_half)
         self._format = torch.channels_last if channels_last else torch.contiguous_format
         model.to(memory_format=self._format)
-        self._wrapped: nn.Module = model
+        self._network: nn.Module = model
         if world.size > 1:
             devices = [world.device] if on_gpu else None
-            self._wrapped = DistributedDataParallel(model, device_ids=devices)
+            self._network = DistributedDataParallel(model, device_ids=devices)
+        self._compiled = self._network
         if compiled:
-            compiled_model = torch.compile(self._wrapped)
+            options: dict[str, Any] = {"mode": compile_mode} if compile_mode else {}
+            compiled_model = torch.compile(self._network, **options)
             assert isinstance(compiled_model, nn.Module)  # of one, though not by its types
-            self._wrapped = compiled_model
+            self._compiled = compiled_model
         self._sampler: DistributedSampler[int] = DistributedSampler(
-            images, world.size, world.rank, seed=seed
+            images,  # type: ignore[arg-type]  # only its length is asked
+            world.size,
+            world.rank,
+            seed=seed,
         )
-        self._generator = torch.Generator()
-        self._loader = DataLoader(
-            WithRows(images),
-            batch_size=batch_size,
-            sampler=self._sampler,
-            num_workers=workers,
-            pin_memory=on_gpu,
+        self._batch_size, self._generator = batch_size, torch.Generator()
+        batches: dict[str, Any] = {
+            "batch_size": batch_size,
+            "sampler": self._sampler,
             # A last batch of one image has no variance for batch norm.
-            drop_last=len(self._sampler) % batch_size == 1 and len(self._sampler) > 1,
-            generator=self._generator,
-        )
+            "drop_last": len(self._sampler) % batch_size == 1 and len(self._sampler) > 1,
+            "generator": self._generator,
+        }
+        self._loader: DataLoader | DeviceLoader
+        if isinstance(images, DeviceImages):
+            self._loader = DeviceLoader(images, **batches)
+        else:
+            self._loader = DataLoader(
+                WithRows(images), num_workers=workers, pin_memory=on_gpu, **batches
+            )
         self._means = Means()
 
     @property
@@ -112,12 +128,12 @@ class Trainer:
             FloatingPointError: if a loss is not finite.
         """
         seed_epoch(self._seed, epoch, self._world.rank)
-        # From this the workers' seeds are drawn.
+        # From this the workers' seeds are drawn, or crops and flips on the device.
         self._generator.manual_seed(int(torch.randint(2**62, ())))
         self._sampler.set_epoch(epoch)
         self.objective.criterion.begin_epoch(epoch)
         rate = self.optimizer.param_groups[0]["lr"]
-        self._wrapped.train()
+        self._compiled.train()
         start = time.perf_counter()
         hidden = None if self._world.is_first else True  # None: hidden where there is no terminal
         bar = tqdm(self._loader, desc=f"epoch {epoch}", leave=False, disable=hidden)
@@ -138,10 +154,10 @@ class Trainer:
         device = self._world.device
         images = images.to(device, non_blocking=True, memory_format=self._format)
         rows, target = rows.to(device, non_blocking=True), target.to(device, non_blocking=True)
-        half = torch.float16 if device.type == "cuda" else torch.bfloat16
-        with torch.autocast(device.type, dtype=half, enabled=self._amp):
-            loss = self.objective(self._wrapped, rows, images, target)
+        model = self._compiled if len(target) == self._batch_size else self._network
         self.optimizer.zero_grad()
+        with autocast(self._amp, device):
+            loss = self.objective(model, rows, images, target)
         self.scaler.scale(loss).backward()
         if self._clip_grad_norm is not None:
             self.scaler.unscale_(self.optimizer)

@@ -230,6 +230,12 @@ def write_images(count: int = 6, classes: str = "ab", parts=("train", "test")) -
                 Image.fromarray(pixels).save(folder / f"{number}.png")
 
 
+def write_image(path: str, width: int) -> None:
+    from PIL import Image
+
+    Image.new("RGB", (width, 8)).save(path)
+
+
 FOLDER = "--dataset folder --data-dir . --batch-size 4 --val-fraction 0 --lr 0.01 --epochs 2"
 PSKD = f"{FOLDER} --pskd-alpha-final 0.8"
 
@@ -360,13 +366,29 @@ imaged(
     "an image that is none",
     "a/3.png: expected an image, got cannot identify image file ...train/a/3.png...",
     lambda: Path("train/a/3.png").write_text("a picture"),
-    leaves=("run/*",),
+)
+imaged(
+    "`--data-on-device` with an image of another size",
+    "--data-on-device: b/2.png: expected 8x8 pixels, got 9x8 (--image-size resizes to one size)",
+    lambda: write_image("train/b/2.png", 9),
+    f"{FOLDER} --data-on-device",
+)
+imaged(
+    "`--data-on-device` with crops out of larger images",
+    "--data-on-device: expected another --augment than resized-crop",
+    lambda: None,
+    f"{FOLDER} --data-on-device --augment resized-crop",
+)
+imaged(
+    "`--data-on-device` with more than the memory holds",
+    "--data-on-device: expected ... free bytes on cpu, got ...",
+    lambda: None,
+    f"{FOLDER} --data-on-device --image-size 200000",
 )
 imaged(
     "an image cut off",
     "a/3.png: expected an image, got ...",
     lambda: os.truncate("train/a/3.png", 120),
-    leaves=("run/*",),
 )
 imaged(
     "a learning rate that is too high",

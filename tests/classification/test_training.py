@@ -25,6 +25,7 @@ from classification_toys import (
     write_folders,
 )
 from pskd_classification.options import check
+from pskd_classification.precision import amp_dtype
 from pskd_classification.training import Trainer
 
 import pskd
@@ -132,7 +133,7 @@ def test_a_resume_without_a_checkpoint_starts_from_the_beginning(tmp_path, caplo
         # Of 8 pixels the last map is one pixel wide, where torch's bfloat16 convolution on a CPU
         # leaves the gradients of unused taps undefined.
         [*PSKD, "--amp", "--image-size", "16", "--channels-last", "--lr-warmup-epochs", "2"],
-        [*PSKD, "--workers", "1", "--pskd-alpha-schedule", "constant"],
+        [*PSKD, "--no-data-on-device", "--workers", "1", "--pskd-alpha-schedule", "constant"],
         ["--tf-kd-alpha", "0.3", *ALL, "--opt", "adamw", "--lr", "0.001"],
     ],
 )
@@ -288,6 +289,40 @@ def test_a_compiled_model_trains_and_its_checkpoint_is_that_of_the_plain_one(tmp
     one, other = (checkpoint(tmp_path / name)["model"] for name in ("compiled", "plain"))
     assert one.keys() == other.keys()
     assert all(torch.allclose(one[key], other[key], atol=1e-4) for key in one)
+
+
+def test_a_smaller_last_batch_runs_without_compilation(tmp_path):
+    sizes = []
+
+    def compile_(model, **options):
+        assert options == {"mode": "reduce-overhead"}
+        compiled = torch.nn.Sequential(model)
+        compiled.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
+        return compiled
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "compile", compile_)
+        flags = ["--epochs", "1", "--compile-mode", "reduce-overhead", "--batch-size", "10"]
+        assert train(tmp_path, *flags) == 0
+    assert sizes == [10, 10, 10]  # of 33
+
+
+def test_mixed_precision_by_name(tmp_path):
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert amp_dtype(True, cuda) is amp_dtype("fp16", cpu) is torch.float16
+    assert amp_dtype(True, cpu) is amp_dtype("bf16", cuda) is torch.bfloat16
+    assert amp_dtype(False, cuda) is None
+    parsed = [program.parse("", flags).amp for flags in ([], ["--amp"], ["--amp", "bf16"])]
+    assert parsed == [False, True, "bf16"]
+    assert program.parse("", ["--amp", "--no-amp"]).amp is False
+    flags = ["--image-size", "16", "--epochs", "1", "--amp"]
+    for name in ("bf16", "fp16"):
+        assert train(tmp_path / name, *flags, name) == 0
+        content = checkpoint(tmp_path / name)
+        assert content["options"]["amp"] == name
+        assert bool(content["scaler"]) == (name == "fp16")
+    assert train(tmp_path / "bare", *flags) == 0
+    assert same(checkpoint(tmp_path / "bare")["model"], checkpoint(tmp_path / "bf16")["model"])
 
 
 def test_a_config_file_stands_on_its_base_and_below_the_command_line(tmp_path):

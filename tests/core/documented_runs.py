@@ -10,6 +10,14 @@ RUN: dict[str, dict[str, list[str]]] = {
     "classification/test_benchmark.py": {
         "test_tells_all_figures_and_ends_with_the_limit": ["benchmarks/classification_step.py"],
     },
+    "classification/test_benchmark_throughput.py": {
+        "test_tells_images_a_second_and_ends_with_the_limit": [
+            "benchmarks/classification_throughput.py"
+        ],
+    },
+    "classification/test_compare.py": {
+        "test_a_table_of_each_epoch": ["classification/compare.py"],
+    },
     "classification/test_page.py": {
         "test_the_plot_of_the_page_is_drawn": ["python -c"],
     },
