@@ -46,7 +46,7 @@ class Images(Dataset):
         self._source, self._indices, self._transform = source, list(indices), transform
         if targets is None:
             targets = np.asarray(source.targets)[self._indices]
-        self.targets = torch.as_tensor(targets).long()
+        self.targets = torch.as_tensor(targets, device="cpu").long()
         self.ids = [ids[i] for i in self._indices]
 
     def __len__(self) -> int:
@@ -73,7 +73,8 @@ class Images(Dataset):
         Raises:
             OddSizeError: for an image of another size.
         """
-        pixels, fit = torch.empty(len(self), 3, size, size, dtype=torch.uint8), Fit(size)
+        shape = (len(self), 3, size, size)
+        pixels, fit = torch.empty(shape, dtype=torch.uint8, device="cpu"), Fit(size)
         for row, place in enumerate(pixels):
             image = self.picture(row)
             if image.size != (size, size) and not resize:

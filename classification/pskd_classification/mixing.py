@@ -56,10 +56,12 @@ class Mixer:
 
     def __call__(self, images: Tensor) -> Mixed | None:
         """Return the batch mixed, or None where it is left as it is."""
-        if not self.enabled or len(images) < 2 or torch.rand(()) >= self._probability:
+        if not self.enabled or len(images) < 2:
             return None
-        mix = self._kinds[int(torch.randint(len(self._kinds), ()))]
-        shares = torch.eye(len(images), device=images.device)
+        if torch.rand((), dtype=torch.float32, device="cpu") >= self._probability:
+            return None
+        mix = self._kinds[int(torch.randint(len(self._kinds), (), device="cpu"))]
+        shares = torch.eye(len(images), dtype=torch.float32, device=images.device)
         images, shares = mix(images, shares)
         others = shares.clone().fill_diagonal_(-1.0)
         return Mixed(images, others.argmax(dim=1), shares[0, 0])

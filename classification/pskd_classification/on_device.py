@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -63,8 +63,8 @@ class DeviceImages:
         # A view of all crops, (M, 3, P - S + 1, P - S + 1, S, S): none of them is made.
         self._crops = pixels.unfold(2, view.size, 1).unfold(3, view.size, 1)
         self.targets = images.targets.to(device)
-        self._mean = torch.tensor(view.mean, device=device)[:, None, None]
-        self._std = torch.tensor(view.std, device=device)[:, None, None]
+        self._mean = _channels(view.mean, device)
+        self._std = _channels(view.std, device)
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -75,8 +75,11 @@ class DeviceImages:
         Returns:
             (N, 2) int64 first line and column of the crop, (N,) bool.
         """
-        crops = torch.randint(2 * self._padding + 1, (count, 2), generator=generator)
-        return crops, torch.rand(count, generator=generator) < self._hflip
+        crops = torch.randint(
+            2 * self._padding + 1, (count, 2), generator=generator, dtype=torch.int64, device="cpu"
+        )
+        chances = torch.rand(count, generator=generator, dtype=torch.float32, device="cpu")
+        return crops, chances < self._hflip
 
     def seen(self, rows: Tensor, crops: Tensor, flips: Tensor) -> Tensor:
         """Return (N, 3, S, S) float32 images of (N,) rows, as of `draw`; all on the device."""
@@ -117,7 +120,8 @@ class DeviceLoader:
         return whole + (rest > 0 and not self._drop_last)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        rows = torch.tensor(list(self._sampler))[: len(self) * self._batch_size]
+        order = torch.tensor(list(self._sampler), dtype=torch.int64, device="cpu")
+        rows = order[: len(self) * self._batch_size]
         epoch = (rows, *self._images.draw(len(rows), self._generator))
         device = self._images.targets.device
         parts = (drawn.to(device).split(self._batch_size) for drawn in epoch)
@@ -172,6 +176,11 @@ def place(
             ) from error
         logger.info("%s: images stay on the CPU", error)
         return None
+
+
+def _channels(values: Sequence[float], device: torch.device) -> Tensor:
+    """Return a number a channel, (3, 1, 1) float32."""
+    return torch.tensor(values, dtype=torch.float32, device=device)[:, None, None]
 
 
 def _free_bytes(device: torch.device) -> float:

@@ -144,7 +144,7 @@ def check_source(part: str, source: Source, class_names: Sequence[str]) -> list[
         raise ValueError(f"{part}: expected the classes of the training set, differs in: {odd}")
     if len(source) == 0:
         raise ValueError(f"{part}: expected at least one sample, got none")
-    targets = torch.as_tensor(source.targets)
+    targets = torch.as_tensor(source.targets, device="cpu")
     if targets.dtype.is_floating_point or targets.dim() != 1:
         raise ValueError(
             f"{part}: expected integer labels of shape ({len(source)},), got {targets.dtype} of "

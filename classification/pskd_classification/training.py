@@ -129,7 +129,7 @@ class Trainer:
         """
         seed_epoch(self._seed, epoch, self._world.rank)
         # From this the workers' seeds are drawn, or crops and flips on the device.
-        self._generator.manual_seed(int(torch.randint(2**62, ())))
+        self._generator.manual_seed(int(torch.randint(2**62, (), dtype=torch.int64, device="cpu")))
         self._sampler.set_epoch(epoch)
         self.objective.criterion.begin_epoch(epoch)
         rate = self.optimizer.param_groups[0]["lr"]
@@ -145,7 +145,7 @@ class Trainer:
         take_buffers_of_first_process(self.model)
         means = self._means.take()
         seconds = time.perf_counter() - start
-        _check_finite(torch.tensor(means["train/loss"]), epoch, self.iterations)
+        _check_finite(means["train/loss"], epoch, self.iterations)
         self.scheduler.step()
         told = self.objective.criterion.take_means()
         return {"lr": rate, "seconds": seconds} | means | told
@@ -167,7 +167,7 @@ class Trainer:
         return loss.detach()
 
 
-def _check_finite(loss: Tensor, epoch: int, iteration: int) -> None:
+def _check_finite(loss: Tensor | float, epoch: int, iteration: int) -> None:
     value = float(loss)
     if not math.isfinite(value):
         raise FloatingPointError(
