@@ -74,7 +74,7 @@ class Entrant:
         rows = rows_of(*found)
         figures = PAPER.table(rows.confidence, rows.correct, nll=rows.nll, in_top5=rows.in_top5)
         folder.mkdir(parents=True, exist_ok=True)
-        write_confidence(folder, rows, None, None)
+        write_confidence(folder, rows, self.job.splits)
         self.history.append(told | figures | {"seconds_with_test": time.perf_counter() - start})
 
     def told(self, world: World) -> dict[str, object]:

@@ -28,6 +28,7 @@ from pskd_classification.results import (
     write_confidence,
     write_csv,
     write_examples,
+    write_test_pictures,
 )
 
 from pskd.distributed import World
@@ -89,7 +90,8 @@ def watch_test(job: Job, told: dict) -> None:
     if not earlier or told[f"{TEST}top1_error"] < earlier["top1_error"]:
         folder = job.folder / "best_by_test"
         folder.mkdir(exist_ok=True)
-        write_confidence(folder, rows, None, None)
+        write_confidence(folder, rows, job.splits)
+        write_test_pictures(folder, rows, job.splits.test)
 
 
 def best_by_test(job: Job) -> dict:
@@ -111,8 +113,8 @@ def test(job: Job) -> dict:
     if validation is not None:
         temperature = fit_temperature(*validation)
         scaled = rows_of(*tested, temperature)
-    splits = job.splits
-    write_confidence(job.folder, rows, scaled, temperature, splits.test, splits.class_names)
+    write_confidence(job.folder, rows, job.splits, scaled, temperature)
+    write_test_pictures(job.folder, rows, job.splits.test)
     results = {"last": measure(rows) | {"epoch": job.epoch}}
     if scaled is not None:
         results |= {"temperature": temperature, "scaled": measure(scaled)}

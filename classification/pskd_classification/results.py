@@ -19,7 +19,13 @@ from pskd.run.files import write_json, written_aside
 from pskd_classification.data import Images, Splits
 from pskd_classification.evaluation import Rows
 
-__all__ = ["read_epochs", "write_confidence", "write_csv", "write_examples"]
+__all__ = [
+    "read_epochs",
+    "write_confidence",
+    "write_csv",
+    "write_examples",
+    "write_test_pictures",
+]
 
 SHOWN_EXAMPLES = 24
 SHOWN_MISTAKES = 500
@@ -28,21 +34,19 @@ SHOWN_MISTAKES = 500
 def write_confidence(
     folder: Path,
     rows: Rows,
-    scaled: Rows | None,
-    temperature: float | None,
-    test: Images,
-    class_names: tuple[str, ...],
+    splits: Splits,
+    scaled: Rows | None = None,
+    temperature: float | None = None,
 ) -> None:
-    """Write confidence.npz and test_pictures.json: what the model says of the test set.
-
-    Pictures are of the mistakes with the highest NLL: whatever two runs disagree on most, one of
-    them has wrong.
+    """Write confidence.npz: what the model says of each test image.
 
     Args:
         rows: of the test set.
-        scaled: the same after temperature scaling.
+        splits: whose test set it is.
+        scaled, temperature: the same after temperature scaling.
     """
-    arrays = rows._asdict() | {"ids": np.array(test.ids), "class_names": np.array(class_names)}
+    names = {"ids": np.array(splits.test.ids), "class_names": np.array(splits.class_names)}
+    arrays = rows._asdict() | names
     if scaled is not None:
         arrays |= {
             "scaled_confidence": scaled.confidence,
@@ -51,6 +55,13 @@ def write_confidence(
         }
     with written_aside(folder / "confidence.npz") as aside:
         np.savez_compressed(aside, **arrays)
+
+
+def write_test_pictures(folder: Path, rows: Rows, test: Images) -> None:
+    """Write test_pictures.json: the mistakes with the highest NLL.
+
+    Whatever two runs disagree on most, one of them has wrong.
+    """
     wrong = np.flatnonzero(~rows.correct)
     worst = wrong[np.argsort(-rows.nll[wrong], kind="stable")][:SHOWN_MISTAKES]
     pictures = {test.ids[row]: _data_uri(test, row) for row in worst.tolist()}

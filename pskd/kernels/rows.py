@@ -84,6 +84,8 @@ def readable(rows: Rows) -> Rows:
 
 def check_memory(name: str, tensor: Tensor) -> None:
     """Raise ValueError if a tensor's memory was freed, as sharding does with parameters."""
+    if tensor.is_meta:  # it never has any
+        return
     needed, there = _extent(tensor), tensor.untyped_storage().nbytes()
     if there < needed or (needed and not tensor.data_ptr()):
         raise ValueError(f"{name}: expected a tensor in memory ({needed} bytes), got a freed one")
