@@ -19,8 +19,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from pskd_detection import load_dataset
-
 from pskd.run.files import write_json
 
 __all__ = ["misaligned", "with_wrong_classes"]
@@ -79,6 +77,8 @@ def _write_lines(args: argparse.Namespace) -> None:
 
 
 def _write_boxes(args: argparse.Namespace) -> None:
+    from pskd_detection import load_dataset  # which text does not need
+
     noisy = with_wrong_classes(load_dataset(args.spec).coco, args.share, args.seed)
     write_json(Path(args.out), noisy)
 
