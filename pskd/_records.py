@@ -100,6 +100,8 @@ class RecordLayout:
         if isinstance(new, Tensor) and isinstance(past, Tensor):
             return new.lerp(past, weight)
         assert isinstance(new, TopK) and isinstance(past, TopK)  # both in the kept form
+        # Where there is no past, class 0 stands in its list k times.
+        past = past._replace(indices=torch.where(weight == 0, new.indices, past.indices))
         # No class outside of both lists can be larger in the mean than one of the k.
         indices = torch.cat([new.indices, past.indices], dim=1)
         mean = self._lookup(new, indices).lerp(self._lookup(past, indices), weight)
