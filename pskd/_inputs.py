@@ -14,6 +14,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pskd._tensors import check_tensors
+
 Array = Tensor | np.ndarray
 Booleans = NDArray[np.bool_]
 Floats = NDArray[np.floating]
@@ -37,7 +39,8 @@ def as_tensor(name: str, values: Array) -> Tensor:
         values = torch.from_numpy(np.require(array, native, ["C", "W"]))
     if values.is_complex():
         raise ValueError(f"{name}: expected real numbers, got dtype {values.dtype}")
-    return values.detach()
+    check_tensors(**{name: values})
+    return values.detach().resolve_neg()  # numpy takes none that is lazily negated
 
 
 def check_vector(name: str, values: Tensor, rows: int | None = None) -> None:

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pskd._tensors import check_tensors
 from pskd.targets import TopK, check_row_weights, check_weights
 
 __all__ = [
@@ -121,6 +122,10 @@ def gradient_rescaling(
 
     Source: Kim et al. 2021, section 3.2 (hard example mining).
     """
+    check_tensors(
+        student_probs_at_label=student_probs_at_label,
+        teacher_probs_at_label=teacher_probs_at_label,
+    )
     if student_probs_at_label.shape != teacher_probs_at_label.shape:
         raise ValueError(
             f"teacher_probs_at_label: expected shape {tuple(student_probs_at_label.shape)}, got "
