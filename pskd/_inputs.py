@@ -97,9 +97,12 @@ def check_probs(probs: Tensor) -> None:
 
 
 def rounding(dtype: torch.dtype | np.dtype[np.floating]) -> float:
-    """Return by how much a probability of this dtype may exceed 1, or fall below 0."""
+    """Return by how much a probability of this dtype may exceed 1, or fall below 0.
+
+    At least what float32 needs: float64 values, as lists are, have often been rounded before.
+    """
     info = torch.finfo(dtype) if isinstance(dtype, torch.dtype) else np.finfo(dtype)
-    return _ROUNDING * float(info.eps)
+    return _ROUNDING * max(float(info.eps), torch.finfo(torch.float32).eps)
 
 
 def _rounding_of(name: str, values: Array) -> float:
