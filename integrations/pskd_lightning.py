@@ -17,9 +17,9 @@ With ``PSKDCallback(teacher="snapshot")`` the data set stays as it is and the lo
 ``self.pskd(self(inputs), target, inputs)``: last epoch's weights are called as the module is.
 """
 
-import torch.nn.functional as F
 from lightning.pytorch import Callback
 
+from pskd._criterion import cross_entropy
 from pskd.criterion import MemoryCriterion, SnapshotCriterion, make_criterion
 
 __all__ = ["PSKDCallback"]
@@ -48,7 +48,7 @@ class PSKDCallback(Callback):
         self._state: dict = {}  # of a checkpoint, until the training starts
 
     def setup(self, trainer, pl_module, stage: str) -> None:
-        pl_module.pskd = lambda logits, target, *_, **__: F.cross_entropy(logits, target)
+        pl_module.pskd = lambda logits, target, *_, **__: cross_entropy(logits, target)
 
     def on_train_start(self, trainer, pl_module) -> None:
         if trainer.max_epochs < 1:

@@ -99,8 +99,7 @@ class Criterion(ABC):
         if past is None or alpha is None:
             loss = cross_entropy(logits, target, self.label_smoothing, self.weight)
             if recorded and rows is not None and self.examples is not None:
-                labels = target if is_soft(target) else target.long()
-                nll = F.cross_entropy(logits.detach().float(), labels, reduction="none")
+                nll = pskd_cross_entropy(logits.detach(), target, None, 0.0, reduction="none")
                 self.examples.add(rows, nll, None, torch.zeros_like(nll))
             return loss
         loss, stats = pskd_cross_entropy(
@@ -170,7 +169,8 @@ def cross_entropy(
 ) -> Tensor:
     """Return the mean loss without a teacher, on the CPU torch's to the last bit.
 
-    Not where rows are ignored: torch's is NaN if all of them are, or if one of them holds NaN.
+    Not where rows are ignored: torch's is NaN if all of them are, or if one of them holds NaN. Nor
+    with probabilities and classes that the student excludes, where torch's is NaN.
 
     Raises:
         ValueError: as `pskd_cross_entropy`.
@@ -193,4 +193,6 @@ def cross_entropy(
 def _torch_serves(logits: Tensor, target: Tensor) -> bool:
     if not len(target) or target.device.type != "cpu" or logits.device.type != "cpu":
         return False
-    return is_soft(target) or not bool((target == _IGNORED).any())
+    if is_soft(target):  # torch's is NaN where a class is excluded, whatever its probability
+        return not bool((logits == -torch.inf).any())
+    return not bool((target == _IGNORED).any())

@@ -14,6 +14,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pskd._tensors import check_tensors
+
 Array = Tensor | np.ndarray
 Booleans = NDArray[np.bool_]
 Floats = NDArray[np.floating]
@@ -37,7 +39,8 @@ def as_tensor(name: str, values: Array) -> Tensor:
         values = torch.from_numpy(np.require(array, native, ["C", "W"]))
     if values.is_complex():
         raise ValueError(f"{name}: expected real numbers, got dtype {values.dtype}")
-    return values.detach()
+    check_tensors(**{name: values})
+    return values.detach().resolve_neg()  # numpy takes none that is lazily negated
 
 
 def check_vector(name: str, values: Tensor, rows: int | None = None) -> None:
@@ -94,9 +97,12 @@ def check_probs(probs: Tensor) -> None:
 
 
 def rounding(dtype: torch.dtype | np.dtype[np.floating]) -> float:
-    """Return by how much a probability of this dtype may exceed 1, or fall below 0."""
+    """Return by how much a probability of this dtype may exceed 1, or fall below 0.
+
+    At least what float32 needs: float64 values, as lists are, have often been rounded before.
+    """
     info = torch.finfo(dtype) if isinstance(dtype, torch.dtype) else np.finfo(dtype)
-    return _ROUNDING * float(info.eps)
+    return _ROUNDING * max(float(info.eps), torch.finfo(torch.float32).eps)
 
 
 def _rounding_of(name: str, values: Array) -> float:

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pskd.targets import TopK, check_listed, check_tensors, check_top_k
+from pskd._tensors import check_tensors
+from pskd.targets import TopK, check_listed, check_listed_once, check_top_k
 
 __all__ = ["WRITTEN_ELSEWHERE", "WRITTEN_HERE", "RecordLayout", "bytes_as"]
 
@@ -88,7 +89,7 @@ class RecordLayout:
             raise ValueError(f"probs: expected a floating-point tensor, got {values.dtype}")
         if isinstance(probs, TopK):
             check_listed("probs", probs.indices, self.num_classes)
-            _check_distinct(probs.indices)
+            check_listed_once("probs", probs.indices)
             return TopK(probs.indices.detach().long(), probs.probs.detach().float())
         if self.top_k is None:
             return probs.detach().float()
@@ -100,6 +101,8 @@ class RecordLayout:
         if isinstance(new, Tensor) and isinstance(past, Tensor):
             return new.lerp(past, weight)
         assert isinstance(new, TopK) and isinstance(past, TopK)  # both in the kept form
+        # Where there is no past, class 0 stands in its list k times.
+        past = past._replace(indices=torch.where(weight == 0, new.indices, past.indices))
         # No class outside of both lists can be larger in the mean than one of the k.
         indices = torch.cat([new.indices, past.indices], dim=1)
         mean = self._lookup(new, indices).lerp(self._lookup(past, indices), weight)
@@ -143,17 +146,6 @@ class RecordLayout:
         if self.index_dtype is torch.int16:
             indices &= 0xFFFF
         return TopK(indices, values), seen
-
-
-def _check_distinct(indices: Tensor) -> None:
-    """Raise ValueError if a row lists a class twice; looked at on the CPU only."""
-    if indices.device.type != "cpu":
-        return
-    ordered = indices.sort(dim=1).values
-    twice = ordered[:, 1:] == ordered[:, :-1]
-    if bool(twice.any()):
-        got = int(ordered[:, 1:][twice][0])
-        raise ValueError(f"probs: expected TopK of distinct classes in a row, got {got} twice")
 
 
 def bytes_as(part: Tensor, dtype: torch.dtype) -> Tensor:

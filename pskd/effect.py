@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pskd._tensors import check_tensors
 from pskd.targets import TopK, check_row_weights, check_weights
 
 __all__ = [
@@ -121,6 +122,10 @@ def gradient_rescaling(
 
     Source: Kim et al. 2021, section 3.2 (hard example mining).
     """
+    check_tensors(
+        student_probs_at_label=student_probs_at_label,
+        teacher_probs_at_label=teacher_probs_at_label,
+    )
     if student_probs_at_label.shape != teacher_probs_at_label.shape:
         raise ValueError(
             f"teacher_probs_at_label: expected shape {tuple(student_probs_at_label.shape)}, got "
@@ -130,8 +135,9 @@ def gradient_rescaling(
     check_row_weights(alpha)
     if student_probs_at_label.dtype != torch.float64:
         student_probs_at_label = student_probs_at_label.float()
-    student_error = 1.0 - student_probs_at_label
-    teacher_error = 1.0 - teacher_probs_at_label.to(student_error.dtype)
+    # Rounded, a probability may exceed 1: to divide by a negative error would make no factor.
+    student_error = (1.0 - student_probs_at_label).clamp_min(0.0)
+    teacher_error = (1.0 - teacher_probs_at_label.to(student_error.dtype)).clamp_min(0.0)
     both_certain = (student_error == 0) & (teacher_error == 0)
     ratio = torch.where(both_certain, 1.0, teacher_error / student_error)
     weight = torch.as_tensor(alpha, dtype=ratio.dtype, device=ratio.device)

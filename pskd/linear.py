@@ -19,7 +19,14 @@ from pskd._linear_chunks import (
     Teacher,
     by_chunks,
 )
-from pskd.targets import TopK, check_label_form, check_teacher, check_tensors, check_weights
+from pskd._tensors import check_tensors
+from pskd.targets import (
+    TopK,
+    check_ignore_index,
+    check_label_form,
+    check_teacher,
+    check_weights,
+)
 
 __all__ = ["LinearStats", "LinearTeacher", "pskd_linear_cross_entropy"]
 
@@ -103,8 +110,10 @@ def pskd_linear_cross_entropy(
     alpha = check_weights(alpha, label_smoothing, len(hidden))
     if teacher is None:
         alpha = 0.0
+    ignore_index = check_ignore_index(ignore_index)
+    target = target.long()  # an unsigned one may equal a negative ignore_index
     problem = Problem(
-        target.long(), _constant(teacher), alpha, ignore_index, float(label_smoothing), stats_top_k
+        target, _constant(teacher), alpha, ignore_index, float(label_smoothing), stats_top_k
     )
     tensors = (hidden, weight, bias)
     loss: Tensor
@@ -171,5 +180,8 @@ def _check_linear(owner: str, hidden: Tensor, weight: Tensor, bias: Tensor | Non
             f"{owner}weight: expected {hidden.size(1)} columns as {owner}hidden has, got "
             f"{weight.size(1)}"
         )
-    if bias is not None and tuple(bias.shape) != (len(weight),):
+    if bias is None:
+        return
+    check_tensors(**{f"{owner}bias": bias})
+    if tuple(bias.shape) != (len(weight),):
         raise ValueError(f"{owner}bias: expected shape ({len(weight)},), got {tuple(bias.shape)}")

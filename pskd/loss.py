@@ -14,16 +14,18 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from pskd._tensors import check_tensors, is_traced
 from pskd.kernels import Rows, gradient_is_of_mean, sum_dtype
-from pskd.kernels.gradient import is_traced, scaled, values_and_gradient, values_only
-from pskd.kernels.rows import check_memory, readable
+from pskd.kernels.gradient import scaled, values_and_gradient, values_only
+from pskd.kernels.rows import readable
 from pskd.targets import (
     TopK,
     check_batch,
+    check_ignore_index,
     check_listed,
+    check_listed_once,
     check_row_weights,
     check_teacher,
-    check_tensors,
     check_weights,
     is_soft,
     mixture,
@@ -194,12 +196,13 @@ def pskd_cross_entropy(
         indices, teacher_probs = teacher_probs
     rows = Rows(
         logits.detach(),
-        target.detach() if is_soft(target) else _as_int64(target),
+        # As int64: an unsigned label would never equal a negative ignore_index.
+        target.detach() if is_soft(target) else target.long(),
         _constant(teacher_probs),
         _constant(teacher_logits),
         indices,
         alpha.detach() if isinstance(alpha, Tensor) else alpha,
-        ignore_index,
+        check_ignore_index(ignore_index),
         float(label_smoothing),
     )
     if weight is not None:
@@ -265,8 +268,9 @@ def _mixed(rows: Rows) -> Rows:
         check_row_weights(rows.alpha)
         if rows.indices is not None:
             check_listed("teacher_probs", rows.indices, rows.logits.size(1))
+            check_listed_once("teacher_probs", rows.indices, rows.alpha)
     mixed = mixture(rows.target, _past(rows), rows.alpha, rows.logits.size(1), rows.label_smoothing)
-    no_label = torch.zeros_like(rows.target[:, 0], dtype=torch.int64)
+    no_label = rows.target.new_zeros(len(rows.target), dtype=torch.int64)
     return Rows(rows.logits, no_label, mixed, None, None, 1.0, -100, 0.0)
 
 
@@ -288,13 +292,6 @@ def _expected_stats(rows: Rows) -> PSKDStats:
     return PSKDStats(nll, (target * past).sum(dim=1))
 
 
-def _as_int64(target: Tensor) -> Tensor:
-    """Return labels as int64: an unsigned one would never equal a negative ignore_index."""
-    if target.dtype != torch.int64 and not is_traced(target):
-        check_memory("target", target)  # torch does not look before it reads
-    return target.long()
-
-
 def _constant(teacher: Tensor | None) -> Tensor | None:
     return None if teacher is None else teacher.detach()
 
@@ -310,7 +307,11 @@ def _check_overwritable(logits: Tensor) -> None:
         raise ValueError(
             "inplace: expected logits that were computed, got a leaf, whose value stays"
         )
-    if not torch.compiler.is_compiling() and logits.is_neg():
+    if torch.compiler.is_compiling():  # then nothing is written over
+        return
+    if logits._base is not None and logits._base.is_leaf:
+        raise ValueError("inplace: expected logits that were computed, got a view of a leaf")
+    if logits.is_neg():
         raise ValueError("inplace: expected plain logits, got ones that are lazily negated")
     rows, classes = logits.shape
     if (classes > 1 and logits.stride(1) != 1) or (rows > 1 and logits.stride(0) < classes):

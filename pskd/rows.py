@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
+from pskd._tensors import check_tensors
+
 __all__ = ["ROWS", "WithRows", "check_count", "check_distinct", "check_given", "check_range"]
 
 #: The key of the row numbers where a sample is a mapping.
@@ -85,6 +87,7 @@ def check_given(rows: object, count: int) -> Tensor:
         )
     if not isinstance(rows, Tensor):
         rows = torch.as_tensor(rows, device="cpu")
+    check_tensors(rows=rows)
     if rows.dtype.is_floating_point or rows.dtype == torch.bool or tuple(rows.shape) != (count,):
         raise ValueError(
             f"rows: expected integers of shape ({count},), got {rows.dtype} of {tuple(rows.shape)}"

@@ -5,23 +5,26 @@ Shapes: N rows (samples, tokens or boxes), C classes, k kept classes of a sparse
 
 from __future__ import annotations
 
+import operator
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pskd._tensors import check_tensors, is_traced
 from pskd.schedule import check_alpha
 
 __all__ = [
     "TopK",
     "check_batch",
+    "check_ignore_index",
     "check_label_form",
     "check_labels",
     "check_listed",
+    "check_listed_once",
     "check_row_weights",
     "check_teacher",
-    "check_tensors",
     "check_top_k",
     "check_weights",
     "is_soft",
@@ -69,7 +72,13 @@ class TopK(NamedTuple):
             num_classes: C.
             allowed: (N, C) bool, the classes that may have a share of the tail, such as ``logits !=
                 -inf``; None for all.
+
+        Raises:
+            ValueError: if there are not 1 to C integer classes a row, of [0, C).
         """
+        check_top_k("dense", self, len(self.indices), num_classes)
+        if not is_traced(self.indices):
+            check_listed("dense", self.indices, num_classes)
         if allowed is None:
             shares = self.tail(num_classes)[:, None].expand(-1, num_classes).clone()
         else:
@@ -87,19 +96,13 @@ def _upcast(tensor: Tensor) -> Tensor:
 
 def check_labels(target: Tensor, num_classes: int, ignore_index: int | None) -> None:
     """Raise ValueError unless each label is one of C classes, or ``ignore_index``."""
+    target = target.long()  # torch finds no extremes of wide unsigned integers
     labels = target if ignore_index is None else target[target != ignore_index]
     if not labels.numel():
         return
     low, high = (int(value) for value in labels.aminmax())
     if low < 0 or high >= num_classes:
         raise ValueError(f"target: expected labels in [0, {num_classes - 1}], got [{low}, {high}]")
-
-
-def check_tensors(**values: object) -> None:
-    """Raise ValueError unless each named argument is a tensor."""
-    for name, value in values.items():
-        if not isinstance(value, Tensor):
-            raise ValueError(f"{name}: expected a tensor, got {type(value).__name__}")
 
 
 def is_soft(target: Tensor) -> bool:
@@ -137,6 +140,21 @@ def check_label_form(target: Tensor) -> None:
             f"target: expected integer labels of shape (N,), got {target.dtype} of shape "
             f"{tuple(target.shape)}"
         )
+
+
+def check_ignore_index(ignore_index: int) -> int:
+    """Return a label that does not count as an int.
+
+    Raises:
+        ValueError: if it is no integer of 64 bits, of which labels are.
+    """
+    try:
+        label = operator.index(ignore_index)
+    except TypeError:
+        raise ValueError(f"ignore_index: expected an integer, got {ignore_index!r}") from None
+    if not -(1 << 63) <= label < 1 << 63:
+        raise ValueError(f"ignore_index: expected an integer of 64 bits, got {label}")
+    return label
 
 
 def check_teacher(teacher: Tensor | TopK | None, rows: int, num_classes: int) -> None:
@@ -182,11 +200,23 @@ def check_listed(name: str, indices: Tensor, num_classes: int) -> None:
     """Raise ValueError unless the listed classes are of [0, C); looked at on the CPU only."""
     if indices.device.type != "cpu" or not indices.numel():
         return
-    low, high = (int(value) for value in indices.aminmax())
+    low, high = (int(value) for value in indices.long().aminmax())
     if low < 0 or high >= num_classes:
         raise ValueError(
             f"{name}: expected TopK of classes in [0, {num_classes - 1}], got [{low}, {high}]"
         )
+
+
+def check_listed_once(name: str, indices: Tensor, alpha: float | Tensor = 1.0) -> None:
+    """Raise ValueError if a row whose alpha is not 0 lists a class twice; as `check_listed`."""
+    if indices.device.type != "cpu":
+        return
+    ordered = indices.long().sort(dim=1).values
+    twice = ordered[:, 1:] == ordered[:, :-1]
+    twice &= (alpha != 0)[:, None] if isinstance(alpha, Tensor) else alpha != 0
+    if bool(twice.any()):
+        got = int(ordered[:, 1:][twice][0])
+        raise ValueError(f"{name}: expected TopK of distinct classes in a row, got {got} twice")
 
 
 def check_weights(alpha: float | Tensor, label_smoothing: float, rows: int) -> float | Tensor:
@@ -197,6 +227,8 @@ def check_weights(alpha: float | Tensor, label_smoothing: float, rows: int) -> f
     """
     if not 0.0 <= label_smoothing <= 1.0:
         raise ValueError(f"label_smoothing: expected a number in [0, 1], got {label_smoothing}")
+    if isinstance(alpha, Tensor):
+        check_tensors(alpha=alpha)
     if not isinstance(alpha, Tensor) or alpha.dim() == 0:
         return check_alpha(alpha)
     if tuple(alpha.shape) != (rows,):
@@ -246,8 +278,8 @@ def mix_targets(
         (N, C) distributions, float32 (float64 where the teacher is).
 
     Raises:
-        ValueError: if a weight lies outside [0, 1], a label or a listed class outside [0, C), or
-            shapes disagree.
+        ValueError: if a weight lies outside [0, 1], a label or a listed class outside [0, C), a
+            class is listed twice, or shapes disagree.
 
     Source: Kim et al. 2021, equation 5.
     """
@@ -268,6 +300,7 @@ def mix_targets(
     check_row_weights(alpha)
     if isinstance(teacher_probs, TopK):
         check_listed("teacher_probs", teacher_probs.indices, num_classes)
+        check_listed_once("teacher_probs", teacher_probs.indices, alpha)
         teacher_probs = teacher_probs.dense(num_classes)
     return mixture(target, teacher_probs, alpha, num_classes, label_smoothing)
 

@@ -170,8 +170,10 @@ class PSKDFastRCNNOutputLayers(FastRCNNOutputLayers):
     ) -> Tensor:
         """Return what the mixed target adds to the stock loss, which is linear in it."""
         onehot = torch.zeros_like(past).scatter_(1, labels[:, None], 1.0)
+        weight = alpha[:, None]
+        change = torch.where(weight == 0, 0.0, weight * (onehot - past))  # whatever the past is
         # Without the background, the last column, which a sigmoid head does not train.
-        softening = alpha[:, None] * ((onehot - past) * scores.float())[:, :-1]
+        softening = (change * scores.float())[:, :-1]
         if self.use_fed_loss:
             sampled = softening.new_zeros(self.num_classes + 1)
             sampled[self._fed_loss_classes] = 1.0

@@ -7,20 +7,13 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
+from pskd._tensors import is_traced
 from pskd.kernels import Rows, RowValues, compute, has_triton
 
-__all__ = ["is_traced", "scaled", "values_and_gradient", "values_only"]
+__all__ = ["scaled", "values_and_gradient", "values_only"]
 
 _CHUNK_ELEMENTS = 1 << 16  # of half precision, so many are converted at a time
-
-
-def is_traced(tensor: Tensor) -> bool:
-    """Return whether someone watches operators, who would not see what is written into memory."""
-    if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
-        return True
-    return type(tensor) not in (Tensor, torch.nn.Parameter)
 
 
 def values_and_gradient(

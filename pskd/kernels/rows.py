@@ -10,9 +10,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from pskd._tensors import check_memory
 from pskd.targets import check_labels, check_listed, check_row_weights
 
-__all__ = ["RowValues", "Rows", "check_memory", "check_values", "readable", "sum_dtype"]
+__all__ = ["RowValues", "Rows", "check_values", "readable", "sum_dtype"]
 
 
 class Rows(NamedTuple):
@@ -74,30 +75,10 @@ def readable(rows: Rows) -> Rows:
             continue
         if value.device != device:
             raise ValueError(f"{name}: expected a tensor on {device}, got one on {value.device}")
-        if value.layout is not torch.strided:
-            raise ValueError(f"{name}: expected a dense tensor, got the layout {value.layout}")
         check_memory(name, value)
         if value.is_neg():  # the sign is not in the memory
             lazy[name] = value.resolve_neg()
     return rows._replace(**lazy) if lazy else rows
-
-
-def check_memory(name: str, tensor: Tensor) -> None:
-    """Raise ValueError if a tensor's memory was freed, as sharding does with parameters."""
-    if tensor.is_meta:  # it never has any
-        return
-    needed, there = _extent(tensor), tensor.untyped_storage().nbytes()
-    if there < needed or (needed and not tensor.data_ptr()):
-        raise ValueError(f"{name}: expected a tensor in memory ({needed} bytes), got a freed one")
-
-
-def _extent(tensor: Tensor) -> int:
-    """Return up to which byte of its storage a tensor reaches."""
-    count = tensor.numel()
-    if count and not tensor.is_contiguous():
-        steps = zip(tensor.shape, tensor.stride(), strict=True)
-        count = 1 + sum((size - 1) * step for size, step in steps)
-    return int(tensor.storage_offset() + count) * tensor.itemsize if count else 0
 
 
 def check_values(rows: Rows) -> None:

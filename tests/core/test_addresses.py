@@ -8,8 +8,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from pskd import TopK, pskd_cross_entropy
+from pskd import (
+    LinearTeacher,
+    MemoryCriterion,
+    SnapshotCriterion,
+    TopK,
+    calibration,
+    gradient_rescaling,
+    mix_targets,
+    pskd_cross_entropy,
+    pskd_linear_cross_entropy,
+)
 from pskd.kernels import native
 
 needs_native = pytest.mark.skipif(not native.is_built(), reason="the compiled form was not built")
@@ -113,3 +124,127 @@ def test_a_library_of_other_sources_is_not_called(version, monkeypatch, caplog):
     with caplog.at_level(logging.WARNING):
         assert native._loaded(Path("_native_rows.so")) is None
     assert "install pskd again" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["target", "teacher_probs", "alpha"])
+def test_a_tensor_without_an_address_beside_logits_with_one_is_named(name):
+    """To the library no address would mean that there is none."""
+    given = batch()
+    with FakeTensorMode() as mode:
+        fake = mode.from_tensor(given[name])
+    with pytest.raises(ValueError, match="expected a tensor in memory"):
+        pskd_cross_entropy(**given | {name: fake})
+
+
+FREED = pytest.mark.parametrize("size", [0, 8])
+
+
+@FREED
+@pytest.mark.parametrize(
+    "name", ["hidden", "weight", "bias", "target", "int32", "teacher", "kept", "linear", "alpha"]
+)
+def test_the_loss_from_hidden_states_names_what_was_freed(name, size):
+    given = batch()
+    past, hidden, weight = given["teacher_probs"], given["logits"], torch.eye(5)
+    top = TopK.from_logits(past, 2)
+    call = {"hidden": hidden, "weight": weight, "bias": torch.zeros(5), "teacher": past}
+    call |= {"target": given["target"], "alpha": given["alpha"]}
+    changed = {
+        "int32": {"target": freed(given["target"].int(), size)},
+        "kept": {"teacher": TopK(freed(top.indices, size), top.probs)},
+        "linear": {"teacher": LinearTeacher(freed(hidden, size), weight)},
+    }
+    change = changed.get(name) or {name: freed(call[name], size)}
+    with pytest.raises(ValueError, match=r"expected a tensor in memory \(\d+ bytes\), got a freed"):
+        pskd_linear_cross_entropy(**call | change)
+
+
+@FREED
+@pytest.mark.parametrize("epoch", [1, 2])
+@pytest.mark.parametrize("name", ["logits", "target", "seen"])
+@pytest.mark.parametrize("form", ["memory", "snapshot"])
+def test_a_criterion_names_what_was_freed(form, name, epoch, size):
+    given, rows = batch(), torch.arange(6)
+    model = torch.nn.Linear(5, 5)
+    criterion = (
+        MemoryCriterion(6, 5, num_epochs=2)
+        if form == "memory"
+        else SnapshotCriterion(model, num_epochs=2)
+    )
+    call = {"logits": given["logits"], "target": given["target"], "seen": rows}
+    if form == "snapshot":
+        call["seen"] = given["logits"]
+    for number in range(1, epoch + 1):
+        criterion.begin_epoch(number)
+    call[name] = freed(call[name], size)
+    if form == "snapshot" and name == "seen":  # of which the rows may be told, and the model asked
+        call["seen"], rows = given["logits"], freed(rows, size)
+    options = {"rows": rows} if form == "snapshot" else {}
+    with pytest.raises(ValueError, match=r"expected a tensor in memory \(\d+ bytes\), got a freed"):
+        criterion(*call.values(), **options)
+
+
+def test_class_weights_targets_and_metrics_name_what_was_freed():
+    given = batch()
+    probs, target = given["teacher_probs"], given["target"]
+    refused = pytest.raises(ValueError, match="expected a tensor in memory")
+    with refused:
+        pskd_cross_entropy(**given, weight=freed(torch.ones(5), 0))
+    for labels, past in ((freed(target, 0), probs), (target, freed(probs, 0))):
+        with refused:
+            mix_targets(labels, past, 0.5)
+        with refused:
+            calibration.negative_log_likelihood(past, labels)
+    with refused:
+        calibration.reliability_bins(freed(probs[:, 0], 0), target > 0)
+    with refused:
+        gradient_rescaling(probs[:, 0], freed(probs[:, 1].contiguous(), 0), 0.5)
+
+
+@pytest.mark.parametrize("name", ["logits", "target"])
+def test_a_sparse_tensor_is_named_in_the_first_epoch_too(name):
+    given = batch()
+    criterion = MemoryCriterion(6, 5, num_epochs=2)
+    criterion.begin_epoch(1)
+    call = {"logits": given["logits"], "target": given["teacher_probs"]}
+    call[name] = call[name].to_sparse()
+    with pytest.raises(ValueError, match=f"{name}: expected a dense tensor, got the layout"):
+        criterion(*call.values(), torch.arange(6))
+
+
+def test_metrics_of_lazily_negated_tensors_keep_their_sign():
+    probs, target = batch()["teacher_probs"], batch()["target"]
+    confidence, negated = probs.amax(dim=1), torch._neg_view(-probs.amax(dim=1))
+    expected = calibration.reliability_bins(confidence, target > 0)
+    got = calibration.reliability_bins(negated, target > 0)
+    assert got.confidence_sum.tolist() == expected.confidence_sum.tolist()
+
+
+@pytest.mark.parametrize("take", [lambda leaf: leaf.view(6, 5), lambda leaf: leaf[:, :5]])
+def test_a_view_of_a_leaf_is_not_written_over(take):
+    """torch refuses to change one in place; here the parameter's values would be lost."""
+    given = batch()
+    leaf = torch.nn.Parameter(given["logits"].clone())
+    with pytest.raises(ValueError, match="inplace: expected logits .*, got a view of a leaf"):
+        pskd_cross_entropy(**given | {"logits": take(leaf)}, inplace=True)
+    assert torch.equal(leaf, given["logits"])
+
+
+@pytest.mark.parametrize("form", ["probs", "logits", "kept", "soft", "linear"])
+def test_on_the_meta_device_a_loss_has_a_shape_and_no_values(form):
+    """As of a model that is built without memory, to learn its shapes."""
+    given = {name: tensor.to("meta") for name, tensor in batch().items()}
+    probs, logits = given.pop("teacher_probs"), given.pop("logits").requires_grad_()
+    past = {
+        "probs": {"teacher_probs": probs},
+        "logits": {"teacher_probs": None, "teacher_logits": probs},
+        "kept": {"teacher_probs": TopK(probs[:, :2].long(), probs[:, :2])},
+        "soft": {"teacher_probs": probs, "target": probs},
+    }
+    if form == "linear":
+        loss = pskd_linear_cross_entropy(logits, probs[:5], given["target"], probs, given["alpha"])
+    else:
+        loss = pskd_cross_entropy(logits, **given | past[form])
+    loss.backward()
+    assert loss.is_meta and loss.shape == () and loss.dtype == torch.float32
+    assert logits.grad.is_meta and logits.grad.shape == (6, 5)

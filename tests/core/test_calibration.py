@@ -410,6 +410,17 @@ class TestInputs:
         assert expected_calibration_error(rounded, LABELS) == 0.0
         assert reliability_bins(rounded.amax(1), [True, True]).confidence_sum.tolist()[-1] == 2.0
 
+    def test_probabilities_of_float32_may_come_as_float64(self):
+        """As a list of Python's floats does: what was rounded before stays rounded."""
+        above = np.nextafter(np.float32(1.0), np.float32(2.0))
+        probs = np.array([[above, 0.0], [-np.finfo(np.float32).eps, above]], np.float64)
+        labels = LABELS.tolist()
+        assert negative_log_likelihood(probs, np.array(labels)) == 0.0
+        assert reliability_bins(probs.max(1).tolist(), [True, True]).confidence_sum[-1] == 2.0
+        stream = ConfidenceAccumulator()
+        stream.update_from(probs.max(1).tolist(), [True, True], (-np.log(probs.max(1))).tolist())
+        assert stream.compute()["nll"] == 0.0
+
     def test_more_than_rounding_is_refused_with_enough_digits_to_see_it(self):
         probs = torch.tensor([[1.0 + 1e-5, 0.0]])
         with pytest.raises(ValueError, match=r"got values in \[0, 1.00001"):

@@ -258,7 +258,9 @@ def losses_of(criterion, model, target: torch.Tensor) -> list[torch.Tensor]:
 
 
 @FORMS
-@pytest.mark.parametrize("dtype", [torch.int32, torch.uint8, torch.int16])
+@pytest.mark.parametrize(
+    "dtype", [torch.int32, torch.uint8, torch.int16, torch.uint16, torch.uint64]
+)
 def test_labels_may_be_any_integers(form, dtype):
     model = net().eval()
     got = losses_of(form(model), model, TARGET[:6].to(dtype))
@@ -337,3 +339,29 @@ def test_an_epoch_that_is_not_finite_does_not_spoil_the_means():
         means = criterion.take_means()
         assert all(math.isfinite(value) for value in means.values()), means
         assert epoch == 1 or {"pskd/teacher_nll", "pskd/gradient_rescaling"} < set(means)
+
+
+@FORMS
+def test_probabilities_of_0_may_lie_on_masked_classes(form):
+    """In every epoch: torch's own loss is NaN there."""
+    model, masked = net().eval(), torch.tensor([1, 3])
+    masked_model = nn.Sequential(model, Masked(masked))
+    soft = torch.randn(6, C, generator=torch.Generator().manual_seed(5))
+    soft = soft.index_fill(1, masked, -torch.inf).softmax(1)
+    told = pskd.ExampleStats(M)
+    got = losses_of(form(masked_model, examples=told, alpha_final=0.8), masked_model, soft)
+    lprobs = masked_model(INPUTS[:6]).log_softmax(1)
+    expected = -torch.where(soft == 0, 0.0, soft * lprobs).sum(1).mean()
+    torch.testing.assert_close([got[0], got[2]], [expected, expected])
+    assert got[1].isfinite() and told.compute()[0][:6].isfinite().all()
+
+
+class Masked(nn.Module):
+    """Takes some classes away."""
+
+    def __init__(self, classes: torch.Tensor) -> None:
+        super().__init__()
+        self.register_buffer("classes", classes)
+
+    def forward(self, scores):
+        return scores.index_fill(1, self.classes, -torch.inf)

@@ -139,3 +139,17 @@ def test_a_student_that_is_not_finite_is_left_out():
     past, alpha = torch.tensor([0.5, 0.4]), torch.full((2,), 0.6)
     got = teacher_effect(torch.tensor([0.5, math.nan]), past, alpha)
     torch.testing.assert_close(got, teacher_effect(torch.tensor([0.5]), past[:1], alpha[:1]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_probabilities_that_rounding_left_above_1_are_1(dtype):
+    above = 1.0 + torch.finfo(dtype).eps
+    student, teacher = torch.tensor([[above, above, 0.5], [0.5, above, above]], dtype=dtype)
+    factors = gradient_rescaling(student, teacher, 0.5)
+    assert factors.tolist() == [-math.inf, 0.5, 1.0]
+
+
+@pytest.mark.parametrize("given", [[0.5], 0.5, None])
+def test_rescaling_refuses_what_is_no_tensor(given):
+    with pytest.raises(ValueError, match="student_probs_at_label: expected a tensor, got"):
+        gradient_rescaling(given, PROBS, 0.5)

@@ -253,3 +253,13 @@ def test_bad_input_is_refused_with_what_was_expected_and_got(changed, message):
     assert pskd_linear_cross_entropy(**GOOD).isfinite()
     with pytest.raises(ValueError, match=re.escape(message)):
         pskd_linear_cross_entropy(**{**GOOD, **changed})
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_an_unsigned_label_is_not_the_ignored_one(reduction):
+    """-100 as an unsigned integer of 8 bits is 156."""
+    logits, target = torch.randn(4, 200), torch.tensor([156, 1, 2, 156])
+    expected = F.cross_entropy(logits, target, reduction=reduction)
+    options = {"teacher": None, "alpha": 0.0, "reduction": reduction}
+    got = pskd_linear_cross_entropy(logits, torch.eye(200), target.to(torch.uint8), **options)
+    torch.testing.assert_close(got, expected)

@@ -128,6 +128,16 @@ REFUSED += [
     ),
     ({"teacher_probs": THIRDS.tolist()}, "teacher: expected a tensor, got list"),
     ({"target": torch.tensor([0, 2]).numpy()}, "target: expected a tensor, got ndarray"),
+    ({"ignore_index": 1 << 64}, "ignore_index: expected an integer of 64 bits, got 18446744073"),
+    ({"ignore_index": 1.0}, "ignore_index: expected an integer, got 1.0"),
+    (
+        {"target": THIRDS, "teacher_probs": TopK(INDICES * 0, THIRDS[:, :2])},
+        "teacher_probs: expected TopK of distinct classes in a row, got 0 twice",
+    ),
+    (
+        {name: torch.zeros(2, 0) for name in ("logits", "target", "teacher_probs")},
+        "target: expected labels in [0, -1], got",
+    ),
 ]
 
 

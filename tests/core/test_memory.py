@@ -677,3 +677,16 @@ def test_an_average_gives_nothing_to_classes_that_are_masked(dtype):
     past, _ = memory.read(rows)
     is_masked = torch.isin(past.indices, torch.tensor([1, 3, 4, 6]))
     assert is_masked.any() and (past.probs[is_masked] == 0).all()
+
+
+@pytest.mark.parametrize("k", [2, 3, 5])
+def test_an_average_lists_each_class_once_where_there_is_no_past(k):
+    """Of equal probabilities, as of a head that is all zeros, ties are many."""
+    memory = pskd.PredictionMemory(M, 10, top_k=k, dtype=torch.float32, momentum=0.5)
+    for _ in range(2):
+        memory.next_epoch()
+    memory.write(torch.arange(M), torch.full((M, 10), 1.0) / 10)
+    memory.next_epoch()
+    past, seen = memory.read(torch.arange(M))
+    assert seen.all() and all(len(row.unique()) == k for row in past.indices)
+    torch.testing.assert_close(past.dense(10), torch.full((M, 10), 0.1))

@@ -305,9 +305,42 @@ def test_the_tail_may_be_kept_from_some_classes():
             {"teacher_probs": TopK(torch.tensor([[0, 3]] * 2), torch.full((2, 2), 0.5))},
             "teacher_probs: expected TopK of classes in [0, 2], got [0, 3]",
         ),
+        (
+            {"teacher_probs": TopK(torch.tensor([[0, 1], [2, 2]]), torch.full((2, 2), 0.5))},
+            "teacher_probs: expected TopK of distinct classes in a row, got 2 twice",
+        ),
     ],
 )
 def test_other_types_and_classes_are_refused(given, message):
     good = {"target": torch.tensor([0, 1]), "teacher_probs": torch.full((2, 3), 1 / 3)}
     with pytest.raises(ValueError, match=re.escape(message)):
         mix_targets(**good | given, alpha=0.5, num_classes=None if "target" in given else 3)
+
+
+def test_a_row_of_alpha_zero_may_list_any_class_twice():
+    """As a memory gives it, zeros for a row without a past."""
+    sparse = TopK(torch.tensor([[0, 1], [0, 0]]), torch.tensor([[0.5, 0.2], [0.0, 0.0]]))
+    alpha = torch.tensor([0.5, 0.0])
+    got = mix_targets(torch.tensor([0, 1]), sparse, alpha, num_classes=3)
+    torch.testing.assert_close(got, torch.tensor([[0.75, 0.1, 0.15], [0.0, 1.0, 0.0]]))
+
+
+@pytest.mark.parametrize(
+    ("indices", "message"),
+    [
+        (torch.tensor([[0, 3]]), "dense: expected TopK of classes in [0, 2], got [0, 3]"),
+        (torch.tensor([[-1, 0]]), "dense: expected TopK of classes in [0, 2], got [-1, 0]"),
+        (torch.tensor([[0.0, 1.0]]), "dense: expected 1 to 3 integer classes a row, got 2 of torc"),
+    ],
+)
+def test_a_distribution_of_other_classes_is_refused(indices, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        TopK(indices, torch.full((1, 2), 0.5)).dense(3)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint16, torch.uint32, torch.uint64, torch.uint8])
+def test_labels_and_kept_classes_may_be_of_any_unsigned_integers(dtype):
+    target, sparse = torch.tensor([0, 2]), TopK(torch.tensor([[0, 1]] * 2), torch.ones(2, 2) / 3)
+    expected = mix_targets(target, sparse, 0.5, num_classes=3)
+    given = TopK(sparse.indices.to(dtype), sparse.probs)
+    assert torch.equal(mix_targets(target.to(dtype), given, 0.5, num_classes=3), expected)

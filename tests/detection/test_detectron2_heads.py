@@ -538,6 +538,22 @@ def test_a_sigmoid_head_learns_from_the_mixed_binary_targets():
     assert storage.latest()["pskd/teacher_nll"][0] > 0
 
 
+@pytest.mark.parametrize("use_sigmoid_ce", [False, True])
+def test_a_teacher_of_rois_that_are_not_softened_may_say_anything(use_sigmoid_ce):
+    state = PSKDState(foreground_only=True)
+    state.alpha = ALPHA
+    layers = predictor(state, use_sigmoid_ce=use_sigmoid_ce)
+    state.snapshot.refresh(torch.nn.Identity())
+    losses = []
+    for past in (0.0, float("nan")):
+        scores, deltas, image = rois()
+        image.get(TEACHER_FIELD)[image.gt_classes == K] = past
+        with EventStorage(0):
+            losses.append(layers.losses((scores, deltas), [image])["loss_cls"])
+        losses += torch.autograd.grad(losses[-1], scores)
+    assert torch.equal(losses[0], losses[2]) and torch.equal(losses[1], losses[3])
+
+
 def test_the_federated_loss_softens_the_sampled_classes_only():
     state = PSKDState()
     state.alpha = ALPHA

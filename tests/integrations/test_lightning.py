@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.utils.data import DataLoader, DistributedSampler
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 pytest.importorskip("lightning", reason="needs lightning: pip install '.[lightning]'")
 
@@ -111,6 +111,23 @@ def test_half_precision_trains_near_the_loop_by_hand(teacher, precision, tmp_pat
     assert module.losses[-1] == pytest.approx(float(losses[-1]), rel=0.5)
     assert all(torch.tensor(module.losses + module.validated).isfinite())
     assert made.criterion.alpha == 0.9 and torch.get_default_dtype() == torch.float32
+
+
+@FORMS
+@pytest.mark.parametrize("dtype", [torch.int32, torch.uint8])
+def test_labels_may_be_any_integers(teacher, dtype, tmp_path):
+    """In the training, and in a validation before it, in it and without one."""
+    inputs, target = DATA.tensors
+    data = TensorDataset(inputs, target.to(dtype))
+    module, made = Module(snapshot=teacher == "snapshot"), callback(teacher)
+    validation = DataLoader(data, batch_size=BATCH)
+    run = trainer(tmp_path, made)
+    rows = pskd.WithRows(data) if teacher == "memory" else data
+    run.fit(module, DataLoader(rows, batch_size=BATCH, sampler=Shuffled()), validation)
+    run.validate(module, validation, verbose=False)
+    expected, _ = fit(tmp_path, teacher, validate=True)
+    assert module.losses == expected.losses
+    assert module.validated[: len(expected.validated)] == expected.validated
 
 
 def test_a_validation_is_plain_cross_entropy(tmp_path):
