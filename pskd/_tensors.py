@@ -6,7 +6,10 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-__all__ = ["check_memory", "check_tensors", "is_traced"]
+__all__ = ["PLAIN", "check_memory", "check_tensors", "is_traced"]
+
+#: The types of tensors that are no more than what is in their memory.
+PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def is_traced(tensor: Tensor) -> bool:
@@ -16,7 +19,7 @@ def is_traced(tensor: Tensor) -> bool:
     """
     if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
         return True
-    return tensor.is_meta or type(tensor) not in (Tensor, torch.nn.Parameter)
+    return tensor.is_meta or type(tensor) not in PLAIN
 
 
 def check_tensors(**values: object) -> None:
@@ -34,8 +37,8 @@ def check_memory(name: str, tensor: Tensor) -> None:
     if tensor.layout is not torch.strided:
         raise ValueError(f"{name}: expected a dense tensor, got the layout {tensor.layout}")
     needed, storage = _extent(tensor), tensor.untyped_storage()
-    there = 0 if storage.device.type == "meta" else storage.nbytes()
-    if there < needed or (needed and not tensor.data_ptr()):
+    is_fake = type(tensor) not in PLAIN and storage.device.type == "meta"
+    if storage.nbytes() < needed or (needed and (is_fake or not tensor.data_ptr())):
         raise ValueError(f"{name}: expected a tensor in memory ({needed} bytes), got a freed one")
 
 

@@ -127,7 +127,7 @@ def native_rows(
     logits, target = _with_dense_rows(rows.logits), rows.target.contiguous()
     count, classes = logits.shape
     loss = _floats(count) if reduction == "none" else _floats()
-    nll, at_label = _floats(2, count if with_stats else 0).unbind()
+    nll, at_label = _floats(2, count).unbind() if with_stats else (_NOTHING, _NOTHING)
     call = _Call(
         size=ctypes.sizeof(_Call),
         version=_VERSION,
@@ -180,6 +180,9 @@ def native_rows(
 def _floats(*size: int) -> Tensor:
     """Return what the library writes, float32 on the CPU, whatever torch's defaults are."""
     return torch.empty(size, dtype=torch.float32, device="cpu")
+
+
+_NOTHING = _floats(0)
 
 
 def _with_dense_rows(matrix: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pskd._tensors import check_memory
 from pskd.kernels import Rows, RowValues, compute, sum_dtype
 
 __all__ = ["cross_entropy"]
@@ -40,6 +41,9 @@ def _cross_entropy(
     rows = Rows(
         logits, target, probs, teacher_logits, indices, weight, ignore_index, label_smoothing
     )
+    for name, value in zip(rows._fields, rows, strict=True):
+        if isinstance(value, Tensor):  # nobody has looked at what a graph hands on
+            check_memory(name, value)
     grad = torch.empty(logits.shape if wants_grad else 0, dtype=logits.dtype, device=logits.device)
     loss, nll, at_label = compute(rows, reduction, grad if wants_grad else None, with_stats=True)
     return loss, nll.clone(), at_label.clone(), grad  # results may not share their memory
