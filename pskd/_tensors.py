@@ -17,18 +17,21 @@ def is_traced(tensor: Tensor) -> bool:
 
     Whoever watches would not see what is written into memory, and on the meta device there is none.
     """
-    if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
-        return True
-    return tensor.is_meta or type(tensor) not in PLAIN
+    return _is_watched() or tensor.is_meta or type(tensor) not in PLAIN
+
+
+def _is_watched() -> bool:
+    return bool(torch.compiler.is_compiling() or is_in_torch_dispatch_mode())
 
 
 def check_tensors(**values: object) -> None:
     """Raise ValueError unless each named argument is a tensor, dense and in memory if any is."""
+    # Not every operator of torch looks before it reads.
+    looks = not (_is_watched() or torch._C._are_functorch_transforms_active())
     for name, value in values.items():
         if not isinstance(value, Tensor):
             raise ValueError(f"{name}: expected a tensor, got {type(value).__name__}")
-        # Not every operator of torch looks before it reads.
-        if not (is_traced(value) or torch._C._are_functorch_transforms_active()):
+        if looks and type(value) in PLAIN and not value.is_meta:
             check_memory(name, value)
 
 
