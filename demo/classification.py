@@ -14,8 +14,16 @@ import json
 import sys
 from pathlib import Path
 
-from demo.report import Report
-from demo.steps import ROOT, Step, StepFailed, check_folder, fresh_folder, run_all
+from demo.report import Report, show
+from demo.steps import (
+    ROOT,
+    Step,
+    check_folder,
+    folder_of,
+    fresh_folder,
+    metrics,
+    run_all,
+)
 from pskd.run.files import write_json
 
 OUT = Path("runs/demo/classification")
@@ -48,7 +56,7 @@ class EpochPrinter:
         self._printed: dict[str, int] = {}
 
     def __call__(self, step: Step) -> None:
-        for record in _epochs(step.log.parent):
+        for record in metrics(step.log.parent):
             if record["epoch"] % self.EVERY or record["epoch"] <= self._printed.get(step.name, 0):
                 continue
             self._printed[step.name] = record["epoch"]
@@ -59,21 +67,10 @@ class EpochPrinter:
             )
 
 
-def _epochs(run: Path) -> list[dict]:
-    """Return the whole lines of a run's metrics.json, which may still be written."""
-    path = run / "metrics.json"
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
-    return [json.loads(line) for line in lines]
-
-
-def folder(out: Path, run: str) -> Path:
-    return out / run.lower().replace("-", "")
-
-
 def train(args: argparse.Namespace, out: Path) -> None:
     """Train and evaluate all three side by side, from the same seed."""
     steps = []
-    folders = {run: fresh_folder(folder(out, run)) for run in RUNS}
+    folders = {run: fresh_folder(folder_of(out, run)) for run in RUNS}
     for run, path in folders.items():
         script = [sys.executable, ROOT / "classification" / "train.py", *RUNS[run]]
         line = [*script, "--output-dir", path, *args.train_flags]
@@ -87,7 +84,7 @@ def collect(out: Path) -> dict[str, dict]:
     """Read the test figures of all three and write results.json."""
     results = {}
     for run in RUNS:
-        found = json.loads((folder(out, run) / "results.json").read_text(encoding="utf-8"))
+        found = json.loads((folder_of(out, run) / "results.json").read_text(encoding="utf-8"))
         scaled = {f"scaled_{key}": found["scaled"][key] for key in ("nll", "ece")}
         results[run] = found["last"] | scaled
     write_json(out / "results.json", results, indent=2)
@@ -118,22 +115,16 @@ def run(args: argparse.Namespace) -> Report:
     """
     out = args.out.resolve()
     for name in RUNS:
-        check_folder(folder(out, name))
+        check_folder(folder_of(out, name))
     out.mkdir(parents=True, exist_ok=True)
     train(args, out)
     title = "classification, digits of which 40 % of the training labels are wrong"
-    folders = {run: folder(out, run) for run in RUNS}
+    folders = {run: folder_of(out, run) for run in RUNS}
     return Report(title, COLUMNS, collect(out), NOTE, folders)
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = parse(argv)
-    try:
-        print(f"\n{run(args).text()}")
-    except (StepFailed, OSError, ValueError) as error:
-        print(f"demo: error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return show(run, parse(argv))
 
 
 if __name__ == "__main__":

@@ -27,8 +27,16 @@ from pskd_detection import (
 
 from demo.detection_picture import detections_picture
 from demo.digits import write_digits
-from demo.report import Report
-from demo.steps import ROOT, Step, StepFailed, check_folder, fresh_folder, run_all
+from demo.report import Report, show
+from demo.steps import (
+    ROOT,
+    Step,
+    check_folder,
+    folder_of,
+    fresh_folder,
+    metrics,
+    run_all,
+)
 from pskd.plots import reliability_diagram, risk_coverage_plot
 from pskd.run.files import write_json
 
@@ -107,21 +115,10 @@ class IterationPrinter:
             )
 
 
-def metrics(run: Path) -> list[dict]:
-    """Return the whole lines of a run's metrics.json, which may still be written."""
-    path = run / "metrics.json"
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
-    return [json.loads(line) for line in lines]
-
-
-def folder(out: Path, run: str) -> Path:
-    return out / run.lower().replace("-", "")
-
-
 def train(args: argparse.Namespace, specs: dict[str, str], out: Path) -> None:
     """Train and evaluate baseline and PS-KD side by side, from the same seed."""
     steps = []
-    folders = {run: fresh_folder(folder(out, run)) for run in RUNS}
+    folders = {run: fresh_folder(folder_of(out, run)) for run in RUNS}
     for run, path in folders.items():
         line = [*command(args.framework, run, specs, path), *args.train_flags]
         steps.append(Step(run, line, path / "train.log"))
@@ -151,7 +148,7 @@ def collect(specs: dict[str, str], out: Path) -> dict[str, dict]:
     classes = load_dataset(specs["train"]).class_names
     dataset = load_dataset(specs["test"], classes)
     truth = write_json(out / "test.json", dataset.coco)
-    files = {run: folder(out, run) / "inference" / "coco_instances_results.json" for run in RUNS}
+    files = {run: folder_of(out, run) / "inference" / "coco_instances_results.json" for run in RUNS}
     say(3, f"pictures and {out / 'results.json'}")
     detections_picture(truth, dataset.image_dir, files, out / "detections.png")
     scores = {run: confidence_of(dataset, path) for run, path in files.items()}
@@ -159,7 +156,7 @@ def collect(specs: dict[str, str], out: Path) -> dict[str, dict]:
     if all(len(confidence) for confidence, _ in pairs.values()):
         reliability_diagram(pairs, out / "reliability.png")
         risk_coverage_plot(pairs, out / "risk_coverage.png")
-    results = {run: json.loads((folder(out, run) / "results.json").read_text()) for run in RUNS}
+    results = {run: json.loads((folder_of(out, run) / "results.json").read_text()) for run in RUNS}
     write_json(out / "results.json", results, indent=2)
     return results
 
@@ -174,7 +171,7 @@ def report(results: dict[str, dict], framework: str, out: Path) -> Report:
         f"at least\n{first['score_threshold']:g}, right with an IoU of at least "
         f"{first['iou_threshold']:g}. Lower is better but for AP and AP50."
     )
-    folders = {run: folder(out, run) for run in RUNS}
+    folders = {run: folder_of(out, run) for run in RUNS}
     return Report(f"detection, {NAMES[framework]}", COLUMNS, flat, note, folders)
 
 
@@ -226,7 +223,7 @@ def run(args: argparse.Namespace) -> Report:
     """
     out = args.out.resolve()
     for name in RUNS:
-        check_folder(folder(out, name))
+        check_folder(folder_of(out, name))
     out.mkdir(parents=True, exist_ok=True)
     specs = prepare(args, out)
     train(args, specs, out)
@@ -234,13 +231,7 @@ def run(args: argparse.Namespace) -> Report:
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = parse(argv)
-    try:
-        print(f"\n{run(args).text()}")
-    except (StepFailed, OSError, ValueError) as error:
-        print(f"demo: error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return show(run, parse(argv))
 
 
 if __name__ == "__main__":

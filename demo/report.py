@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import argparse
+import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+from demo.steps import StepFailed
 from pskd.presets import PRESETS
 from pskd.report.compare import Comparison, compare
 from pskd.report.runs import read_run
 from pskd.report.tables import Table, make_tables
 from pskd.report.verdict import title_of
 
-__all__ = ["Report"]
+__all__ = ["Report", "show"]
 
 _WIDTH = 10
 _NAME_WIDTH = 15
@@ -73,3 +76,13 @@ def _sentence(table: Table, pair: Comparison) -> str:
     ]
     said = "; ".join(told) or "too few test examples to tell"
     return f"{pair.method.name} against {pair.baseline.name}: {said}."
+
+
+def show(run: Callable[[argparse.Namespace], Report], args: argparse.Namespace) -> int:
+    """Run a part by itself, print what it ends with, and return the exit status."""
+    try:
+        print(f"\n{run(args).text()}")
+    except (StepFailed, OSError, ValueError) as error:
+        print(f"demo: error: {error}", file=sys.stderr)
+        return 1
+    return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -10,7 +11,17 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-__all__ = ["ROOT", "Step", "StepFailed", "check_folder", "environment", "fresh_folder", "run_all"]
+__all__ = [
+    "ROOT",
+    "Step",
+    "StepFailed",
+    "check_folder",
+    "environment",
+    "folder_of",
+    "fresh_folder",
+    "metrics",
+    "run_all",
+]
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -66,6 +77,18 @@ def fresh_folder(path: Path, log_name: str = "train.log") -> Path:
         shutil.rmtree(path)
     path.mkdir(parents=True)
     return path
+
+
+def folder_of(out: Path, run: str) -> Path:
+    """Return the folder of a run of the demo."""
+    return out / run.lower().replace("-", "")
+
+
+def metrics(run: Path) -> list[dict]:
+    """Return the whole lines of a run's metrics.json, which may still be written."""
+    path = run / "metrics.json"
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
+    return [json.loads(line) for line in lines]
 
 
 class Step:

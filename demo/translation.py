@@ -21,8 +21,15 @@ import numpy as np
 
 from demo.locale_pairs import write_pairs
 from demo.noise import misaligned
-from demo.report import Report
-from demo.steps import ROOT, Step, StepFailed, check_folder, fresh_folder, run_all
+from demo.report import Report, show
+from demo.steps import (
+    ROOT,
+    Step,
+    check_folder,
+    folder_of,
+    fresh_folder,
+    run_all,
+)
 from pskd.plots import reliability_diagram, risk_coverage_plot
 from pskd.run.files import write_json
 
@@ -93,14 +100,10 @@ class EpochPrinter:
         self._seen[step.name] = len(records)
 
 
-def folder(out: Path, name: str) -> Path:
-    return out / name.lower().replace("-", "")
-
-
 def train(args: argparse.Namespace, data: Path, out: Path) -> None:
     """Train baseline and PS-KD side by side, from the same seed."""
     steps = []
-    runs = {name: fresh_folder(folder(out, name)) for name in RECIPES}
+    runs = {name: fresh_folder(folder_of(out, name)) for name in RECIPES}
     for name, run in runs.items():
         command = [ROOT / "configs" / "translation" / RECIPES[name], data, run]
         if not args.src:
@@ -115,7 +118,7 @@ def evaluate(args: argparse.Namespace, data: Path, out: Path) -> dict[str, dict]
     """Measure both last checkpoints on the test set."""
     steps = []
     for name in RECIPES:
-        run = folder(out, name)
+        run = folder_of(out, name)
         command: list[str | Path] = [sys.executable, ROOT / "translation" / "evaluate.py"]
         command += [run / "checkpoint_last.pt", "--data", data, "--out", run / "evaluation"]
         steps.append(Step(name, [*command, "--name", name], run / "evaluate.log"))
@@ -124,7 +127,7 @@ def evaluate(args: argparse.Namespace, data: Path, out: Path) -> dict[str, dict]
     run_all(steps)
     results = {}
     for name in RECIPES:
-        run = folder(out, name)
+        run = folder_of(out, name)
         results[name] = json.loads((run / "evaluation" / "evaluation.json").read_text())
         results[name]["seconds_per_epoch"] = seconds_per_epoch(epoch_records(run / "train.log"))
     return results
@@ -148,7 +151,7 @@ def write_results(results: dict[str, dict], out: Path) -> None:
     """Write results.json and the two plots, both runs in each."""
     runs = {}
     for name in RECIPES:
-        tokens = np.load(folder(out, name) / "evaluation" / "confidence.npz")
+        tokens = np.load(folder_of(out, name) / "evaluation" / "confidence.npz")
         runs[name] = (tokens["confidence"], tokens["correct"])
     say(4, f"plots and {out / 'results.json'}")
     reliability_diagram(runs, out / "reliability.png")
@@ -162,7 +165,7 @@ def report(results: dict[str, dict], out: Path) -> Report:
         f"BLEU: sacreBLEU {signature}.\nNLL (nats), ECE (15 bins) and AURC: of every reference "
         "token under teacher forcing. Lower is better but for BLEU."
     )
-    folders = {name: folder(out, name) / "evaluation" for name in RECIPES}
+    folders = {name: folder_of(out, name) / "evaluation" for name in RECIPES}
     return Report("translation, fairseq", COLUMNS, results, note, folders)
 
 
@@ -218,7 +221,7 @@ def run(args: argparse.Namespace) -> Report:
     """
     out = args.out.resolve()
     for name in RECIPES:
-        check_folder(folder(out, name))
+        check_folder(folder_of(out, name))
     out.mkdir(parents=True, exist_ok=True)
     data = prepare(args, out)
     train(args, data, out)
@@ -228,13 +231,7 @@ def run(args: argparse.Namespace) -> Report:
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = parse(argv)
-    try:
-        print(f"\n{run(args).text()}")
-    except (StepFailed, OSError, ValueError) as error:
-        print(f"demo: error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return show(run, parse(argv))
 
 
 if __name__ == "__main__":
