@@ -12,12 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pskd.checks import check_batch, check_class_weights, check_labels, is_soft
 from pskd.examples import ExampleStats
 from pskd.kernels import sum_dtype
-from pskd.loss import check_class_weights, pskd_cross_entropy
+from pskd.loss import pskd_cross_entropy
 from pskd.means import Means
 from pskd.schedule import AlphaSchedule, check_unchanged
-from pskd.targets import TopK, check_batch, check_labels, is_soft
+from pskd.targets import TopK
 
 __all__ = ["Criterion", "cross_entropy"]
 

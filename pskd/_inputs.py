@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pskd._tensors import check_tensors
+from pskd.checks import check_tensors, check_unit_range, rounding
 
 Array = Tensor | np.ndarray
 Booleans = NDArray[np.bool_]
@@ -25,8 +25,6 @@ Integers = NDArray[np.int64]
 # A float16 or bfloat16 softmax sums to 1 within half a unit in the last place (up to 0.002), plus,
 # over a large vocabulary, what its smallest entries lost. Logits and log-probabilities lie far off.
 _ROW_SUM_TOLERANCE = 0.01
-# Units in the last place: a few sums and a division.
-_ROUNDING = 4
 
 
 def as_tensor(name: str, values: Array) -> Tensor:
@@ -96,27 +94,10 @@ def check_probs(probs: Tensor) -> None:
         raise ValueError(f"probs: expected rows that sum to 1, got a row that sums to {worst:g}")
 
 
-def rounding(dtype: torch.dtype | np.dtype[np.floating]) -> float:
-    """Return by how much a probability of this dtype may exceed 1, or fall below 0.
-
-    At least what float32 needs: float64 values, as lists are, have often been rounded before.
-    """
-    info = torch.finfo(dtype) if isinstance(dtype, torch.dtype) else np.finfo(dtype)
-    return _ROUNDING * max(float(info.eps), torch.finfo(torch.float32).eps)
-
-
 def _rounding_of(name: str, values: Array) -> float:
     """Return the `rounding` of the dtype that values come in."""
     dtype = as_tensor(name, values).dtype
     return rounding(dtype if dtype.is_floating_point else torch.float64)
-
-
-def check_unit_range(name: str, low: float, high: float, tolerance: float) -> None:
-    """Raise ValueError unless values from ``low`` to ``high`` lie in [0, 1], but for rounding."""
-    if not (low >= -tolerance and high <= 1.0 + tolerance):  # also true of NaN
-        raise ValueError(
-            f"{name}: expected values in [0, 1], got values in [{low:.9g}, {high:.9g}]"
-        )
 
 
 def check_target(target: Tensor, rows: int, classes: int) -> Tensor:

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pskd._tensors import check_tensors
-from pskd.targets import TopK, check_listed, check_listed_once, check_top_k
+from pskd.checks import check_listed, check_listed_once, check_tensors, check_top_k
+from pskd.targets import TopK
 
 __all__ = ["WRITTEN_ELSEWHERE", "WRITTEN_HERE", "RecordLayout", "bytes_as"]
 

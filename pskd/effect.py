@@ -13,8 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pskd._tensors import check_tensors
-from pskd.targets import TopK, check_row_weights, check_weights
+from pskd.checks import check_row_weights, check_tensors, check_weights
+from pskd.targets import TopK
 
 __all__ = [
     "TeacherEffect",

@@ -19,14 +19,8 @@ from pskd._linear_chunks import (
     Teacher,
     by_chunks,
 )
-from pskd._tensors import check_tensors
-from pskd.targets import (
-    TopK,
-    check_ignore_index,
-    check_label_form,
-    check_teacher,
-    check_weights,
-)
+from pskd.checks import check_ignore_index, check_label_form, check_tensors, check_weights
+from pskd.targets import TopK, check_teacher
 
 __all__ = ["LinearStats", "LinearTeacher", "pskd_linear_cross_entropy"]
 

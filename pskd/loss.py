@@ -14,24 +14,23 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from pskd._tensors import check_tensors, is_traced
-from pskd.kernels import Rows, gradient_is_of_mean, sum_dtype
-from pskd.kernels.gradient import scaled, values_and_gradient, values_only
-from pskd.kernels.rows import readable
-from pskd.targets import (
-    TopK,
+from pskd.checks import (
     check_batch,
+    check_class_weights,
     check_ignore_index,
     check_listed,
     check_listed_once,
     check_row_weights,
-    check_teacher,
     check_weights,
     is_soft,
-    mixture,
+    is_traced,
 )
+from pskd.kernels import Rows, gradient_is_of_mean, sum_dtype
+from pskd.kernels.gradient import scaled, values_and_gradient, values_only
+from pskd.kernels.rows import readable
+from pskd.targets import TopK, check_teacher, mixture
 
-__all__ = ["PSKDStats", "check_class_weights", "pskd_cross_entropy"]
+__all__ = ["PSKDStats", "pskd_cross_entropy"]
 
 _TINY = torch.finfo(torch.float32).tiny
 
@@ -210,9 +209,12 @@ def pskd_cross_entropy(
         loss, stats = _computed(logits, rows, "none", return_stats, inplace)
         loss = _weighted(loss, rows, weight, reduction)
     elif is_soft(target):
-        mixed = _mixed(rows)
-        stats = _expected_stats(rows) if return_stats else None  # before logits are written over
-        loss, _ = _computed(logits, mixed, reduction, False, inplace)
+        rows = _checked_values(rows)
+        past = _past(rows)
+        stats = None
+        if return_stats and past is not None:
+            stats = _expected_stats(rows, past)  # before logits are written over
+        loss, _ = _computed(logits, _mixed(rows, past), reduction, False, inplace)
     else:
         loss, stats = _computed(logits, rows, reduction, return_stats, inplace)
     return loss if stats is None else (loss, stats)
@@ -236,21 +238,6 @@ def _computed(
     return loss, PSKDStats(*stats) if with_stats else None
 
 
-def check_class_weights(
-    weight: Tensor, logits: Tensor, target: Tensor, label_smoothing: float
-) -> None:
-    """Raise ValueError unless there is a weight for each class, and each row has one label."""
-    check_tensors(weight=weight)
-    if tuple(weight.shape) != (logits.size(1),) or not weight.dtype.is_floating_point:
-        raise ValueError(
-            f"weight: expected a floating-point tensor of shape ({logits.size(1)},), got "
-            f"{weight.dtype} of shape {tuple(weight.shape)}"
-        )
-    if is_soft(target) or label_smoothing:
-        got = "probabilities" if is_soft(target) else f"label_smoothing {label_smoothing}"
-        raise ValueError(f"weight: expected labels without smoothing, got {got}")
-
-
 def _weighted(loss: Tensor, rows: Rows, weight: Tensor, reduction: str) -> Tensor:
     """Return the (N,) loss times its label's weight, reduced as torch does."""
     counts = rows.target != rows.ignore_index
@@ -261,15 +248,21 @@ def _weighted(loss: Tensor, rows: Rows, weight: Tensor, reduction: str) -> Tenso
     return total if reduction == "sum" else total / weight.sum().clamp_min(_TINY)
 
 
-def _mixed(rows: Rows) -> Rows:
+def _checked_values(rows: Rows) -> Rows:
+    """Look at what the kernels look at, of rows whose targets are probabilities."""
+    if is_traced(rows.logits):
+        return rows
+    rows = readable(rows)
+    check_row_weights(rows.alpha)
+    if rows.indices is not None:
+        check_listed("teacher_probs", rows.indices, rows.logits.size(1))
+        check_listed_once("teacher_probs", rows.indices, rows.alpha)
+    return rows
+
+
+def _mixed(rows: Rows, past: Tensor | None) -> Rows:
     """Return rows whose targets are probabilities in the form of a teacher without labels."""
-    if not is_traced(rows.logits):
-        rows = readable(rows)
-        check_row_weights(rows.alpha)
-        if rows.indices is not None:
-            check_listed("teacher_probs", rows.indices, rows.logits.size(1))
-            check_listed_once("teacher_probs", rows.indices, rows.alpha)
-    mixed = mixture(rows.target, _past(rows), rows.alpha, rows.logits.size(1), rows.label_smoothing)
+    mixed = mixture(rows.target, past, rows.alpha, rows.logits.size(1), rows.label_smoothing)
     no_label = rows.target.new_zeros(len(rows.target), dtype=torch.int64)
     return Rows(rows.logits, no_label, mixed, None, None, 1.0, -100, 0.0)
 
@@ -283,10 +276,9 @@ def _past(rows: Rows) -> Tensor | None:
     return TopK(rows.indices, rows.probs).dense(rows.logits.size(1), rows.logits != -torch.inf)
 
 
-def _expected_stats(rows: Rows) -> PSKDStats:
+def _expected_stats(rows: Rows, past: Tensor) -> PSKDStats:
     """Return the statistics of targets that are probabilities: what they expect of each."""
-    target, past = rows.target.to(sum_dtype(rows.logits)), _past(rows)
-    assert past is not None
+    target = rows.target.to(sum_dtype(rows.logits))
     lprobs = rows.logits.to(target.dtype).log_softmax(dim=1)
     nll = -torch.where(target == 0, 0.0, target * lprobs).sum(dim=1)
     return PSKDStats(nll, (target * past).sum(dim=1))

@@ -18,7 +18,7 @@ from pskd._epoch_files import EpochFiles
 from pskd._exchange import exchange, mark_received
 from pskd._records import WRITTEN_HERE, RecordLayout
 from pskd._table import FileTable, MemoryTable
-from pskd._tensors import check_tensors
+from pskd.checks import check_tensors
 from pskd.distributed import Machines, Processes, barrier, on_first_process
 from pskd.rows import check_count, check_range
 from pskd.targets import TopK, row_alphas

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from pskd._criterion import Criterion, cross_entropy
+from pskd.checks import check_batch
 from pskd.examples import ExampleStats
 from pskd.memory import PredictionMemory
 from pskd.rows import check_distinct, check_given, check_range
-from pskd.targets import check_batch, row_alphas
+from pskd.targets import row_alphas
 
 if TYPE_CHECKING:
     from typing import Unpack  # Python 3.11
@@ -99,13 +100,13 @@ class MemoryCriterion(Criterion):
                 may be missing.
 
         Raises:
-            ValueError: without rows, or with rows that are none of the data set's; labels or
-                shapes that the loss refuses.
+            ValueError: without rows, or with rows outside the data set; labels or shapes that the
+                loss refuses.
             RuntimeError: if no epoch was begun.
         """
-        check_batch(logits, target)
         if not torch.is_grad_enabled():
             return cross_entropy(logits, target, weight=self.weight)
+        check_batch(logits, target)
         rows = check_given(rows, len(logits))
         check_distinct(rows)
         loss = self.loss(logits, target, rows)

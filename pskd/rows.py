@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
-from pskd._tensors import check_tensors
+from pskd.checks import check_tensors
 
 __all__ = ["ROWS", "WithRows", "check_count", "check_distinct", "check_given", "check_range"]
 

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from pskd._criterion import Criterion, cross_entropy
+from pskd.checks import check_batch
 from pskd.examples import ExampleStats
 from pskd.rows import check_given, check_range
-from pskd.targets import check_batch
 from pskd.teacher import SnapshotTeacher
 
 __all__ = ["SnapshotCriterion"]
@@ -83,7 +83,6 @@ class SnapshotCriterion(Criterion):
                 loss refuses.
             RuntimeError: if no epoch was begun.
         """
-        check_batch(logits, target)
         if not torch.is_grad_enabled():
             return cross_entropy(logits, target, weight=self.weight)
         if self.alpha_final and not (inputs or named_inputs):  # in the first epoch too

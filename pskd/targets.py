@@ -5,33 +5,26 @@ Shapes: N rows (samples, tokens or boxes), C classes, k kept classes of a sparse
 
 from __future__ import annotations
 
-import operator
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pskd._tensors import check_tensors, is_traced
-from pskd.schedule import check_alpha
+from pskd.checks import (
+    check_label_form,
+    check_labels,
+    check_listed,
+    check_listed_once,
+    check_row_weights,
+    check_tensors,
+    check_top_k,
+    check_weights,
+    is_soft,
+    is_traced,
+)
 
-__all__ = [
-    "TopK",
-    "check_batch",
-    "check_ignore_index",
-    "check_label_form",
-    "check_labels",
-    "check_listed",
-    "check_listed_once",
-    "check_row_weights",
-    "check_teacher",
-    "check_top_k",
-    "check_weights",
-    "is_soft",
-    "mix_targets",
-    "mixture",
-    "row_alphas",
-]
+__all__ = ["TopK", "check_teacher", "mix_targets", "mixture", "row_alphas"]
 
 
 class TopK(NamedTuple):
@@ -94,69 +87,6 @@ def _upcast(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
-def check_labels(target: Tensor, num_classes: int, ignore_index: int | None) -> None:
-    """Raise ValueError unless each label is one of C classes, or ``ignore_index``."""
-    target = target.long()  # torch finds no extremes of wide unsigned integers
-    labels = target if ignore_index is None else target[target != ignore_index]
-    if not labels.numel():
-        return
-    low, high = (int(value) for value in labels.aminmax())
-    if low < 0 or high >= num_classes:
-        raise ValueError(f"target: expected labels in [0, {num_classes - 1}], got [{low}, {high}]")
-
-
-def is_soft(target: Tensor) -> bool:
-    """Return whether a target is (N, C) probabilities, and not (N,) labels."""
-    return target.dim() == 2 and target.dtype.is_floating_point
-
-
-def check_batch(logits: Tensor, target: Tensor) -> None:
-    """Raise ValueError unless they are (N, C) logits with N labels or (N, C) probabilities.
-
-    Whether a label is one of the classes is not looked at.
-    """
-    check_tensors(logits=logits, target=target)
-    if logits.dim() != 2 or not logits.dtype.is_floating_point:
-        raise ValueError(
-            f"logits: expected a floating-point tensor of shape (N, C), got {logits.dtype} of "
-            f"shape {tuple(logits.shape)}"
-        )
-    if is_soft(target):
-        if target.shape != logits.shape:
-            raise ValueError(
-                f"target: expected probabilities of shape {tuple(logits.shape)} as the logits, got "
-                f"{tuple(target.shape)}"
-            )
-        return
-    if target.dim() == 1 and target.size(0) != logits.size(0):
-        raise ValueError(f"target: expected {logits.size(0)} labels, got {target.size(0)}")
-    check_label_form(target)
-
-
-def check_label_form(target: Tensor) -> None:
-    """Raise ValueError unless labels are integers of shape (N,)."""
-    if target.dim() != 1 or not _holds_classes(target):
-        raise ValueError(
-            f"target: expected integer labels of shape (N,), got {target.dtype} of shape "
-            f"{tuple(target.shape)}"
-        )
-
-
-def check_ignore_index(ignore_index: int) -> int:
-    """Return a label that does not count as an int.
-
-    Raises:
-        ValueError: if it is no integer of 64 bits, of which labels are.
-    """
-    try:
-        label = operator.index(ignore_index)
-    except TypeError:
-        raise ValueError(f"ignore_index: expected an integer, got {ignore_index!r}") from None
-    if not -(1 << 63) <= label < 1 << 63:
-        raise ValueError(f"ignore_index: expected an integer of 64 bits, got {label}")
-    return label
-
-
 def check_teacher(teacher: Tensor | TopK | None, rows: int, num_classes: int) -> None:
     """Raise ValueError unless a teacher is of N rows of C classes."""
     if teacher is None:
@@ -173,75 +103,6 @@ def check_teacher(teacher: Tensor | TopK | None, rows: int, num_classes: int) ->
             )
     if not teacher.dtype.is_floating_point:
         raise ValueError(f"teacher: expected a floating-point tensor, got {teacher.dtype}")
-
-
-def check_top_k(name: str, given: TopK, rows: int, num_classes: int) -> None:
-    """Raise ValueError unless it is of N rows of 1 to C classes; which ones is not looked at."""
-    indices, probs = given
-    check_tensors(**{f"{name}.indices": indices, f"{name}.probs": probs})
-    if indices.shape != probs.shape or indices.dim() != 2 or indices.size(0) != rows:
-        raise ValueError(
-            f"{name}: expected TopK of two tensors of shape ({rows}, k), got "
-            f"{tuple(indices.shape)} and {tuple(probs.shape)}"
-        )
-    if not 0 < indices.size(1) <= num_classes or not _holds_classes(indices):
-        raise ValueError(
-            f"{name}: expected 1 to {num_classes} integer classes a row, got "
-            f"{indices.size(1)} of {indices.dtype}"
-        )
-
-
-def _holds_classes(tensor: Tensor) -> bool:
-    kind = tensor.dtype
-    return not (kind.is_floating_point or kind.is_complex or kind == torch.bool)
-
-
-def check_listed(name: str, indices: Tensor, num_classes: int) -> None:
-    """Raise ValueError unless the listed classes are of [0, C); looked at on the CPU only."""
-    if indices.device.type != "cpu" or not indices.numel():
-        return
-    low, high = (int(value) for value in indices.long().aminmax())
-    if low < 0 or high >= num_classes:
-        raise ValueError(
-            f"{name}: expected TopK of classes in [0, {num_classes - 1}], got [{low}, {high}]"
-        )
-
-
-def check_listed_once(name: str, indices: Tensor, alpha: float | Tensor = 1.0) -> None:
-    """Raise ValueError if a row whose alpha is not 0 lists a class twice; as `check_listed`."""
-    if indices.device.type != "cpu":
-        return
-    ordered = indices.long().sort(dim=1).values
-    twice = ordered[:, 1:] == ordered[:, :-1]
-    twice &= (alpha != 0)[:, None] if isinstance(alpha, Tensor) else alpha != 0
-    if bool(twice.any()):
-        got = int(ordered[:, 1:][twice][0])
-        raise ValueError(f"{name}: expected TopK of distinct classes in a row, got {got} twice")
-
-
-def check_weights(alpha: float | Tensor, label_smoothing: float, rows: int) -> float | Tensor:
-    """Return alpha as a float, or as it is when it holds one weight a row.
-
-    Raises:
-        ValueError: if a weight is NaN or outside [0, 1], but for the rows of a tensor.
-    """
-    if not 0.0 <= label_smoothing <= 1.0:
-        raise ValueError(f"label_smoothing: expected a number in [0, 1], got {label_smoothing}")
-    if isinstance(alpha, Tensor):
-        check_tensors(alpha=alpha)
-    if not isinstance(alpha, Tensor) or alpha.dim() == 0:
-        return check_alpha(alpha)
-    if tuple(alpha.shape) != (rows,):
-        raise ValueError(f"alpha: expected a number or shape ({rows},), got {tuple(alpha.shape)}")
-    return alpha
-
-
-def check_row_weights(alpha: float | Tensor) -> None:
-    """Raise ValueError unless each row's alpha lies in [0, 1]; looked at on the CPU only."""
-    if not isinstance(alpha, Tensor) or alpha.device.type != "cpu":
-        return
-    if not bool(((alpha >= 0) & (alpha <= 1)).all()):
-        raise ValueError("alpha: expected every row in [0, 1], got a row outside of it or NaN")
 
 
 def row_alphas(alpha: float, taught: Tensor) -> Tensor:

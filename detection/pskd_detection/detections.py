@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pskd._inputs import check_unit_range, rounding
+from pskd.checks import check_unit_range, rounding
 from pskd_detection.datasets import DetectionDataset
 
 __all__ = ["Detections", "checked_detections", "check_image", "to_xywh"]

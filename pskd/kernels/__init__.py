@@ -63,9 +63,8 @@ def compute(rows: Rows, reduction: str, grad: Tensor | None, with_stats: bool) -
         with_stats: whether more than the loss is wanted; without, the others may be empty.
 
     Raises:
-        ValueError: if tensors lie on several devices, or their storage was freed; on the CPU, if a
-            label, a class of a sparse prediction or an alpha is out of range; nothing has been
-            written then.
+        ValueError: if tensors are on several devices; on the CPU, if a label, a class of a sparse
+            prediction or an alpha is out of range; nothing has been written then.
     """
     rows = readable(rows)
     of_mean = gradient_is_of_mean(rows.logits, reduction)

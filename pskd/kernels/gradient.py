@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pskd._tensors import is_traced
+from pskd.checks import is_traced
 from pskd.kernels import Rows, RowValues, compute, has_triton
 
 __all__ = ["scaled", "values_and_gradient", "values_only"]

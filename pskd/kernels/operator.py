@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pskd._tensors import check_memory
+from pskd.checks import check_memory
 from pskd.kernels import Rows, RowValues, compute, sum_dtype
 
 __all__ = ["cross_entropy"]

@@ -10,8 +10,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pskd._tensors import PLAIN, check_memory
-from pskd.targets import check_labels, check_listed, check_row_weights
+from pskd.checks import (
+    PLAIN,
+    check_labels,
+    check_listed,
+    check_memory,
+    check_row_weights,
+)
 
 __all__ = ["RowValues", "Rows", "check_values", "readable", "sum_dtype"]
 
@@ -66,7 +71,7 @@ def readable(rows: Rows) -> Rows:
     """Return rows whose tensors, all of them in memory, can be read by address.
 
     Raises:
-        ValueError: unless all tensors lie where the logits do, and have an address.
+        ValueError: unless all tensors are on the logits' device, and have an address.
     """
     device = rows.logits.device
     lazy: dict[str, Any] = {}

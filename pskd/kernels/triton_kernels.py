@@ -18,8 +18,9 @@ Memory: reads the (N, C) logits and the (N, C) or (N, k) past prediction, writes
 and three numbers a row. A row that fits in one block is read once and held in registers. A longer
 one is read again for its gradient, from its end to its start: the last block is still at hand, and
 those before it are the likelier in cache the later they were read. A sparse prediction is never
-made dense: every class is given the tail, and the k listed ones are written over, as is the label's
-class. Nothing is read of ignored rows, nor of the past prediction of a row whose alpha is 0.
+made dense: every class that the logits do not exclude (-inf) is given the tail, and the k listed
+ones are written over, as is the label's class. Nothing is read of ignored rows, nor of the past
+prediction of a row whose alpha is 0.
 
 The gradient may take the place of the logits: every position is written after its last reading.
 """
@@ -131,7 +132,7 @@ def _read_listed(indices, probs, logits, ks, kept, classes, soft, ACC: tl.conste
     is_class = (index >= 0) & (index < classes)
     index = tl.where(is_class, index, -1).to(tl.int32)
     p = tl.load(probs + ks, mask=listed, other=0.0).to(ACC)
-    p = tl.where(listed & (is_class == 0), float("nan"), p)  # an index that is none is not read
+    p = tl.where(listed & (is_class == 0), float("nan"), p)  # an index out of range is not read
     z = tl.load(logits + index, mask=is_class, other=float("-inf")).to(ACC)
     return index, p, z, is_class
 

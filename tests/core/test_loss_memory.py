@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import pskd._tensors
+import pskd.checks
 import pskd.kernels.gradient
 from pskd import mix_targets
 from pskd.kernels import native
@@ -70,7 +70,7 @@ def backend(request, monkeypatch) -> str:
     elif not native.is_built():
         pytest.skip("the compiled form was not built: it needs a C++ compiler at install")
     # A mode that watches allocations is no tracer.
-    monkeypatch.setattr(pskd._tensors, "is_in_torch_dispatch_mode", lambda: False)
+    monkeypatch.setattr(pskd.checks, "is_in_torch_dispatch_mode", lambda: False)
     return request.param
 
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pskd import TopK, mix_targets
-from pskd.targets import check_weights
+from pskd.checks import check_weights
 
 torch.set_num_threads(1)  # tiny tensors: more threads would only wait for each other
 
