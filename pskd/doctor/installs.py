@@ -46,8 +46,8 @@ REBUILD_DETECTRON2 = rebuild("detectron2", INSTALL_DETECTRON2)
 # Modules that frameworks import -> what brings them. A list, since advice to install whatever name
 # an error mentions could name a stranger's package.
 _SAME_NAME = (
-    "accelerate bitarray cffi cloudpickle fvcore iopath matplotlib pycocotools regex tabulate "
-    "tensorboard termcolor torchaudio torchvision tqdm yacs"
+    "accelerate bitarray cffi cloudpickle fvcore iopath matplotlib pycocotools regex scipy "
+    "tabulate tensorboard termcolor torchaudio torchvision tqdm yacs"
 )
 DEPENDENCIES: Mapping[str, str] = {name: f"pip install {name}" for name in _SAME_NAME.split()} | {
     "PIL": "pip install pillow",

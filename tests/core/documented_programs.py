@@ -36,8 +36,8 @@ CONSOLE = {
 }
 #: Modules without which a command is skipped, as they are no part of the core.
 OPTIONAL = {"babel", "detectron2", "fairseq", "fairseq_cli", "hydra", "pycocotools", "sacrebleu"}
-OPTIONAL |= {"PIL", "matplotlib", "omegaconf", "sacremoses", "sklearn", "subword_nmt"}
-OPTIONAL |= {"tensorboard", "torchvision", "tqdm", "yaml"}
+OPTIONAL |= {"PIL", "matplotlib", "omegaconf", "sacremoses", "scipy", "sklearn"}
+OPTIONAL |= {"subword_nmt", "tensorboard", "torchvision", "tqdm", "yaml"}
 #: What users have or get, by the names that commands give it. All other files must exist.
 USERS = (
     "MULTI30K/*", "W/*", "data/*", "data-bin/*", "runs/*", "text/*", "SAVE_DIR/*",

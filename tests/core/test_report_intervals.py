@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import made_up_runs as made
 import numpy as np
 import pytest
@@ -16,7 +18,7 @@ from pskd.report.bootstrap import (
     percentile_interval,
     resampled,
 )
-from pskd.report.seeds import interval_over_seeds, student_t
+from pskd.report.seeds import interval_over_seeds
 from pskd.report.sentences import SentenceMetrics, bleu, chrf
 
 BINS = 10
@@ -168,15 +170,17 @@ def test_a_group_s_interval_is_that_of_its_rows():
 # ---- over seeds ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("freedom", "quantile"), [(1, 12.706), (2, 4.303), (4, 2.776), (30, 2.042), (2.5, 3.575)]
-)
-def test_student_s_quantiles(freedom, quantile):
-    assert student_t(freedom) == pytest.approx(quantile, abs=1e-3)
+NEEDS_SCIPY = "needs scipy: pip install scipy"
+
+
+def test_three_seeds_reach_as_far_as_the_tables_of_student_s_t_say():
+    pytest.importorskip("scipy", reason=NEEDS_SCIPY)
+    low, high = interval_over_seeds([0.0, 0.0, 0.0], [-1.0, 0.0, 1.0], paired=True)
+    assert (low, high) == pytest.approx((-4.3027 / 3**0.5, 4.3027 / 3**0.5), abs=1e-4)
 
 
 def test_seeds_that_are_paired_and_seeds_that_are_not():
-    stats = pytest.importorskip("scipy.stats", reason="needs scipy: pip install scipy")
+    stats = pytest.importorskip("scipy.stats", reason=NEEDS_SCIPY)
     first, second = [0.30, 0.34, 0.29], [0.26, 0.31, 0.27]
     paired = stats.ttest_rel(second, first).confidence_interval()
     assert interval_over_seeds(first, second, paired=True) == pytest.approx(tuple(paired), abs=1e-6)
@@ -186,8 +190,15 @@ def test_seeds_that_are_paired_and_seeds_that_are_not():
 
 
 def test_seeds_without_spread_or_without_a_number():
+    pytest.importorskip("scipy", reason=NEEDS_SCIPY)
     assert interval_over_seeds([0.5, 0.5], [0.5, 0.5], paired=True) == (0.0, 0.0)
     assert interval_over_seeds([0.5, np.inf], [0.5, 0.5], paired=False) is None
+
+
+def test_missing_scipy_says_how_to_get_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "scipy.special", None)
+    with pytest.raises(ImportError, match="pip install scipy"):
+        interval_over_seeds([0.5, 0.6], [0.5, 0.7], paired=True)
 
 
 # ---- BLEU and chrF -------------------------------------------------------------------------------
