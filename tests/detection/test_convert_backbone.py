@@ -280,12 +280,15 @@ def test_reading_leaves_torchs_allow_list_as_it_was(small, tmp_path):
     path = tmp_path / "in.pth"
     torch.save({"model": small, "args": argparse.Namespace(lr=0.1)}, path)
     before = torch.serialization.get_safe_globals()
-    for known in ([], [argparse.Namespace]):  # which an adapter may have listed
+    try:
+        for known in ([], [argparse.Namespace]):  # which an adapter may have listed
+            torch.serialization.clear_safe_globals()
+            torch.serialization.add_safe_globals(known)
+            convert_backbone.read_state_dict(path)
+            assert torch.serialization.get_safe_globals() == known
+    finally:  # without `known`, which another test's checkpoints must not be read with
         torch.serialization.clear_safe_globals()
-        torch.serialization.add_safe_globals(known)
-        convert_backbone.read_state_dict(path)
-        assert torch.serialization.get_safe_globals() == known
-    torch.serialization.add_safe_globals(before)
+        torch.serialization.add_safe_globals(before)
 
 
 def test_half_precision_is_widened(small):
