@@ -44,8 +44,8 @@ PAPER = PRESETS["paper"]
 logger = logging.getLogger(PROGRAM)
 
 
-class Entrant:
-    """A method: its training so far.
+class Method:
+    """A method and its training so far.
 
     Args:
         job: its model has the weights of the start.
@@ -68,30 +68,30 @@ class Entrant:
     def train_epoch(self, folder: Path) -> None:
         """Train the next epoch and measure the test set, whose rows the folder gets."""
         start, epoch = time.perf_counter(), len(self.history) + 1
-        told = {"epoch": epoch} | self._trainer.train_epoch(epoch)
+        record = {"epoch": epoch} | self._trainer.train_epoch(epoch)
         found = predict_part(self.job, "test")
         assert found is not None  # of one process
         rows = rows_of(*found)
         figures = PAPER.table(rows.confidence, rows.correct, nll=rows.nll, in_top5=rows.in_top5)
         folder.mkdir(parents=True, exist_ok=True)
         write_confidence(folder, rows, self.job.splits)
-        self.history.append(told | figures | {"seconds_with_test": time.perf_counter() - start})
+        self.history.append(record | figures | {"seconds_with_test": time.perf_counter() - start})
 
-    def told(self, world: World) -> dict[str, object]:
+    def record(self, world: World) -> dict[str, object]:
         """Return the options, and the figures of each epoch."""
         options = recorded(self.job.args, world, self.job.splits)
         options["pskd_alpha_final"] = self.job.args.pskd_alpha_final
         return {"options": options, "history": self.history}
 
 
-def round_seconds(runs: dict[str, Entrant]) -> float:
+def round_seconds(methods: dict[str, Method]) -> float:
     """Return what the last epoch of all methods took, with the test set."""
-    return sum(entrant.history[-1]["seconds_with_test"] for entrant in runs.values())
+    return sum(method.history[-1]["seconds_with_test"] for method in methods.values())
 
 
-def entrants(args: argparse.Namespace, world: World) -> dict[str, Entrant]:
+def build_methods(args: argparse.Namespace, world: World) -> dict[str, Method]:
     """Return the methods by name, all on the same data."""
-    methods = {
+    options = {
         "cross_entropy": {"label_smoothing": 0.0, "pskd_alpha_final": 0.0},
         "label_smoothing": {
             "label_smoothing": args.label_smoothing or 0.1,
@@ -105,12 +105,12 @@ def entrants(args: argparse.Namespace, world: World) -> dict[str, Entrant]:
     check(args)
     data = read_data(args, world)
     return {
-        name: Entrant(prepare(argparse.Namespace(**vars(args) | options), world, data))
-        for name, options in methods.items()
+        name: Method(prepare(argparse.Namespace(**vars(args) | changed), world, data))
+        for name, changed in options.items()
     }
 
 
-def longest(runs: dict[str, Entrant], folder: Path, most: int, left: float) -> int:
+def longest(methods: dict[str, Method], folder: Path, most: int, left: float) -> int:
     """Return how many epochs of all methods fit, after two epochs of each.
 
     Args:
@@ -122,11 +122,11 @@ def longest(runs: dict[str, Entrant], folder: Path, most: int, left: float) -> i
         ValueError: if too few fit for the schedule.
     """
     start = time.perf_counter()
-    for name, entrant in runs.items():
-        entrant.begin(2)
+    for name, method in methods.items():
+        method.begin(2)
         for _ in range(2):  # the first warms up, the second reads the memory
-            entrant.train_epoch(folder / name)
-    taken, cost = time.perf_counter() - start, round_seconds(runs) / (1.0 - RESERVE)
+            method.train_epoch(folder / name)
+    taken, cost = time.perf_counter() - start, round_seconds(methods) / (1.0 - RESERVE)
     epochs = min(most, math.floor((left - taken) / cost))
     if epochs < LEAST_EPOCHS:
         needed = taken + LEAST_EPOCHS * cost
@@ -134,19 +134,19 @@ def longest(runs: dict[str, Entrant], folder: Path, most: int, left: float) -> i
             f"--seconds: expected {needed:.0f} s after the reading of the data, for {LEAST_EPOCHS} "
             f"epochs of each method, got {left:.0f} s"
         )
-    logger.info("%.1f s an epoch of all methods: %d epochs", round_seconds(runs), epochs)
+    logger.info("%.1f s an epoch of all methods: %d epochs", round_seconds(methods), epochs)
     return epochs
 
 
-def table(runs: dict[str, Entrant], epochs: int) -> str:
+def table(methods: dict[str, Method], epochs: int) -> str:
     """Return the test set's figures after the last epoch, and each method's least error so far."""
-    done = len(next(iter(runs.values())).history)
+    done = len(next(iter(methods.values())).history)
     heads = [f"{PAPER.metrics[key].title} ({PAPER.metrics[key].unit})" for key in COLUMNS]
     heads += ["least Top-1 error by test, epoch", "s an epoch"]
     lines = [f"| epoch {done} of {epochs} | {' | '.join(heads)} |", "| --- " * 8 + "|"]
-    for name, entrant in runs.items():
-        last = entrant.history[-1]
-        best = min(entrant.history, key=lambda told: told["top1_error"])
+    for name, method in methods.items():
+        last = method.history[-1]
+        best = min(method.history, key=lambda record: record["top1_error"])
         cells = [f"{last[key]:.{PAPER.metrics[key].digits}f}" for key in COLUMNS]
         cells += [f"{best['top1_error']:.2f}, {best['epoch']}", f"{last['seconds']:.2f}"]
         lines.append(f"| {name} | {' | '.join(cells)} |")
@@ -163,12 +163,12 @@ def run(args: argparse.Namespace, world: World) -> None:
         raise ValueError(f"expected one process, got {world.size}")
     if args.resume or args.test_only:
         raise ValueError("expected a comparison from its beginning, got --resume or --test-only")
-    runs = entrants(args, world)
-    epochs = longest(runs, folder, most, args.seconds - (time.perf_counter() - start))
-    for entrant in runs.values():
-        entrant.begin(epochs)
+    methods = build_methods(args, world)
+    epochs = longest(methods, folder, most, args.seconds - (time.perf_counter() - start))
+    for method in methods.values():
+        method.begin(epochs)
     on_gpu = world.device.type == "cuda"
-    told = {
+    record = {
         "task": "comparison",
         "command": sys.argv,
         "machine": torch.cuda.get_device_name() if on_gpu else platform.machine(),
@@ -178,13 +178,13 @@ def run(args: argparse.Namespace, world: World) -> None:
         "preset": PAPER.name,
     }
     for epoch in range(1, epochs + 1):
-        for name, entrant in runs.items():
-            entrant.train_epoch(folder / name)
-        told |= {"epochs_done": epoch, "seconds_passed": time.perf_counter() - start}
-        told["methods"] = {name: entrant.told(world) for name, entrant in runs.items()}
-        write_json(folder / "compare.json", told, indent=2)
-        print(table(runs, epochs), flush=True)
-        if epoch < epochs and told["seconds_passed"] + round_seconds(runs) > args.seconds:
+        for name, method in methods.items():
+            method.train_epoch(folder / name)
+        record |= {"epochs_done": epoch, "seconds_passed": time.perf_counter() - start}
+        record["methods"] = {name: method.record(world) for name, method in methods.items()}
+        write_json(folder / "compare.json", record, indent=2)
+        print(table(methods, epochs), flush=True)
+        if epoch < epochs and record["seconds_passed"] + round_seconds(methods) > args.seconds:
             logger.warning("stopped after epoch %d of %d: out of time", epoch, epochs)
             break
 

@@ -13,7 +13,14 @@ from typing import Protocol
 from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
 
-__all__ = ["Block", "PreActResNet", "build_stages", "preact_resnet10_tiny", "preact_resnet18"]
+__all__ = [
+    "Block",
+    "PreActBlock",
+    "PreActResNet",
+    "build_stages",
+    "preact_resnet10_tiny",
+    "preact_resnet18",
+]
 
 
 class Block(Protocol):

@@ -18,32 +18,19 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
 
-from pskd_classification.preact_resnet import Block, build_stages
+from pskd_classification.preact_resnet import Block, PreActBlock, build_stages
 
 __all__ = ["PublishedResNet", "preact_resnet18_published", "preact_resnet101_published"]
 
 
-class ActivatedShortcutBlock(nn.Module):
-    """A pre-activation block of two 3x3 convolutions whose shortcut carries the activated input."""
-
-    expansion = 1
-
-    def __init__(self, in_channels: int, channels: int, stride: int, drop: float) -> None:
-        super().__init__()
-        self.bn1 = nn.BatchNorm2d(in_channels)
-        self.conv1 = nn.Conv2d(in_channels, channels, 3, stride, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(channels)
-        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
-        self.relu = nn.ReLU(inplace=True)
-        self.stochastic_depth = StochasticDepth(drop, "row")
-        self.shortcut: nn.Module = nn.Identity()
-        if stride != 1 or in_channels != channels:
-            self.shortcut = nn.Conv2d(in_channels, channels, 1, stride, bias=False)
+class ActivatedShortcutBlock(PreActBlock):
+    """A pre-activation block whose identity, too, carries the activated input."""
 
     def forward(self, x: Tensor) -> Tensor:
         activated = self.relu(self.bn1(x))
+        identity = activated if self.shortcut is None else self.shortcut(activated)
         out = self.conv2(self.relu(self.bn2(self.conv1(activated))))
-        return self.stochastic_depth(out) + self.shortcut(activated)
+        return self.stochastic_depth(out) + identity
 
 
 class BottleneckBlock(nn.Module):

@@ -71,7 +71,7 @@ def load_sources(name: str, root: str | Path | None, download: bool) -> dict[str
         name, root, download: of `pskd_classification.load_splits`.
 
     Raises:
-        ValueError: for a name that is none, or a folder without the data.
+        ValueError: for an unknown name, or a folder without the data.
     """
     if name == "digits":
         return {"train": Digits(is_test=False), "test": Digits(is_test=True)}
