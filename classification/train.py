@@ -48,12 +48,12 @@ def train(job: Job) -> dict:
     trainer, done = build_trainer(job)
     log = MetricsLog(job.folder if job.world.is_first else None, done)
     for epoch in range(done + 1, job.args.epochs + 1):
-        told, is_last = trainer.train_epoch(epoch), epoch == job.args.epochs
+        record, is_last = trainer.train_epoch(epoch), epoch == job.args.epochs
         if is_last or epoch % job.args.eval_every == 0:
-            keep_best(job, epoch, validate(job, told))
+            keep_best(job, epoch, validate(job, record))
             if job.args.eval_test_every_epoch:
-                watch_test(job, told)
-        log.write({"epoch": epoch, "iteration": epoch * trainer.iterations - 1} | told)
+                watch_test(job, record)
+        log.write({"epoch": epoch, "iteration": epoch * trainer.iterations - 1} | record)
         if is_last or epoch % job.args.checkpoint_every == 0:
             save(job, trainer, epoch)
         if job.world.is_first:
@@ -70,24 +70,24 @@ def train(job: Job) -> dict:
     return results
 
 
-def validate(job: Job, told: dict) -> float | None:
+def validate(job: Job, record: dict) -> float | None:
     """Add the validation set's figures to an epoch's; return its error in the first process."""
     found = predict_part(job, "validation")
     if found is None:
         return None
     numbers = measure(rows_of(*found))
-    told |= {f"val/{name}": numbers[name] for name in ("top1_error", "nll", "ece", "aurc")}
+    record |= {f"val/{name}": numbers[name] for name in ("top1_error", "nll", "ece", "aurc")}
     return numbers["top1_error"]
 
 
-def watch_test(job: Job, told: dict) -> None:
+def watch_test(job: Job, record: dict) -> None:
     """Add the test set's figures to an epoch's, and keep its rows if it has the least error yet."""
     found = predict_part(job, "test")
     if found is None:
         return
     rows, earlier = rows_of(*found), best_by_test(job)
-    told |= {f"{TEST}{name}": value for name, value in measure(rows).items()}
-    if not earlier or told[f"{TEST}top1_error"] < earlier["top1_error"]:
+    record |= {f"{TEST}{name}": value for name, value in measure(rows).items()}
+    if not earlier or record[f"{TEST}top1_error"] < earlier["top1_error"]:
         folder = job.folder / "best_by_test"
         folder.mkdir(exist_ok=True)
         write_confidence(folder, rows, job.splits)

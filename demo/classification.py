@@ -3,8 +3,8 @@
     python -m demo.classification
 
 The images are scikit-learn's scans of handwritten digits, 50 a digit for training; test images
-are labelled right. Cross-entropy, label smoothing and PS-KD train from one seed. Everything
-lies in runs/demo/classification afterwards: the runs with their logs, and results.json.
+are labelled right. Cross-entropy, label smoothing and PS-KD train from one seed. The runs,
+with their logs, and results.json go to runs/demo/classification.
 """
 
 from __future__ import annotations

@@ -169,7 +169,7 @@ def report(results: dict[str, dict], framework: str, out: Path) -> Report:
     note = (
         "AP and AP50: COCO's, in percent. D-ECE (15 bins) and AURC: of all boxes with a score of "
         f"at least\n{first['score_threshold']:g}, right with an IoU of at least "
-        f"{first['iou_threshold']:g}. Lower is better but for AP and AP50."
+        f"{first['iou_threshold']:g}. Lower is better, except for AP and AP50."
     )
     folders = {run: folder_of(out, run) for run in RUNS}
     return Report(f"detection, {NAMES[framework]}", COLUMNS, flat, note, folders)

@@ -69,12 +69,12 @@ def _sentence(table: Table, pair: Comparison) -> str:
         if difference is not None and difference.interval is not None:
             effect = difference.effect(column.metric.better) or "within noise"
             groups.setdefault(effect, []).append(title_of(column))
-    told = [
+    parts = [
         f"{effect} in {', '.join(groups[effect])}"
         for effect in ("better", "worse", "within noise")
         if effect in groups
     ]
-    said = "; ".join(told) or "too few test examples to tell"
+    said = "; ".join(parts) or "too few test examples to tell"
     return f"{pair.method.name} against {pair.baseline.name}: {said}."
 
 

@@ -163,7 +163,7 @@ def report(results: dict[str, dict], out: Path) -> Report:
     signature = next(iter(results.values()))["bleu_signature"]
     note = (
         f"BLEU: sacreBLEU {signature}.\nNLL (nats), ECE (15 bins) and AURC: of every reference "
-        "token under teacher forcing. Lower is better but for BLEU."
+        "token under teacher forcing. Lower is better, except for BLEU."
     )
     folders = {name: folder_of(out, name) / "evaluation" for name in RECIPES}
     return Report("translation, fairseq", COLUMNS, results, note, folders)

@@ -6,7 +6,7 @@
 ``pskd doctor`` tries the core and every other part, and exits with 0 if the core and all parts that
 are present work. With parts named it tries those (and the core, on which they stand) and exits
 with 0 exactly if they are present and work; otherwise with 1, and with 2 for a wrong command line.
-A part whose trial takes too long is told as "timed out", which is not known to work: status 1, and
+A part whose trial takes too long is "timed out" and counts as not working (status 1);
 ``--timeout`` gives it more time.
 
 ``pskd report`` compares runs of any task on one page, and exits with 0, with 2 for what the user

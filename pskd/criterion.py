@@ -31,7 +31,7 @@ def make_criterion(
         options: of the criterion.
 
     Raises:
-        ValueError: for a teacher that is none, data without row numbers, an option out of range.
+        ValueError: for an unknown teacher, data without row numbers, an option out of range.
     """
     if teacher == "snapshot":
         return SnapshotCriterion(model, **options)

@@ -29,7 +29,7 @@ class ExampleStats:
         device: where the sums lie, 16 bytes a sample.
 
     Raises:
-        ValueError: for a number of samples that is none.
+        ValueError: for a number of samples below 1.
 
     Source: Kim et al. 2021, section 3.2 (hard example mining).
     """

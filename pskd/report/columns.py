@@ -165,7 +165,7 @@ def raw_values(run: Run, preset: Preset) -> dict[str, float]:
     numbers say. An ECE that they tell of other bins is no ECE of this preset and left out.
 
     Raises:
-        ValueError: confidences or NLL that are none, naming the run.
+        ValueError: confidences or NLL out of range, naming the run.
     """
     try:
         measured = _measured(run, preset)

@@ -111,10 +111,10 @@ def _meanings(table: Table) -> str:
     lines = ['<div class="wide"><table class="meaning">', "<tbody>"]
     for column in table.columns:
         metric = column.metric
-        told = ", ".join(part for part in (metric.unit, _BETTER[metric.better]) if part)
+        unit = ", ".join(part for part in (metric.unit, _BETTER[metric.better]) if part)
         lines.append(
             f'<tr><th scope="row">{escape(title_of(column))}</th><td class="text">'
-            f'{escape(metric.meaning)} <span class="soft">{escape(told)}</span></td></tr>'
+            f'{escape(metric.meaning)} <span class="soft">{escape(unit)}</span></td></tr>'
         )
     return "\n".join([*lines, "</tbody>", "</table></div>"])
 

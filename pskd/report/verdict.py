@@ -35,14 +35,14 @@ def sentences(pair: Comparison, columns: Sequence[Column]) -> dict[str, str]:
             effect = difference.effect(column.metric.better)
             group = effect or ("unclear" if difference.interval else "unknown")
             found.setdefault(group, []).append(column)
-    told = {}
+    said = {}
     for group in ("better", "worse"):
         if group in found:
-            told[group] = f"{pair.method.name} {_changes(pair, found[group])}."
+            said[group] = f"{pair.method.name} {_changes(pair, found[group])}."
     for group in ("unclear", "unknown"):
         if group in found:
-            told[group] = f"{', '.join(_in_sentence(column) for column in found[group])}."
-    return told
+            said[group] = f"{', '.join(_in_sentence(column) for column in found[group])}."
+    return said
 
 
 def _changes(pair: Comparison, columns: Sequence[Column]) -> str:
@@ -88,11 +88,10 @@ def verdict_html(table: Table, pairs: Sequence[Comparison]) -> str:
     lines = []
     for pair in pairs:
         lines.append(f"<h3>{escape(pair.method.name)} against {escape(pair.baseline.name)}</h3>")
-        told = sentences(pair, table.columns)
         lines.append('<ul class="verdict">')
         lines += [
             f'<li><b class="{effect}">{_LEADS[effect]}</b> {escape(sentence)}</li>'
-            for effect, sentence in told.items()
+            for effect, sentence in sentences(pair, table.columns).items()
         ]
         lines.append("</ul>")
         if pair is pairs[-1] or pair.basis != pairs[-1].basis:
@@ -106,20 +105,20 @@ def metrics_table(table: Table, pairs: Sequence[Comparison]) -> str:
     lines = ['<div class="wide"><table class="metrics">', "<thead>"]
     lines += [f'<tr><th class="text" scope="col">metric</th>{heads}</tr>', "</thead>", "<tbody>"]
     by_method: dict[str, Comparison] = {pair.method.name: pair for pair in pairs}
-    # Those after scaling stand last, whatever the order in which the columns are told.
+    # A metric after temperature scaling stands below those before it.
     for column in sorted(table.columns, key=lambda column: column.scaled):
         metric = column.metric
-        told = f"{escape(metric.unit)} {_ARROWS[metric.better]}".strip()
+        unit = f"{escape(metric.unit)} {_ARROWS[metric.better]}".strip()
         cells = [_cell(row, column, by_method.get(row.name)) for row in table.rows]
-        head = f'<th scope="row">{escape(title_of(column))} <small>{told}</small></th>'
+        head = f'<th scope="row">{escape(title_of(column))} <small>{unit}</small></th>'
         lines.append(f"<tr>{head}{''.join(cells)}</tr>")
     return "\n".join([*lines, "</tbody>", "</table></div>"])
 
 
 def _method_head(row: Row, is_baseline: bool) -> str:
-    told = ["baseline"] if is_baseline else []
-    told += [f"{len(row.runs)} runs"] if len(row.runs) > 1 else []
-    small = f"<small>{', '.join(told)}</small>" if told else ""
+    notes = ["baseline"] if is_baseline else []
+    notes += [f"{len(row.runs)} runs"] if len(row.runs) > 1 else []
+    small = f"<small>{', '.join(notes)}</small>" if notes else ""
     return f'<th scope="col" class="name">{escape(row.name)}{small}</th>'
 
 

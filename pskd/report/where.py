@@ -75,8 +75,8 @@ def by_class(pair: Comparison, preset: Preset) -> Groups | None:
     rows = pair.tests.rows[0]
     labels, group = np.unique(rows["label"], return_inverse=True)
     names = rows.get("class_names", np.empty(0))
-    told = [str(names[label]) if 0 <= label < len(names) else str(label) for label in labels]
-    return _groups(pair, preset, group, told)
+    titles = [str(names[label]) if 0 <= label < len(names) else str(label) for label in labels]
+    return _groups(pair, preset, group, titles)
 
 
 def most_changed(groups: Groups) -> list[Group]:
@@ -133,17 +133,17 @@ def _measured(pair: Comparison, values: Doubles, group: Integers) -> list[tuple[
 def _ap_by_class(pair: Comparison, preset: Preset) -> Groups | None:
     runs = [*pair.baseline.runs, *pair.method.runs]
     split, prefix = len(pair.baseline.runs), "AP-"
-    told = [run.numbers.get("bbox", {}) for run in runs]
+    boxes = [run.numbers.get("bbox", {}) for run in runs]
     keys = [
         key
-        for key in told[0]
-        if key.startswith(prefix) and all(isinstance(of.get(key), int | float) for of in told)
+        for key in boxes[0]
+        if key.startswith(prefix) and all(isinstance(of.get(key), int | float) for of in boxes)
     ]
     if not keys:
         return None
     groups = []
     for key in keys:
-        values = [float(of[key]) for of in told]
+        values = [float(of[key]) for of in boxes]
         first, second = values[:split], values[split:]
         interval = None
         if pair.over_seeds:

@@ -26,7 +26,7 @@ __all__ = ["where_section"]
 def where_section(pair: Comparison, preset: Preset) -> str:
     """Return the HTML: by confidence, by class, and what changed most."""
     names = escape(pair.baseline.name), escape(pair.method.name)
-    told = {
+    examples_of = {
         "detection": _told_of_boxes,
         "translation": _told_of_sentences,
         "classification": _told_of_predictions,
@@ -45,8 +45,7 @@ def where_section(pair: Comparison, preset: Preset) -> str:
             f'<p class="soft">{names[0]} → {names[1]}, below it the difference with its 95 % '
             "interval. Of many groups, a few differ by chance.</p>"
         )
-    shown = told(pair)
-    return "\n".join([*parts, shown])
+    return "\n".join([*parts, examples_of(pair)])
 
 
 def _table(head: str, groups: Sequence[Group], of: Groups) -> str:
@@ -185,8 +184,8 @@ def _image(image: ChangedBoxes, pair: Comparison) -> str:
     for row, seen, errors in zip(
         (pair.baseline, pair.method), image.seen, image.errors, strict=True
     ):
-        told = f"{row.name}: {errors} wrong or missed. {image.id}"
-        lines.append(f"<figure>{_drawing(seen)}<figcaption>{escape(told)}</figcaption></figure>")
+        caption = f"{row.name}: {errors} wrong or missed. {image.id}"
+        lines.append(f"<figure>{_drawing(seen)}<figcaption>{escape(caption)}</figcaption></figure>")
     return "\n".join(lines)
 
 

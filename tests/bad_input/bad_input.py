@@ -51,9 +51,9 @@ HEAD = """\
 What was tried, and what the user sees; written by `python tests/bad_input/bad_input.py` from the
 cases of the tests there, and not by hand. Each line is a test. It runs in a folder of its own, ends
 as the last column says and with this text (`...` stands for what differs from machine to machine),
-and leaves every file in the folder as it was and no new one there, but for those that the line
-names. An exception comes out of Python code; an exit status is that of a command line, whose text
-is on the standard error.
+and leaves every file in the folder as it was and no new one there, except for those that the
+line names. An exception comes out of Python code; an exit status is that of a command line, whose
+text is on the standard error.
 """
 
 

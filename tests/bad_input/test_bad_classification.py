@@ -102,7 +102,7 @@ configured(
     ends=2,
 )
 configured(
-    "a choice that is none",
+    "an unknown choice",
     "pskd_teacher: oracle\n",
     "train.py: error: argument --pskd-teacher: invalid choice: 'oracle' (choose from ...memory..."
     "snapshot...)",
@@ -363,7 +363,7 @@ imaged(
     f"{FOLDER} --val-fraction 0.05",
 )
 imaged(
-    "an image that is none",
+    "a file that is not an image",
     "a/3.png: expected an image, got cannot identify image file ...train/a/3.png...",
     lambda: Path("train/a/3.png").write_text("a picture"),
 )

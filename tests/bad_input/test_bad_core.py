@@ -94,7 +94,7 @@ LOSS.add(
     "expected teacher_probs or teacher_logits, got both",
 )
 LOSS.add(
-    "`TopK` of a class that is none",
+    "`TopK` of an unknown class",
     loss(past=pskd.TopK(torch.full((N, 1), 3), torch.ones(N, 1))),
     "teacher_probs: expected TopK of classes in [0, 2], got [3, 3]",
 )
@@ -215,7 +215,7 @@ CRITERIA.add(
     "num_epochs: expected 1 or more, got 0",
 )
 CRITERIA.add(
-    "a schedule that is none",
+    "an unknown schedule",
     lambda: memory_criterion(alpha_schedule="square"),
     "alpha_schedule: expected one of linear, constant, cosine, got 'square'",
 )
@@ -411,7 +411,7 @@ CRITERIA.add(
     "training data: expected pskd.WithRows(dataset), got list",
 )
 CRITERIA.add(
-    "Lightning and Transformers: a teacher that is none",
+    "Lightning and Transformers: an unknown teacher",
     lambda: make_criterion(net(), [(1, 2)], C, num_epochs=3, teacher="oracle"),
     "teacher: expected 'memory' or 'snapshot', got 'oracle'",
 )

@@ -125,7 +125,7 @@ keyed(
 
 
 @KEYS.case(
-    "a key in a YAML file that is none",
+    "an unknown key in a YAML file",
     "train_net: Non-existent config key: MODEL.PSKD.ALPHA",
     ends=1,
 )
@@ -227,7 +227,7 @@ def lazy(tried: str, says: str, *overrides: str) -> None:
 
 
 lazy(
-    "an option that is none",
+    "an unknown option",
     "train.pskd: expected options of PSKDHook: ...unexpected keyword argument 'alpha'",
     "train.pskd.alpha=0.5",
 )

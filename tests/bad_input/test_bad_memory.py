@@ -234,7 +234,7 @@ def written(tried: str, says: str, rows: object, probs: object) -> None:
 
 
 written(
-    "a row written that is none",
+    "a row written beyond the memory",
     "rows: expected numbers in [0, 5], got [0, 6]",
     torch.tensor([0, 6]),
     PROBS[:2],
@@ -254,7 +254,7 @@ written(
 
 
 def loaded(tried: str, says: str, state) -> None:
-    """Add a case of a state in RAM that is none."""
+    """Add a case of a malformed state in RAM."""
 
     def run():
         made = in_second_epoch(memory(path=None))
@@ -271,7 +271,7 @@ loaded(
     lambda state: state | {"past": state["past"][:5]},
 )
 loaded(
-    "a state that is none",
+    "a malformed state",
     "expected a memory's state with 'header' and 'epoch', got ['past']",
     lambda state: {"past": state["past"]},
 )

@@ -195,7 +195,7 @@ spoiled(
 # ---- pskd doctor ---------------------------------------------------------------------------------
 
 DOCTOR.add(
-    "a part that is none",
+    "an unknown part",
     lambda: command("doctor speech"),
     "pskd doctor: error: argument PART: expected one of core, ..., got 'speech'",
     ends=2,
@@ -209,7 +209,7 @@ for _seconds in ("0", "nan", "soon"):
         ends=2,
     )
 DOCTOR.add(
-    "a command that is none",
+    "an unknown command",
     lambda: command("heal"),
     "pskd: error: argument COMMAND: invalid choice: 'heal' (choose from ...doctor...report...)",
     ends=2,

@@ -149,7 +149,7 @@ unbuilt(
     lambda: change(lambda content: content["annotations"][0].pop("segmentation")),
 )
 unbuilt(
-    "weights that are none",
+    "a file that holds no weights",
     "--weights set/0.png",
     "set/0.png: expected a state dict, got ...",
 )
@@ -212,7 +212,7 @@ def _no_spec():
 
 
 @OPTIONS.case(
-    "an image that is none",
+    "a file that is not an image",
     "train_torchvision: set/1.png: expected an image, got cannot identify image file '...1.png'",
     ends=1,
     leaves=("run/*",),
@@ -310,12 +310,12 @@ read(
     lambda: change(lambda content: [a.update(iscrowd=1) for a in content["annotations"]]),
 )
 annotated(
-    "a class that is none",
+    "an unknown class",
     f"{WHERE}expected 'category_id' of one in the file, got 7",
     category_id=7,
 )
 annotated(
-    "an image that is none",
+    "an unknown image",
     f"{WHERE}expected 'image_id' of one in the file, got 99",
     image_id=99,
 )

@@ -453,7 +453,7 @@ evaluated(
 )
 evaluated("no checkpoint", "none.pt", "none.pt: expected a checkpoint, got no such file")
 evaluated(
-    "a checkpoint that is none",
+    "a file that is not a checkpoint",
     "model.pt",
     "model.pt: expected a whole fairseq checkpoint that fits data, got ...",
 )

@@ -118,7 +118,7 @@ def test_only_labels_that_are_trained_on_are_wrong():
     assert noisy.noisy.sum() == 16 and not clean.noisy.any()  # of 33, rounded to even
     assert noisy.train.ids == clean.train.ids
     assert np.array_equal(noisy.train.targets != clean.train.targets, noisy.noisy)
-    # A batch has the labels that are told.
+    # A batch has the labels of the file.
     assert [label for _, label in noisy.train] == noisy.train.targets.tolist()
     for part in ("validation", "test"):
         assert torch.equal(getattr(noisy, part).targets, getattr(clean, part).targets)

@@ -88,7 +88,7 @@ def test_other_arguments_may_hold_any_text():
 
 @pytest.mark.parametrize("arch", ARCH_CONFIG_REGISTRY)
 def test_every_architecture_of_fairseq_is_accepted(arch):
-    args = Namespace(attention_dropout=0.0, dropout=0.0)  # lightconv_lm asks for the first
+    args = Namespace(attention_dropout=0.0, dropout=0.0)  # lightconv_lm reads the first
     ARCH_CONFIG_REGISTRY[arch](args)
     check_arguments(args)
 
