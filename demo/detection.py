@@ -3,9 +3,9 @@
     python -m demo.detection                           handwritten digits on cluttered canvases
     python -m demo.detection --train SPEC --test SPEC  your own images
 
-SPEC is coco:ANNOTATIONS.json:IMAGE_DIR or voc:ROOT:SPLIT. Detectron2 trains where it is installed,
-torchvision otherwise. Everything lies in runs/demo/detection afterwards: the images, both models
-with their logs, results.json, detections.png, reliability.png and risk_coverage.png.
+SPEC is coco:ANNOTATIONS.json:IMAGE_DIR or voc:ROOT[:SPLIT]. Detectron2 trains where it is
+installed, torchvision otherwise. Everything lies in runs/demo/detection afterwards: the images,
+both models with their logs, results.json, detections.png, reliability.png and risk_coverage.png.
 """
 
 from __future__ import annotations

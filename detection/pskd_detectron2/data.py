@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import logging
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -52,6 +53,7 @@ __all__ = [
     "training_records",
 ]
 
+logger = logging.getLogger("detectron2." + __name__)
 _ROW = "pskd_row"
 _DATASETS: dict[str, DetectionDataset] = {}  # those that were registered from a spec, by it
 
@@ -68,11 +70,14 @@ def training_records(
     records = get_detection_dataset_dicts(names, filter_empty=False, **options)
     if not isinstance(records, list):
         return records  # a `torch.utils.data.Dataset`, which Detectron2 does not filter either
+    crowds = 0
     for record in records:
         for annotation in record.get("annotations", ()):
             if "iscrowd" in annotation:
                 value = flag(annotation["iscrowd"], record["file_name"], "iscrowd")
                 annotation["iscrowd"] = value
+                crowds += value
+    logger.info("%d crowd or difficult objects are left out of training", crowds)
     if filter_empty and "annotations" in records[0]:
         records = filter_images_with_only_crowd_annotations(records)
     if not records:

@@ -27,7 +27,7 @@ from pskd_detectron2.data import (  # noqa: E402
     detection_dataset,
     training_records,
 )
-from pskd_detectron2.lazy import carry_rows, evaluate, pskd_hook  # noqa: E402
+from pskd_detectron2.lazy import carry_rows, evaluate, pskd_hook, use_specs  # noqa: E402
 from pskd_detectron2.state import PSKDState  # noqa: E402
 
 
@@ -483,6 +483,18 @@ def test_lazy_options(spec, tmp_path):
     cfg.dataloader.train.mapper._target_ = "somewhere.OtherMapper"
     with pytest.raises(ValueError, match="mapper: with the memory.*expected .*DatasetMapper, got"):
         carry_rows(cfg)
+
+
+def test_strict_data_of_a_lazy_config(spec, tmp_path):
+    other = changed(spec, tmp_path, lambda c: c["annotations"][0].update(bbox=[60, 60, 40, 40]))
+    cfg = LazyConfig.load(str(tiny.CONFIGS / "mask_rcnn_R_50_FPN_1x_pskd.py"))
+    cfg.train.output_dir = str(tmp_path / "run")
+    for part in ("--train", "--test"):
+        with pytest.raises(ValueError, match="strictly read, expected nothing to mend, got 1"):
+            words = ["--config-file", str(tiny.CONFIGS / "mask_rcnn_R_50_FPN_1x_pskd.py")]
+            words += [part, other, "--strict-data", f"train.output_dir={tmp_path / 'run'}"]
+            tiny.train_net.main(tiny.train_net.parse(words))
+    use_specs(cfg, other, other)
 
 
 def test_a_lazy_config_without_an_evaluator_is_not_evaluated():
