@@ -204,6 +204,9 @@ def _checked_categories(raw: RawAnnotations, mended: Mended) -> dict[str, dict]:
         where = f"{raw.source}: category number {i + 1}"
         value = _checked_id(category, found, where)
         names.add(_checked_name(category, "name", names, where))
+        points = category.get("keypoints") or []
+        if not isinstance(points, list) or not all(isinstance(name, str) for name in points):
+            raise ValueError(f"{where}: expected 'keypoints' as a list of names, got {points!r}")
         found[_key(value)] = category | {"id": value}
     # Text after numbers, since the two cannot be compared.
     order = sorted(found, key=lambda key: (isinstance(found[key]["id"], str), found[key]["id"]))
@@ -221,7 +224,10 @@ def _checked_images(raw: RawAnnotations, mended: Mended) -> dict[str, dict]:
         image = image | {"id": _checked_id(image, images, where)}
         if not image.get("file_name") and isinstance(image.get("coco_url"), str):
             image["file_name"] = _lvis_name(image["coco_url"], raw.image_dir)
-        names.add(_checked_name(image, "file_name", names, where))
+        name = _checked_name(image, "file_name", names, where)
+        if "\\" in name and not (raw.image_dir / name).is_file():
+            name = image["file_name"] = name.replace("\\", "/")  # of a tool on Windows
+        names.add(name)
         images[_key(image["id"])] = image
     if not images:
         raise ValueError(f"{raw.source}: expected at least one image, got none")

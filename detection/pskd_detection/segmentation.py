@@ -10,7 +10,9 @@ import numpy as np
 
 __all__ = ["segmentation_problem", "with_three_points"]
 
-_REACH = 10  # image sides that a polygon may reach beyond its image: memory grows with it
+# How far a polygon may reach, since memory grows with it: in sides of its image, and in pixels, for
+# an image whose size is wrong.
+_SIDES, _PIXELS = 10, 10**6
 _BITS, _MORE, _SIGN, _ZERO = 5, 0x20, 0x10, 48  # of a character of a compressed code
 
 
@@ -32,7 +34,7 @@ def segmentation_problem(segmentation: object, height: int, width: int) -> str |
         return _code_problem(segmentation, height, width)
     if not isinstance(segmentation, (list, tuple)):
         return f"expected polygons or a run-length code, got {type(segmentation).__name__}"
-    reach = _REACH * max(height, width)
+    reach = min(_SIDES * max(height, width), _PIXELS)
     return next(filter(None, (_polygon_problem(polygon, reach) for polygon in segmentation)), None)
 
 

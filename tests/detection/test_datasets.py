@@ -149,6 +149,12 @@ BAD = {
     "class name twice": (set_in("categories", name="dog"), "category number 2: .*'dog' again"),
     "class id twice": (set_in("categories", id=90), "category number 2: .*got 90 again"),
     "class without name": (drop("categories", "name"), "category number 2: expected 'name'"),
+    "keypoints of a class": (
+        set_in("categories", keypoints=17),
+        "category number 2: .*as a list of names, got 17",
+    ),
+    "size NaN": (set_in("images", width=float("nan")), "image 3: .*positive integers, got"),
+    "size infinite": (set_in("images", width=float("inf")), "image 3: .*positive integers, got"),
     "no images": (lambda c: c["images"].clear(), "at least one image, got none"),
     "no annotations": (lambda c: c["annotations"].clear(), "to train on, got 0"),
     "no images key": (lambda c: c.pop("images"), "expected 'images' as a list.*got none"),
@@ -325,6 +331,13 @@ def test_segmentations_that_pycocotools_crashes_on_are_refused(
         load_dataset(made(tmp_path, content))
 
 
+def test_the_reach_of_a_polygon_has_an_end_whatever_the_image(tmp_path, content):
+    content["images"][0]["width"] = 10**10
+    content["annotations"][1]["segmentation"] = [[1, 2, 3, 4, 5, 1e9]]
+    with pytest.raises(ValueError, match="segmentation: expected polygons within 1000000 pixels"):
+        load_dataset(made(tmp_path, content))
+
+
 def test_segmentations_of_pycocotools_are_kept(tmp_path, content):
     rng = np.random.default_rng(0)
     for share in (0.0, 0.01, 0.5, 1.0):
@@ -362,6 +375,15 @@ def test_bad_keypoints_are_refused(tmp_path, content, value):
     content["annotations"][0]["keypoints"] = value
     with pytest.raises(ValueError, match="annotation 0: expected 'keypoints' as 6 numbers x, y, v"):
         load_dataset(made(tmp_path, content))
+
+
+def test_folders_may_be_those_of_windows(tmp_path, content):
+    spec = made(tmp_path, content)
+    (tmp_path / "images" / "sub").mkdir()
+    (tmp_path / "images" / "a.png").rename(tmp_path / "images" / "sub" / "a.png")
+    content["images"][0]["file_name"] = "sub\\a.png"
+    (tmp_path / "set.json").write_text(json.dumps(content))
+    assert [image["file_name"] for image in load_dataset(spec).coco["images"]][0] == "sub/a.png"
 
 
 def roboflow(content: dict, name: str = "pets-x7") -> dict:
