@@ -14,7 +14,7 @@ from PIL import Image
 
 from pskd_detection.coco_format import RawAnnotations, flag
 
-__all__ = ["read_voc", "write_voc"]
+__all__ = ["read_voc", "voc_class", "write_voc"]
 
 _DECLARED = re.compile(rb"""\s*<\?xml[^>]*?encoding\s*=\s*["']([^"']+)["']""")
 # Names of label tools for what Python calls otherwise; GB 18030 holds all of GB 2312.
@@ -136,6 +136,11 @@ def _file_name(known: dict[str, list[str]], name: str, tree: ElementTree.Element
     return next((path for path in found if PurePosixPath(path).name == told), found[0])
 
 
+def voc_class(name: str) -> str:
+    """Return a class as `write_voc` names it: VOC's evaluation makes a file of that name."""
+    return name.replace("/", "\N{DIVISION SLASH}")
+
+
 def write_voc(coco: dict, root: Path, split: str) -> None:
     """Write what VOC's evaluation reads: ``ImageSets/Main/SPLIT.txt`` and ``Annotations``.
 
@@ -150,7 +155,7 @@ def write_voc(coco: dict, root: Path, split: str) -> None:
     found: dict[int, list[dict]] = {image["id"]: [] for image in coco["images"]}
     for annotation in coco["annotations"]:
         found[annotation["image_id"]].append(annotation)
-    names = {category["id"]: category["name"] for category in coco["categories"]}
+    names = {category["id"]: voc_class(category["name"]) for category in coco["categories"]}
     listing = root / "ImageSets" / "Main" / f"{split}.txt"
     for folder in (listing.parent, root / "Annotations"):
         folder.mkdir(parents=True, exist_ok=True)

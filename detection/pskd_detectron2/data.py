@@ -217,6 +217,12 @@ def _check_for_coco_evaluator(raw: RawAnnotations) -> None:
 
 
 def _check_for_voc_evaluator(dirname: str, raw: RawAnnotations) -> None:
+    divided = [c["name"] for c in raw.categories if "/" in c["name"]]
+    if divided:
+        raise ValueError(
+            f"{raw.source}: for PascalVOCDetectionEvaluator expected classes without a slash, got "
+            f"{divided[0]}; --test voc:{dirname} reads it"
+        )
     for image in raw.images:
         path = Path(dirname, "Annotations", image["file_name"]).with_suffix(".xml")
         try:

@@ -15,6 +15,7 @@ from detectron2.modeling import GeneralizedRCNN
 from detectron2.structures import Boxes, Instances
 from detectron2.utils import comm
 from pskd_detection import DetectionConfidence, DetectionDataset, Detections, write_detections
+from pskd_detection.voc_format import voc_class
 
 from pskd.plots import reliability_diagram, risk_coverage_plot
 from pskd_detectron2.data import detection_dataset
@@ -76,6 +77,11 @@ class ConfidenceEvaluator(DatasetEvaluator):
 
 class VOCEvaluator(PascalVOCDetectionEvaluator):
     """VOC AP under a name of its own: COCO's is ``bbox``."""
+
+    def __init__(self, dataset_name: str) -> None:
+        super().__init__(dataset_name)
+        names = MetadataCatalog.get(dataset_name).thing_classes
+        self._class_names = [voc_class(name) for name in names]
 
     def evaluate(self) -> dict | None:
         results = super().evaluate()

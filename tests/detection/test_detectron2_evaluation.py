@@ -196,8 +196,20 @@ def test_a_registered_voc_set_that_detectron2s_evaluator_fails_on(tmp_path):
     register_spec(f"voc:{root}:all", tmp_path)  # which does
 
 
-def test_voc_ap_of_a_flat_folder_whose_names_have_spaces(tmp_path):
+def test_a_registered_voc_set_whose_class_is_no_file_name(tmp_path):
+    root = make_voc(tmp_path, "voc", minimal=False)
+    path = root / "Annotations" / "img2.xml"
+    path.write_text(path.read_text().replace("ring", "ring/disc"))
+    register_pascal_voc("slash_voc", f"{root}/", "all", 2007, ("square", "ring", "ring/disc"))
+    with pytest.raises(ValueError, match="classes without a slash, got ring/disc; --test voc:"):
+        build_evaluators("slash_voc", str(tmp_path / "made"))
+
+
+@pytest.mark.parametrize("ring", ["ring", "ring/disc"])
+def test_voc_ap_of_a_flat_folder_whose_names_have_spaces(ring, tmp_path):
     root, flat = make_voc(tmp_path, "voc", minimal=True), tmp_path / "flat"
+    for path in root.glob("Annotations/*"):
+        path.write_text(path.read_text().replace("ring", ring))
     flat.mkdir()
     for path in (*root.glob("Annotations/*"), *root.glob("JPEGImages/*")):
         path.rename(flat / path.name.replace("img", "my image "))
