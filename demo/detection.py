@@ -3,9 +3,9 @@
     python -m demo.detection                           handwritten digits on cluttered canvases
     python -m demo.detection --train SPEC --test SPEC  your own images
 
-SPEC is coco:ANNOTATIONS.json:IMAGE_DIR or voc:ROOT:SPLIT. Detectron2 trains where it is installed,
-torchvision elsewhere. Of the digits' training boxes 40 % have a wrong class, and the training is
-long enough to memorise them; test boxes are right.
+SPEC is coco:ANNOTATIONS.json:IMAGE_DIR or voc:ROOT[:SPLIT]. Detectron2 trains where it is
+installed, torchvision elsewhere. Of the digits' training boxes 40 % have a wrong class, and the
+training is long enough to memorise them; test boxes are right.
 
 The images, both models with their logs, results.json, detections.png, reliability.png and
 risk_coverage.png go to runs/demo/detection.
@@ -101,7 +101,8 @@ def prepare(args: argparse.Namespace, out: Path) -> dict[str, str]:
     if args.train:
         say(1, f"data sets {args.train} and {args.test}")
         # The trainings would refuse them only after those of an earlier demo are deleted.
-        load_dataset(args.test, load_dataset(args.train).class_names)
+        classes = load_dataset(args.train, strict=args.strict_data).class_names
+        load_dataset(args.test, classes, strict=args.strict_data)
         return {"train": args.train, "test": args.test}
     say(1, f"{args.num_train} + {args.num_test} images of handwritten digits in {out / 'images'}")
     files = write_digits(out / "images", num_train=args.num_train, num_test=args.num_test)

@@ -34,6 +34,7 @@ from pskd_detectron2.data import (
     number_annotations,
     register_spec,
     training_fingerprint,
+    training_records,
 )
 from pskd_detectron2.evaluation import ConfidenceEvaluator, ground_truth_rois
 from pskd_detectron2.hooks import PSKDHook
@@ -49,6 +50,7 @@ from pskd_detectron2.trainer import (
 __all__ = ["load_recipe", "run_lazy"]
 
 logger = logging.getLogger("detectron2." + __name__)
+STOCK_DICTS = get_detection_dataset_dicts
 
 
 def load_recipe(name: str) -> DictConfig:
@@ -69,7 +71,7 @@ def run_lazy(args) -> None:
     except (HydraException, OmegaConfBaseException) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"expected overrides as path.key=value: {reason}") from error
-    use_specs(cfg, args.train, args.test)
+    use_specs(cfg, args.train, args.test, args.strict_data)
     check_data(cfg)
     default_setup(cfg, args)
     model = instantiate(cfg.model).to(cfg.train.device)
@@ -87,15 +89,15 @@ def run_lazy(args) -> None:
         logger.info("results: %s", path)
 
 
-def use_specs(cfg: DictConfig, train: str | None, test: str | None) -> None:
+def use_specs(cfg: DictConfig, train: str | None, test: str | None, strict: bool = False) -> None:
     """Let --train and --test be the config's data sets, in place, as they are in a YAML config."""
     class_names = None
     if train:
-        class_names = register_spec(train, cfg.train.output_dir).class_names
+        class_names = register_spec(train, cfg.train.output_dir, strict=strict).class_names
         cfg.dataloader.train.dataset.names = train
         cfg.model.roi_heads.num_classes = len(class_names)
     if test:
-        register_spec(test, cfg.train.output_dir, class_names)
+        register_spec(test, cfg.train.output_dir, class_names, strict=strict)
         cfg.dataloader.test.dataset.names = test
 
 
@@ -139,6 +141,8 @@ def train(args, cfg: DictConfig, model) -> dict:
     optimizer = instantiate(cfg.optimizer)
     if OmegaConf.select(cfg, "train.pskd.teacher") == "memory":
         carry_rows(cfg)
+    elif cfg.dataloader.train.dataset._target_ in (STOCK_DICTS, _name(STOCK_DICTS)):
+        cfg.dataloader.train.dataset._target_ = training_records
     loader = instantiate(cfg.dataloader.train)
     model = create_ddp_model(model, **(dict(cfg.train.ddp) | ddp_options(cfg.train.device)))
     trainer = step_trainer(cfg.train.device, cfg.train.amp.enabled)(model, loader, optimizer)
@@ -168,8 +172,8 @@ def train(args, cfg: DictConfig, model) -> dict:
 
 
 def numbered_dicts(**kwargs) -> list[dict]:
-    """`get_detection_dataset_dicts`, every annotation with its row of the memory."""
-    return number_annotations(get_detection_dataset_dicts(**kwargs))
+    """`training_records`, every annotation with its row of the memory."""
+    return number_annotations(training_records(**kwargs))
 
 
 def carry_rows(cfg: DictConfig) -> None:
@@ -179,7 +183,7 @@ def carry_rows(cfg: DictConfig) -> None:
         ValueError: for a dataset or a mapper other than Detectron2's own.
     """
     loader = cfg.dataloader.train
-    stock = {"dataset": get_detection_dataset_dicts, "mapper": DatasetMapper}
+    stock = {"dataset": STOCK_DICTS, "mapper": DatasetMapper}
     ours = {"dataset": numbered_dicts, "mapper": PSKDDatasetMapper}
     for part, expected in stock.items():
         got = loader[part]._target_
@@ -217,7 +221,11 @@ def pskd_hook(cfg: DictConfig, model) -> PSKDHook | None:
     dicts = instantiate(cfg.dataloader.train.dataset)
     heads = cfg.model.roi_heads
     check_classes(_names(cfg, "train"), heads.num_classes)  # known when the data is loaded
-    check_records(dicts, heads.num_classes, masks=bool(heads.get("mask_head")))
+    mask_format = OmegaConf.select(
+        cfg, "dataloader.train.mapper.instance_mask_format", default="polygon"
+    )
+    masks = bool(heads.get("mask_head"))
+    check_records(dicts, heads.num_classes, masks=masks, mask_format=mask_format)
     if not options.get("epoch_iters"):
         batch = cfg.dataloader.train.total_batch_size
         options["epoch_iters"] = epoch_length(len(dicts), batch)

@@ -44,12 +44,12 @@ def setup(args) -> CfgNode:
     cfg = load_config(args.config_file, args.opts)
     class_names = None
     if args.train:
-        dataset = register_spec(args.train, cfg.OUTPUT_DIR)
+        dataset = register_spec(args.train, cfg.OUTPUT_DIR, strict=args.strict_data)
         class_names = dataset.class_names
         cfg.DATASETS.TRAIN = (args.train,)
         cfg.MODEL.ROI_HEADS.NUM_CLASSES = len(class_names)
     if args.test:
-        register_spec(args.test, cfg.OUTPUT_DIR, class_names)
+        register_spec(args.test, cfg.OUTPUT_DIR, class_names, strict=args.strict_data)
         cfg.DATASETS.TEST = (args.test,)
     cfg.freeze()
     check_config(cfg)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import build_detection_train_loader, get_detection_dataset_dicts
+from detectron2.data import build_detection_train_loader
 from detectron2.data.common import ToIterableDataset
 from detectron2.engine import (
     AMPTrainer,
@@ -28,12 +28,14 @@ from pskd_detectron2.config import check_pskd_config, warn_of_unused_keys
 from pskd_detectron2.data import (
     PSKDDatasetMapper,
     check_classes,
+    check_keypoints,
     check_records,
     check_registered,
     check_test_sets,
     count_annotations,
     number_annotations,
     training_fingerprint,
+    training_records,
 )
 from pskd_detectron2.evaluation import build_evaluators, ground_truth_rois
 from pskd_detectron2.hooks import PSKDHook
@@ -92,7 +94,12 @@ class Trainer(DefaultTrainer):
         loader = self.build_train_loader(cfg)
         self._sampler, self._records = _source(cfg, loader)
         check_classes(cfg.DATASETS.TRAIN, cfg.MODEL.ROI_HEADS.NUM_CLASSES)
-        check_records(self._records, cfg.MODEL.ROI_HEADS.NUM_CLASSES, masks=cfg.MODEL.MASK_ON)
+        check_records(
+            self._records,
+            cfg.MODEL.ROI_HEADS.NUM_CLASSES,
+            masks=cfg.MODEL.MASK_ON,
+            mask_format=cfg.INPUT.MASK_FORMAT,
+        )
         model = create_ddp_model(model, broadcast_buffers=False, **ddp_options(cfg.MODEL.DEVICE))
         step = step_trainer(cfg.MODEL.DEVICE, cfg.SOLVER.AMP.ENABLED)
         self._trainer = step(model, loader, optimizer)
@@ -168,7 +175,12 @@ class Trainer(DefaultTrainer):
         """COCO AP, VOC AP for a VOC set, and the confidence of the detections."""
         output_folder = output_folder or os.path.join(cfg.OUTPUT_DIR, "inference")
         least = max(SCORE_THRESHOLD, cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST)
-        evaluators = build_evaluators(dataset_name, output_folder, score_threshold=least)
+        evaluators = build_evaluators(
+            dataset_name,
+            output_folder,
+            kpt_oks_sigmas=cfg.TEST.KEYPOINT_OKS_SIGMAS,
+            score_threshold=least,
+        )
         return DatasetEvaluators(evaluators)
 
     @classmethod
@@ -213,6 +225,10 @@ def check_config(cfg: CfgNode) -> None:
         )
     check_registered((*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST))
     check_classes(cfg.DATASETS.TRAIN, cfg.MODEL.ROI_HEADS.NUM_CLASSES)
+    if cfg.MODEL.KEYPOINT_ON:
+        count = cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS
+        sigmas = cfg.TEST.KEYPOINT_OKS_SIGMAS
+        check_keypoints(cfg.DATASETS.TRAIN, cfg.DATASETS.TEST, count, sigmas)
     check_test_sets(cfg.DATASETS.TEST, cfg.MODEL.ROI_HEADS.NUM_CLASSES)
 
 
@@ -235,7 +251,7 @@ def training_dicts(cfg: CfgNode) -> list[dict]:
     """Return the images and annotations that are trained on, as the stock loader has them."""
     model = cfg.MODEL
     min_keypoints = model.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE if model.KEYPOINT_ON else 0
-    return get_detection_dataset_dicts(
+    return training_records(
         cfg.DATASETS.TRAIN,
         filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
         min_keypoints=min_keypoints,

@@ -137,7 +137,7 @@ def _key_in_yaml():
 
 @KEYS.case(
     "`--train set.json`",
-    "error: argument --train: expected coco:ANNOTATIONS.json:IMAGE_DIR or voc:ROOT:SPLIT, got "
+    "error: argument --train: expected coco:ANNOTATIONS.json:IMAGE_DIR or voc:ROOT[:SPLIT], got "
     "'set.json'",
     ends=2,
 )
