@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -29,6 +29,7 @@ class WithRows(Dataset[tuple[Any, ...] | dict[str, Any]]):
 
     A tuple ``(inputs, target)`` becomes ``(row, inputs, target)``, a mapping gets the key
     ``"pskd_rows"``. Any sampler, shuffling or worker may follow: the number stays the sample's.
+    Other attributes, such as ``classes``, are the data set's.
 
     Args:
         dataset: any with ``len()`` and indices from 0; its samples are tuples or mappings.
@@ -52,8 +53,23 @@ class WithRows(Dataset[tuple[Any, ...] | dict[str, Any]]):
     def __len__(self) -> int:
         return len(self.dataset)
 
+    def __getattr__(self, name: str) -> Any:
+        # Python's own protocols are not the data set's, and without one there is nobody to ask.
+        if name.startswith("__") or "dataset" not in vars(self):
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return getattr(self.dataset, name)
+
     def __getitem__(self, row: int) -> tuple[Any, ...] | dict[str, Any]:
-        sample = self.dataset[row]
+        return self._numbered(row, self.dataset[row])
+
+    def __getitems__(self, rows: Sequence[int]) -> list[tuple[Any, ...] | dict[str, Any]]:
+        """Return the samples of a batch, by one call where the data set takes one."""
+        of_batch = getattr(self.dataset, "__getitems__", None)
+        samples = of_batch(rows) if of_batch else [self.dataset[row] for row in rows]
+        return [self._numbered(*pair) for pair in zip(rows, samples, strict=True)]
+
+    @staticmethod
+    def _numbered(row: int, sample: object) -> tuple[Any, ...] | dict[str, Any]:
         if isinstance(sample, Mapping):
             return {**sample, ROWS: row}
         if isinstance(sample, (tuple, list)):

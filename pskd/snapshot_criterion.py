@@ -47,7 +47,7 @@ class SnapshotCriterion(Criterion):
             `MemoryCriterion`.
         logits_of: takes what the model returns and gives its (N, C) logits; if not given, they are
             what it returns or the attribute or key ``logits`` of it. A function of a module can
-            be pickled, a lambda not.
+            be pickled, a lambda cannot.
 
     Raises:
         ValueError: for an option out of range, or a model that cannot be copied.
