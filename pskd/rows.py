@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
-from pskd.checks import check_tensors
+from pskd.checks import check_tensors, is_traced
 
 __all__ = ["ROWS", "WithRows", "check_count", "check_distinct", "check_given", "check_range"]
 
@@ -112,15 +112,17 @@ def check_given(rows: object, count: int) -> Tensor:
 
 
 def check_range(rows: Tensor, size: int) -> None:
-    """Raise ValueError unless the rows lie in [0, size); not looked at on a GPU."""
-    if rows.device.type == "cpu" and len(rows):
+    """Raise ValueError unless the rows lie in [0, size); not looked at on a GPU or in a graph."""
+    if rows.device.type == "cpu" and len(rows) and not is_traced(rows):
         low, high = int(rows.min()), int(rows.max())
         if low < 0 or high >= size:
             raise ValueError(f"rows: expected numbers in [0, {size - 1}], got [{low}, {high}]")
 
 
 def check_distinct(rows: Tensor) -> None:
-    """Raise ValueError if a sample is twice among the rows; not looked at on a GPU."""
+    """Raise ValueError if a sample is twice among the rows; looked at as by `check_range`."""
+    if is_traced(rows):
+        return
     if rows.device.type == "cpu" and len(rows.unique()) != len(rows):
         values, counts = rows.unique(return_counts=True)
         twice = values[counts > 1].tolist()

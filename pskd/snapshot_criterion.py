@@ -15,7 +15,7 @@ from pskd._criterion import Criterion, cross_entropy
 from pskd.checks import check_batch
 from pskd.examples import ExampleStats
 from pskd.rows import check_given, check_range
-from pskd.targets import check_teacher
+from pskd.targets import check_teacher, row_alphas
 from pskd.teacher import SnapshotTeacher
 
 __all__ = ["SnapshotCriterion"]
@@ -173,7 +173,8 @@ class SnapshotCriterion(Criterion):
         check_teacher(self._tried, *logits.shape)
         alpha, self._tried = None, None
         if past is not None:
-            alpha = logits.new_full((len(logits),), self.alpha, dtype=torch.float32)
+            # By a product: a graph takes other numbers as its factor, not as a size or filling.
+            alpha = row_alphas(self.alpha, logits.new_ones(len(logits), dtype=torch.bool))
         if rows is not None:
             rows = check_given(rows, len(logits))
             if self.examples is not None:
