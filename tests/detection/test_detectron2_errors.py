@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -356,6 +357,14 @@ def test_the_hook_wants_an_epoch_and_for_the_memory_annotations(spec, tmp_path):
         PSKDHook(model, epoch_iters=0)
     with pytest.raises(ValueError, match="num_annotations: expected 1 or more, got 0"):
         PSKDHook(model, epoch_iters=3, teacher="memory")
+
+
+def test_the_hook_wants_a_model_that_can_be_copied(spec, tmp_path):
+    model = Trainer.build_model(tiny.config("fpn", tmp_path, train=spec))
+    model.backbone.lock = threading.Lock()
+    with pytest.raises(ValueError, match="got FPN 'backbone' with the attribute 'lock': .*lock"):
+        PSKDHook(model, epoch_iters=3)
+    PSKDHook(model, epoch_iters=3, teacher="memory", num_annotations=5)
 
 
 def test_a_loader_of_ones_own_is_trained_from(spec, tmp_path):
