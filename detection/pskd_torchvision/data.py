@@ -131,7 +131,7 @@ def read_image(dataset: DetectionDataset, entry: dict) -> Tensor:
     if image.size != size:
         raise ValueError(
             f"{path}: expected {size[0]} x {size[1]} pixels as annotated, got "
-            f"{image.size[0]} x {image.size[1]} (upright, by its EXIF orientation)"
+            f"{image.size[0]} x {image.size[1]}"
         )
     return F.pil_to_tensor(image)
 

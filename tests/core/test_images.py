@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import os
+import socket
 import struct
 import zlib
 from pathlib import Path
@@ -11,8 +13,10 @@ import numpy as np
 import pytest
 import torch
 
+from pskd.distributed import join, leave
 from pskd.run.images import SHOWN, check_images, read_rgb, read_size, to_rgb
 
+PRELOADED = ["torch", "pskd.run.images"]
 Image = pytest.importorskip("PIL.Image")
 
 GRAY = np.arange(24, dtype=np.uint8).reshape(4, 6) * 10
@@ -168,3 +172,27 @@ def test_the_first_images_that_cannot_be_read_are_named(tmp_path):
 def test_errors_of_another_kind_are_not_taken_for_damaged_images():
     with pytest.raises(ZeroDivisionError):
         check_images([(0,)], lambda x: 1 / x, 0)
+
+
+def check_in_one_process(rank: int, size: int, folder: Path) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": (folder / "port").read_text()}
+    join("cpu")
+    try:
+        check_images([(folder / f"{name}.png",) for name in range(4)], read, 0)
+    except (ValueError, RuntimeError) as error:
+        (folder / f"{rank}.txt").write_text(f"{type(error).__name__}: {error}")
+    leave()
+
+
+def test_processes_share_the_images_and_all_refuse(tmp_path, in_processes):
+    for name in range(4):
+        (tmp_path / f"{name}.png").write_bytes(png() if name % 2 == 0 else b"")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        (tmp_path / "port").write_text(str(free.getsockname()[1]))
+    in_processes(check_in_one_process, 2, tmp_path)
+    for rank, kind in enumerate(("ValueError: ", "RuntimeError: the first process failed: ")):
+        error = (tmp_path / f"{rank}.txt").read_text()
+        assert error.startswith(kind) and "expected 4 images that can be read, got 2" in error
+        assert "1.png: expected" in error and "3.png: expected" in error
