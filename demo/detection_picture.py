@@ -16,6 +16,7 @@ import numpy as np
 from pycocotools import mask as coco_mask
 
 from pskd.run.files import written_aside
+from pskd.run.images import read_rgb
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -29,7 +30,7 @@ MATCH_IOU = 0.5  # of a right detection, as in AP50
 RIGHT, WRONG, MISSED = "#009E73", "#D55E00", "#F0E442"
 INK, PAPER = "#333333", "#FFFFFF"
 
-Box = tuple[float, float, float, float]  # x, y, width, height in pixels of the image file
+Box = tuple[float, float, float, float]  # x, y, width, height in pixels of the image as shown
 
 
 class Mark(NamedTuple):
@@ -236,10 +237,10 @@ def _open(path: Path) -> tuple[Image, float]:
     """An image as it is drawn, and its scale."""
     from PIL import Image
 
-    with Image.open(path) as image:
-        scale = IMAGE_SIDE / max(image.size)
-        size = tuple(max(1, round(side * scale)) for side in image.size)
-        return image.convert("RGB").resize(size, Image.Resampling.BICUBIC), scale
+    image = read_rgb(path)
+    scale = IMAGE_SIDE / max(image.size)
+    width, height = (max(1, round(side * scale)) for side in image.size)
+    return image.resize((width, height), Image.Resampling.BICUBIC), scale
 
 
 def _marked(picture: Image, scale: float, marks: Sequence[Mark]) -> Image:

@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from pskd_classification.label_noise import LabelNoise
-from pskd_classification.sources import Source, as_rgb, check_source, load_sources
+from pskd_classification.sources import Source, check_source, load_sources, read_image
 from pskd_classification.transforms import Fit, View, eval_transform, stats_of, train_transform
 
 __all__ = ["Images", "OddSizeError", "Splits", "load_splits"]
@@ -56,12 +56,8 @@ class Images(Dataset):
         return self._transform(self.picture(row)), int(self.targets[row])
 
     def picture(self, row: int) -> Image.Image:
-        """Return the image as it is in the source."""
-        try:
-            image = self._source[self._indices[row]][0]
-        except (OSError, SyntaxError) as error:  # what PIL raises for a damaged file
-            raise ValueError(f"{self.ids[row]}: expected an image, got {error}") from error
-        return as_rgb(image)
+        """Return an image without augmentation, upright and in mode RGB."""
+        return read_image(self._source, self._indices[row], self.ids[row])
 
     def decode(self, size: int, *, resize: bool) -> Tensor:
         """Return all images without augmentation, (M, 3, S, S) uint8 on the CPU.
@@ -180,7 +176,7 @@ def load_splits(
     clean = targets["train"]
     if label_noise is not None:
         targets["train"] = label_noise.apply(clean, len(class_names))
-    size = image_size or _size_of(sources["train"])
+    size = image_size or _size_of(sources["train"], ids["train"][0])
     hflip = (0.0 if name == "digits" else 0.5) if hflip is None else hflip
     own_mean, own_std = stats_of(name)
     view = View(augment, size, hflip, tuple(mean or own_mean), tuple(std or own_std))
@@ -243,8 +239,8 @@ def _stratified(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
     return np.sort(held_out)
 
 
-def _size_of(source: Source) -> int:
-    width, height = as_rgb(source[0][0]).size
+def _size_of(source: Source, first: str) -> int:
+    width, height = read_image(source, 0, first).size
     if width != height:
         raise ValueError(
             f"--image-size: expected a number for images that are not square, got none "

@@ -16,6 +16,7 @@ from torch.optim import lr_scheduler
 from pskd import ExampleStats, MemoryCriterion, SnapshotCriterion
 from pskd.distributed import World
 from pskd.run import checkpoint
+from pskd.run.images import check_images
 from pskd_classification.data import Images, Splits, load_splits
 from pskd_classification.evaluation import predict
 from pskd_classification.label_noise import LabelNoise
@@ -114,6 +115,10 @@ def read_data(args: argparse.Namespace, world: World) -> Data:
     if not args.test_only:
         parts["train"] = splits.train
     images = {part: own for part, own in parts.items() if own is not None}
+    if args.check_images:
+        every = [(own, row) for own in images.values() for row in range(len(own))]
+        count = check_images(every, Images.picture, args.workers)
+        logger.info("--check-images: read %d images", count)
     resize = args.image_size is not None
     placed = place(images, splits.view, world.device, wanted=_on_device(args), resize=resize)
     return Data(splits, images if placed is None else placed)

@@ -158,6 +158,7 @@ def _add_data(group) -> None:
     )  # fmt: skip
     add("--data-dir", metavar="DIR", help="of cifar10 and cifar100, or with train/ and test/")
     add("--download", action="store_true", help="fetch CIFAR if it is not there")
+    add("--check-images", action="store_true", help="read every image once before the first step")
     add(
         "--val-fraction", type=float, default=0.1,
         help="of the training set, held out to choose the best checkpoint; default: %(default)s",

@@ -21,7 +21,9 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-__all__ = ["DATASETS", "Source", "as_rgb", "check_source", "load_sources"]
+from pskd.run.images import named, read_rgb, to_rgb
+
+__all__ = ["DATASETS", "Source", "check_source", "load_sources", "read_image"]
 
 DATASETS = ("digits", "cifar10", "cifar100", "folder")
 DIGITS_TEST_SHARE = 0.3
@@ -107,7 +109,10 @@ def _folders(root: Path) -> dict[str, Source]:
     if "test" not in found:
         found["test"] = found.pop("val")
     try:
-        return {part: torchvision.datasets.ImageFolder(path) for part, path in found.items()}
+        return {
+            part: torchvision.datasets.ImageFolder(path, loader=read_rgb)
+            for part, path in found.items()
+        }
     except FileNotFoundError as error:  # no class, or a class without an image
         raise ValueError(f"--data-dir: {error}") from error
 
@@ -177,12 +182,20 @@ def _ids(source: Source) -> list[str]:
     return [str(i) for i in range(len(source))]
 
 
-def as_rgb(image: object) -> Image.Image:
-    """Return a source's image with three channels.
+def read_image(source: Source, row: int, name: str) -> Image.Image:
+    """Return an image of a source as `pskd.run.images.to_rgb` converts it.
+
+    Args:
+        source, row: where it is.
+        name: of the sample, for messages.
 
     Raises:
-        ValueError: for anything but an image of PIL.
+        ValueError: naming an image that cannot be read, or what is no image of PIL.
     """
+    # What a source's own code raises is not caught: its traceback tells more.
+    with named(name, (OSError, SyntaxError, Image.DecompressionBombError)):
+        image = source[row][0]
     if not isinstance(image, Image.Image):
-        raise ValueError(f"data set: expected an image of PIL, got {type(image).__name__}")
-    return image.convert("RGB")
+        raise ValueError(f"{name}: expected an image of PIL, got {type(image).__name__}")
+    with named(name):  # it may not be decoded yet
+        return to_rgb(image)

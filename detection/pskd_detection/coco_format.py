@@ -10,8 +10,7 @@ from collections.abc import Callable, Container
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from PIL import Image
-
+from pskd.run.images import read_size
 from pskd_detection.boxes import Mended, fitted, is_finite
 from pskd_detection.segmentation import segmentation_problem, with_three_points
 
@@ -255,11 +254,7 @@ def _set_size(image: dict, raw: RawAnnotations) -> None:
     """Check an image's size; read it from the image if the annotations do not tell it."""
     size: list[Any] = [image.get("width"), image.get("height")]
     if not all(size):  # missing, null, or 0 as some annotation tools write
-        try:
-            with Image.open(raw.image_dir / image["file_name"]) as file:
-                size = list(file.size)
-        except OSError as error:
-            raise ValueError(f"{image['file_name']}: expected an image, got {error}") from None
+        size = list(read_size(raw.image_dir / image["file_name"]))
     if not all(is_finite(v) and v == int(v) and v > 0 for v in size):
         raise ValueError(
             f"{raw.source}: image {image['id']}: expected 'width' and 'height' as positive "

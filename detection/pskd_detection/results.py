@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from pskd.run.files import write_json, written_aside
+from pskd.run.images import read_rgb
 from pskd_detection.confidence import DetectionConfidence
 from pskd_detection.datasets import DetectionDataset
 
@@ -89,9 +89,8 @@ def write_detections(
 
 def _data_uri(path: Path) -> str | None:
     try:
-        with Image.open(path) as image:
-            picture = image.convert("RGB")
-    except (OSError, SyntaxError):  # what PIL raises for a damaged file
+        picture = read_rgb(path)
+    except ValueError:
         return None
     picture.thumbnail((SHOWN_SIDE, SHOWN_SIDE))
     buffer = io.BytesIO()

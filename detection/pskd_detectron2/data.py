@@ -7,13 +7,14 @@ the order in which Detectron2's loaders return images and annotations.
 from __future__ import annotations
 
 import hashlib
+import io
 import itertools
 import json
 import logging
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from detectron2.data import (
@@ -25,9 +26,11 @@ from detectron2.data import (
 from detectron2.data.build import filter_images_with_only_crowd_annotations
 from detectron2.data.datasets import register_coco_instances
 from detectron2.data.datasets.coco import convert_to_coco_dict
+from detectron2.data.detection_utils import SizeMismatchError, check_image_size
 from detectron2.evaluation.pascal_voc_evaluation import parse_rec
 from detectron2.structures import BoxMode
 from detectron2.utils import comm
+from detectron2.utils.file_io import PathHandler, PathManager
 from pskd_detection import DetectionDataset, load_dataset, write_voc
 from pskd_detection.boxes import Mended, is_finite
 from pskd_detection.coco_format import RawAnnotations, flag, raw_coco, read_coco
@@ -36,11 +39,17 @@ from pskd_detection.segmentation import segmentation_problem
 from pskd_detection.voc_format import read_voc
 
 from pskd.run.files import write_json
+from pskd.run.images import check_images, read_rgb
 from pskd_detectron2.fast_rcnn import ROW_FIELD
 
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
 __all__ = [
+    "ImageMapper",
     "PSKDDatasetMapper",
     "check_classes",
+    "check_image_files",
     "check_keypoints",
     "check_records",
     "check_registered",
@@ -111,8 +120,54 @@ def training_fingerprint(dataset_dicts: Sequence[dict]) -> str:
     return digest.hexdigest()[:16]
 
 
-class PSKDDatasetMapper(DatasetMapper):
-    """`DatasetMapper` whose instances also carry the row of their annotation.
+class _UprightImages(PathHandler):
+    """Opens ``pskd-rgb://PATH`` as the image of PATH in a form that needs no conversion."""
+
+    PREFIX = "pskd-rgb://"
+
+    def _get_supported_prefixes(self) -> list[str]:
+        return [self.PREFIX]
+
+    def _open(self, path: str, mode: str = "r", buffering: int = -1, **kwargs) -> io.BytesIO:
+        uncompressed = io.BytesIO()
+        _read(path.removeprefix(self.PREFIX)).save(uncompressed, "PPM")
+        uncompressed.seek(0)
+        return uncompressed
+
+
+PathManager.register_handler(_UprightImages())
+
+
+def _read(name: str) -> Image:
+    """Read an image from wherever Detectron2 does."""
+    with PathManager.open(name, "rb") as file:
+        return read_rgb(name, file)
+
+
+class ImageMapper(DatasetMapper):
+    """`DatasetMapper` whose images are those of `pskd.run.images.read_rgb`.
+
+    The stock mapper clips 16-bit pixels, and does not name a damaged file.
+
+    Raises:
+        ValueError: naming an image that cannot be read or has another size than annotated.
+    """
+
+    def __call__(self, dataset_dict: dict) -> dict:
+        name = dataset_dict["file_name"]
+        try:
+            mapped = super().__call__(
+                dataset_dict | {"file_name": f"{_UprightImages.PREFIX}{name}"}
+            )
+        except SizeMismatchError as error:
+            message = str(error).replace(_UprightImages.PREFIX, "")
+            raise SizeMismatchError(message) from None
+        mapped["file_name"] = name
+        return mapped
+
+
+class PSKDDatasetMapper(ImageMapper):
+    """`ImageMapper` whose instances also carry the row of their annotation.
 
     Augmentations and filters drop annotations on their way. The row travels in place of the class,
     which the stock code carries along whatever it does, and both are set apart at the end.
@@ -283,6 +338,20 @@ def check_test_sets(names: Iterable[str], num_classes: int) -> None:
                 f"MODEL.ROI_HEADS.NUM_CLASSES: expected {found}, the classes of {name}, got "
                 f"{num_classes}"
             )
+
+
+def check_image_files(names: Iterable[str], workers: int) -> None:
+    """Read every image of registered datasets once, for --check-images.
+
+    Raises:
+        ValueError: as `pskd.run.images.check_images`.
+    """
+    records = [(record,) for name in names for record in DatasetCatalog.get(name)]
+    logger.info("--check-images: read %d images", check_images(records, _check_image, workers))
+
+
+def _check_image(record: dict) -> None:
+    check_image_size(dict(record), np.asarray(_read(record["file_name"])))
 
 
 def check_keypoints(

@@ -25,8 +25,10 @@ from pskd_detection import write_results
 
 from pskd_detectron2.config import recipe_path
 from pskd_detectron2.data import (
+    ImageMapper,
     PSKDDatasetMapper,
     check_classes,
+    check_image_files,
     check_records,
     check_registered,
     check_test_sets,
@@ -74,6 +76,10 @@ def run_lazy(args) -> None:
     use_specs(cfg, args.train, args.test, args.strict_data)
     check_data(cfg)
     default_setup(cfg, args)
+    if args.check_images:
+        parts = ["test"] if args.eval_only else ["train", "test"]
+        names = [name for part in parts for name in _names(cfg, part)]
+        check_image_files(names, OmegaConf.select(cfg, "dataloader.train.num_workers", default=0))
     model = instantiate(cfg.model).to(cfg.train.device)
     if args.eval_only:
         if not cfg.train.init_checkpoint:
@@ -127,6 +133,7 @@ def evaluate(cfg: DictConfig, model) -> dict:
         folder = os.path.join(cfg.train.output_dir, "inference")
         evaluators.append(ConfidenceEvaluator(names[0], folder))
     with same_random_state_after():
+        read_images(cfg.dataloader.test)
         loader = instantiate(cfg.dataloader.test)
         results = inference_on_dataset(model, loader, DatasetEvaluators(evaluators))
         print_csv_format(results)
@@ -143,6 +150,7 @@ def train(args, cfg: DictConfig, model) -> dict:
         carry_rows(cfg)
     elif cfg.dataloader.train.dataset._target_ in (STOCK_DICTS, _name(STOCK_DICTS)):
         cfg.dataloader.train.dataset._target_ = training_records
+    read_images(cfg.dataloader.train)
     loader = instantiate(cfg.dataloader.train)
     model = create_ddp_model(model, **(dict(cfg.train.ddp) | ddp_options(cfg.train.device)))
     trainer = step_trainer(cfg.train.device, cfg.train.amp.enabled)(model, loader, optimizer)
@@ -193,6 +201,13 @@ def carry_rows(cfg: DictConfig) -> None:
                 f"got {got}"
             )
         loader[part]._target_ = ours[part]
+
+
+def read_images(loader: DictConfig) -> None:
+    """Let `ImageMapper` stand in for Detectron2's own mapper, in place."""
+    target = OmegaConf.select(loader, "mapper._target_")
+    if target in (DatasetMapper, _name(DatasetMapper)):
+        loader.mapper._target_ = ImageMapper
 
 
 def _name(target) -> str:

@@ -28,6 +28,7 @@ from pskd_detection import add_dataset_arguments, write_results
 from pskd.run.program import exit_status
 from pskd_detectron2 import Trainer, load_config, register_spec
 from pskd_detectron2.config import recipe_path
+from pskd_detectron2.data import check_image_files
 from pskd_detectron2.lazy import run_lazy
 from pskd_detectron2.trainer import check_config
 
@@ -39,7 +40,7 @@ def setup(args) -> CfgNode:
     """Return the config; with --train and --test its datasets and class count are set from them.
 
     Raises:
-        ValueError: as `load_config`, `register_spec` and `check_config`.
+        ValueError: as `load_config`, `register_spec`, `check_config` and `check_image_files`.
     """
     cfg = load_config(args.config_file, args.opts)
     class_names = None
@@ -54,6 +55,9 @@ def setup(args) -> CfgNode:
     cfg.freeze()
     check_config(cfg)
     default_setup(cfg, args)
+    if args.check_images:
+        names = (*(() if args.eval_only else cfg.DATASETS.TRAIN), *cfg.DATASETS.TEST)
+        check_image_files(names, cfg.DATALOADER.NUM_WORKERS)
     return cfg
 
 
@@ -99,6 +103,9 @@ def main(args) -> None:
 def parse(argv: Sequence[str] | None = None):
     parser = default_argument_parser(epilog=__doc__)
     add_dataset_arguments(parser, required=False)
+    parser.add_argument(
+        "--check-images", action="store_true", help="read every image once before the first step"
+    )
     args = parser.parse_args(argv)
     # All that follows the first KEY is taken for keys and values.
     flags = [word for word in args.opts if word.startswith("--")]

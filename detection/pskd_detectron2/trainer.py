@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import build_detection_train_loader
+from detectron2.data import build_detection_test_loader, build_detection_train_loader
 from detectron2.data.common import ToIterableDataset
 from detectron2.engine import (
     AMPTrainer,
@@ -26,6 +26,7 @@ from pskd_detection.confidence import SCORE_THRESHOLD
 
 from pskd_detectron2.config import check_pskd_config, warn_of_unused_keys
 from pskd_detectron2.data import (
+    ImageMapper,
     PSKDDatasetMapper,
     check_classes,
     check_keypoints,
@@ -75,7 +76,7 @@ class Trainer(DefaultTrainer):
     """`DefaultTrainer` for a config with `add_pskd_config`'s keys.
 
     The parts are the stock ones but for `PSKDHook`, a checkpointer that writes aside, the dataset
-    mapper of the memory teacher, and ``DATALOADER.SAMPLER_TRAIN: ResumableTrainingSampler``.
+    mappers, and ``DATALOADER.SAMPLER_TRAIN: ResumableTrainingSampler``.
 
     Raises:
         ValueError: for a config, dataset or model that PS-KD cannot train, before the first
@@ -125,7 +126,8 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode):
-        """As `DefaultTrainer`, with the resumable sampler and what the memory teacher needs.
+        """As `DefaultTrainer`, with the resumable sampler, `ImageMapper` and what the memory
+        teacher needs.
 
         An override with a mapper of its own derives it, for that teacher, from `PSKDDatasetMapper`
         and numbers its annotations (`number_annotations`).
@@ -137,9 +139,15 @@ class Trainer(DefaultTrainer):
             # it was at the stop.
             sampler = ResumableTrainingSampler(len(dicts), seed=cfg.SEED)
             options = {"sampler": sampler, "seed": cfg.SEED}
-        if uses_memory(cfg):
-            options["mapper"] = PSKDDatasetMapper(cfg, is_train=True)
+        mapper = PSKDDatasetMapper if uses_memory(cfg) else ImageMapper
+        options["mapper"] = mapper(cfg, is_train=True)
         return build_detection_train_loader(cfg, dataset=dicts, **options)
+
+    @classmethod
+    def build_test_loader(cls, cfg: CfgNode, dataset_name: str):
+        """As `DefaultTrainer`, with `ImageMapper`."""
+        mapper = ImageMapper(cfg, is_train=False)
+        return build_detection_test_loader(cfg, dataset_name, mapper=mapper)
 
     def build_hooks(self) -> list:
         """As `DefaultTrainer`, with PS-KD's first: it acts before a checkpoint is written."""

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from PIL import Image
 from pskd_detection import DetectionDataset
 from pycocotools import mask as coco_mask
 from torch import Tensor
@@ -20,7 +19,9 @@ from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as F
 
-__all__ = ["SMALLEST_SIDE", "DetectionImages", "collate"]
+from pskd.run.images import read_rgb
+
+__all__ = ["SMALLEST_SIDE", "DetectionImages", "collate", "read_image"]
 
 #: Boxes with a shorter side, in pixels, are left out: in float32 their corners may coincide, which
 #: torchvision refuses in the middle of a training.
@@ -96,7 +97,7 @@ class DetectionImages(Dataset):
             ValueError: naming an image that cannot be read or has another size than annotated.
         """
         entry = self._images[index]
-        image = tv_tensors.Image(self._read(entry))
+        image = tv_tensors.Image(read_image(self.dataset, entry))
         target = self._target(entry)
         if np.random.default_rng((self._seed, self._epoch, index)).random() < self._hflip:
             image = F.horizontal_flip(image)
@@ -106,21 +107,6 @@ class DetectionImages(Dataset):
         classes = [1 + self.dataset.category_ids.index(label) for label in labels]
         plain["labels"] = torch.tensor(classes, dtype=torch.int64, device="cpu")
         return F.to_dtype(image, torch.float32, scale=True).as_subclass(Tensor), plain
-
-    def _read(self, entry: dict) -> Tensor:
-        path = self.dataset.image_dir / entry["file_name"]
-        try:
-            with Image.open(path) as file:
-                image = F.pil_to_tensor(file.convert("RGB"))
-        except (OSError, SyntaxError) as error:  # what PIL raises for a damaged file
-            raise ValueError(f"{path}: expected an image, got {error}") from None
-        size = (entry["width"], entry["height"])
-        if (image.shape[2], image.shape[1]) != size:
-            raise ValueError(
-                f"{path}: expected {size[0]} x {size[1]} pixels as annotated, got "
-                f"{image.shape[2]} x {image.shape[1]}"
-            )
-        return image
 
     def _target(self, entry: dict) -> dict[str, Tensor]:
         objects, size = self._objects.get(entry["id"], ()), (entry["height"], entry["width"])
@@ -134,6 +120,23 @@ class DetectionImages(Dataset):
                 mask[:] = _decoded(annotation["segmentation"], size)
             target["masks"] = tv_tensors.Mask(torch.from_numpy(masks))
         return target
+
+
+def read_image(dataset: DetectionDataset, entry: dict) -> Tensor:
+    """Return an image of a data set as it is shown, (C, H, W) uint8.
+
+    Raises:
+        ValueError: naming an image that cannot be read or has another size than annotated.
+    """
+    path = dataset.image_dir / entry["file_name"]
+    image = read_rgb(path)
+    size = (entry["width"], entry["height"])
+    if image.size != size:
+        raise ValueError(
+            f"{path}: expected {size[0]} x {size[1]} pixels as annotated, got "
+            f"{image.size[0]} x {image.size[1]}"
+        )
+    return F.pil_to_tensor(image)
 
 
 def collate(batch: Sequence[tuple[Tensor, dict]]) -> tuple[list[Tensor], list[dict]]:

@@ -14,10 +14,11 @@ from torch import nn
 
 from pskd.distributed import World
 from pskd.run.checkpoint import check_is_new
+from pskd.run.images import check_images
 from pskd.run.log import MetricsLog
 from pskd_torchvision import checkpoint
 from pskd_torchvision.build import build_detector, has_masks, load_weights
-from pskd_torchvision.data import DetectionImages
+from pskd_torchvision.data import DetectionImages, read_image
 from pskd_torchvision.epoch import PSKDEpochs
 from pskd_torchvision.options import check, recorded
 from pskd_torchvision.roi_heads import add_pskd
@@ -73,6 +74,10 @@ def prepare(args: argparse.Namespace, world: World) -> Job:
     if not class_names:
         raise ValueError("--train: expected a training set, which tells the classes, got none")
     test = DetectionImages(read(args.test, class_names)) if args.test else None
+    if args.check_images:
+        sets = [None if args.test_only else train, test.dataset if test else None]
+        every = [(own, image) for own in sets if own for image in own.coco["images"]]
+        logger.info("--check-images: read %d images", check_images(every, read_image, args.workers))
     options = recorded(args, world, train)
     model = _model(args, len(class_names))
     if saved is not None:

@@ -41,6 +41,7 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     )
     add_dataset_arguments(parser, required=False)
     add = parser.add_argument
+    add("--check-images", action="store_true", help="read every image once before the first step")
     add("--output-dir", default="runs/torchvision", help="default: %(default)s")
     add("--resume", action="store_true", help="go on from OUTPUT_DIR/checkpoint.pth, if it exists")
     add("--overwrite", action="store_true", help="replace a training that lies in OUTPUT_DIR")

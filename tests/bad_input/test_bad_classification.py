@@ -364,7 +364,7 @@ imaged(
 )
 imaged(
     "a file that is not an image",
-    "a/3.png: expected an image, got cannot identify image file ...train/a/3.png...",
+    "train/a/3.png: expected an image, got cannot identify image file ...train/a/3.png...",
     lambda: Path("train/a/3.png").write_text("a picture"),
 )
 imaged(
@@ -387,7 +387,7 @@ imaged(
 )
 imaged(
     "an image cut off",
-    "a/3.png: expected an image, got ...",
+    "train/a/3.png: expected an image, got ...",
     lambda: os.truncate("train/a/3.png", 120),
 )
 imaged(

@@ -230,3 +230,44 @@ def test_label_noise_that_is_none_is_refused(text):
 def test_a_single_class_has_no_wrong_label():
     with pytest.raises(ValueError, match="--label-noise: expected two classes or more, got 1"):
         LabelNoise(0.4, "next", 0).apply(np.zeros(5, np.int64), 1)
+
+
+def test_a_folder_of_deep_and_turned_images_is_seen_as_shown(tmp_path):
+    gray = np.arange(64, dtype=np.uint8).reshape(8, 8) * 3
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a quarter turn to the right
+    for part in ("train", "test"):
+        for label in "ab":
+            (tmp_path / part / label).mkdir(parents=True)
+            path = tmp_path / part / label / "0.png"
+            Image.fromarray(gray.astype(np.uint16) * 257).save(path, exif=exif)
+    splits = load_splits("folder", tmp_path, val_fraction=0, augment="none")
+    expected = np.repeat(np.rot90(gray, -1)[None], 3, axis=0)
+    for images in (splits.train, splits.test):
+        assert np.array_equal(images.decode(8, resize=False)[0], expected)  # for the device
+        picture = np.asarray(images.picture(1)).transpose(2, 0, 1)
+        assert np.array_equal(picture, expected)
+
+
+class Lazy(Colours):
+    """Opens a file and leaves it to the reader to decode it."""
+
+    path = ""
+
+    def __getitem__(self, i: int) -> tuple[Image.Image, int]:
+        return Image.open(self.path), self.targets[i]
+
+
+def test_an_image_of_a_source_of_ones_own_is_named(tmp_path, monkeypatch):
+    images = Images(source := Lazy(6, 0), [f"sample {i}" for i in range(6)], range(6), None)
+    source.path = str(tmp_path / "a.png")
+    Image.fromarray(np.full((8, 8), 1285, np.uint16)).save(source.path)
+    assert np.array_equal(images.picture(2), np.full((8, 8, 3), 5))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+    with pytest.raises(ValueError, match="sample 2: expected an image, got Image size"):
+        images.picture(2)
+    monkeypatch.undo()
+    content = (tmp_path / "a.png").read_bytes()
+    (tmp_path / "a.png").write_bytes(content[:45])  # within the pixels
+    with pytest.raises(ValueError, match="sample 2: expected an image, got .*truncated"):
+        images.picture(2)

@@ -203,6 +203,22 @@ def test_an_image_that_is_none_is_refused_before_the_first_step(tmp_path, capsys
     assert message in capsys.readouterr().err
 
 
+def test_every_image_is_checked_before_the_first_step(tmp_path, capsys, caplog):
+    data = write_folders(tmp_path / "data", {"train": 12, "test": 6})
+    flags = ["--dataset", "folder", "--data-dir", str(data), "--no-data-on-device"]
+    flags += ["--check-images", "--epochs", "1"]
+    caplog.set_level("INFO")
+    assert train(tmp_path / "run", *flags) == 0
+    assert "--check-images: read 18 images" in caplog.text
+    for part, name in (("train", "red/003.png"), ("test", "blue/002.png")):
+        (data / part / name).write_bytes(b"")
+    assert train(tmp_path / "other", *flags) == 1
+    error = capsys.readouterr().err
+    assert "--check-images: expected 18 images that can be read, got 2 that cannot: " in error
+    assert "train/red/003.png: " in error and "test/blue/002.png: " in error
+    assert not (tmp_path / "other").exists()
+
+
 @pytest.mark.parametrize("teacher", ["memory", "snapshot"])
 @pytest.mark.parametrize("mixing", [0.0, 1.0])
 def test_no_step_reads_a_value_back_from_the_device(teacher, mixing, monkeypatch):

@@ -453,6 +453,26 @@ def test_missing_files_are_refused(tmp_path, content):
         load_dataset(spec)
 
 
+def test_a_size_that_is_not_annotated_is_that_of_the_image_as_shown(tmp_path, content):
+    spec = made(tmp_path, content)
+    exif = Image.Exif()
+    exif[0x0112] = 8  # a quarter turn to the left
+    Image.new("RGB", (HEIGHT, WIDTH)).save(tmp_path / "images" / "b.png", exif=exif)
+    del content["images"][1]["width"]
+    (tmp_path / "set.json").write_text(json.dumps(content))
+    image = load_dataset(spec).coco["images"][1]
+    assert (image["width"], image["height"]) == (WIDTH, HEIGHT)
+
+
+def test_the_size_of_an_image_too_large_for_pillow_is_refused(tmp_path, content, monkeypatch):
+    spec = made(tmp_path, content)
+    del content["images"][1]["width"]
+    (tmp_path / "set.json").write_text(json.dumps(content))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+    with pytest.raises(ValueError, match="b.png: expected an image, got Image size"):
+        load_dataset(spec)
+
+
 @pytest.mark.parametrize("spec", ["", "coco", "coco:a.json", "voc:", "voc::train", "x:a:b"])
 def test_what_is_no_spec_is_refused(spec):
     with pytest.raises(

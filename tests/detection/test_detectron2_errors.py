@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import threading
+from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 pytest.importorskip(
     "detectron2",
@@ -23,12 +26,19 @@ from omegaconf import OmegaConf  # noqa: E402
 from pskd_detectron2 import PSKDHook, Trainer, register_spec  # noqa: E402
 from pskd_detectron2.data import (  # noqa: E402
     _DATASETS,
+    ImageMapper,
     check_records,
     count_annotations,
     detection_dataset,
     training_records,
 )
-from pskd_detectron2.lazy import carry_rows, evaluate, pskd_hook, use_specs  # noqa: E402
+from pskd_detectron2.lazy import (  # noqa: E402
+    carry_rows,
+    evaluate,
+    pskd_hook,
+    read_images,
+    use_specs,
+)
 from pskd_detectron2.state import PSKDState  # noqa: E402
 
 
@@ -542,3 +552,86 @@ def test_bad_input_to_a_lazy_config(words, message, spec, tmp_path):
     with pytest.raises(ValueError, match=message):
         tiny.train_net.main(tiny.train_net.parse(line))
     assert not (tmp_path / "run" / "metrics.json").exists()
+
+
+# ---- images --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def images(tmp_path) -> tuple[str, Path]:
+    return tiny.make_images(tmp_path / "data", count=2, empty=()), tmp_path / "data" / "set"
+
+
+@pytest.mark.parametrize("teacher", ["snapshot", "memory"])
+@pytest.mark.parametrize("part", ["train", "test"])
+def test_deep_and_turned_images_are_read_as_shown(part, teacher, images, tmp_path):
+    spec, folder = images
+    gray = np.arange(64 * 80).reshape(64, 80) % 256  # of an image of 64 x 80, once turned
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a quarter turn to the right
+    Image.fromarray((gray * 257).astype(np.uint16)).save(folder / "0.png", exif=exif)
+    opts = ["MODEL.PSKD.TEACHER", teacher, "INPUT.RANDOM_FLIP", "none"]
+    cfg = tiny.config("fpn", tmp_path / "run", *opts, train=spec, test=spec)
+    loader = (
+        Trainer.build_train_loader(cfg) if part == "train" else Trainer.build_test_loader(cfg, spec)
+    )
+    found = next(image for batch in loader for image in batch if image["image_id"] == 1)
+    assert found["file_name"] == str(folder / "0.png")
+    expected = np.repeat(np.rot90(gray, -1)[None], 3, axis=0)
+    assert np.array_equal(found["image"], expected)
+
+
+@pytest.mark.parametrize("part", ["train", "test"])
+def test_a_lazy_config_reads_images_the_same_way(part):
+    cfg = LazyConfig.load(str(Path(__file__).with_name("lazy_tiny.py")))
+    loader = cfg.dataloader[part]
+    read_images(loader)
+    assert loader.mapper._target_ is ImageMapper
+    loader.mapper._target_ = "somewhere.Mapper"
+    read_images(loader)
+    assert loader.mapper._target_ == "somewhere.Mapper"
+
+
+def test_an_image_that_cannot_be_mapped_is_named(images, tmp_path, monkeypatch):
+    spec, folder = images
+    cfg = tiny.config("fpn", tmp_path / "run", train=spec)
+    mapper, path = ImageMapper(cfg, is_train=False), folder / "0.png"
+    record = {"file_name": str(path), "width": 64, "height": 80}
+    with pytest.raises(ValueError, match=f"Mismatched image shape for image {path}, got"):
+        mapper(record | {"width": 63})
+    with monkeypatch.context() as patch:
+        patch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+        with pytest.raises(ValueError, match=f"{path}: expected an image, got Image size"):
+            mapper(record)
+    path.write_bytes(path.read_bytes()[:999])
+    with pytest.raises(ValueError, match=f"{path}: expected an image, got .*truncated"):
+        mapper(record)
+
+
+@pytest.mark.parametrize("kind", ["fpn", "lazy"])
+def test_every_image_is_checked_before_the_first_step(kind, images, tmp_path):
+    spec, folder = images
+    if kind == "fpn":
+        line = tiny.arguments(kind, tmp_path / "run", train=spec, test=spec)
+    else:
+        config = str(Path(__file__).with_name("lazy_tiny.py"))
+        out = f"train.output_dir={tmp_path / 'run'}"
+        line = ["--config-file", config, "--train", spec, "--test", spec, out]
+    (folder / "1.png").write_bytes(b"")
+    message = "--check-images: expected 4 images that can be read, got 2 that cannot: .*1.png: exp"
+    with pytest.raises(ValueError, match=message):
+        tiny.train_net.main(tiny.train_net.parse(["--check-images", *line]))
+    assert not (tmp_path / "run" / "metrics.json").exists()
+
+
+def test_checked_images_are_counted(images, tmp_path):
+    spec, folder = images
+    tiny.train_net.setup(
+        tiny.train_net.parse(
+            ["--check-images", *tiny.arguments("fpn", tmp_path / "run", train=spec, test=spec)]
+        )
+    )
+    assert "--check-images: read 4 images" in (tmp_path / "run" / "log.txt").read_text()
+    (folder / "1.png").write_bytes(b"")
+    line = tiny.arguments("fpn", tmp_path / "run", train=spec)
+    tiny.train_net.setup(tiny.train_net.parse(["--check-images", "--eval-only", *line]))

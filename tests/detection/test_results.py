@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 from pathlib import Path
 
@@ -133,3 +135,18 @@ def test_the_table_tells_what_the_confidence_was_measured_on():
         "score >=": "0.05",
         "detections": "321",
     }
+
+
+def test_a_picture_of_the_report_is_as_shown(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a quarter turn to the right
+    deep = Image.fromarray(np.full((300, 600), 100 * 257, np.uint16))
+    deep.save(tmp_path / "1.png", exif=exif)
+    images = [{"id": 1, "file_name": "1.png", "width": 300, "height": 600}]
+    coco = {"images": images, "annotations": [], "categories": [{"id": 1, "name": "cat"}]}
+    dataset = DetectionDataset("made", coco, tmp_path)
+    write_detections(tmp_path / "out", dataset, DetectionConfidence(dataset))
+    (kept,) = strict(tmp_path / "out" / "test_images.json").values()
+    picture = Image.open(io.BytesIO(base64.b64decode(kept["image"].partition(",")[2])))
+    assert picture.size == (128, 256)
+    assert abs(picture.getpixel((64, 128))[0] - 100) < 5

@@ -658,6 +658,22 @@ def test_an_image_that_cannot_be_read_by_a_worker_is_named_in_one_line(tool, cap
     assert error.count("\n") == 1 and "2.png: expected an image, got" in error
 
 
+def test_every_image_is_checked_before_the_first_step(tool, capsys, caplog):
+    caplog.set_level("INFO")
+    spec = write_images(tool.folder / "checked", 4)
+    flags = ("--train", spec, "--test", spec, "--check-images", "--workers", "0")
+    assert tool.run("checked_run", *flags, "--epochs", "1").code == 0
+    assert "--check-images: read 8 images" in caplog.text
+    (tool.folder / "checked" / "2.png").write_bytes(b"")
+    capsys.readouterr()
+    run = tool.run("unchecked_run", *flags)
+    error = capsys.readouterr().err
+    assert run.code == 1 and error.count("\n") == 1
+    assert "--check-images: expected 8 images that can be read, got 2 that cannot: " in error
+    assert "checked/2.png: expected an image, got" in error
+    assert not (run.folder / "metrics.json").exists()
+
+
 WATCHED = """
 import json, runpy, sys
 script = sys.argv[1]
