@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from pskd._table import PART, FileTable, check_file, create_file, finish_file
 
 __all__ = ["EpochFiles"]
 
-_NAME = re.compile(r"epoch_(\d+)\.pskd")
+_NAME = re.compile(rf"epoch_(\d+)\.pskd(?:{re.escape(PART)})?")
 
 
 class EpochFiles:
@@ -32,18 +32,21 @@ class EpochFiles:
     def _part(self, epoch: int) -> Path:
         return self._folder / f"epoch_{epoch:05d}.pskd{PART}"
 
-    def open(self, epoch: int) -> tuple[FileTable | None, FileTable | None]:
-        """Return the table that an epoch reads and the one that it writes, where it has one."""
-        past = FileTable(self._ended(epoch - 1), *self._shape) if epoch > 1 else None
+    def open(self, epoch: int, *, ended: bool = False) -> tuple[FileTable | None, FileTable | None]:
+        """Return the table that an epoch reads, unless it has ended, and the one that it writes."""
+        reads = epoch > 1 and not ended
+        past = FileTable(self._ended(epoch - 1), *self._shape) if reads else None
         return past, FileTable(self._part(epoch), *self._shape) if epoch else None
 
-    def turn(self, epoch: int, header: Mapping[str, object], needed: int) -> None:
+    def turn(self, epoch: int, header: Mapping[str, object], needed: Collection[int]) -> None:
         """Complete an epoch's file, make the next one's, and delete what nobody needs.
+
+        What another run left goes too, once this one has ended an epoch and so saved a state.
 
         Args:
             epoch: that ended; 0 before the first.
             header: of the files, but for the epoch.
-            needed: the first epoch whose file a checkpoint needs.
+            needed: the epochs whose files a saved state needs.
 
         Raises:
             OSError: ENOSPC where the disk has no room for another epoch.
@@ -53,14 +56,21 @@ class EpochFiles:
             self._check(self._part(epoch), header, epoch, whole=False)
             finish_file(self._part(epoch), self._ended(epoch))
         create_file(self._part(epoch + 1), {**header, "epoch": epoch + 1}, *self._shape)
-        for file in self._folder.iterdir():
+        running = {self._ended(epoch), self._part(epoch + 1)}
+        for file in self._folder.iterdir() if epoch else ():
             name = _NAME.fullmatch(file.name)
-            if name and int(name[1]) < min(needed, epoch):
+            if name and file not in running and int(name[1]) not in needed:
                 file.unlink()
 
-    def check(self, epoch: int, header: Mapping[str, object]) -> None:
-        """Raise ValueError unless the files are there that a run in this epoch goes on with."""
-        if epoch > 1:
+    def check(self, epoch: int, header: Mapping[str, object], *, ended: bool = False) -> None:
+        """Raise ValueError unless the files are there that a run in this epoch goes on with.
+
+        Args:
+            epoch: of the run's state.
+            header: as of `turn`.
+            ended: whether the next epoch begins, which does not read what this one did.
+        """
+        if epoch > 1 and not ended:
             self._check(self._ended(epoch - 1), header, epoch - 1, whole=True)
         if epoch:
             # The run may have gone on to the epoch's end after its state was saved.

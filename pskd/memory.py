@@ -8,6 +8,7 @@ It is double-buffered by epoch: what is read is always what the last epoch wrote
 from __future__ import annotations
 
 import secrets
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,9 +44,9 @@ class PredictionMemory:
     all processes of a machine read and write; then all of them make it, and call `next_epoch` and
     `load_state_dict` together. Several machines have a file each, in ``path/machine_0`` and so on,
     and exchange their rows in `next_epoch`. A file takes its final name when its epoch is complete,
-    and is kept for as long as the first process's last `state_dict` needs it. A copy or a pickle
-    holds the folder's name, not the files: once used it maps those of its epoch, as another process
-    does.
+    and is kept for as long as the first process's last `state_dict` needs it: one of an epoch's end
+    needs that epoch's, one from inside an epoch the file before it too. A copy or a pickle holds the
+    folder's name, not the files: once used it maps those of its epoch, as another process does.
 
     With ``top_k``, classes that the student excludes (logits of -inf) get nothing of the rest.
 
@@ -100,7 +101,7 @@ class PredictionMemory:
         self._peers: Machines | Processes | None = None  # known when the processes first meet
         self._past: MemoryTable | FileTable | None = None
         self._present: MemoryTable | FileTable | None = None
-        self._saved_epoch: int | None = None
+        self._saved: Mapping[str, Any] | None = None  # the last state, which names files
 
     def __getstate__(self) -> dict[str, Any]:
         files = {} if self.path is None else {"_past": None, "_present": None}
@@ -108,11 +109,15 @@ class PredictionMemory:
 
     @property
     def bytes_per_row(self) -> int:
-        """The size of a record; two epochs are kept, in files for a moment three."""
+        """The size of a record; two epochs are kept, in files more as states need them."""
         return self._layout.record_bytes
 
-    def next_epoch(self) -> None:
+    def next_epoch(self, kept: Iterable[Mapping[str, Any]] = ()) -> None:
         """End the epoch that was written, which becomes what is read, and begin the next.
+
+        Args:
+            kept: with ``path``, older states of `state_dict` on the first process, whose files stay
+                as those of the last one do.
 
         Raises:
             OSError: ENOSPC where the disk has no room for another epoch; the last one stays.
@@ -134,8 +139,8 @@ class PredictionMemory:
                 peers.on_each(lambda: exchange(present, peers))
         self._close_tables()
         # A framework asks the first process alone for its state.
-        saved = on_first_process(lambda: self._saved_epoch)
-        files, needed = self._files(), self.epoch if saved is None else saved - 1
+        needed = on_first_process(lambda: self._needed([self._saved, *kept]))
+        files = self._files()
         peers.on_each(lambda: files.turn(self.epoch, self._header(), needed))
         self.epoch += 1
         self._past, self._present = files.open(self.epoch)
@@ -152,9 +157,10 @@ class PredictionMemory:
             them alpha 0. On the device of ``rows``.
 
         Raises:
-            ValueError: if a row lies outside of the memory.
+            ValueError: if a row lies outside of the memory, or the epoch of the loaded state ended.
         """
         self._check_rows(rows)
+        self._check_past()
         if self._past is None:
             records = rows.new_zeros(len(rows), self.bytes_per_row, dtype=torch.uint8)
         else:
@@ -202,9 +208,10 @@ class PredictionMemory:
             rows: (N,) int64 in [0, M). One that was not written then stays unwritten.
 
         Raises:
-            ValueError: if a row lies outside of the memory.
+            ValueError: as `read`.
         """
         self._check_rows(rows)
+        self._check_past()
         if self._past is None:
             return
         rows = rows.to(self._past.records.device)
@@ -212,11 +219,20 @@ class PredictionMemory:
         records[:, -1].clamp_max_(WRITTEN_HERE)
         self._put(rows, records)
 
-    def state_dict(self) -> dict[str, Any]:
+    def _needed(self, states: Iterable[Mapping[str, Any] | None]) -> set[int]:
+        """Return the epochs whose files one of this run's states goes on with."""
+        own = [s for s in states if s is not None and s["header"].get("run") == self._run]
+        return {s["epoch"] for s in own} | {s["epoch"] - 1 for s in own if not s.get("ended")}
+
+    def state_dict(self, *, ended: bool = False) -> dict[str, Any]:
         """Return what a checkpoint keeps: plain values, and in RAM the records.
 
         With ``path`` the records stay in their files, which are brought to the disk here. In RAM
         it is a collective of all processes.
+
+        Args:
+            ended: whether the epoch is over: whoever goes on from here calls `next_epoch` first,
+                and the file that this epoch read is not needed any more.
         """
         if self.path is None and self._meet().count > 1 and self._present is not None:
             exchange(self._present, self._meet())
@@ -224,8 +240,8 @@ class PredictionMemory:
         if self.path is not None:
             if self._present is not None:
                 self._present.flush()
-            self._saved_epoch = self.epoch
-            return state
+            self._saved = state | {"ended": ended}
+            return dict(self._saved)
         for name, table in (("past", self._past), ("present", self._present)):
             state[name] = None if table is None else table.records.cpu().clone()
         return state
@@ -252,23 +268,30 @@ class PredictionMemory:
                 raise ValueError("path: expected the folder of the state's files, got none")
             self._load_tables(state)
             return
-        epoch, before = state["epoch"], self._run
+        epoch, before, ended = state["epoch"], self._run, bool(state.get("ended"))
         self._run = run
         try:
-            peers.on_each(lambda: self._files().check(epoch, self._header()))
+            peers.on_each(lambda: self._files().check(epoch, self._header(), ended=ended))
         except Exception:
             self._run = before
             raise
         self._close_tables()
         peers.on_each(lambda: self._files().reopen(epoch))
-        self.epoch = self._saved_epoch = epoch
-        self._past, self._present = self._files().open(epoch)
+        self.epoch, self._saved = epoch, dict(state)
+        self._past, self._present = self._files().open(epoch, ended=ended)
 
     def close(self) -> None:
         """Free the memory, or bring the files to the disk and unmap them; they stay."""
         if self._present is not None:
             self._present.flush()
         self._close_tables()
+
+    def _check_past(self) -> None:
+        if self._past is None and self.epoch > 1:
+            raise ValueError(
+                f"memory: expected next_epoch after the state of the end of epoch {self.epoch}; to "
+                "go on inside an epoch, save the state without ended=True"
+            )
 
     def _check_rows(self, rows: Tensor) -> None:
         check_tensors(rows=rows)

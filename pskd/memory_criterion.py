@@ -175,7 +175,7 @@ class MemoryCriterion(Criterion):
             self.memory.next_epoch()
 
     def state_dict(self, *, inside_epoch: bool = False) -> dict[str, Any]:
-        memory = None if self.memory is None else self.memory.state_dict()
+        memory = None if self.memory is None else self.memory.state_dict(ended=not inside_epoch)
         return super().state_dict(inside_epoch=inside_epoch) | {"memory": memory}
 
     def _load_teacher(self, state: dict[str, Any]) -> None:

@@ -1,17 +1,21 @@
 """Measure a fairseq checkpoint, PS-KD or not: how well it translates and how well it knows it.
 
     python translation/evaluate.py CHECKPOINT --data DIR --out OUT
+    python translation/evaluate.py compare OUT OUT...
 
 DIR is a folder that translation/prepare.py made, or any other that fairseq-preprocess did.
 Translations (beam search, every sentence of the split) are detokenised and scored against the raw
 reference with sacreBLEU and chrF; beside them stands the tokenised BLEU that fairseq-generate
-prints. Without prepare.json there is no raw reference, and only the tokenised BLEU is told.
+prints. sacreBLEU's tokeniser is that of the target language. With unbabel-comet installed, and its
+model on this machine, COMET is told too.
+Without prepare.json there is no raw reference, and only the tokenised BLEU is told.
 Confidence is that of the next token when the reference is read along (teacher forcing): NLL, ECE
 and AURC over every target token, the end of the sentence included, as raw fractions. On the test
 split they are also given after temperature scaling: one number, fitted on at most 4096 tokens,
 evenly spread over the validation split. OUT gets evaluation.json, translations.txt, generate.log,
 sentences.json (texts and sacreBLEU's counts), confidence.npz (confidence, correctness and NLL of
 every token, also after temperature scaling) and two plots; it is a run of `pskd report`.
+``compare`` is sacreBLEU's paired bootstrap of such folders against the first.
 """
 
 from __future__ import annotations
@@ -27,6 +31,8 @@ import numpy as np
 import pskd_fairseq  # noqa: F401  torch's allow-list for fairseq checkpoints
 from evaluation.confidence import fit_temperature_on_valid, measure_confidence, summary
 from evaluation.inputs import UserError, languages, load, read_preparation, subwords_of
+from evaluation.metrics import corpus_metrics
+from evaluation.significance import compare
 from evaluation.translations import detokenised, generate, raw_reference, score
 from fairseq import utils
 
@@ -78,13 +84,14 @@ def evaluate(args: argparse.Namespace) -> dict:
 
 
 def _check_files(args: argparse.Namespace, preparation: dict | None) -> None:
-    """Raise UserError if a file is missing that is read only after minutes."""
+    """Raise UserError if something is missing that is needed only after minutes."""
     if not args.checkpoint.is_file():
         raise UserError(f"{args.checkpoint}: expected a checkpoint, got no such file")
     if preparation is not None:
         reference_file = raw_reference(args, preparation)
         if not reference_file.is_file():
             raise UserError(f"{reference_file}: expected the raw reference, got no such file")
+        corpus_metrics(preparation["target_lang"], preparation["lowercase"])
 
 
 def _translated(
@@ -131,6 +138,18 @@ def _write_outputs(
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
+    words = sys.argv[1:] if argv is None else argv
+    if words[:1] == ["compare"]:
+        comparison = argparse.ArgumentParser(
+            prog="evaluate.py compare", description="sacreBLEU's paired bootstrap."
+        )
+        comparison.add_argument(
+            "runs",
+            nargs="+",
+            metavar="OUT",
+            help="folders of evaluations, or NAME=FOLDER; the first is the baseline",
+        )
+        return comparison.parse_args(words[1:])
     parser = argparse.ArgumentParser(
         prog="evaluate.py", description=__doc__.split("\n")[0], epilog=__doc__.split("\n\n", 2)[2]
     )
@@ -151,7 +170,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--max-tokens", type=int, default=4000, help="in a batch (default: 4000)")
     parser.add_argument("--user-dir", help="the plugin of your own model or task, if it has one")
     parser.add_argument("--cpu", action="store_true", help="do not use a GPU")
-    args = parser.parse_args(argv)
+    args = parser.parse_args(words)
     for option in ("beam", "max_tokens"):
         if (number := getattr(args, option)) < 1:
             parser.error(f"--{option.replace('_', '-')}: expected at least 1, got {number}")
@@ -174,6 +193,9 @@ def main(argv: list[str] | None = None) -> int:
         force=True,
     )
     try:
+        if "runs" in args:
+            print(compare(args.runs))
+            return 0
         result = evaluate(args)
     except UserError as error:
         print(f"evaluate.py: error: {error}", file=sys.stderr)
@@ -181,7 +203,7 @@ def main(argv: list[str] | None = None) -> int:
     except OSError as error:
         print(f"evaluate.py: error: {error}", file=sys.stderr)
         return 1
-    keys = ("bleu", "chrf", "tokenised_bleu", "nll", "ece", "aurc", "accuracy")
+    keys = ("bleu", "chrf", "comet", "tokenised_bleu", "nll", "ece", "aurc", "accuracy")
     told = [f"{key}={result[key]:.4g}" for key in keys if key in result]
     print(*told, *([result["bleu_signature"]] if "bleu_signature" in result else []))
     return 0

@@ -141,6 +141,9 @@ def _translation(preset: Preset) -> list[Column]:
     scored = partial(Metric, unit="points", digits=2, better="higher")
     bleu = scored("BLEU", "sacreBLEU of the detokenised translations.")
     chrf = scored("chrF", "sacreBLEU's chrF of the same.")
+    comet = Metric(
+        "COMET", "Unbabel's COMET of the same, by default wmt22-comet-da.", "", 1.0, 4, "higher"
+    )
     tokenised = scored(
         "tok. BLEU", "BLEU of the tokens, as fairseq-generate prints it; not sacreBLEU's."
     )
@@ -151,6 +154,7 @@ def _translation(preset: Preset) -> list[Column]:
     return [
         Column("bleu", bleu, ("bleu",)),
         Column("chrf", chrf, ("chrf",)),
+        Column("comet", comet, ("comet",)),
         Column("tokenised_bleu", tokenised, ("tokenised_bleu",)),
         error,
         *confidence,

@@ -92,6 +92,8 @@ def _compared(baseline: Row, method: Row, columns: Sequence[Column], preset: Pre
         first, second = baseline.mean(column.key), method.mean(column.key)
         if not column.metric.better or first is None or second is None:
             continue
+        if len(_ways(bare, column.key)) > 1:
+            continue
         interval = None
         if bare.over_seeds:
             values = [[v[column.key] for v in row.values] for row in (baseline, method)]
@@ -101,7 +103,20 @@ def _compared(baseline: Row, method: Row, columns: Sequence[Column], preset: Pre
                 second - first, redrawn[column.key], centred=column.key.endswith("ece")
             )
         differences[column.key] = Difference(second - first, interval)
-    return replace(bare, differences=differences, basis=_basis(bare))
+    apart = " ".join(
+        f"{column.metric.title} is not compared: it was computed in different ways, {ways}."
+        for column in columns
+        if len(found := _ways(bare, column.key)) > 1 and (ways := " and ".join(sorted(found)))
+    )
+    return replace(bare, differences=differences, basis=f"{_basis(bare)} {apart}".strip())
+
+
+def _ways(pair: Comparison, key: str) -> set[str]:
+    """Return how a score was computed, as sacreBLEU's signatures or COMET's models tell it."""
+    numbers = [run.numbers for run in (*pair.baseline.runs, *pair.method.runs)]
+    told = [n.get(f"{key}_signature", n.get(f"{key}_model")) for n in numbers]
+    # sacreBLEU keeps scores comparable from version to version.
+    return {str(way).partition("|version:")[0] for way in told if way is not None}
 
 
 def _seeds(row: Row) -> list[object] | None:

@@ -261,22 +261,68 @@ def test_a_kill_at_any_moment_loses_nothing_that_was_saved(tmp_path):
         torch.testing.assert_close(past.probs[seen], expected[seen])
 
 
+def epochs_of_files(folder: Path) -> list[int]:
+    return sorted(int(file.name[6:11]) for file in folder.glob("*.pskd"))
+
+
 def test_files_are_kept_for_as_long_as_the_saved_state_needs_them(tmp_path):
     memory = pskd.PredictionMemory(M, C, path=tmp_path)
-
-    def files():
-        return sorted(int(f.name[6:11]) for f in tmp_path.glob("*.pskd"))
-
     for _ in range(3):
         memory.next_epoch()
-    assert files() == [2]
+    assert epochs_of_files(tmp_path) == [2]
     memory.state_dict()  # in the third epoch, which reads the second
     for _ in range(3):
         memory.next_epoch()
-    assert files() == [2, 3, 4, 5]
+    assert epochs_of_files(tmp_path) == [2, 3, 5]
     memory.state_dict()
     memory.next_epoch()
-    assert files() == [5, 6]
+    assert epochs_of_files(tmp_path) == [5, 6]
+
+
+def test_a_state_of_an_epochs_end_needs_one_file(tmp_path):
+    memory = pskd.PredictionMemory(M, C, path=tmp_path)
+    states = []
+    for epoch in range(1, 6):
+        memory.next_epoch(states[-2:])
+        epoch_of_writes(memory, epoch)
+        states.append(memory.state_dict(ended=True))
+    assert epochs_of_files(tmp_path) == [3, 4]  # and the part of the fifth
+    resumed = pskd.PredictionMemory(M, C, path=tmp_path)
+    resumed.load_state_dict(states[2])
+    for call in (resumed.read, resumed.carry_over):
+        with pytest.raises(ValueError, match="expected next_epoch after .* the end of epoch 3; to"):
+            call(torch.arange(M))
+    resumed.next_epoch()
+    past, seen = resumed.read(torch.arange(M))
+    assert seen.all()
+    torch.testing.assert_close(dense(past), predictions(M, seed=3), rtol=0, atol=1e-3)
+
+
+def test_a_new_run_deletes_the_old_ones_files_when_it_has_ended_an_epoch(tmp_path):
+    old = pskd.PredictionMemory(M, C, path=tmp_path)
+    for _ in range(7):
+        old.next_epoch()
+    (tmp_path / "notes.txt").write_text("not ours")
+    left = {"epoch_00006.pskd", "epoch_00007.pskd.part", "notes.txt"}
+    memory = pskd.PredictionMemory(M, C, path=tmp_path)
+    memory.next_epoch()
+    assert {file.name for file in tmp_path.iterdir()} == left | {"epoch_00001.pskd.part"}
+    memory.next_epoch([old.state_dict()])
+    names = {file.name for file in tmp_path.iterdir()}
+    assert names == {"epoch_00001.pskd", "epoch_00002.pskd.part", "notes.txt"}
+
+
+@pytest.mark.parametrize(("inside", "files"), [(False, [3]), (True, [2, 3])])
+def test_a_criterion_keeps_what_its_last_state_needs(inside, files, tmp_path):
+    criterion = pskd.MemoryCriterion(M, C, num_epochs=4, path=tmp_path)
+    for epoch in range(1, 5):
+        criterion.begin_epoch(epoch)
+        if epoch < 4:
+            state = criterion.state_dict(inside_epoch=inside)
+    assert epochs_of_files(tmp_path) == files
+    resumed = pskd.MemoryCriterion(M, C, num_epochs=4, path=tmp_path)
+    resumed.load_state_dict(state)
+    resumed.begin_epoch(4)
 
 
 # ---- files that are not ours -------------------------------------------------------------------

@@ -512,3 +512,21 @@ def test_labels_are_integers(tmp_path):
     folder = change(made.classification(tmp_path / "a"), label=np.zeros(300))
     with pytest.raises(ValueError, match=r"confidence.npz: label: expected integers, got dtype"):
         read_runs([str(folder)])
+
+
+def test_scores_of_other_tokens_are_not_compared(tmp_path):
+    """Such as BLEU of Chinese words in one run and characters in the other."""
+    folders = [made.translation(tmp_path / name, seed) for name, seed in (("a", 1), ("b", 2))]
+    for folder, tokens in zip(folders, ("13a", "zh"), strict=True):
+        path = folder / "evaluation" / "evaluation.json"
+        numbers = json.loads(path.read_text())
+        numbers["bleu_signature"] = f"nrefs:1|tok:{tokens}|version:2.6.0"
+        numbers["chrf_signature"] = f"nrefs:1|version:2.{tokens}"
+        path.write_text(json.dumps(numbers))
+    (table,) = make_tables(read_runs([str(folder) for folder in folders]), PRESET)
+    (pair,) = compare(table, PRESET)
+    assert "bleu" not in pair.differences and "chrf" in pair.differences
+    assert pair.basis.endswith(
+        "BLEU is not compared: it was computed in different ways, nrefs:1|tok:13a and "
+        "nrefs:1|tok:zh."
+    )

@@ -263,7 +263,8 @@ def build_criterion(task, save_dir, **changes):
         label_smoothing=0.1, sentence_avg=False, max_epoch=EPOCHS, max_update=0,
         save_dir=str(save_dir), restore_file="checkpoint_last.pt", reset_dataloader=False,
         train_subset="train", ddp_backend="pytorch_ddp", path=None, continue_once=None,
-        checkpoint_suffix="", keep_best_checkpoints=-1,
+        checkpoint_suffix="", keep_best_checkpoints=-1, keep_last_epochs=-1,
+        keep_interval_updates=-1, patience=-1, stop_min_lr=-1.0,
     )  # fmt: skip
     for name, value in changes.items():
         setattr(config, name, value)

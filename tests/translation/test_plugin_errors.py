@@ -165,3 +165,24 @@ def test_sharded_models_are_refused_by_name(task, tmp_path):
     """fairseq itself stops sooner where fairscale is not installed."""
     with pytest.raises(ValueError, match="--ddp-backend legacy_ddp or pytorch_ddp, got fully_shar"):
         build_criterion(task, tmp_path, ddp_backend="fully_sharded")
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ({"patience": 3}, "--patience 3 may end the training early"),
+        ({"stop_min_lr": 1e-5}, "--stop-min-lr 1e-05 may"),
+        ({"max_update": 50}, "--max-update 50 may"),
+        ({"patience": 3, "max_update": 50, "pskd_alpha_schedule": "cosine"},
+         "--patience 3 or --max-update 50 may"),
+        ({"patience": 3, "max_epoch": 0, "max_update": 50}, "until update 50 (linear); give"),
+        ({}, ""),
+        ({"max_epoch": 0, "max_update": 50}, ""),
+        ({"patience": 3, "pskd_alpha_schedule": "constant"}, ""),
+        ({"patience": 3, "pskd_alpha_final": 0.0}, ""),
+    ],
+)  # fmt: skip
+def test_an_end_before_alpha_has_grown_is_warned_of(task, tmp_path, caplog, flags, said):
+    build_criterion(task, tmp_path, **flags)
+    assert said in caplog.text
+    assert bool(said) == ("with alpha below --pskd-alpha-final 0.7" in caplog.text)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import shutil
 import signal
+import zipfile
 
 import pytest
 
@@ -15,6 +16,7 @@ from fairseq_toys import (  # noqa: E402
     EPOCHS,
     build_criterion,
     continued_from,
+    entry,
     same,
 )
 from pskd_fairseq.checkpoint import ENTRY  # noqa: E402
@@ -60,10 +62,64 @@ def test_the_teachers_nll_is_that_of_the_last_epoch(whole):
     assert whole.column("top_k_mass") == pytest.approx([1.0] * (EPOCHS - 1), abs=1e-3)
 
 
+def files(run) -> list[str]:
+    """Return the numbers of the memory's files, the running epoch's with its ending."""
+    folder = run.save_dir / "pskd_memory" / "shard_0"
+    return sorted(path.name.removeprefix("epoch_0000") for path in folder.iterdir())
+
+
 def test_only_the_files_that_a_resume_may_need_are_left(whole):
-    files = sorted(path.name for path in (whole.save_dir / "pskd_memory" / "shard_0").iterdir())
-    # The last checkpoint before the fourth epoch began has the end of the third.
-    assert files == ["epoch_00002.pskd", "epoch_00003.pskd", "epoch_00004.pskd.part"]
+    # The last checkpoint before the fourth epoch began is that of the third's end.
+    assert files(whole) == ["3.pskd", "4.pskd.part"]
+
+
+#: As seen when the fourth epoch began.
+KEPT = {
+    "epochs": (["--keep-last-epochs", "2"], ["2.pskd", "3.pskd", "4.pskd.part"]),
+    "updates": (  # checkpoint_2_8.pt and checkpoint_3_16.pt
+        [*SAVES, "--keep-interval-updates", "2"],
+        ["1.pskd", "2.pskd", "3.pskd", "4.pskd.part"],
+    ),
+    "best": (  # by a measure of which the first epoch's is the best
+        ["--maximize-best-checkpoint-metric"], ["1.pskd", "3.pskd", "4.pskd.part"]
+    ),
+    "bests": (["--keep-best-checkpoints", "2"], ["2.pskd", "3.pskd", "4.pskd.part"]),
+}  # fmt: skip
+OLDER = {
+    "epochs": "checkpoint3.pt", "updates": "checkpoint_4_20.pt", "best": "checkpoint_best.pt",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def keeping(fairseq):
+    return {
+        name: fairseq.start(f"memory_keeping_{name}", *MEMORY, *flags)
+        for name, (flags, _) in KEPT.items()
+    }
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_files_stay_for_as_many_checkpoints_as_fairseq_keeps(keeping, name):
+    assert files(keeping[name].result().expect_success()) == KEPT[name][1]
+
+
+@pytest.mark.parametrize("name", OLDER)
+def test_a_kept_checkpoint_can_be_resumed(fairseq, keeping, name):
+    run = keeping[name].result()
+    folder = continued_from(run.save_dir / OLDER[name], fairseq.folder / f"memory_older_{name}")
+    shutil.copytree(run.save_dir / "pskd_memory", folder / "pskd_memory")
+    resumed = fairseq.train(f"memory_older_{name}", *MEMORY, *KEPT[name][0]).expect_success()
+    assert resumed.column("teacher_coverage")[0] == 1.0
+    assert same(resumed.model(), run.model())
+
+
+def test_a_reset_run_leaves_no_file_of_the_old_one(fairseq, whole):
+    name = "memory_reset"
+    folder = continued_from(whole.save_dir / "checkpoint_last.pt", fairseq.folder / name)
+    shutil.copytree(whole.save_dir / "pskd_memory", folder / "pskd_memory")
+    flags = [*MEMORY, "--max-epoch", "2", "--reset-dataloader", "--reset-optimizer"]
+    run = fairseq.train(name, *flags, "--reset-lr-scheduler", "--reset-meters").expect_success()
+    assert files(run) == ["1.pskd", "2.pskd.part"]
 
 
 def test_workers_change_nothing(whole, runs):
@@ -112,10 +168,22 @@ def test_a_resumed_run_ends_as_the_straight_run(fairseq, whole, checkpoint):
 def test_a_run_that_is_killed_ten_times_goes_on_to_the_same_end(fairseq, whole):
     draw = random.Random(5)
     flags = ["memory_killed", *MEMORY, "--save-interval-updates", "1"]
-    codes = [fairseq.train(*flags, limit_s=draw.uniform(0.3, 1.1)).code for _ in range(10)]
+    codes = []
+    for _ in range(10):
+        run = fairseq.train(*flags, *intact(fairseq), limit_s=draw.uniform(0.3, 1.1))
+        codes.append(run.code)
     assert -signal.SIGALRM in codes and set(codes) <= {0, -signal.SIGALRM}
-    run = fairseq.train(*flags).expect_success()
+    run = fairseq.train(*flags, *intact(fairseq)).expect_success()
     assert same(run.model(), whole.model())
+
+
+def intact(fairseq) -> list[str]:
+    """Name the newest whole checkpoint where the kill cut fairseq's copy of it, the last."""
+    newest = sorted(
+        (fairseq.folder / "memory_killed").glob("*.pt"), key=lambda p: -p.stat().st_mtime
+    )
+    whole = [path for path in newest if zipfile.is_zipfile(path)]
+    return ["--restore-file", str(whole[0])] if whole != newest else []
 
 
 @pytest.mark.parametrize(
@@ -135,7 +203,45 @@ def test_a_memory_file_that_cannot_be_used_is_refused(fairseq, whole, damage, pa
     shutil.copytree(whole.save_dir / "pskd_memory", folder / "pskd_memory")
     file = folder / "pskd_memory" / "shard_0" / "epoch_00003.pskd"
     damage(file)
-    fairseq.train(name, *MEMORY, *SAVES).expect_refusal(str(file), *parts)
+    remedies = ["--restore-file", "--pskd-memory", "--reset-dataloader"]
+    fairseq.train(name, *MEMORY, *SAVES).expect_refusal(str(file), *parts, *remedies)
+
+
+def test_a_checkpoint_whose_file_is_gone_is_told_how_files_stay(fairseq, whole):
+    run = resumed(fairseq, whole, "checkpoint2.pt", "memory_gone").result()
+    run.expect_refusal(
+        "the predictions of epoch 2, got none", "--keep-last-epochs", "checkpoint_last"
+    )
+
+
+def test_a_new_save_dir_is_told_where_the_files_are(fairseq, whole):
+    old = ["--restore-file", str(whole.save_dir / "checkpoint3.pt")]
+    folder = whole.save_dir / "pskd_memory"
+    run = fairseq.train("memory_new_dir", *MEMORY, *old)
+    run.expect_refusal("epoch 3, got none", f"copy that folder to {run.save_dir / 'pskd_memory'}",
+                       f"--pskd-memory {folder}")  # fmt: skip
+    shutil.copytree(folder, run.save_dir / "pskd_memory", dirs_exist_ok=True)
+    run = fairseq.train("memory_new_dir", *MEMORY, *SAVES, *old).expect_success()
+    assert same(run.model(), whole.model())
+
+
+def test_another_top_k_is_told_what_to_give(fairseq, whole):
+    folder = continued_from(whole.save_dir / "checkpoint3.pt", fairseq.folder / "memory_top_k")
+    shutil.copytree(whole.save_dir / "pskd_memory", folder / "pskd_memory")
+    run = fairseq.train("memory_top_k", *MEMORY, "--pskd-top-k", "5")
+    run.expect_refusal("expected top_k 5, got 48", "--pskd-top-k", "--reset-dataloader")
+
+
+def test_a_checkpoint_of_an_older_version_is_read(fairseq, whole):
+    name = "memory_older_version"
+    last = continued_from(whole.save_dir / "checkpoint3.pt", fairseq.folder / name)
+    state = torch.load(last / "checkpoint_last.pt", weights_only=False)
+    shard = entry(state)["memory"]["0"]
+    del shard["folder"], shard["memory"]["ended"]
+    torch.save(state, last / "checkpoint_last.pt")
+    shutil.copytree(whole.save_dir / "pskd_memory", last / "pskd_memory")
+    run = fairseq.train(name, *MEMORY, *SAVES).expect_success()
+    assert same(run.model(), whole.model())
 
 
 def test_a_training_without_pskd_goes_on_with_an_empty_memory(fairseq, straight):

@@ -9,10 +9,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import sacrebleu
 from sacremoses import MosesDetokenizer
 
 from evaluation.inputs import UserError
+from evaluation.metrics import comet_score, corpus_metrics, language_of
 
 logger = logging.getLogger("evaluate")
 
@@ -64,7 +64,7 @@ def _last_line(lines: list[str]) -> str:
 
 
 def detokenised(tokenised: list[str], preparation: dict) -> list[str]:
-    detokenizer = MosesDetokenizer(preparation["target_lang"])
+    detokenizer = MosesDetokenizer(language_of(preparation["target_lang"]))
     return [detokenizer.detokenize(line.split()) for line in tokenised]
 
 
@@ -78,12 +78,12 @@ def score(
     """Score the detokenised translations against the raw reference.
 
     Returns:
-        BLEU and chrF with their sacreBLEU signatures, and what `pskd report` reads of each
-        sentence: its texts and sacreBLEU's counts, of which the scores of any part of the corpus
-        can be made.
+        BLEU and chrF with their sacreBLEU signatures, COMET as `comet_score`, and what `pskd
+        report` reads of each sentence: its texts and sacreBLEU's counts, of which the scores of any
+        part of the corpus can be made.
 
     Raises:
-        UserError: if the reference is of another length.
+        UserError: if the reference is of another length, or as `corpus_metrics`.
     """
     lowercase, reference_file = preparation["lowercase"], raw_reference(args, preparation)
     references = _lines(reference_file)
@@ -93,8 +93,7 @@ def score(
             f"{len(translations)}, got {len(references)}"
         )
     # A model of lower-cased text is scored without case; the signature says so.
-    bleu = sacrebleu.BLEU(lowercase=lowercase)
-    chrf = sacrebleu.CHRF(lowercase=lowercase)
+    bleu, chrf = corpus_metrics(preparation["target_lang"], lowercase)
     scores = {
         "sentences": len(translations),
         "bleu": bleu.corpus_score(translations, [references]).score,
@@ -103,8 +102,11 @@ def score(
         "chrf_signature": str(chrf.get_signature()),
     }
     source_file = reference_file.with_suffix(f".{preparation['source_lang']}")
+    sources = _lines(source_file) if source_file.is_file() else []
+    if sources:
+        scores |= comet_score(sources, translations, references, cpu=args.cpu)
     sentences = {
-        "source": _lines(source_file) if source_file.is_file() else [],
+        "source": sources,
         "reference": references,
         "translation": translations,
         "bleu": bleu._extract_corpus_statistics(translations, [references]),

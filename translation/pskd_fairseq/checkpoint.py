@@ -5,9 +5,11 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from fairseq.tasks import FairseqTask
@@ -86,11 +88,27 @@ class SavePlan:
         save_dir: the folder of the checkpoints.
         suffix: ends the name of every checkpoint, before ``.pt``.
         keep_best: how many of the best stay beside checkpoint_best.pt, each a file of its own.
+        keep_epochs: how many of the epochs' ends stay; all below 1.
+        keep_updates: how many of those inside an epoch stay; all below 1.
     """
 
     save_dir: str
     suffix: str = ""
     keep_best: int = 0
+    keep_epochs: int = 0
+    keep_updates: int = 0
+
+    def resumable(self) -> list[Path]:
+        """Return the checkpoints that a memory's files are kept for.
+
+        The last and the best ones, and where fairseq was told how many others stay, these too:
+        without a number it keeps a checkpoint of every epoch, and the files would fill the disk.
+        """
+        kinds = [r"_last", r"_best", r"\.best_.*"]
+        kinds += [r"\d+"] if self.keep_epochs > 0 else []
+        kinds += [r"_\d+_\d+"] if self.keep_updates > 0 else []
+        name = re.compile(rf"checkpoint(?:{'|'.join(kinds)}){re.escape(self.suffix)}\.pt")
+        return [path for path in Path(self.save_dir).glob("*.pt") if name.fullmatch(path.name)]
 
 
 def check_free_space(plan: SavePlan, *, first: int = 0, growth: int = 0) -> None:

@@ -68,6 +68,10 @@ class PSKDCriterionConfig(LabelSmoothedCrossEntropyCriterionConfig):
     continue_once: Optional[str] = II("checkpoint.continue_once")
     checkpoint_suffix: str = II("checkpoint.checkpoint_suffix")
     keep_best_checkpoints: int = II("checkpoint.keep_best_checkpoints")
+    keep_last_epochs: int = II("checkpoint.keep_last_epochs")
+    keep_interval_updates: int = II("checkpoint.keep_interval_updates")
+    patience: int = II("checkpoint.patience")
+    stop_min_lr: float = II("optimization.stop_min_lr")
     train_subset: str = II("dataset.train_subset")
     ddp_backend: str = II("distributed_training.ddp_backend")
     # The model to evaluate: fairseq-validate, which builds the criterion too, writes it here.

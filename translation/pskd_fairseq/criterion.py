@@ -5,6 +5,7 @@ Shapes: B sentences, T target positions, V types in the target dictionary, N = B
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -26,6 +27,8 @@ from pskd_fairseq.memory import KeptRows, TokenMemory
 from pskd_fairseq.past import Past
 from pskd_fairseq.resume import ResumePlan, check_resume
 from pskd_fairseq.step_statistics import COMPARED, log_statistics, no_statistics, step_statistics
+
+logger = logging.getLogger(__name__)
 
 
 @register_criterion("pskd", dataclass=PSKDCriterionConfig)
@@ -78,7 +81,9 @@ class PSKDCriterion(LabelSmoothedCrossEntropyCriterion):
             )
             allow_change = cfg.pskd_allow_schedule_change
             check_resume(plan, task, schedule.options(), allow_change, options)
-            self.epoch_state.attach(task, SavePlan(cfg.save_dir, suffix, cfg.keep_best_checkpoints))
+            _warn_of_an_early_end(cfg, schedule)
+            kept = cfg.keep_best_checkpoints, cfg.keep_last_epochs, cfg.keep_interval_updates
+            self.epoch_state.attach(task, SavePlan(cfg.save_dir, suffix, *kept))
 
     def forward(self, model, sample, reduce=True):
         """As `LabelSmoothedCrossEntropyCriterion.forward`, with PS-KD's sums in the log output.
@@ -291,6 +296,25 @@ def _check_options(
         )
     if cfg.pskd_fused_linear:
         fused.check_options(cfg.pskd_skip_wrong_teacher, report_accuracy, cfg.ddp_backend)
+
+
+def _warn_of_an_early_end(cfg: PSKDCriterionConfig, schedule: Schedule) -> None:
+    """Say so where training may end before alpha has grown to what was asked for."""
+    alphas = schedule.alphas
+    may_end = {
+        f"--patience {cfg.patience}": cfg.patience > 0,
+        f"--stop-min-lr {cfg.stop_min_lr}": cfg.stop_min_lr > 0,
+        f"--max-update {cfg.max_update}": schedule.unit == "epoch" and cfg.max_update > 0,
+    }
+    flags = [flag for flag, given in may_end.items() if given]
+    if flags and alphas.alpha_final > 0 and alphas.alpha_schedule != "constant":
+        logger.warning(
+            "PS-KD: %s may end the training early, with alpha below --pskd-alpha-final %s: it "
+            "grows until %s %d (%s); give --max-%s about where training will end, or "
+            "--pskd-alpha-schedule constant",
+            " or ".join(flags), alphas.alpha_final, schedule.unit, alphas.num_epochs,
+            alphas.alpha_schedule, schedule.unit,
+        )  # fmt: skip
 
 
 def _build_memory(cfg: PSKDCriterionConfig, task) -> TokenMemory:

@@ -20,9 +20,11 @@ from fairseq.tasks import FairseqTask
 from torch import nn
 
 from pskd import SnapshotTeacher
+from pskd.distributed import is_first
 from pskd.schedule import AlphaSchedule, check_alpha
 from pskd_fairseq import checkpoint
 from pskd_fairseq.memory import TokenMemory
+from pskd_fairseq.resume import kept_memories
 
 logger = logging.getLogger(__name__)
 
@@ -108,7 +110,7 @@ class EpochState:
     def attach(self, task: FairseqTask, plan: checkpoint.SavePlan) -> None:
         """Let the task's calls from fairseq's trainer reach this object."""
         extend = _Extension(task)
-        extend.after("begin_epoch", partial(self._begin_epoch, task))
+        extend.after("begin_epoch", partial(self._begin_epoch, task, plan))
         extend.after("set_checkpoint_dict", self._set_checkpoint_dict)
         extend.before("train_step", self._before_train_step)
         original = getattr(task, "get_checkpoint_dict", dict)
@@ -130,7 +132,9 @@ class EpochState:
         """Whether this step's predictions are kept for the next epoch."""
         return self.memory is not None and self.has_teacher and not self.is_dummy
 
-    def _begin_epoch(self, task: FairseqTask, epoch: int, model: BaseFairseqModel) -> None:
+    def _begin_epoch(
+        self, task: FairseqTask, plan: checkpoint.SavePlan, epoch: int, model: BaseFairseqModel
+    ) -> None:
         restored, self._restored = self._restored, None
         self._epoch = epoch
         # fairseq saves the model, and Adam its two averages, in float32.
@@ -140,7 +144,12 @@ class EpochState:
         if not self.has_teacher:
             return
         if self.memory is not None:
-            self._begin_memory(self.memory, task, epoch, (restored or {}).get("memory"))
+            if state := (restored or {}).get("memory"):
+                self.memory.load_state_dict(state)
+            elif epoch > 1:
+                self._refuse_the_middle(task, epoch)
+            kept = kept_memories(plan, task) if is_first() else []
+            self.memory.begin_epoch(epoch, task.dataset(self._train_subset), kept)
             return
         self._parts = {id(part): name for name, part in model.named_modules()}
         if restored is not None and restored["epoch"] == epoch:
@@ -162,15 +171,6 @@ class EpochState:
         teacher. What wraps the model for several processes is no part of it.
         """
         return self.teacher.model.get_submodule(self._parts.get(id(model), ""))
-
-    def _begin_memory(
-        self, memory: TokenMemory, task: FairseqTask, epoch: int, restored: dict | None
-    ) -> None:
-        if restored:
-            memory.load_state_dict(restored)
-        elif epoch > 1:
-            self._refuse_the_middle(task, epoch)
-        memory.begin_epoch(epoch, task.dataset(self._train_subset))
 
     def _refuse_the_middle(self, task: FairseqTask, epoch: int) -> None:
         """Stop where the model would become the teacher of the rest of an epoch.
@@ -212,7 +212,7 @@ class EpochState:
             options=self._options,
             vocabulary=checkpoint.vocabulary_sizes(task),
             teacher=teacher,
-            memory=None if self.memory is None else self.memory.state_dict(),
+            memory=None if self.memory is None else self.memory.state_dict(ended=at_end),
         )
         return checkpoint.with_entry(state, task, entry)
 

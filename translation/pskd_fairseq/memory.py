@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -47,12 +49,13 @@ class TokenMemory:
         """Whether the running epoch has an earlier one to read."""
         return self._current is not None and self._current.memory.epoch > 1
 
-    def begin_epoch(self, epoch: int, dataset) -> None:
+    def begin_epoch(self, epoch: int, dataset, kept: Sequence[dict[str, dict]] = ()) -> None:
         """Turn to an epoch, or once more to the one that is running after a resume.
 
         Args:
             epoch: from 1.
             dataset: that of this epoch's shard.
+            kept: states of `state_dict` whose files stay, on the first process.
 
         Raises:
             ValueError: if the data set does not tell its target lengths, or the files that the
@@ -64,7 +67,7 @@ class TokenMemory:
             self._shards[index] = self._open(index, epoch, dataset)
         shard = self._shards[index]
         if shard.epoch != epoch:
-            shard.memory.next_epoch()
+            shard.memory.next_epoch(of[str(index)]["memory"] for of in kept if str(index) in of)
             shard.epoch = epoch
         self._current = shard
 
@@ -104,13 +107,20 @@ class TokenMemory:
         assert self._current is not None, "begin_epoch comes before the first batch"
         return self._current
 
-    def state_dict(self) -> dict[str, dict]:
-        """Return what a checkpoint keeps; the predictions stay in their files."""
+    def state_dict(self, *, ended: bool = False) -> dict[str, dict]:
+        """Return what a checkpoint keeps; the predictions stay in their files.
+
+        Args:
+            ended: whether the running epoch is over, so that the file that it read can go.
+        """
+
+        def state(shard: _Shard) -> dict:
+            over = ended or shard is not self._current
+            memory = shard.memory.state_dict(ended=over)
+            return {"epoch": shard.epoch, "memory": memory, "folder": os.path.abspath(self._folder)}
+
         # A shard that this run has not come to since it was resumed is as it was.
-        return self._restored | {
-            str(index): {"epoch": shard.epoch, "memory": shard.memory.state_dict()}
-            for index, shard in self._shards.items()
-        }
+        return self._restored | {str(index): state(s) for index, s in self._shards.items()}
 
     def load_state_dict(self, state: dict[str, dict]) -> None:
         """Go on, from the next `begin_epoch`, where `state_dict` was called."""
@@ -129,7 +139,10 @@ class TokenMemory:
         shard = _Shard(memory, starts)
         restored = self._restored.pop(str(index), None)
         if restored is not None:
-            memory.load_state_dict(restored["memory"])
+            try:
+                memory.load_state_dict(positioned(restored, epoch)["memory"])
+            except ValueError as error:
+                raise ValueError(f"{error}; {self._remedy(str(error), restored)}") from error
             shard.epoch = restored["epoch"]
             logger.info("PS-KD: restored the predictions that epoch %d reads", shard.epoch)
         elif epoch > self._num_shards:
@@ -140,6 +153,33 @@ class TokenMemory:
             memory.num_rows * memory.bytes_per_row / 1e9, memory.path,
         )  # fmt: skip
         return shard
+
+    def _remedy(self, error: str, restored: dict) -> str:
+        """Return what to do where a checkpoint's predictions cannot be used."""
+        if error.startswith("memory:"):
+            return (
+                "resume with the data, --pskd-top-k and number of machines of the checkpoint, or "
+                "start over with --reset-dataloader"
+            )
+        folder = restored.get("folder", "")  # older checkpoints do not tell
+        if os.path.isdir(folder) and not os.path.isdir(self._folder):
+            return (
+                f"the checkpoint's are in {folder}: copy that folder to {self._folder}, or go on "
+                f"in it with --pskd-memory {folder}"
+            )
+        return (
+            "they stay for checkpoint_last.pt, checkpoint_best.pt and as many others as "
+            "--keep-last-epochs and --keep-interval-updates say: name one of these with "
+            "--restore-file, their folder with --pskd-memory, or start over with --reset-dataloader"
+        )
+
+
+def positioned(state: dict, epoch: int) -> dict:
+    """Return a shard's state that says whether its epoch is over, for a training in ``epoch``.
+
+    Older checkpoints do not say it, nor those of data in shards at an epoch's end.
+    """
+    return state | {"memory": state["memory"] | {"ended": state["epoch"] != epoch}}
 
 
 class KeptRows(NamedTuple):

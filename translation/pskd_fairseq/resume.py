@@ -8,14 +8,16 @@ import os
 import pickle
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
 from fairseq.tasks import FairseqTask
 
 from pskd.schedule import check_unchanged
-from pskd_fairseq.checkpoint import ENTRY, FORMAT, digest, vocabulary_sizes
+from pskd_fairseq.checkpoint import ENTRY, FORMAT, SavePlan, digest, vocabulary_sizes
 from pskd_fairseq.evaluated import UnsafeArgumentError
+from pskd_fairseq.memory import positioned
 
 logger = logging.getLogger(__name__)
 
@@ -86,6 +88,19 @@ def check_resume(
         raise _damaged(path, error) from error
 
 
+def kept_memories(plan: SavePlan, task: FairseqTask) -> list[dict]:
+    """Return the `TokenMemory` states of the checkpoints that a run may be resumed from."""
+    found = []
+    for path in plan.resumable():
+        # One that is damaged, or has no memory, needs no files.
+        with suppress(AttributeError, LookupError, OSError, TypeError, ValueError):
+            extra_state = _read(str(path))["extra_state"]
+            epoch = extra_state["train_iterator"]["epoch"]
+            memory = extra_state[type(task).__name__][ENTRY]["memory"] or {}
+            found.append({shard: positioned(state, epoch) for shard, state in memory.items()})
+    return found
+
+
 def _read(path: str) -> dict:
     try:
         # mmap: only the pages that are looked at are read, fairseq loads the rest a moment later.
@@ -96,7 +111,8 @@ def _read(path: str) -> dict:
         foreign = re.search(r"GLOBAL (\S+)", str(error))
         if isinstance(error, pickle.UnpicklingError) and foreign:
             raise ValueError(
-                f"{path}: expected the types of a fairseq checkpoint, got {foreign[1]}"
+                f"{path}: expected the types of a fairseq checkpoint, got {foreign[1]}; name "
+                "another one with --restore-file"
             ) from error
         raise _damaged(path, error) from error
 
@@ -140,16 +156,20 @@ def _check_state(
 
 def _check_entry(path: str, entry: dict, vocabulary: dict) -> None:
     if entry.get("format") != FORMAT:
-        raise ValueError(f"{path}: expected PS-KD state {FORMAT}, got {entry.get('format')!r}")
+        raise ValueError(
+            f"{path}: expected PS-KD state {FORMAT}, got {entry.get('format')!r}; resume with the "
+            "version of pskd that saved it, or start over with --reset-dataloader"
+        )
     if entry["vocabulary"] != vocabulary:
         raise ValueError(
             f"{path}: expected the dictionaries it was trained with, of {entry['vocabulary']} "
-            f"types, got {vocabulary}"
+            f"types, got {vocabulary}; give the data folder of that training"
         )
     if digest(entry["teacher"]) != entry["teacher_sha256"]:
         raise ValueError(
             f"{path}: the teacher's weights are damaged: expected SHA-256 "
-            f"{entry['teacher_sha256']}, got {digest(entry['teacher'])}"
+            f"{entry['teacher_sha256']}, got {digest(entry['teacher'])}; name an older one with "
+            "--restore-file"
         )
 
 

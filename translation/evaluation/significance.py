@@ -1,0 +1,84 @@
+"""sacreBLEU's paired bootstrap between evaluations of one test set."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import sacrebleu
+from sacrebleu.significance import PairedTest
+
+from evaluation.inputs import UserError
+from pskd.report.runs import Run, read_runs
+
+
+def compare(words: Sequence[str]) -> str:
+    """Compare evaluations with the first, as ``sacrebleu --paired-bs`` does.
+
+    Args:
+        words: folders of evaluations, or ``NAME=FOLDER``.
+
+    Returns:
+        a table of scores, their means and 95 % intervals over 1,000 resamples, and the p-values of
+        the differences from the first; then the signatures.
+
+    Raises:
+        UserError: if a folder is no evaluation with sentences, or one of other sentences or scores.
+        OSError: if a file cannot be read.
+    """
+    try:
+        runs = read_runs(words)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    if len(runs) < 2:
+        raise UserError(f"compare: expected two evaluations or more, got {len(runs)}")
+    systems = [_system(run, runs[0]) for run in runs]
+    references = [run.sentences.reference for run in runs[:1] if run.sentences is not None]
+    metrics = {type(metric).__name__: metric for metric in _metrics(runs[0])}
+    signatures, scores = PairedTest(systems, metrics, references, test_type="bs")()
+    width = max(len(name) for name, _ in systems)
+    lines = [f"{'':{width}}" + "".join(f"  {name:>31}" for name in signatures)]
+    for row, (name, _) in enumerate(systems):
+        cells = (_cell(scores[metric][row]) for metric in signatures)
+        lines.append(f"{name:{width}}" + "".join(f"  {cell:>31}" for cell in cells))
+    return "\n".join([*lines, *(f"{name}: {signature}" for name, signature in signatures.items())])
+
+
+def _cell(result) -> str:
+    p = "" if result.p_value is None else f"p {result.p_value:.4f}"
+    return f"{result.score:.2f} ({result.mean:.2f} ± {result.ci:.2f}) {p:>8}"
+
+
+def _system(run: Run, first: Run) -> tuple[str, list[str]]:
+    """Return a run's name and translations."""
+    if run.sentences is None or "bleu_signature" not in run.numbers:
+        raise UserError(
+            f"{run.folder}: expected an evaluation with sentences.json and bleu_signature, as "
+            "evaluate.py makes of data with prepare.json, got none"
+        )
+    # The first has passed the line above when another is looked at.
+    if first.sentences is None or run.sentences.reference != first.sentences.reference:
+        raise UserError(f"{run.folder}: expected the references of {first.folder}, got others")
+    expected, got = _scoring(first), _scoring(run)
+    if got != expected:
+        raise UserError(f"{run.folder}: expected BLEU of {expected} as {first.folder}, got {got}")
+    return run.name, run.sentences.translation
+
+
+def _scoring(run: Run) -> dict[str, str]:
+    """Return what a signature says of case and tokens."""
+    fields = dict(
+        part.partition(":")[::2] for part in str(run.numbers["bleu_signature"]).split("|")
+    )
+    return {key: fields.get(key, "") for key in ("case", "tok")}
+
+
+def _metrics(run: Run) -> Iterator[sacrebleu.BLEU | sacrebleu.CHRF]:
+    scoring = _scoring(run)
+    lowercase = scoring["case"] == "lc"
+    # Of ja-mecab the signature also names the dictionary.
+    known = (name for name in sacrebleu.BLEU.TOKENIZERS if scoring["tok"].startswith(name))
+    try:
+        yield sacrebleu.BLEU(lowercase=lowercase, tokenize=next(known, "13a"))
+    except (ImportError, RuntimeError) as error:
+        raise UserError(f"{run.folder}: {' '.join(str(error).split())}") from error
+    yield sacrebleu.CHRF(lowercase=lowercase)
