@@ -3,33 +3,72 @@
 from __future__ import annotations
 
 import logging
+import os
+import zipfile
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from pskd.run.files import written_aside
+from pskd.run.files import open_regular, written_aside
 from pskd.teacher import load_into
 
 __all__ = [
     "check_classes",
     "check_is_new",
     "check_same",
+    "load_archive",
     "load_optimizer",
     "load_weights",
     "read_checkpoint",
     "tell_changes",
+    "write_archive",
     "write_checkpoint",
 ]
 
 logger = logging.getLogger(__name__)
 
 
+def write_archive(path: str | os.PathLike[str], content: object) -> None:
+    """Save with torch; a stop at any moment leaves the old file or the new one.
+
+    Raises:
+        OSError: naming the file and the cause, such as a full disk; the old file stays.
+    """
+    # Given a name, torch writes by itself, and does not tell what the system said.
+    with written_aside(path) as aside, aside.open("wb") as file:
+        torch.save(content, file)
+
+
+def load_archive(path: str | os.PathLike[str], expected: str) -> Any:
+    """Return what torch saved, on the CPU; no code in it is run.
+
+    Args:
+        expected: what it should be, for the message.
+
+    Raises:
+        ValueError: naming the file, if it is damaged, or compressed, which torch's never are: a
+            small file could fill the memory.
+        OSError: if it cannot be opened.
+    """
+    with open_regular(path) as file:
+        try:
+            if zipfile.is_zipfile(file):
+                with zipfile.ZipFile(file) as archive:
+                    claimed = sum(member.file_size for member in archive.infolist())
+                if claimed > (size := os.fstat(file.fileno()).st_size):
+                    raise ValueError(f"an archive of {claimed:,} bytes in {size:,}")
+            file.seek(0)
+            return torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as error:  # torch, pickle and zipfile raise many kinds for a damaged file
+            first = f"{type(error).__name__}: {error}".splitlines()[0]
+            raise ValueError(f"{path}: expected {expected}, got {first}") from error
+
+
 def write_checkpoint(path: Path, content: Mapping[str, object]) -> None:
-    """Save what a run needs; a stop at any moment leaves the old file or the new one."""
-    with written_aside(path) as aside:
-        torch.save(dict(content), aside)
+    """As `write_archive`, what a run needs."""
+    write_archive(path, dict(content))
 
 
 def read_checkpoint(path: Path, keys: Collection[str]) -> dict[str, Any]:
@@ -38,11 +77,7 @@ def read_checkpoint(path: Path, keys: Collection[str]) -> dict[str, Any]:
     Raises:
         ValueError: naming the file, if it is damaged or none of this program's.
     """
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch, pickle and zipfile raise many kinds for a damaged file
-        first = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise ValueError(f"{path}: expected a checkpoint of this program, got {first}") from error
+    content = load_archive(path, "a checkpoint of this program")
     if not isinstance(content, dict) or not content.keys() >= set(keys):
         got = sorted(content) if isinstance(content, dict) else type(content).__name__
         raise ValueError(f"{path}: expected a checkpoint with {sorted(keys)}, got {got}")
