@@ -243,7 +243,7 @@ def check_listed_once(name: str, indices: Tensor, alpha: float | Tensor = 1.0) -
 def check_keys(name: str, state: object, keys: Iterable[str]) -> None:
     """Raise ValueError unless a state is a dict that has at least these keys."""
     if not isinstance(state, dict) or not state.keys() >= set(keys):
-        expected = " and ".join(map(repr, keys))
+        expected = " and ".join(map(repr, keys)) or "named values"
         got = shown(sorted(map(str, state))) if isinstance(state, dict) else type(state).__name__
         raise ValueError(f"expected {name} with {expected}, got {got}")
 

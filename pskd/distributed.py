@@ -15,7 +15,6 @@ __all__ = [
     "Machines",
     "Processes",
     "World",
-    "barrier",
     "gather",
     "in_all_processes",
     "is_distributed",
@@ -125,12 +124,6 @@ def is_distributed() -> bool:
 def is_first() -> bool:
     """Whether this is the only process or the one with rank 0."""
     return not is_distributed() or dist.get_rank() == 0
-
-
-def barrier() -> None:
-    """Wait until every process has come here."""
-    if is_distributed():
-        dist.barrier()
 
 
 def on_first_process(function: Callable[[], Result]) -> Result:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
+from pskd.run.files import read_json
 from pskd_detection.boxes import BoxCheck
 
 __all__ = ["RawAnnotations", "checked_coco", "read_coco"]
@@ -43,15 +43,11 @@ def read_coco(path: Path, image_dir: Path) -> RawAnnotations:
             ``images``, ``annotations`` and ``categories``.
     """
     try:
-        content = json.loads(path.read_bytes())
+        content = read_json(path)
     except OSError as error:
         raise ValueError(f"{path}: expected a COCO annotation file, got {error}") from None
-    except ValueError as error:  # of JSON or of UTF-8
-        raise ValueError(f"{path}: expected JSON, got {error}") from None
     if not image_dir.is_dir():
         raise ValueError(f"{image_dir}: expected the folder of the images of {path}, got none")
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: expected a JSON object, got {type(content).__name__}")
     for key in ("images", "annotations", "categories"):
         entries = content.get(key)
         if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):

@@ -109,7 +109,7 @@ class DetectionImages(Dataset):
         try:
             with Image.open(path) as file:
                 image = F.pil_to_tensor(file.convert("RGB"))
-        except (OSError, SyntaxError) as error:  # what PIL raises for a damaged file
+        except (OSError, SyntaxError, Image.DecompressionBombError) as error:
             raise ValueError(f"{path}: expected an image, got {error}") from None
         size = (entry["width"], entry["height"])
         if (image.shape[2], image.shape[1]) != size:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import zipfile
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from pskd.run.files import open_regular, written_aside
+from pskd.run.files import open_regular, same_value, shown, written_aside
 from pskd.teacher import load_into
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "load_archive",
     "load_optimizer",
     "load_weights",
+    "naming",
     "read_checkpoint",
     "tell_changes",
     "write_archive",
@@ -77,7 +79,11 @@ def read_checkpoint(path: Path, keys: Collection[str]) -> dict[str, Any]:
     Raises:
         ValueError: naming the file, if it is damaged or none of this program's.
     """
-    content = load_archive(path, "a checkpoint of this program")
+    expected = "a checkpoint of this program"
+    try:
+        content = load_archive(path, expected)
+    except OSError as error:
+        raise ValueError(f"{path}: expected {expected}, got {type(error).__name__}") from error
     if not isinstance(content, dict) or not content.keys() >= set(keys):
         got = sorted(content) if isinstance(content, dict) else type(content).__name__
         raise ValueError(f"{path}: expected a checkpoint with {sorted(keys)}, got {got}")
@@ -101,14 +107,27 @@ def load_weights(path: Path, model: torch.nn.Module, weights: Mapping[str, Any])
         raise ValueError(f"{path}: {error}") from error
 
 
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Raise ValueError, naming the file, where what it holds cannot be loaded."""
+    try:
+        yield
+    except (ValueError, TypeError, LookupError, AttributeError) as error:
+        if isinstance(error, ValueError):
+            told = str(error)
+            raise ValueError(told if told.startswith(f"{path}: ") else f"{path}: {told}") from error
+        got = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{path}: expected a checkpoint of this program, got {got}") from error
+
+
 def check_same(
     path: Path, saved: Mapping[str, object], now: Mapping[str, object], names: Iterable[str]
 ) -> None:
     """Raise ValueError, naming the file, if an option is another than that of the checkpoint."""
     for name in names:
-        if saved.get(name) != now[name]:
+        if not same_value(got := saved.get(name), now[name]):
             raise ValueError(
-                f"{path}: expected {name} {now[name]!r} as in this run, got {saved.get(name)!r}"
+                f"{path}: expected {name} {now[name]!r} as in this run, got {shown(got)}"
             )
 
 
@@ -121,7 +140,7 @@ def check_classes(path: Path, saved: Sequence[str], now: Sequence[str]) -> None:
 def tell_changes(path: Path, saved: Mapping[str, object], now: Mapping[str, object]) -> None:
     """Warn of options that a resumed run has otherwise than the checkpoint."""
     for name, value in saved.items():
-        if name in now and now[name] != value:
+        if name in now and not same_value(now[name], value):
             logger.warning("%s: trained with %s %s, goes on with %s", path, name, value, now[name])
 
 

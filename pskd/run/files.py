@@ -132,8 +132,9 @@ def read_yaml(path: Name) -> Any:
     import yaml  # which only those need who read such files
 
     with open_regular(path) as file:
-        text = file.read()
+        content = file.read()
     try:
+        text = content.decode()
         aliases = sum(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text))
         if aliases > _MOST_ALIASES:
             raise ValueError(f"{aliases} aliases, more than {_MOST_ALIASES}")
