@@ -61,7 +61,9 @@ def test_the_teachers_nll_is_that_of_the_last_epoch(whole):
 
 
 def test_only_the_files_that_a_resume_may_need_are_left(whole):
-    files = sorted(path.name for path in (whole.save_dir / "pskd_memory" / "shard_0").iterdir())
+    files = sorted(
+        path.name for path in (whole.save_dir / "pskd_memory" / "shard_0").glob("epoch_*")
+    )
     # The last checkpoint before the fourth epoch began has the end of the third.
     assert files == ["epoch_00002.pskd", "epoch_00003.pskd", "epoch_00004.pskd.part"]
 
