@@ -5,7 +5,6 @@ The images are the first of the set by id, so nobody chose them for their result
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from pycocotools import mask as coco_mask
 
-from pskd.run.files import written_aside
+from pskd.run.files import open_regular, parse_json, written_aside
 from pskd.run.images import read_rgb
 
 if TYPE_CHECKING:
@@ -92,7 +91,8 @@ def detections_picture(
 
 def _read_json(path: str | os.PathLike) -> object:
     try:
-        return json.loads(Path(path).read_text("utf-8"))
+        with open_regular(path) as file:
+            return parse_json(file.read())
     except ValueError as error:
         raise ValueError(f"{path}: expected a JSON file, got {error}") from error
 

@@ -13,7 +13,7 @@ and have the pixels' deviation in their first weights: under them a torchvision 
 without a word and computes something else.
 The same keys, without the file and the depth, are in configs/detection/torchvision_backbone.yaml.
 
-Needs torch and torchvision_resnet.py beside it, nothing else.
+Needs pskd, and torchvision_resnet.py beside it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ import os
 import pickle
 import shlex
 import sys
-import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -36,6 +35,9 @@ from torchvision_resnet import (
     some,
     torchvision_shapes,
 )
+
+from pskd.run.checkpoint import load_archive, write_archive
+from pskd.run.files import written_aside
 
 COUNTER = ".num_batches_tracked"
 PREFIXES = ("module.", "_orig_mod.")  # of DataParallel and torch.compile, in any nesting
@@ -55,17 +57,9 @@ def read_state_dict(path: str | os.PathLike) -> dict[str, Tensor]:
         OSError: the file cannot be opened.
         ValueError: the file is no checkpoint, or holds no state dict.
     """
-    with open(path, "rb") as file:
-        try:
-            # torchvision's own training script keeps its argparse.Namespace beside the model.
-            with torch.serialization.safe_globals(_not_yet_safe(argparse.Namespace)):
-                value = torch.load(file, map_location="cpu", weights_only=True)
-        except Exception as error:  # a damaged file can fail anywhere in the unpickler
-            reason = str(error).strip().splitlines()
-            raise ValueError(
-                f"{path}: expected a checkpoint that torch.load reads with weights_only=True, got "
-                f"{type(error).__name__}: {reason[0] if reason else 'no reason given'}"
-            ) from error
+    # torchvision's own training script keeps its argparse.Namespace beside the model.
+    with torch.serialization.safe_globals(_not_yet_safe(argparse.Namespace)):
+        value = load_archive(path, "a checkpoint that torch.load reads with weights_only=True")
     for container in CONTAINERS:
         if isinstance(value, Mapping) and isinstance(value.get(container), Mapping):
             value = value[container]
@@ -191,17 +185,12 @@ def write_weights(path: str | os.PathLike, weights: Mapping[str, Tensor]) -> Non
     """
     path = _checked_target(path)
     content = {"model": dict(weights), "__author__": "pskd", "matching_heuristics": True}
-    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        with open(aside, "wb") as file:
-            if path.suffix == ".pth":
-                torch.save(content, file)
-            else:
-                content["model"] = {key: value.numpy() for key, value in weights.items()}
-                pickle.dump(content, file)
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
+    if path.suffix == ".pth":
+        write_archive(path, content)
+        return
+    content["model"] = {key: value.numpy() for key, value in weights.items()}
+    with written_aside(path) as aside, aside.open("wb") as file:
+        pickle.dump(content, file)
 
 
 def _checked_target(path: str | os.PathLike) -> Path:

@@ -12,7 +12,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pskd.checks import check_batch, check_class_weights, check_labels, is_soft, is_traced
+from pskd.checks import (
+    check_batch,
+    check_class_weights,
+    check_epoch,
+    check_keys,
+    check_labels,
+    is_soft,
+    is_traced,
+)
 from pskd.examples import ExampleStats
 from pskd.kernels import sum_dtype
 from pskd.loss import pskd_cross_entropy
@@ -145,14 +153,9 @@ class Criterion(ABC):
         Raises:
             ValueError: if the options or the data changed; nothing is changed then.
         """
-        if not isinstance(state, dict) or not {"epoch", "options"} <= state.keys():
-            got = sorted(state) if isinstance(state, dict) else type(state).__name__
-            raise ValueError(f"expected a criterion's state with 'epoch' and 'options', got {got}")
+        check_keys("a criterion's state", state, ("epoch", "options"))
         check_unchanged(state["options"], self._options())
-        if not 0 <= state["epoch"] <= self.num_epochs:
-            raise ValueError(
-                f"epoch: expected a state of epoch 0 to {self.num_epochs}, got {state['epoch']}"
-            )
+        check_epoch(state["epoch"], self.num_epochs)
         if self.examples is not None and "examples" in state:
             self.examples.check_state_dict(state["examples"])  # nothing may fail after the teacher
         self._load_teacher(state)

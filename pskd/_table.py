@@ -21,12 +21,23 @@ from typing import BinaryIO
 import numpy as np
 import torch
 
-__all__ = ["PART", "FileTable", "MemoryTable", "check_file", "create_file", "finish_file"]
+from pskd.run.files import open_regular, parse_json, shown
+
+__all__ = [
+    "PART",
+    "FileTable",
+    "MemoryTable",
+    "check_file",
+    "check_fingerprint",
+    "create_file",
+    "finish_file",
+]
 
 #: Ends the name of a file whose epoch has not ended.
 PART = ".part"
 FORMAT = "pskd memory 1"
 _HEADER_BYTES = 4096
+_FINGERPRINT_BYTES = 2048  # of the header; the rest needs less than 400
 _CHUNK_BYTES = 1 << 24
 # Pages that were touched count as resident until they are given back to the system's cache; a fault
 # maps the pages around it too, on Linux 64 KiB of them.
@@ -105,13 +116,14 @@ def create_file(path: Path, header: Mapping[str, object], rows: int, record_byte
         with open(path, "xb") as file:
             file.write(_encode(header))
             _allocate(file.fileno(), size)
-    except OSError as error:
+    except BaseException as error:
         path.unlink(missing_ok=True)
-        if error.errno not in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
+        number = errno.EFBIG if isinstance(error, OverflowError) else getattr(error, "errno", None)
+        if number not in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
             raise
         free = shutil.disk_usage(path.parent).free
         raise OSError(
-            error.errno,
+            number,
             f"no room for an epoch's predictions: expected {size:,} free bytes, got {free:,}; "
             "what is there stays as it is",
             str(path),
@@ -151,7 +163,9 @@ def check_file(
     for key, value in expected.items():
         if header.get(key) != value:
             hint = ", that of another training" if key == "run" else ""
-            raise ValueError(f"{path}: expected {key} {value!r}, got {header.get(key)!r}{hint}")
+            raise ValueError(
+                f"{path}: expected {key} {value!r}, got {shown(header.get(key))}{hint}"
+            )
     size = _HEADER_BYTES + rows * record_bytes
     if path.stat().st_size != size:
         raise ValueError(f"{path}: expected {size:,} bytes, got {path.stat().st_size:,}: cut off")
@@ -161,8 +175,20 @@ def check_file(
         raise ValueError(f"{path}: expected a complete epoch, got one that has not ended")
     with open(path, "rb") as file:
         found = _checksum(file)
-    if found != header["crc32"]:
-        raise ValueError(f"{path}: damaged: expected CRC-32 {header['crc32']:#x}, got {found:#x}")
+    if found != (saved := header["crc32"]):
+        crc = f"{saved:#x}" if isinstance(saved, int) and 0 <= saved < 1 << 32 else shown(saved)
+        raise ValueError(f"{path}: damaged: expected CRC-32 {crc}, got {found:#x}")
+
+
+def check_fingerprint(fingerprint: str) -> str:
+    """Return the name of a data set; raise ValueError unless it is text that a header can hold."""
+    if not isinstance(fingerprint, str):
+        raise ValueError(f"fingerprint: expected text, got {shown(fingerprint)}")
+    if (size := len(json.dumps(fingerprint))) > _FINGERPRINT_BYTES:
+        raise ValueError(
+            f"fingerprint: expected at most {_FINGERPRINT_BYTES:,} bytes as JSON, got {size:,}"
+        )
+    return fingerprint
 
 
 def _encode(header: Mapping[str, object]) -> bytes:
@@ -172,15 +198,15 @@ def _encode(header: Mapping[str, object]) -> bytes:
 
 
 def _read_header(path: Path) -> dict[str, object]:
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         text = file.read(_HEADER_BYTES)
     try:
-        header = json.loads(text)
+        header = parse_json(text)
     except ValueError as error:
         raise ValueError(f"{path}: expected a file of {FORMAT!r}, got another") from error
     found = header.get("format") if isinstance(header, dict) else None
     if not isinstance(header, dict) or found != FORMAT:
-        got = "another" if found is None else repr(found)
+        got = "another" if found is None else shown(found)
         raise ValueError(f"{path}: expected a file of {FORMAT!r}, got {got}")
     return header
 

@@ -9,6 +9,7 @@ Shapes: N rows (samples, tokens or boxes), C classes, k kept classes of a sparse
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
+from pskd.run.files import shown
 from pskd.schedule import check_alpha
 
 if TYPE_CHECKING:
@@ -25,7 +27,9 @@ __all__ = [
     "PLAIN",
     "check_batch",
     "check_class_weights",
+    "check_epoch",
     "check_ignore_index",
+    "check_keys",
     "check_label_form",
     "check_labels",
     "check_listed",
@@ -234,6 +238,20 @@ def check_listed_once(name: str, indices: Tensor, alpha: float | Tensor = 1.0) -
     if bool(twice.any()):
         got = int(ordered[:, 1:][twice][0])
         raise ValueError(f"{name}: expected TopK of distinct classes in a row, got {got} twice")
+
+
+def check_keys(name: str, state: object, keys: Iterable[str]) -> None:
+    """Raise ValueError unless a state is a dict that has at least these keys."""
+    if not isinstance(state, dict) or not state.keys() >= set(keys):
+        expected = " and ".join(map(repr, keys)) or "named values"
+        got = shown(sorted(map(str, state))) if isinstance(state, dict) else type(state).__name__
+        raise ValueError(f"expected {name} with {expected}, got {got}")
+
+
+def check_epoch(epoch: object, last: int) -> None:
+    """Raise ValueError unless a state's epoch is an integer from 0 to the last."""
+    if type(epoch) is not int or not 0 <= epoch <= last:
+        raise ValueError(f"epoch: expected a state of epoch 0 to {last}, got {shown(epoch)}")
 
 
 def rounding(dtype: torch.dtype | np.dtype[np.floating]) -> float:

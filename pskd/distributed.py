@@ -15,8 +15,8 @@ __all__ = [
     "Machines",
     "Processes",
     "World",
-    "barrier",
     "gather",
+    "in_all_processes",
     "is_distributed",
     "is_first",
     "join",
@@ -126,12 +126,6 @@ def is_first() -> bool:
     return not is_distributed() or dist.get_rank() == 0
 
 
-def barrier() -> None:
-    """Wait until every process has come here."""
-    if is_distributed():
-        dist.barrier()
-
-
 def on_first_process(function: Callable[[], Result]) -> Result:
     """Call a function on the first process and return its result, plain values, on all of them.
 
@@ -153,6 +147,28 @@ def on_first_process(function: Callable[[], Result]) -> Result:
     if message is not None:
         raise RuntimeError(f"the first process failed: {message}")
     return first
+
+
+def in_all_processes(function: Callable[[], Result]) -> Result:
+    """Call a function in every process and return its own result.
+
+    A collective, which raises everywhere what is raised anywhere.
+
+    Raises:
+        RuntimeError: on the other processes, with the message of the first error.
+    """
+    result, error = _attempt(function)
+    told = [_message(error)]
+    if is_distributed():
+        told *= dist.get_world_size()
+        dist.all_gather_object(told, _message(error))
+    if error is not None:
+        raise error
+    for rank, message in enumerate(told):
+        if message is not None:
+            raise RuntimeError(f"process {rank} failed: {message}")
+    own: Result = result  # type: ignore[assignment]  # there was no error
+    return own
 
 
 class Machines:
@@ -185,21 +201,9 @@ class Machines:
     def on_each(self, function: Callable[[], None]) -> None:
         """Call a function on the first process of each machine, and wait for all.
 
-        A collective, which raises everywhere what is raised anywhere.
-
-        Raises:
-            RuntimeError: on the other processes, with the message of the first error.
+        A collective; raises as `in_all_processes`.
         """
-        _, error = _attempt(function) if self.is_first else (None, None)
-        told = [_message(error)]
-        if is_distributed():
-            told *= dist.get_world_size()
-            dist.all_gather_object(told, _message(error))
-        if error is not None:
-            raise error
-        for rank, message in enumerate(told):
-            if message is not None:
-                raise RuntimeError(f"process {rank} failed: {message}")
+        in_all_processes(lambda: function() if self.is_first else None)
 
     def all_gather(self, part: Tensor) -> list[Tensor]:
         """Return each machine's (n, B) tensor, of any n; called by the first process of each."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pskd.checks import check_keys
 from pskd.distributed import is_first, sum_over_processes
 from pskd.effect import gradient_on_label
 from pskd.rows import check_count
@@ -91,9 +92,14 @@ class ExampleStats:
 
     def check_state_dict(self, state: dict[str, Tensor]) -> None:
         """Raise ValueError where `load_state_dict` would."""
-        sums = state["sums"]
-        if sums.shape != self._sums.shape:
-            raise ValueError(f"examples: expected {len(self._sums)} samples, got {len(sums)}")
+        check_keys("the state of examples", state, ("sums",))
+        sums, width = state["sums"], self._sums.size(1)
+        shape = tuple(sums.shape) if isinstance(sums, Tensor) else None
+        if shape is None or len(shape) != 2 or shape[1] != width:
+            got = type(sums).__name__ if shape is None else shape
+            raise ValueError(f"examples: expected sums of shape (samples, {width}), got {got}")
+        if shape[0] != self.num_rows:
+            raise ValueError(f"examples: expected {self.num_rows} samples, got {shape[0]}")
 
     def _total(self) -> Tensor:
         return sum_over_processes(self._sums.clone()).cpu()

@@ -18,13 +18,16 @@ from torch import Tensor
 from pskd._epoch_files import EpochFiles
 from pskd._exchange import exchange, mark_received
 from pskd._records import WRITTEN_HERE, RecordLayout
-from pskd._table import FileTable, MemoryTable
-from pskd.checks import check_tensors
-from pskd.distributed import Machines, Processes, barrier, on_first_process
+from pskd._table import FileTable, MemoryTable, check_fingerprint
+from pskd.checks import check_epoch, check_keys, check_tensors
+from pskd.distributed import Machines, Processes, in_all_processes, on_first_process
 from pskd.rows import check_count, check_range
+from pskd.run.files import same_value, shown
 from pskd.targets import TopK, row_alphas
 
 __all__ = ["PredictionMemory"]
+
+_MOST_EPOCHS = 1 << 31
 
 
 class PredictionMemory:
@@ -45,8 +48,10 @@ class PredictionMemory:
     `load_state_dict` together. Several machines have a file each, in ``path/machine_0`` and so on,
     and exchange their rows in `next_epoch`. A file takes its final name when its epoch is complete,
     and is kept for as long as the first process's last `state_dict` needs it: one of an epoch's end
-    needs that epoch's, one from inside an epoch the file before it too. A copy or a pickle holds the
-    folder's name, not the files: once used it maps those of its epoch, as another process does.
+    needs that epoch's, one from inside an epoch the file before it too. The folder is locked
+    against other trainings from the first epoch to `close` or the end of the process. A copy or a
+    pickle holds the folder's name, not the files: once used it maps those of its epoch, as another
+    process does.
 
     With ``top_k``, classes that the student excludes (logits of -inf) get nothing of the rest.
 
@@ -59,11 +64,12 @@ class PredictionMemory:
         path: a folder for the files; None for RAM.
         momentum: weight of the past in what is written, in [0, 1): 0 is the paper's method, more
             an exponential average over the epochs, as in temporal ensembling.
-        fingerprint: names the data set, whose rows these are.
+        fingerprint: names the data set, whose rows these are; at most 2,048 bytes as JSON.
         device: where the records lie, in RAM.
 
     Raises:
-        ValueError: if a size, the dtype or the momentum is none, or ``path`` is a file.
+        ValueError: if a size, the dtype, the momentum or the fingerprint is none, or ``path`` is a
+            file.
 
     Source: Kim et al. 2021, section 3.1, the form that keeps all of last epoch's predictions; the
     average is that of Laine and Aila 2017, section 2.2, without its bias correction: a row's first
@@ -92,20 +98,22 @@ class PredictionMemory:
         if path is not None and Path(path).exists() and not Path(path).is_dir():
             raise ValueError(f"path: expected a folder for the memory's files, got the file {path}")
         self.num_rows, self.num_classes, self.top_k = num_rows, num_classes, top_k
-        self.dtype, self.momentum, self.fingerprint = dtype, momentum, fingerprint
+        self.dtype, self.momentum = dtype, momentum
+        self.fingerprint = check_fingerprint(fingerprint)
         self.path = None if path is None else Path(path)
         #: The epoch that is being written, from 1; 0 before the first.
         self.epoch = 0
         self._device = device
         self._run: str | None = None
         self._peers: Machines | Processes | None = None  # known when the processes first meet
+        self._epoch_files: EpochFiles | None = None
         self._past: MemoryTable | FileTable | None = None
         self._present: MemoryTable | FileTable | None = None
         self._saved: Mapping[str, Any] | None = None  # the last state, which names files
 
     def __getstate__(self) -> dict[str, Any]:
-        files = {} if self.path is None else {"_past": None, "_present": None}
-        return vars(self) | files
+        files = {"_past": None, "_present": None, "_epoch_files": None}
+        return vars(self) | ({} if self.path is None else files)
 
     @property
     def bytes_per_row(self) -> int:
@@ -115,12 +123,14 @@ class PredictionMemory:
     def next_epoch(self, kept: Iterable[Mapping[str, Any]] = ()) -> None:
         """End the epoch that was written, which becomes what is read, and begin the next.
 
+        If it fails, the memory is as it was, and it may be called again.
+
         Args:
             kept: with ``path``, older states of `state_dict` on the first process, whose files stay
                 as those of the last one do.
 
         Raises:
-            OSError: ENOSPC where the disk has no room for another epoch; the last one stays.
+            OSError: ENOSPC where the disk has no room for another epoch.
             ValueError: if another training writes to the same folder.
         """
         peers, present = self._meet(), self._present
@@ -130,20 +140,18 @@ class PredictionMemory:
             self._past, self._present = present, self._new_table()
             self.epoch += 1
             return
-        if self.epoch == 0:
-            self._run = on_first_process(lambda: secrets.token_hex(8))
+        run = self._run if self.epoch else on_first_process(lambda: secrets.token_hex(8))
         if present is not None:
-            present.flush()
-            barrier()  # everybody has written
+            in_all_processes(present.flush)  # everybody has written
             if peers.count > 1:
                 peers.on_each(lambda: exchange(present, peers))
-        self._close_tables()
         # A framework asks the first process alone for its state.
         needed = on_first_process(lambda: self._needed([self._saved, *kept]))
-        files = self._files()
-        peers.on_each(lambda: files.turn(self.epoch, self._header(), needed))
-        self.epoch += 1
-        self._past, self._present = files.open(self.epoch)
+        files, ended = self._files(), self.epoch
+        peers.on_each(lambda: files.turn(ended, self._header() | {"run": run}))
+        self._go_on(in_all_processes(lambda: files.open(ended + 1)), ended + 1, run)
+        if ended:  # what another run left goes too, now that this one can have saved a state
+            peers.on_each(lambda: files.delete_but(ended + 1, needed))
 
     def read(self, rows: Tensor) -> tuple[Tensor | TopK, Tensor]:
         """Return last epoch's predictions of some rows.
@@ -249,42 +257,45 @@ class PredictionMemory:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where `state_dict` was called, in the middle of an epoch or at its end.
 
+        If it fails, the memory is as it was.
+
         Raises:
             ValueError: if it is the state of a memory of other rows, classes or data, or a file is
-                missing, cut off, damaged or of another run: named, and nothing is changed.
+                missing, cut off, damaged or of another run, or another training writes there.
+            OSError: if a file cannot be read or written.
         """
-        if not isinstance(state, dict) or not {"header", "epoch"} <= state.keys():
-            got = sorted(state) if isinstance(state, dict) else type(state).__name__
-            raise ValueError(f"expected a memory's state with 'header' and 'epoch', got {got}")
+        check_keys("a memory's state", state, ("header", "epoch"))
+        saved, epoch = state["header"], state["epoch"]
+        if not isinstance(saved, dict):
+            raise ValueError(f"memory: expected the header as a dict, got {shown(saved)}")
+        check_epoch(epoch, _MOST_EPOCHS)
         peers = self._meet()
-        run = state["header"].get("run")
-        for key, value in (self._header() | {"run": run}).items():
-            if state["header"].get(key) != value:
-                raise ValueError(
-                    f"memory: expected {key} {value!r}, got {state['header'].get(key)!r}"
-                )
+        run = saved.get("run")
+        if not isinstance(run, str | None):
+            raise ValueError(f"memory: expected the name of a run, got {shown(run)}")
+        header = self._header() | {"run": run}
+        for key, value in header.items():
+            if not same_value(saved.get(key), value):
+                raise ValueError(f"memory: expected {key} {value!r}, got {shown(saved.get(key))}")
         if isinstance(peers, Processes):  # in RAM
             if run is not None:
                 raise ValueError("path: expected the folder of the state's files, got none")
             self._load_tables(state)
             return
-        epoch, before, ended = state["epoch"], self._run, bool(state.get("ended"))
-        self._run = run
-        try:
-            peers.on_each(lambda: self._files().check(epoch, self._header(), ended=ended))
-        except Exception:
-            self._run = before
-            raise
-        self._close_tables()
-        peers.on_each(lambda: self._files().reopen(epoch))
-        self.epoch, self._saved = epoch, dict(state)
-        self._past, self._present = self._files().open(epoch, ended=ended)
+        files, ended = self._files(), bool(state.get("ended"))
+        peers.on_each(lambda: files.check(epoch, header, ended=ended))
+        tables = in_all_processes(lambda: files.open(epoch, ended=ended))
+        peers.on_each(lambda: files.reopen(epoch))
+        self._go_on(tables, epoch, run)
+        self._saved = dict(state)
 
     def close(self) -> None:
         """Free the memory, or bring the files to the disk and unmap them; they stay."""
         if self._present is not None:
             self._present.flush()
         self._close_tables()
+        if self._epoch_files is not None:
+            self._epoch_files.release()
 
     def _check_past(self) -> None:
         if self._past is None and self.epoch > 1:
@@ -328,13 +339,23 @@ class PredictionMemory:
 
     def _files(self) -> EpochFiles:
         assert self.path is not None  # in RAM nobody asks
-        folder, peers = self.path, self._meet()
-        if peers.count > 1:
-            folder = folder / f"machine_{peers.number}"
-        return EpochFiles(folder, self.num_rows, self.bytes_per_row)
+        if self._epoch_files is None:
+            folder, peers = self.path, self._meet()
+            if peers.count > 1:
+                folder = folder / f"machine_{peers.number}"
+            self._epoch_files = EpochFiles(folder, self.num_rows, self.bytes_per_row)
+        return self._epoch_files
 
     def _new_table(self) -> MemoryTable:
         return MemoryTable(self.num_rows, self.bytes_per_row, self._device)
+
+    def _go_on(
+        self, tables: tuple[FileTable | None, FileTable | None], epoch: int, run: str | None
+    ) -> None:
+        """Take the files of an epoch, when nothing can fail any more."""
+        self._close_tables()
+        self._past, self._present = tables
+        self.epoch, self._run = epoch, run
 
     def _close_tables(self) -> None:
         for table in (self._past, self._present):
@@ -343,10 +364,10 @@ class PredictionMemory:
         self._past = self._present = None
 
     def _load_tables(self, state: dict[str, Any]) -> None:
-        shape = (self.num_rows, self.bytes_per_row)
-        for name in ("past", "present"):
+        shape, epoch = (self.num_rows, self.bytes_per_row), state["epoch"]
+        for name, is_there in (("past", epoch > 1), ("present", epoch > 0)):
             records = state.get(name)
-            if records is None:
+            if records is None and not is_there:
                 continue
             kind = (records.dtype, tuple(records.shape)) if isinstance(records, Tensor) else None
             if kind != (torch.uint8, shape):
@@ -354,11 +375,13 @@ class PredictionMemory:
                 raise ValueError(
                     f"memory: expected {name} records, torch.uint8 of {shape}, got {got}"
                 )
+        tables: list[MemoryTable | None] = []
         for name in ("past", "present"):
             table = None if state.get(name) is None else self._new_table()
             if table is not None:
                 table.records.copy_(state[name])
-            setattr(self, f"_{name}", table)
+            tables.append(table)
+        self._past, self._present = tables
         if self._meet().count > 1 and self._present is not None:
             mark_received(self._present)
-        self.epoch = state["epoch"]
+        self.epoch = epoch

@@ -10,6 +10,8 @@ from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from typing import SupportsFloat
 
+from pskd.run.files import same_value, shown
+
 __all__ = [
     "SCHEDULES",
     "SCHEDULE_OPTIONS",
@@ -30,8 +32,8 @@ def check_alpha(alpha: SupportsFloat, name: str = "alpha") -> float:
     """
     try:
         value = float(alpha)
-    except (TypeError, ValueError):
-        raise ValueError(f"{name}: expected a number in [0, 1], got {alpha!r}") from None
+    except (TypeError, ValueError, OverflowError):
+        raise ValueError(f"{name}: expected a number in [0, 1], got {shown(alpha)}") from None
     if not 0.0 <= value <= 1.0:  # NaN fails the comparison too
         raise ValueError(f"{name}: expected a number in [0, 1], got {value}")
     return value
@@ -175,12 +177,14 @@ def check_unchanged(
     Raises:
         ValueError: naming the option, what was expected and what came.
     """
+    if not isinstance(saved, Mapping):
+        raise ValueError(f"options: expected a mapping, got {shown(saved)}")
     for name, value in now.items():
         expected = saved.get(name, value)
-        if value == expected or (allowed and name in changeable):
+        if same_value(value, expected) or (allowed and name in changeable):
             continue
         hint = f" ({allowed_by} allows it)" if allowed_by and name in changeable else ""
         raise ValueError(
-            f"{name}: expected {expected!r}, with which the checkpoint was trained, got {value!r}"
-            f"{hint}"
+            f"{name}: expected {shown(expected)}, with which the checkpoint was trained, got "
+            f"{value!r}{hint}"
         )

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from pskd.distributed import take_buffers_of_first_process
+from pskd.run.files import shown
 
 __all__ = ["SnapshotTeacher", "load_into"]
 
@@ -110,7 +111,8 @@ class SnapshotTeacher:
                 names or shapes of the weights do not match; the teacher is what it was then.
         """
         if not isinstance(state_dict, dict) or "model" not in state_dict:
-            raise ValueError(f"expected a teacher's state with the key 'model', got {state_dict!r}")
+            got = shown(state_dict)
+            raise ValueError(f"expected a teacher's state with the key 'model', got {got}")
         weights = state_dict["model"]
         if weights is None:
             self._model = None
@@ -200,6 +202,8 @@ def load_into(module: nn.Module, weights: Mapping[str, Any]) -> None:
     """
     try:
         module.load_state_dict(weights)
+    except (TypeError, AttributeError) as error:  # it is no state dict
+        raise ValueError(f"expected the weights of this model: {error}") from error
     except RuntimeError as error:
         # Below a line with the class one for all names that do not fit, then one for each shape.
         lines = str(error).split("\n\t")

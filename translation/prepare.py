@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import hashlib
-import json
 import logging
 import signal
 import sys
@@ -36,6 +35,8 @@ from preparation.job import (
 )
 from preparation.pieces import CODES, MOSES, SEPARATOR, segment
 from preparation.text import read_parts
+
+from pskd.run.files import write_json
 
 logger = logging.getLogger("prepare")
 
@@ -115,7 +116,7 @@ def prepare(job: Job) -> dict:
                 write_lines(data / "raw" / f"{part}.{language}", sentences)
         record = describe(job, notes, learned, len(known) + SPECIALS)
         record["files"] = [*list_files(data), RECORD]
-        (data / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        write_json(data / RECORD, record, indent=2)
     logger.info(
         "wrote %s: %s pairs, dictionary of %d",
         out,

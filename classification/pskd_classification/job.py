@@ -129,7 +129,8 @@ def _on_device(args: argparse.Namespace) -> bool | None:
     last = Path(args.output_dir) / LAST
     if args.data_on_device is None and args.resume and last.exists():
         options = checkpoint.read_checkpoint(last, KEYS)["options"]
-        return options.get("data_on_device", False)  # there was no choice once
+        with checkpoint.naming(last):
+            return options.get("data_on_device", False)  # there was no choice once
     return args.data_on_device
 
 
@@ -158,12 +159,13 @@ def prepare(args: argparse.Namespace, world: World, data: Data | None = None) ->
     if args.weights:
         path = Path(args.weights)
         content = checkpoint.read_checkpoint(path, {"model", "class_names", "epoch"})
-        checkpoint.check_classes(path, content["class_names"], splits.class_names)
-        checkpoint.load_weights(path, model, content["model"])
-        saved = content.get("options", {})
-        seen = {name: saved[name] for name in ("mean", "std") if name in saved}
-        checkpoint.tell_changes(path, seen, job.options)
-        job.epoch = content["epoch"]
+        with checkpoint.naming(path):
+            checkpoint.check_classes(path, content["class_names"], splits.class_names)
+            checkpoint.load_weights(path, model, content["model"])
+            saved = content.get("options", {})
+            seen = {name: saved[name] for name in ("mean", "std") if name in saved}
+            checkpoint.tell_changes(path, seen, job.options)
+            job.epoch = int(content["epoch"])
     return job
 
 
@@ -204,14 +206,16 @@ def build_trainer(job: Job) -> tuple[Trainer, int]:
 
 def _load(job: Job, trainer: Trainer, path: Path) -> int:
     content = checkpoint.read_checkpoint(path, KEYS)
+    with checkpoint.naming(path):
+        return _load_content(job, trainer, path, content)
+
+
+def _load_content(job: Job, trainer: Trainer, path: Path, content: dict) -> int:
     mean, std = stats_of(job.args.dataset)
     before = {"mean": list(mean), "std": list(std)}  # what there was before it was an option
     checkpoint.check_same(path, before | content["options"], job.options, FIXED)
     checkpoint.check_classes(path, content["class_names"], job.splits.class_names)
-    try:
-        trainer.objective.criterion.load_state_dict(content["criterion"])
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+    trainer.objective.criterion.load_state_dict(content["criterion"])
     checkpoint.load_weights(path, job.model, content["model"])
     checkpoint.load_optimizer(trainer.optimizer, content["optimizer"])
     trainer.scheduler.load_state_dict(content["scheduler"])

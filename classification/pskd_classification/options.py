@@ -7,9 +7,8 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-import yaml
-
 from pskd.distributed import World
+from pskd.run.files import read_yaml, shown
 from pskd.run.options import TRAINING_RANGES, check_ranges
 from pskd.schedule import SCHEDULES, check_alpha
 from pskd_classification.data import Splits
@@ -85,16 +84,12 @@ def _config_flags(
     """Return a config file's options, those of its ``base`` first, as a command line has them."""
     if path.resolve() in above:
         raise ValueError(f"{path}: expected a base that does not lead back to it, got one")
-    try:
-        options = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        told = " ".join(str(error).split())  # of several lines
-        raise ValueError(f"{path}: expected YAML, got {told}") from error
+    options = read_yaml(path) or {}
     if not isinstance(options, dict):
         raise ValueError(f"{path}: expected options as KEY: VALUE, got {type(options).__name__}")
     base = options.pop("base", None)
     if not isinstance(base, str | None):
-        raise ValueError(f"{path}: base: expected the name of a config, got {base!r}")
+        raise ValueError(f"{path}: base: expected the name of a config, got {shown(base)}")
     if "config" in options:
         raise ValueError(f"{path}: expected base: FILE for another config, got config: FILE")
     flags: list[str] = []

@@ -6,16 +6,14 @@ Shapes: N samples of the test set, M of the training set.
 from __future__ import annotations
 
 import base64
-import csv
 import io
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 from torch import Tensor
 
-from pskd.run.files import write_json, written_aside
+from pskd.run.files import csv_text, parse_json, write_json, written_aside
 from pskd_classification.data import Images, Splits
 from pskd_classification.evaluation import Rows
 
@@ -71,20 +69,15 @@ def write_test_pictures(folder: Path, rows: Rows, test: Images) -> None:
 def read_epochs(folder: Path) -> list[dict]:
     """Return the lines of metrics.json, one an epoch, those before a resume too."""
     lines = (folder / "metrics.json").read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines]
+    return [parse_json(line) for line in lines]
 
 
 def write_csv(folder: Path) -> None:
     """Write metrics.csv, a row an epoch, from metrics.json."""
     epochs = read_epochs(folder)
     columns = list(dict.fromkeys(key for epoch in epochs for key in epoch))
-    with (
-        written_aside(folder / "metrics.csv") as aside,
-        aside.open("w", newline="", encoding="utf-8") as file,
-    ):
-        table = csv.DictWriter(file, columns)
-        table.writeheader()
-        table.writerows(epochs)
+    with written_aside(folder / "metrics.csv") as aside:
+        aside.write_text(csv_text(columns, epochs), encoding="utf-8")
 
 
 def write_examples(folder: Path, splits: Splits, statistics: tuple[Tensor, Tensor]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import os
@@ -10,6 +9,7 @@ from collections.abc import Callable, Container
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from pskd.run.files import read_json
 from pskd.run.images import read_size
 from pskd_detection.boxes import Mended, fitted, is_finite
 from pskd_detection.segmentation import segmentation_problem, with_three_points
@@ -70,11 +70,9 @@ def read_coco(path: Path, image_dir: Path) -> RawAnnotations:
             ``images``, ``annotations`` and ``categories``.
     """
     try:
-        content = json.loads(path.read_bytes())
+        content = read_json(path)
     except OSError as error:
         raise ValueError(f"{path}: expected a COCO annotation file, got {error}") from None
-    except ValueError as error:  # of JSON or of UTF-8
-        raise ValueError(f"{path}: expected JSON, got {error}") from None
     if not image_dir.is_dir():
         raise ValueError(f"{image_dir}: expected the folder of the images of {path}, got none")
     return raw_coco(content, path, image_dir)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from pskd.run.files import write_json, written_aside
+from pskd.run.files import read_json, shown, write_json, written_aside
 from pskd.run.images import read_rgb
 from pskd_detection.confidence import DetectionConfidence
 from pskd_detection.datasets import DetectionDataset
@@ -38,8 +37,12 @@ def write_results(
     path = folder / ("evaluation.json" if evaluation else "results.json")
     trained_nothing = results.get("seconds_per_iteration", 0.0) is None
     if trained_nothing and path.exists():
-        before = json.loads(path.read_text(encoding="utf-8"))
-        results = {**results, "seconds_per_iteration": before.get("seconds_per_iteration")}
+        before = read_json(path).get("seconds_per_iteration")
+        if not isinstance(before, int | float | None):
+            raise ValueError(
+                f"{path}: seconds_per_iteration: expected a number, got {shown(before)}"
+            )
+        results = {**results, "seconds_per_iteration": before}
     return write_json(path, results, indent=2)
 
 

@@ -8,14 +8,15 @@ import os
 from pathlib import Path
 from typing import TypedDict
 
-import torch
 from detectron2.engine import HookBase
 from detectron2.modeling import ROIHeads
 from detectron2.utils import comm
 from torch import nn
 
+from pskd.checks import check_keys
 from pskd.distributed import take_buffers_of_first_process
-from pskd.run.files import written_aside
+from pskd.run.checkpoint import load_archive, write_archive
+from pskd.run.files import shown
 from pskd.schedule import SCHEDULE_OPTIONS, AlphaSchedule, check_unchanged
 from pskd_detectron2.config import check_options
 from pskd_detectron2.memory import AnnotationMemory
@@ -213,8 +214,7 @@ class PSKDHook(HookBase):
 
     def _write_memory(self, memory: AnnotationMemory) -> str:
         name = f"pskd_memory_{self.trainer.iter:07d}.pt"
-        with written_aside(self._output_dir / name) as aside:
-            torch.save(memory.state_dict(), aside)
+        write_archive(self._output_dir / name, memory.state_dict())
         return name
 
     def load_state_dict(self, state: dict) -> None:
@@ -224,6 +224,7 @@ class PSKDHook(HookBase):
             ValueError: if the options changed, the teacher is another model's, or the memory's file
                 is missing, damaged or that of another training set.
         """
+        check_keys("the hook's state", state, ())
         self._loaded_options = state.get("options", {})
         self._check_unchanged(dict(self._options))
         if self._pskd.memory is not None:
@@ -241,11 +242,12 @@ class PSKDHook(HookBase):
         )
 
     def _read_memory(self, memory: AnnotationMemory, name: str | None) -> None:
-        if name is None:
-            raise ValueError("expected a checkpoint that names a memory file, got one without")
+        if not isinstance(name, str):
+            got = "one without" if name is None else shown(name)
+            raise ValueError(f"expected a checkpoint that names a memory file, got {got}")
         path = self._output_dir / name
         try:
-            memory.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+            memory.load_state_dict(load_archive(path, "a memory"))
         except FileNotFoundError:
             raise ValueError(
                 f"{path}: expected the memory of the checkpoint, got no file"

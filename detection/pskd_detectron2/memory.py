@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from pskd.distributed import is_first, sum_over_processes
+from pskd.run.files import shown
 
 __all__ = ["AnnotationMemory"]
 
@@ -106,24 +107,27 @@ class AnnotationMemory:
         """
         keys = {"fingerprint", "crc32", *_TENSORS}
         if not isinstance(state, dict) or not keys <= state.keys():
-            got = sorted(state) if isinstance(state, dict) else type(state).__name__
-            raise ValueError(f"expected a memory with {sorted(keys)}, got {got}")
+            found = sorted(map(str, state)) if isinstance(state, dict) else type(state)
+            raise ValueError(f"expected a memory with {sorted(keys)}, got {shown(found)}")
+        for name, kind in (("fingerprint", str), ("crc32", int)):
+            if not isinstance(state[name], kind):
+                raise ValueError(f"{name}: expected {kind.__name__}, got {shown(state[name])}")
         for name, attribute in _TENSORS.items():
             own, new = getattr(self, attribute), state[name]
             if not isinstance(new, Tensor) or (new.shape, new.dtype) != (own.shape, own.dtype):
-                found = (tuple(new.shape), new.dtype) if isinstance(new, Tensor) else new
+                got = (tuple(new.shape), new.dtype) if isinstance(new, Tensor) else shown(new)
                 raise ValueError(
                     f"{name}: expected {own.dtype} of shape {tuple(own.shape)} (annotations x "
-                    f"stages, classes), got {found}"
+                    f"stages, classes), got {got}"
                 )
         if state["fingerprint"] != self.fingerprint:
             raise ValueError(
                 f"expected the annotations {self.fingerprint}, got {state['fingerprint']}: "
                 "another training set"
             )
-        found = _checksum(state)
-        if state["crc32"] != found:
-            raise ValueError(f"damaged: expected CRC-32 {state['crc32']:#x}, got {found:#x}")
+        checksum = _checksum(state)
+        if state["crc32"] != checksum:
+            raise ValueError(f"damaged: expected CRC-32 {state['crc32']:#x}, got {checksum:#x}")
         for name, attribute in _TENSORS.items():
             getattr(self, attribute).copy_(state[name])
 

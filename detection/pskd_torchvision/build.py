@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 
-import torch
 from torch import Tensor, nn
 from torchvision.models import detection, get_model, list_models
 from torchvision.models.detection import FasterRCNN, MaskRCNN
@@ -19,6 +18,8 @@ from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHe
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.models.resnet import BasicBlock, ResNet
 from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign
+
+from pskd.run.checkpoint import load_archive
 
 __all__ = ["build_detector", "has_masks", "load_weights", "model_names"]
 
@@ -193,19 +194,15 @@ def load_weights(model: FasterRCNN, path: str | os.PathLike) -> list[str]:
 
 def _read_state(path: str | os.PathLike) -> dict[str, Tensor]:
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch, pickle and zipfile raise many kinds for a damaged file
-        raise ValueError(f"{path}: expected a state dict, got {_first_line(error)}") from error
+        state = load_archive(path, "a state dict")
+    except OSError as error:
+        raise ValueError(f"{path}: expected a state dict, got {type(error).__name__}") from error
     for key in ("model", "state_dict"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
         raise ValueError(f"{path}: expected a state dict, got {type(state).__name__} of others")
     return {key.removeprefix("module."): value for key, value in state.items()}
-
-
-def _first_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 def _is_counter(key: str) -> bool:

@@ -10,6 +10,7 @@ from pskd.run.checkpoint import (
     check_same,
     load_optimizer,
     load_weights,
+    naming,
     read_checkpoint,
     tell_changes,
     write_checkpoint,
@@ -57,9 +58,10 @@ def load_model(path: Path, content: dict, model, options: Mapping, class_names) 
     Raises:
         ValueError: naming the file, if it is another model's or has other classes.
     """
-    check_same(path, content["options"], options, MODEL_OPTIONS)
-    check_classes(path, content["class_names"], class_names)
-    load_weights(path, model, content["model"])
+    with naming(path):
+        check_same(path, content["options"], options, MODEL_OPTIONS)
+        check_classes(path, content["class_names"], class_names)
+        load_weights(path, model, content["model"])
 
 
 def load_training(path: Path, content: dict, trainer: Trainer, options: Mapping) -> None:
@@ -68,12 +70,10 @@ def load_training(path: Path, content: dict, trainer: Trainer, options: Mapping)
     Raises:
         ValueError: naming the file, if it is of another training set, optimizer or PS-KD schedule.
     """
-    check_same(path, content["options"], options, TRAINING_OPTIONS)
-    try:
+    with naming(path):
+        check_same(path, content["options"], options, TRAINING_OPTIONS)
         trainer.epochs.load_state_dict(content["pskd"], allowed_by="--pskd-allow-schedule-change")
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
-    load_optimizer(trainer.optimizer, content["optimizer"])
-    if content["scaler"]:  # empty without mixed precision
-        trainer.scaler.load_state_dict(content["scaler"])
-    tell_changes(path, content["options"], options)
+        load_optimizer(trainer.optimizer, content["optimizer"])
+        if content["scaler"]:  # empty without mixed precision
+            trainer.scaler.load_state_dict(content["scaler"])
+        tell_changes(path, content["options"], options)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import sys
 
 from torch import nn
 
+from pskd.checks import check_epoch, check_keys
 from pskd.schedule import SCHEDULE_OPTIONS, AlphaSchedule, check_unchanged
 from pskd_torchvision.state import PSKDState
 
@@ -110,6 +112,7 @@ class PSKDEpochs:
         Raises:
             ValueError: if the options changed, those of the schedule unless that is allowed.
         """
+        check_keys("the epochs' state", state, ("epoch", "options"))
         check_unchanged(
             state["options"],
             self._options(),
@@ -117,4 +120,5 @@ class PSKDEpochs:
             allowed=self._allow_schedule_change,
             allowed_by=allowed_by,
         )
+        check_epoch(state["epoch"], sys.maxsize)  # a schedule that is changed may be shorter
         self._epoch = state["epoch"]

@@ -13,7 +13,7 @@ from pskd.report.export import as_csv, as_json
 from pskd.report.page import make_page
 from pskd.report.runs import read_runs
 from pskd.report.tables import make_tables
-from pskd.run.files import write_json, written_aside
+from pskd.run.files import write_json, written_together
 
 __all__ = ["write_report"]
 
@@ -65,9 +65,8 @@ def _write_all(folder: Path, files: Mapping[str, str | dict[str, object]]) -> No
     is_new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        with contextlib.ExitStack() as renamed_last:
-            for name, content in files.items():
-                aside = renamed_last.enter_context(written_aside(folder / name))
+        with written_together([folder / name for name in files]) as asides:
+            for aside, content in zip(asides, files.values(), strict=True):
                 if isinstance(content, str):
                     aside.write_text(content, encoding="utf-8")
                 else:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections import defaultdict
@@ -11,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from pskd.run.files import open_regular, parse_json
 
 __all__ = ["fairseq_epochs", "read_epochs"]
 
@@ -41,7 +42,7 @@ def fairseq_epochs(log: str) -> list[dict[str, float]]:
         if not (found := _TRAIN_LINE.search(line) or _BARE_LINE.match(line)):
             continue
         if found[1].startswith("{"):
-            values = json.loads(found[1])
+            values = parse_json(found[1])
             record = {key.removeprefix("train_"): float(value) for key, value in values.items()}
             records[int(record["epoch"])] = record
         elif simple := _SIMPLE.match(found[1]):
@@ -70,11 +71,12 @@ def read_epochs(metrics: Path | None, log: Path | None) -> list[dict[str, float]
     path = metrics or log
     if path is None:
         return []
-    text = path.read_text(encoding="utf-8", errors="replace")
+    with open_regular(path) as file:
+        text = file.read().decode(errors="replace")
     try:
         lines = _json_lines(text) if metrics else fairseq_epochs(text)
         return _by_step(lines)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
         raise ValueError(f"{path}: expected the numbers of a training, got {error}") from error
 
 
@@ -83,7 +85,7 @@ def _json_lines(text: str) -> list[dict[str, Any]]:
     # After the last line break there is nothing, or half a line of a run that was stopped.
     for number, line in enumerate(text.split("\n")[:-1], start=1):
         try:
-            lines += [json.loads(line)] if line.strip() else []
+            lines += [parse_json(line)] if line.strip() else []
         except ValueError as error:
             raise ValueError(f"line {number}: {error}") from error
     return lines

@@ -15,8 +15,9 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from pskd.report.files import check_image, read_json
+from pskd.report.files import check_image
 from pskd.report.sentences import BLEU_COUNTS, CHRF_COUNTS
+from pskd.run.files import read_json, shown
 
 __all__ = ["Box", "Boxes", "Sentences", "read_boxes", "read_pictures", "read_sentences"]
 
@@ -120,5 +121,5 @@ def _box(box: list[float], label: str, score: float | None = None, correct: bool
 def _checked(path: Path, expected: str, read: Callable[[], Found]) -> Found:
     try:
         return read()
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ValueError(f"{path}: expected {expected}: {error!r}") from error
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise ValueError(f"{path}: expected {expected}: {shown(error)}") from error

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -12,6 +10,7 @@ from pskd.report.columns import Column
 from pskd.report.compare import Comparison
 from pskd.report.runs import Run
 from pskd.report.tables import Row, Table
+from pskd.run.files import csv_text
 
 __all__ = ["as_csv", "as_json"]
 
@@ -88,13 +87,11 @@ def _described(column: Column) -> dict[str, object]:
 def as_csv(tables: Sequence[Table]) -> str:
     """Return report.csv: one row a run, raw values under the names of report.json."""
     keys = dict.fromkeys(column.key for table in tables for column in table.columns)
-    text = io.StringIO()
-    writer = csv.DictWriter(text, ["name", "task", "seed", "folder", *keys], lineterminator="\n")
-    writer.writeheader()
+    lines = []
     for table, row, run, values in _each(tables):
         finite = {key: value for key, value in values.items() if not math.isnan(value)}
-        writer.writerow(_identity(table, row, run) | finite)
-    return text.getvalue()
+        lines.append(_identity(table, row, run) | finite)
+    return csv_text(["name", "task", "seed", "folder", *keys], lines)
 
 
 def _identity(table: Table, row: Row, run: Run) -> dict[str, object]:

@@ -6,10 +6,7 @@ OSError for one that cannot be read.
 
 from __future__ import annotations
 
-import json
 import re
-import zipfile
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,12 +14,13 @@ from typing import Any
 
 import numpy as np
 
+from pskd.run.files import read_json, read_npz, shown
+
 __all__ = [
     "ROW_ARRAYS",
     "Example",
     "check_image",
     "read_examples",
-    "read_json",
     "read_numbers",
     "read_reweighted",
     "read_rows",
@@ -68,43 +66,24 @@ def check_image(image: str) -> str:
     return image
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a file that holds one JSON object."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: expected JSON, got {error}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: expected a JSON object, got {type(value).__name__}")
-    return value
-
-
 def read_numbers(path: Path) -> dict[str, Any]:
     """Read results.json or evaluation.json."""
     numbers = read_json(path)
     for key in ("last", "best", "scaled", "bbox", "voc", "confidence", "ground_truth_rois"):
         if not isinstance(numbers.get(key, {}), dict):
-            raise ValueError(f"{path}: {key}: expected an object, got {numbers[key]!r}")
+            raise ValueError(f"{path}: {key}: expected an object, got {shown(numbers[key])}")
     command = numbers.get("command")
-    if not isinstance(command, str | list | None):
-        raise ValueError(f"{path}: command: expected text or a list of words, got {command!r}")
+    words = command if isinstance(command, list) else [command or ""]
+    if not all(isinstance(word, str) for word in words):
+        got = shown(command)
+        raise ValueError(f"{path}: command: expected text or a list of words, got {got}")
+    if not isinstance(seed := numbers.get("seed"), int | str | None):
+        raise ValueError(f"{path}: seed: expected an integer, got {shown(seed)}")
     return numbers
 
 
 def _read_arrays(path: Path, needed: Sequence[str]) -> dict[str, np.ndarray]:
-    try:
-        with np.load(path) as file:  # never a pickle
-            arrays = {key: file[key] for key in file.files}
-    except (
-        ValueError,
-        EOFError,
-        zipfile.BadZipFile,
-        zlib.error,
-        NotImplementedError,
-        TypeError,
-        AttributeError,
-    ) as error:
-        raise ValueError(f"{path}: expected arrays as numpy.savez writes them: {error}") from error
+    arrays = read_npz(path)
     for key in needed:
         if key not in arrays:
             raise ValueError(f"{path}: expected an array {key}, got {', '.join(sorted(arrays))}")
@@ -165,7 +144,7 @@ def read_reweighted(path: Path) -> dict[str, list[Example]]:
     found = read_json(path)
     try:
         return {key: [_example(entry) for entry in found.get(key, [])] for key in ("most", "least")}
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise ValueError(
             f"{path}: expected examples with id, label and rescaling: {error!r}"
         ) from error

@@ -27,6 +27,7 @@ from pskd.report.files import (
     read_reweighted,
     read_rows,
 )
+from pskd.run.files import shown
 
 __all__ = ["TASKS", "Run", "read_run", "read_runs"]
 
@@ -193,5 +194,5 @@ def _task(numbers: dict[str, Any], path: Path | None) -> str:
         detection = {"bbox", "voc", "confidence"} & numbers.keys()
         return "detection" if detection else "translation" if "bleu" in numbers else TASKS[0]
     if task not in TASKS:
-        raise ValueError(f"{path}: task: expected one of {', '.join(TASKS)}, got {task!r}")
+        raise ValueError(f"{path}: task: expected one of {', '.join(TASKS)}, got {shown(task)}")
     return task

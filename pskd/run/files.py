@@ -1,33 +1,279 @@
-"""Files that a reader finds whole or not at all: written aside, then renamed."""
+"""Files that are read within bounds, and written so that a reader finds them whole or not at all.
+
+What is read may be damaged or made to do harm: every reader raises ValueError, naming the file, and
+allocates no more than the file can need. What is written is written aside, then renamed.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import csv
+import io
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+import reprlib
+import secrets
+import shutil
+import stat
+import zipfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
 
-__all__ = ["write_json", "written_aside"]
+__all__ = [
+    "csv_text",
+    "open_regular",
+    "parse_json",
+    "read_json",
+    "read_npz",
+    "read_yaml",
+    "same_value",
+    "shown",
+    "write_json",
+    "written_aside",
+    "written_together",
+]
+
+Name = str | os.PathLike[str]
+
+_MOST_DIGITS = 300  # as many as a float may have
+_MOST_BYTES = 1 << 30  # of the arrays of a file
+_MOST_ALIASES = 32  # of a YAML file: nested, they stand for at most 130,000 nodes
+
+_repr = reprlib.Repr()
+_repr.maxstring = _repr.maxother = 200
+_repr.maxlong = 40
+_repr.maxlist = _repr.maxtuple = _repr.maxdict = _repr.maxset = 20
+
+
+def shown(value: object) -> str:
+    """Return a value for a message: its repr, which is cut where it is long."""
+    try:
+        return _repr.repr(value)
+    except ValueError:  # an integer of more digits than Python prints
+        return f"a {type(value).__name__} of many digits"
+
+
+def same_value(one: object, other: object) -> bool:
+    """Return whether two values are equal, of which one may be anything that a file held."""
+    try:
+        return bool(one == other)
+    except Exception:  # tensors and arrays compare entry by entry
+        return False
+
+
+# ---- reading -------------------------------------------------------------------------------------
+
+
+def open_regular(path: Name) -> BinaryIO:
+    """Open a file to read its bytes.
+
+    Raises:
+        ValueError: for a pipe, a socket or a device, where reading may wait for ever.
+        OSError: if it cannot be opened.
+    """
+    # Opening a pipe would wait for its writer.
+    flag = getattr(os, "O_NONBLOCK", 0)
+    file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | flag))
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise ValueError(f"{path}: expected a file, got a pipe or a device")
+    return file
+
+
+def parse_json(text: str | bytes) -> Any:
+    """Return what JSON holds.
+
+    Raises:
+        ValueError: for text that is no JSON, is nested too deeply, or has an integer that no float
+            could hold.
+    """
+    try:
+        return json.loads(text, parse_int=_integer)
+    except RecursionError:
+        raise ValueError("values that are nested too deeply") from None
+
+
+def _integer(digits: str) -> int:
+    if len(digits) > _MOST_DIGITS:
+        raise ValueError(f"an integer of {len(digits)} digits")
+    return int(digits)
+
+
+def read_json(path: Name) -> dict[str, Any]:
+    """Read a file that holds one JSON object.
+
+    Raises:
+        ValueError: naming the file, if it holds something else.
+        OSError: if it cannot be read.
+    """
+    with open_regular(path) as file:
+        text = file.read()
+    try:
+        value = parse_json(text)
+    except ValueError as error:
+        raise ValueError(f"{path}: expected JSON, got {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: expected a JSON object, got {type(value).__name__}")
+    return value
+
+
+def read_yaml(path: Name) -> Any:
+    """Read a YAML file; no code in it is run.
+
+    Raises:
+        ValueError: naming the file, if it is none, is nested too deeply, or has so many aliases
+            that a small file could stand for a huge value.
+        OSError: if it cannot be read.
+    """
+    import yaml  # which only those need who read such files
+
+    with open_regular(path) as file:
+        content = file.read()
+    try:
+        text = content.decode()
+        aliases = sum(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text))
+        if aliases > _MOST_ALIASES:
+            raise ValueError(f"{aliases} aliases, more than {_MOST_ALIASES}")
+        return yaml.safe_load(text)
+    except RecursionError:
+        raise ValueError(f"{path}: expected YAML, got values nested too deeply") from None
+    except Exception as error:  # "!!int x" and the like fail in any way
+        told = " ".join(str(error).split())  # of several lines
+        raise ValueError(f"{path}: expected YAML, got {told}") from error
+
+
+def read_npz(path: Name) -> dict[str, np.ndarray]:
+    """Read the arrays of a file that numpy.savez wrote; never a pickle.
+
+    Raises:
+        ValueError: naming the file, if it is none, is damaged, holds more than 1 GiB, or an array
+            that claims to be larger than its bytes.
+        OSError: if it cannot be read.
+    """
+    with open_regular(path) as file:
+        try:
+            with zipfile.ZipFile(file) as archive:
+                members = archive.infolist()
+                if (size := sum(member.file_size for member in members)) > _MOST_BYTES:
+                    raise ValueError(f"{size:,} bytes of arrays, more than {_MOST_BYTES:,}")
+                return {
+                    member.filename.removesuffix(".npy"): _read_array(archive, member)
+                    for member in members
+                }
+        except Exception as error:  # a damaged archive can fail in any way
+            raise ValueError(
+                f"{path}: expected arrays as numpy.savez writes them: {error}"
+            ) from error
+
+
+def _read_array(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> np.ndarray:
+    with archive.open(member) as stream:
+        # numpy takes the memory that the header asks for before it reads.
+        if np.lib.format.read_magic(stream) == (1, 0):
+            shape, _, dtype = np.lib.format.read_array_header_1_0(stream)
+        else:
+            shape, _, dtype = np.lib.format.read_array_header_2_0(stream)
+        if math.prod(shape) * max(dtype.itemsize, 1) > member.file_size:
+            raise ValueError(
+                f"{member.filename}: shape {shown(shape)} and dtype {dtype} in "
+                f"{member.file_size:,} bytes"
+            )
+        stream.seek(0)
+        array: np.ndarray = np.lib.format.read_array(stream, allow_pickle=False)
+        return array
+
+
+# ---- writing -------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
-def written_aside(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Give a path to write to, which becomes ``path`` if all goes well and is removed if not."""
+def written_aside(path: Name) -> Iterator[Path]:
+    """Give a new, empty file to write to, which becomes ``path`` if all goes well.
+
+    Raises:
+        OSError: naming ``path`` and the cause, if it cannot be written; what was there stays, and
+            nothing is left beside it.
+    """
     path = Path(path)
-    # Processes of one run may write the same file, each under a name of its own.
-    aside = path.with_name(f"{path.stem}.{os.getpid()}.part{path.suffix}")
-    try:
+    with _aside(path) as aside:
         yield aside
         os.replace(aside, path)
+
+
+@contextlib.contextmanager
+def written_together(paths: Sequence[Name]) -> Iterator[list[Path]]:
+    """As `written_aside`, for files that belong together: all are replaced, or none is.
+
+    Of those that are there a copy is kept for as long as the others may fail.
+    """
+    targets = [Path(path) for path in paths]
+    with contextlib.ExitStack() as stack:
+        asides = [stack.enter_context(_aside(path)) for path in targets]
+        yield asides
+        before = {path: stack.enter_context(_aside(path)) for path in targets if path.exists()}
+        for path, copy in before.items():
+            shutil.copy(path, copy)
+        done = []
+        try:
+            for aside, path in zip(asides, targets, strict=True):
+                os.replace(aside, path)
+                done.append(path)
+        except BaseException:
+            for path in done:
+                os.replace(before[path], path) if path in before else path.unlink()
+            raise
+
+
+@contextlib.contextmanager
+def _aside(path: Path) -> Iterator[Path]:
+    """Make a file beside another, and remove it in the end if it is still there."""
+    # A name that nobody can guess, and O_EXCL: no link of somebody else's is followed.
+    aside = path.with_name(f"{path.stem}.{secrets.token_hex(8)}.part{path.suffix}")
+    try:
+        os.close(os.open(aside, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+        yield aside
+    except (OSError, RuntimeError) as error:
+        cause = _cause(error)
+        if cause is None or cause.filename not in (None, aside, os.fspath(aside)):
+            raise
+        if cause.errno is None:
+            raise OSError(f"{path}: {cause}") from error
+        raise OSError(cause.errno, cause.strerror, os.fspath(path)) from error
     finally:
         aside.unlink(missing_ok=True)
 
 
-def write_json(path: str | os.PathLike[str], value: object, *, indent: int | None = None) -> Path:
+def _cause(error: BaseException | None) -> OSError | None:
+    """Return what the system said: torch's writer of archives hides it behind a RuntimeError."""
+    while error is not None and not isinstance(error, OSError):
+        error = error.__cause__ or error.__context__
+    return error
+
+
+def csv_text(columns: Sequence[str], rows: Iterable[Mapping[str, object]]) -> str:
+    """Return a table as CSV, in which no spreadsheet takes a cell of text for a formula."""
+    text = io.StringIO()
+    table = csv.DictWriter(text, columns, lineterminator="\n")
+    table.writerow({column: _cell(column) for column in columns})
+    table.writerows({key: _cell(value) for key, value in row.items()} for row in rows)
+    return text.getvalue()
+
+
+def _cell(value: object) -> object:
+    if not isinstance(value, str) or not value.startswith(("=", "+", "-", "@", "\t", "\r")):
+        return value
+    try:
+        float(value)
+    except ValueError:
+        return f"'{value}"
+    return value
+
+
+def write_json(path: Name, value: object, *, indent: int | None = None) -> Path:
     """Write strict JSON aside and rename it, so that a reader never finds half a file.
 
     NaN and infinity, which JSON does not have, become null; numpy's numbers and arrays become

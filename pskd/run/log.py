@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pskd.run.files import written_aside
+from pskd.run.files import parse_json, written_aside
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -83,7 +83,7 @@ def _lines(path: Path) -> list[dict[str, Any]]:
     text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
     for row in text.splitlines():
         try:
-            line = json.loads(row)
+            line = parse_json(row)
         except ValueError:
             continue
         if isinstance(line, dict) and {"epoch", "iteration"} <= line.keys():

@@ -66,6 +66,26 @@ def test_epochs_come_one_after_the_other(form):
     assert criterion.epoch == EPOCHS
 
 
+WRONG = [None, "1", [1], 1.5, -1, 10**400, torch.ones(3)]
+INSIDE = {"alpha_final": "options", "sums": "examples", "model": "teacher"}
+
+
+@FORMS
+@pytest.mark.parametrize("wrong", WRONG, ids=range(len(WRONG)))
+@pytest.mark.parametrize("key", ["epoch", "options", "examples", "memory", "teacher", *INSIDE])
+def test_a_state_of_other_types_is_refused(form, key, wrong):
+    criterion = form(net(), examples=pskd.ExampleStats(M))
+    criterion.begin_epoch(1)
+    state = criterion.state_dict(inside_epoch=True)
+    outer = INSIDE.get(key, key)
+    if outer not in state or (key == "model" and wrong is None):
+        return  # the other form's, or no teacher yet
+    state[outer] = wrong if outer == key else state[outer] | {key: wrong}
+    with pytest.raises(ValueError, match="expected"):
+        criterion.load_state_dict(state)
+    assert (criterion.epoch, criterion.alpha) == (1, 0.0)
+
+
 @FORMS
 def test_a_batch_before_the_first_epoch_is_refused(form):
     model = net()

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
+import re
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -16,8 +21,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import pskd
+from pskd import _epoch_files, _table
 from pskd import _exchange as exchange_py
-from pskd import _table
 
 PRELOADED = ["hypothesis", "pskd.memory", "pytest", "torch.distributed"]
 
@@ -40,6 +45,11 @@ def kept(probs: torch.Tensor, k: int | None) -> torch.Tensor:
         return probs
     values, indices = probs.topk(k, dim=1)
     return pskd.TopK(indices, values).dense(probs.size(1))
+
+
+def names(folder: Path) -> list[str]:
+    """Return the files of a memory's folder, without its lock."""
+    return sorted(file.name for file in folder.iterdir() if file.name != ".lock")
 
 
 @pytest.fixture(params=["ram", "file"])
@@ -416,11 +426,186 @@ def test_a_full_disk_is_an_error_and_the_last_epoch_stays(tmp_path, monkeypatch)
         with pytest.raises(OSError, match="no room for an epoch's predictions: expected 4,") as e:
             memory.next_epoch()
     assert e.value.errno == errno.ENOSPC and "epoch_00002" in str(e.value)
-    assert [file.name for file in tmp_path.iterdir()] == ["epoch_00001.pskd"]
+    assert names(tmp_path) == ["epoch_00001.pskd.part"]
+    assert memory.epoch == 1
+    epoch_of_writes(memory, 1)
+    memory.next_epoch()  # there is room again
+    again = pskd.PredictionMemory(M, C, top_k=3, path=tmp_path)
+    again.load_state_dict(state)
+    again.next_epoch()
+    for made in (memory, again):
+        assert made.epoch == 2 and made.read(torch.arange(M))[1].all()
+
+
+@pytest.mark.parametrize("fails", ["create_file", "finish_file"])
+def test_an_epoch_that_could_not_end_ends_when_it_is_tried_again(fails, tmp_path, monkeypatch):
     memory = pskd.PredictionMemory(M, C, top_k=3, path=tmp_path)
-    memory.load_state_dict(state)
+    for epoch in (1, 2):
+        memory.next_epoch()
+        epoch_of_writes(memory, epoch)
+    past = memory.read(torch.arange(M))[0].probs
+    with monkeypatch.context() as patch:
+        patch.setattr(_epoch_files, fails, mock.Mock(side_effect=OSError(errno.EIO, "broken")))
+        for _ in range(2):
+            with pytest.raises(OSError, match="broken"):
+                memory.next_epoch()
+    assert names(tmp_path) == ["epoch_00001.pskd", "epoch_00002.pskd.part"]
+    assert torch.equal(memory.read(torch.arange(M))[0].probs, past)
+    memory.write(torch.tensor([0]), torch.eye(C)[:1])
     memory.next_epoch()
-    assert memory.read(torch.arange(M))[1].all()
+    assert memory.read(torch.tensor([0]))[0].dense(C)[0, 0] == 1
+    state = memory.state_dict()
+    memory.close()
+    pskd.PredictionMemory(M, C, top_k=3, path=tmp_path).load_state_dict(state)
+
+
+def test_an_epoch_whose_new_file_could_not_be_opened_can_be_ended_again(tmp_path, monkeypatch):
+    memory = pskd.PredictionMemory(M, C, top_k=3, path=tmp_path)
+    memory.next_epoch()
+    with monkeypatch.context() as patch:
+        patch.setattr(_epoch_files, "FileTable", mock.Mock(side_effect=PermissionError("no")))
+        with pytest.raises(PermissionError):
+            memory.next_epoch()
+    epoch_of_writes(memory, 1)  # after its checksum was computed
+    memory.next_epoch()
+    state = memory.state_dict()
+    again = pskd.PredictionMemory(M, C, top_k=3, path=tmp_path)
+    again.load_state_dict(state)
+    assert again.read(torch.arange(M))[1].all()
+
+
+def test_an_old_file_that_cannot_be_deleted_stops_no_training(tmp_path, monkeypatch, caplog):
+    memory = pskd.PredictionMemory(M, C, path=tmp_path)
+    memory.next_epoch()
+    memory.next_epoch()
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", refuses(Path.unlink, "epoch_00001.pskd"))
+        memory.next_epoch()
+    assert memory.epoch == 3 and "epoch_00001.pskd" in caplog.text
+    memory.next_epoch()
+    assert names(tmp_path) == ["epoch_00003.pskd", "epoch_00004.pskd.part"]
+
+
+def refuses(real, name):
+    """Return a method of Path that the system refuses for a name."""
+
+    def method(path, *args, **options):
+        if path.name == name:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return real(path, *args, **options)
+
+    return method
+
+
+@pytest.mark.parametrize("name", ["epoch_00001.pskd", "epoch_00002.pskd", "epoch_00002.pskd.part"])
+def test_a_state_whose_files_may_not_be_used_changes_nothing(name, tmp_path, monkeypatch):
+    """Also of an epoch that has ended since, whose file is to be reopened."""
+    memory = pskd.PredictionMemory(M, C, top_k=3, path=tmp_path)
+    for epoch in (1, 2):
+        memory.next_epoch()
+        epoch_of_writes(memory, epoch)
+    state = memory.state_dict()
+    if not name.endswith(".part"):
+        memory.next_epoch()
+    before, files = memory.state_dict() | {"seen": memory.read(torch.arange(M))[1]}, names(tmp_path)
+    real = open
+
+    def no_permission(path, mode="r", **options):
+        if Path(path).name == name and "+" in mode:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return real(path, mode, **options)
+
+    monkeypatch.setattr(_table, "open", no_permission, raising=False)
+    with pytest.raises(PermissionError, match=name):
+        memory.load_state_dict(state)
+    monkeypatch.undo()
+    assert names(tmp_path) == files
+    after = memory.state_dict() | {"seen": memory.read(torch.arange(M))[1]}
+    assert torch.equal(after.pop("seen"), before.pop("seen")) and after == before
+    memory.next_epoch()
+
+
+def test_a_folder_that_may_not_be_renamed_in_leaves_the_memory_as_it_was(tmp_path, monkeypatch):
+    memory = pskd.PredictionMemory(M, C, top_k=3, path=tmp_path)
+    memory.next_epoch()
+    state = memory.state_dict()
+    memory.next_epoch()
+    monkeypatch.setattr(Path, "rename", refuses(Path.rename, "epoch_00001.pskd"))
+    with pytest.raises(PermissionError, match="epoch_00001.pskd"):
+        memory.load_state_dict(state)
+    assert memory.epoch == 2
+    memory.next_epoch()
+
+
+# ---- two trainings -----------------------------------------------------------------------------
+
+TRAINS = """
+import sys, time
+import pskd
+
+memory = pskd.PredictionMemory(20, 7, top_k=3, path=sys.argv[1])
+memory.next_epoch()
+print("began", flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.fixture
+def training(tmp_path):
+    """Another process that trains in the folder."""
+    child = subprocess.Popen([sys.executable, "-c", TRAINS, str(tmp_path)], stdout=subprocess.PIPE)
+    with child:
+        assert child.stdout.readline() == b"began\n"
+        yield child
+        child.kill()
+
+
+def test_a_second_training_in_a_folder_is_refused_until_the_first_dies(training, tmp_path):
+    folder = re.escape(str(tmp_path))
+    files = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    memory = pskd.PredictionMemory(20, 7, top_k=3, path=tmp_path)
+    with pytest.raises(ValueError, match=f"{folder}: expected a folder for this training alone"):
+        memory.next_epoch()
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == files
+    assert memory.epoch == 0
+    training.kill()
+    training.wait()
+    memory.next_epoch()
+    assert memory.epoch == 1
+
+
+def test_a_training_that_runs_on_is_not_resumed_by_another(training, tmp_path):
+    part = tmp_path / "epoch_00001.pskd.part"
+    run = json.loads(part.read_bytes()[:4096])["run"]
+    memory = pskd.PredictionMemory(20, 7, top_k=3, path=tmp_path)
+    header = memory._header() | {"run": run, "machines": 1}
+    with pytest.raises(ValueError, match="one that another training writes to"):
+        memory.load_state_dict({"header": header, "epoch": 1})
+    assert memory.epoch == 0
+
+
+def test_a_worker_of_the_loader_does_not_hold_the_folder(tmp_path):
+    memory = pskd.PredictionMemory(M, C, path=tmp_path)
+    memory.next_epoch()
+    child = os.fork()
+    if child == 0:
+        time.sleep(600)
+    try:
+        memory.close()
+        command = TRAINS.replace("time.sleep(600)", "")
+        subprocess.run([sys.executable, "-c", command, str(tmp_path)], check=True)
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
+def test_a_file_system_without_locks_has_a_memory_too(tmp_path, monkeypatch, caplog):
+    import fcntl
+
+    refused = mock.Mock(side_effect=OSError(errno.ENOSYS, "Function not implemented"))
+    monkeypatch.setattr(fcntl, "flock", refused)
+    pskd.PredictionMemory(M, C, path=tmp_path).next_epoch()
+    assert "another training here would not be noticed" in caplog.text
 
 
 def test_another_error_of_the_disk_is_told_as_it_is(tmp_path, monkeypatch):
@@ -430,14 +615,14 @@ def test_another_error_of_the_disk_is_told_as_it_is(tmp_path, monkeypatch):
     monkeypatch.setattr(_table, "_allocate", broken)
     with pytest.raises(OSError, match="Input/output error"):
         pskd.PredictionMemory(M, C, path=tmp_path).next_epoch()
-    assert not list(tmp_path.iterdir())
+    assert not names(tmp_path)
 
 
 def test_a_system_without_posix_fallocate_has_a_memory_too(tmp_path, monkeypatch):
     monkeypatch.delattr(os, "posix_fallocate", raising=False)
     memory = pskd.PredictionMemory(M, C, top_k=3, path=tmp_path)
     memory.next_epoch()
-    (file,) = tmp_path.iterdir()
+    (file,) = tmp_path.glob("*.part")
     assert file.stat().st_size == 4096 + M * memory.bytes_per_row
 
 
@@ -445,7 +630,7 @@ def test_room_is_taken_before_an_epoch_begins(tmp_path):
     """A hole in a mapped file would be a SIGBUS where the disk is full."""
     memory = pskd.PredictionMemory(1 << 16, C, top_k=3, path=tmp_path)
     memory.next_epoch()
-    (file,) = tmp_path.iterdir()
+    (file,) = tmp_path.glob("*.part")
     assert file.stat().st_blocks * 512 >= memory.bytes_per_row << 16
 
 
@@ -632,6 +817,84 @@ def test_records_that_do_not_fit_are_refused_and_nothing_is_changed(name, record
     with pytest.raises(ValueError, match=message):
         memory.load_state_dict(state)
     assert memory.epoch == 2 and memory.read(torch.arange(M))[1].all()
+
+
+WRONG = [None, "1", [1], 1.5, True, -1, 10**400, {}, torch.ones(3), b"1"]
+
+
+@pytest.mark.parametrize("wrong", WRONG, ids=lambda value: str(type(value).__name__))
+@pytest.mark.parametrize("key", ["epoch", "header", "past", "present", "rows", "top_k", "run"])
+def test_a_state_of_other_types_is_refused_and_nothing_is_changed(key, wrong, path):
+    memory = pskd.PredictionMemory(M, C, top_k=3, path=path)
+    for epoch in (1, 2):
+        memory.next_epoch()
+        epoch_of_writes(memory, epoch)
+    state = memory.state_dict()
+    if key in state["header"]:
+        if wrong is None and (key, path) == ("run", None):
+            return  # what it is in RAM
+        changed = state | {"header": state["header"] | {key: wrong}}
+    elif key in state:
+        changed = state | {key: wrong}
+    else:
+        return  # a memory in files has no records in its state
+    with pytest.raises(ValueError, match="expected") as error:
+        memory.load_state_dict(changed)
+    assert len(str(error.value)) < 500
+    assert memory.epoch == 2 and memory.state_dict()["header"] == state["header"]
+    assert memory.read(torch.arange(M))[1].all()
+
+
+HEADERS = {
+    "nested": b"[" * 4096,
+    "many digits": b'{"format": "pskd memory 1", "rows": ' + b"9" * 4000 + b"}",
+    "400 digits": b'{"format": "pskd memory 1", "rows": ' + b"9" * 400 + b"}",
+    "a long text": b'{"format": "' + b"x" * 4000 + b'"}',
+    "no checksum": None,
+}
+
+
+@pytest.mark.parametrize("header", HEADERS.values(), ids=HEADERS)
+def test_a_header_made_to_do_harm_is_refused(header, tmp_path):
+    state, file = saved(tmp_path)
+    content = file.read_bytes()
+    if header is None:
+        told = json.loads(content[:4096]) | {"crc32": [["x"]]}
+        header = json.dumps(told).encode()
+    file.write_bytes(header.ljust(4096) + content[4096:])
+    with pytest.raises(ValueError, match="epoch_00001.pskd: .*expected") as error:
+        resume(tmp_path, state)
+    assert len(str(error.value)) < 500
+
+
+@pytest.mark.parametrize("name", ["epoch_00001.pskd", "epoch_00002.pskd.part"])
+def test_a_pipe_in_the_place_of_a_file_is_refused(name, tmp_path):
+    state, _ = saved(tmp_path)
+    (tmp_path / name).unlink()
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(ValueError, match=f"{name}: expected a file, got a pipe or a device"):
+        resume(tmp_path, state)
+
+
+@pytest.mark.parametrize("path", [None, "memory"])
+@pytest.mark.parametrize("fingerprint", ["x" * 5000, "\N{SNOWMAN}" * 400, 5, None])
+def test_a_fingerprint_that_no_header_can_hold_is_refused(fingerprint, path, tmp_path):
+    path = path and tmp_path / path
+    with pytest.raises(ValueError, match="fingerprint: expected"):
+        pskd.PredictionMemory(M, C, fingerprint=fingerprint, path=path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_longest_fingerprint_is_read_back(tmp_path):
+    state, _ = saved(tmp_path, fingerprint="x" * 2046)
+    resume(tmp_path, state, fingerprint="x" * 2046)
+
+
+def test_more_rows_than_a_file_can_have_leave_no_file(tmp_path):
+    memory = pskd.PredictionMemory(1 << 62, C, path=tmp_path)
+    with pytest.raises(OSError, match="no room for an epoch's predictions"):
+        memory.next_epoch()
+    assert not names(tmp_path)
 
 
 @pytest.mark.parametrize("state", [None, {}, {"epoch": 1}])

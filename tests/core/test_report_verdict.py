@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import json
+import os
 import re
 import shutil
 from dataclasses import replace
@@ -464,6 +466,34 @@ def test_the_verdict_is_in_the_json(tmp_path):
         )
         better = next(c.metric.better for c in table.columns if c.key == key)
         assert found["effect"] == (difference.effect(better) or None)
+
+
+def test_a_file_that_cannot_be_replaced_leaves_the_old_report(tmp_path, monkeypatch):
+    first, second = (str(folder) for folder in made_pair(tmp_path))
+    out = tmp_path / "out"
+    page(first, out=out)
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    for name in before:
+        real = os.replace
+
+        def replace(source, target, name=name, real=real):
+            if os.path.basename(target) == name:
+                raise PermissionError(13, "Permission denied", str(target))
+            real(source, target)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", replace)
+            with pytest.raises(PermissionError, match=name):
+                write_report([first, second], out)
+        assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
+def test_the_table_for_a_spreadsheet_has_no_formula(tmp_path):
+    first, second = made_pair(tmp_path)
+    out = tmp_path / "out"
+    write_report([f"a={first}", f"@SUM(A1)={second}"], out)
+    lines = list(csv.DictReader((out / "report.csv").read_text().splitlines()))
+    assert [line["name"] for line in lines] == ["a", "'@SUM(A1)"]
 
 
 def test_all_files_are_written_or_none(tmp_path, monkeypatch):

@@ -122,6 +122,15 @@ def test_what_does_not_fit_a_checkpoint_is_named(tmp_path):
         checkpoint.check_classes(path, ["a", "b"], ["b", "a"])
 
 
+@pytest.mark.parametrize("error", [KeyError("x"), TypeError("x"), ValueError("x")])
+def test_what_cannot_be_loaded_names_the_file(error, tmp_path):
+    path = tmp_path / "x.pth"
+    with pytest.raises(ValueError, match="x.pth: .*x"), checkpoint.naming(path):
+        raise error
+    with pytest.raises(ValueError, match=f"^{path}: x$"), checkpoint.naming(path):
+        raise ValueError(f"{path}: x")
+
+
 def test_a_change_that_is_allowed_is_told(tmp_path, caplog):
     checkpoint.tell_changes(tmp_path, {"lr": 1, "seed": 2, "gone": 3}, {"lr": 5, "seed": 2})
     assert [record.getMessage() for record in caplog.records] == [

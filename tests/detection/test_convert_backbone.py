@@ -397,14 +397,14 @@ def test_command_line_prints_pairs_that_detectron2_takes(small, tmp_path, capsys
     assert "none.pth" in capsys.readouterr().err
 
 
-def test_script_runs_with_torch_alone(small, tmp_path):
-    """No other package of the project, no torchvision, no detectron2."""
+def test_script_runs_with_the_core_alone(small, tmp_path):
+    """No adapter, no torchvision, no detectron2."""
     torch.save(small, tmp_path / "in.pth")
     code = (
         "import runpy, sys\n"
         f"sys.path.insert(0, r'{SCRIPT.parent}')\n"
         f"sys.argv = ['convert_backbone.py', r'{tmp_path}/in.pth', r'{tmp_path}/out.pth']\n"
-        "for name in ('detectron2', 'torchvision', 'pskd', 'pskd_detection', 'yaml', 'fvcore'):\n"
+        "for name in ('detectron2', 'torchvision', 'pskd_detection', 'yaml', 'fvcore'):\n"
         "    sys.modules[name] = None\n"
         f"runpy.run_path(r'{SCRIPT}', run_name='__main__')\n"
     )

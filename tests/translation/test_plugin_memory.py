@@ -65,7 +65,7 @@ def test_the_teachers_nll_is_that_of_the_last_epoch(whole):
 def files(run) -> list[str]:
     """Return the numbers of the memory's files, the running epoch's with its ending."""
     folder = run.save_dir / "pskd_memory" / "shard_0"
-    return sorted(path.name.removeprefix("epoch_0000") for path in folder.iterdir())
+    return sorted(path.name.removeprefix("epoch_0000") for path in folder.glob("epoch_*"))
 
 
 def test_only_the_files_that_a_resume_may_need_are_left(whole):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 from fairseq import checkpoint_utils
@@ -12,6 +11,8 @@ from fairseq.models import BaseFairseqModel
 from fairseq.tasks import FairseqTask
 from omegaconf import DictConfig
 from pskd_fairseq.evaluated import UnsafeArgumentError, check_arguments
+
+from pskd.run.files import read_json, shown
 
 # What is read of prepare.json.
 _PREPARED = {"source_lang", "target_lang", "lowercase"}
@@ -36,12 +37,12 @@ def read_preparation(data: Path) -> dict | None:
             )
         return None
     try:
-        preparation = json.loads(path.read_text(encoding="utf-8"))
+        preparation = read_json(path)
     except ValueError as error:
-        raise UserError(f"{path}: expected JSON, got {error}") from error
-    if not isinstance(preparation, dict) or not preparation.keys() >= _PREPARED:
-        got = sorted(preparation) if isinstance(preparation, dict) else type(preparation).__name__
-        raise UserError(f"{path}: expected an object with {sorted(_PREPARED)}, got {got}")
+        raise UserError(str(error)) from error
+    if not preparation.keys() >= _PREPARED:
+        got = sorted(preparation)
+        raise UserError(f"{path}: expected an object with {sorted(_PREPARED)}, got {shown(got)}")
     return preparation
 
 

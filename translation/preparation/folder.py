@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import glob
-import json
 import logging
 import shutil
 import tempfile
@@ -12,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from preparation.job import PrepareError
+from pskd.run.files import read_json
 
 logger = logging.getLogger("prepare")
 
@@ -52,13 +52,13 @@ def check_out(out: Path, overwrite: bool) -> None:
             "--overwrite to replace it"
         )
     try:
-        written = json.loads((out / RECORD).read_text(encoding="utf-8"))["files"]
+        files = read_json(out / RECORD)["files"]
+        foreign = sorted(set(list_files(out)) - set(files))
     except (ValueError, KeyError, TypeError):
         raise PrepareError(
             f"{out / RECORD}: cannot be read as a record of this program, so "
             "nothing is overwritten; remove the folder yourself"
         ) from None
-    foreign = sorted(set(list_files(out)) - set(written))
     if foreign:
         raise PrepareError(
             f"{out}: holds files that are not part of the prepared set, such as "
