@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import detectron2
 from detectron2.config import CfgNode, get_cfg
+from detectron2.modeling import ROI_HEADS_REGISTRY
 
 from pskd.schedule import SCHEDULES, check_alpha
 
@@ -151,12 +152,20 @@ def check_pskd_config(cfg: CfgNode) -> None:
     if not pskd.ENABLED:
         return
     name = cfg.MODEL.ROI_HEADS.NAME
-    if name not in HEADS.values():
-        wanted = HEADS.get(name, " or ".join(HEADS.values()))
+    if not has_pskd_heads(cfg):
+        wanted = HEADS.get(name, " or ".join(HEADS.values()) + ", or one derived from them")
         raise ValueError(f"MODEL.ROI_HEADS.NAME: with PS-KD expected {wanted}, got {name}")
     check_label_smoothing(pskd.LABEL_SMOOTHING, cfg.MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE)
     if cfg.SOLVER.MAX_ITER < 1:
         raise ValueError(f"SOLVER.MAX_ITER: expected 1 or more, got {cfg.SOLVER.MAX_ITER}")
+
+
+def has_pskd_heads(cfg: CfgNode) -> bool:
+    """Return whether MODEL.ROI_HEADS.NAME is one of PS-KD's heads or derived from one."""
+    ours = tuple(ROI_HEADS_REGISTRY.get(name) for name in HEADS.values())
+    name = cfg.MODEL.ROI_HEADS.NAME
+    heads = ROI_HEADS_REGISTRY.get(name) if name in ROI_HEADS_REGISTRY else None
+    return isinstance(heads, type) and issubclass(heads, ours)
 
 
 def warn_of_unused_keys(cfg: CfgNode) -> None:
@@ -170,7 +179,7 @@ def warn_of_unused_keys(cfg: CfgNode) -> None:
         for key, value in cfg.MODEL.PSKD.items()
         if value != defaults.MODEL.PSKD[key]
     ]
-    if cfg.MODEL.ROI_HEADS.NAME in HEADS.values():
+    if has_pskd_heads(cfg):
         unused.insert(0, f"MODEL.ROI_HEADS.NAME {cfg.MODEL.ROI_HEADS.NAME}")
     if unused:
         logger.warning(

@@ -72,10 +72,14 @@ class PSKDDatasetMapper(DatasetMapper):
 
     Augmentations and filters drop annotations on their way. The row travels in place of the class,
     which the stock code carries along whatever it does, and both are set apart at the end.
+    Annotations that were not numbered are mapped as by `DatasetMapper`.
     """
 
     def _transform_annotations(self, dataset_dict: dict, transforms, image_shape) -> None:
         annotations = dataset_dict["annotations"]
+        if not all(_ROW in annotation for annotation in annotations):
+            super()._transform_annotations(dataset_dict, transforms, image_shape)
+            return
         classes = {a[_ROW]: a["category_id"] for a in annotations}
         for annotation in annotations:
             annotation["category_id"] = annotation[_ROW]

@@ -7,6 +7,7 @@ Such a config is one of Detectron2's with ``model.roi_heads._target_`` set to a 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import sys
@@ -18,6 +19,7 @@ from detectron2.engine import default_setup, default_writers, hooks
 from detectron2.engine.defaults import create_ddp_model
 from detectron2.evaluation import DatasetEvaluators, inference_on_dataset, print_csv_format
 from detectron2.utils import comm
+from detectron2.utils.registry import locate
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -176,23 +178,28 @@ def carry_rows(cfg: DictConfig) -> None:
     """Let the training data tell the rows of its annotations, in place; the memory needs them.
 
     Raises:
-        ValueError: for a dataset or a mapper other than Detectron2's own.
+        ValueError: for a dataset other than Detectron2's own, or a mapper that is neither its own
+            nor derived from `PSKDDatasetMapper`.
     """
     loader = cfg.dataloader.train
     stock = {"dataset": get_detection_dataset_dicts, "mapper": DatasetMapper}
     ours = {"dataset": numbered_dicts, "mapper": PSKDDatasetMapper}
     for part, expected in stock.items():
-        got = loader[part]._target_
-        if got not in (expected, _name(expected)):
+        got = _located(loader[part]._target_)
+        if got is expected:
+            loader[part]._target_ = ours[part]
+        elif not (isinstance(got, type) and issubclass(got, PSKDDatasetMapper)):
             raise ValueError(
-                f"dataloader.train.{part}: with the memory teacher expected {_name(expected)}, "
-                f"got {got}"
+                f"dataloader.train.{part}: with the memory teacher expected "
+                f"{expected.__module__}.{expected.__qualname__}, got {loader[part]._target_}"
             )
-        loader[part]._target_ = ours[part]
 
 
-def _name(target) -> str:
-    return f"{target.__module__}.{target.__qualname__}"
+def _located(target):
+    """Return what a ``_target_`` names; a name of nothing as it is."""
+    with contextlib.suppress(ImportError):
+        return locate(target) if isinstance(target, str) else target
+    return target
 
 
 def pskd_hook(cfg: DictConfig, model) -> PSKDHook | None:
