@@ -8,7 +8,8 @@ from collections.abc import Sequence
 
 import detectron2
 from detectron2.config import CfgNode, get_cfg
-from detectron2.modeling import ROI_HEADS_REGISTRY
+from detectron2.modeling import META_ARCH_REGISTRY, ROI_HEADS_REGISTRY
+from detectron2.modeling.meta_arch import GeneralizedRCNN, RetinaNet
 
 from pskd.schedule import SCHEDULES, check_alpha
 
@@ -18,8 +19,10 @@ __all__ = [
     "check_label_smoothing",
     "check_options",
     "check_pskd_config",
+    "class_count",
     "load_config",
     "recipe_path",
+    "set_class_count",
     "warn_of_unused_keys",
 ]
 
@@ -158,6 +161,22 @@ def check_pskd_config(cfg: CfgNode) -> None:
     check_label_smoothing(pskd.LABEL_SMOOTHING, cfg.MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE)
     if cfg.SOLVER.MAX_ITER < 1:
         raise ValueError(f"SOLVER.MAX_ITER: expected 1 or more, got {cfg.SOLVER.MAX_ITER}")
+
+
+def class_count(cfg: CfgNode) -> int | None:
+    """Return the K of a detector; None for an architecture whose classes no key of these tells."""
+    architecture = META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE)
+    kind = architecture if isinstance(architecture, type) else object
+    if issubclass(kind, RetinaNet):
+        return cfg.MODEL.RETINANET.NUM_CLASSES
+    if issubclass(kind, GeneralizedRCNN) or has_pskd_heads(cfg):
+        return cfg.MODEL.ROI_HEADS.NUM_CLASSES
+    return None
+
+
+def set_class_count(cfg: CfgNode, num_classes: int) -> None:
+    """Let a detector of either architecture have K classes, in place."""
+    cfg.MODEL.ROI_HEADS.NUM_CLASSES = cfg.MODEL.RETINANET.NUM_CLASSES = num_classes
 
 
 def has_pskd_heads(cfg: CfgNode) -> bool:

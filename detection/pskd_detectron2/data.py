@@ -7,6 +7,7 @@ the order in which Detectron2's loaders return images and annotations.
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import itertools
 import json
 import os
@@ -25,18 +26,30 @@ from pskd.run.files import write_json
 from pskd_detectron2.fast_rcnn import ROW_FIELD
 
 __all__ = [
+    "BOXES",
     "PSKDDatasetMapper",
     "check_classes",
     "check_records",
     "check_registered",
     "check_test_sets",
+    "class_names_of",
     "count_annotations",
     "detection_dataset",
+    "evaluator_type",
     "number_annotations",
     "register_spec",
     "training_fingerprint",
 ]
 
+#: The evaluator types of data sets whose boxes this project evaluates too.
+BOXES = (None, "coco", "coco_panoptic_seg", "pascal_voc")
+
+_PACKAGES: dict[str | None, str] = {  # which Detectron2 imports at the end of a training
+    "cityscapes_instance": "cityscapesscripts",
+    "cityscapes_sem_seg": "cityscapesscripts",
+    "coco_panoptic_seg": "panopticapi",
+    "lvis": "lvis",
+}
 _ROW = "pskd_row"
 _DATASETS: dict[str, DetectionDataset] = {}  # those that were registered from a spec, by it
 
@@ -167,36 +180,57 @@ def check_registered(names: Iterable[str]) -> None:
             )
 
 
-def check_classes(names: Iterable[str], num_classes: int) -> None:
+def class_names_of(names: Iterable[str]) -> list[str] | None:
+    """Return the classes of the first dataset, which is loaded if they are not known before."""
+    name = next(iter(names), None)
+    if name is None or name not in DatasetCatalog.list():
+        return None
+    if MetadataCatalog.get(name).get("thing_classes") is None:
+        DatasetCatalog.get(name)
+    return MetadataCatalog.get(name).get("thing_classes")
+
+
+def check_classes(names: Iterable[str], num_classes: int | None) -> None:
     """Raise ValueError for a dataset whose classes the model's head does not have.
 
-    The classes of many datasets are known only when these have been loaded.
+    The classes of many datasets are known only when these have been loaded. ``num_classes`` None is
+    a model that does not tell its classes.
     """
     for name in names:
         classes = MetadataCatalog.get(name).get("thing_classes")
-        if classes is not None and len(classes) != num_classes:
-            raise ValueError(
-                f"MODEL.ROI_HEADS.NUM_CLASSES: expected {len(classes)}, the classes of {name}, got "
-                f"{num_classes}"
-            )
+        if classes is not None:
+            _check_count(name, len(classes), num_classes)
 
 
-def check_test_sets(names: Iterable[str], num_classes: int) -> None:
-    """Read the test sets before training and not at its end.
+def check_test_sets(names: Iterable[str], num_classes: int | None) -> None:
+    """Look at the test sets before training and not at its end; those of boxes are read.
 
     Raises:
-        ValueError: for anything in them that could not be evaluated on, or other classes.
+        ValueError: for anything in them that could not be evaluated on, other classes, or a package
+            that Detectron2's evaluator needs and that is missing.
     """
     for name in names:
-        found = len(detection_dataset(name).class_names)
-        if found != num_classes:
-            raise ValueError(
-                f"MODEL.ROI_HEADS.NUM_CLASSES: expected {found}, the classes of {name}, got "
-                f"{num_classes}"
-            )
+        kind = evaluator_type(name)
+        package = _PACKAGES.get(kind)
+        if package and not importlib.util.find_spec(package):
+            raise ValueError(f"{name} ({kind}): expected the package {package}, got none")
+        if kind in BOXES and num_classes is not None:
+            _check_count(name, len(detection_dataset(name).class_names), num_classes)
 
 
-def check_records(records: Iterable[dict], num_classes: int, *, masks: bool = False) -> None:
+def evaluator_type(name: str) -> str | None:
+    """Return how Detectron2 evaluates on a dataset; None for one of a user's that does not tell."""
+    return MetadataCatalog.get(name).get("evaluator_type")
+
+
+def _check_count(name: str, found: int, num_classes: int | None) -> None:
+    if num_classes not in (found, None):
+        raise ValueError(
+            f"NUM_CLASSES of the model: expected {found}, the classes of {name}, got {num_classes}"
+        )
+
+
+def check_records(records: Iterable[dict], num_classes: int | None, *, masks: bool = False) -> None:
     """Refuse training data that Detectron2 would stumble on later, or train on as something else.
 
     Boxes that reach over their image's border are cut there, as Detectron2 does; those of --train
@@ -204,7 +238,7 @@ def check_records(records: Iterable[dict], num_classes: int, *, masks: bool = Fa
 
     Args:
         records: images and annotations in Detectron2's format.
-        num_classes: K.
+        num_classes: K; None: the classes are not looked at.
         masks: whether the model learns masks.
 
     Raises:
@@ -218,8 +252,8 @@ def check_records(records: Iterable[dict], num_classes: int, *, masks: bool = Fa
                 raise ValueError(f"{record['file_name']}: {problem}")
 
 
-def _problem(record: dict, annotation: dict, num_classes: int, masks: bool) -> str | None:
-    if not 0 <= annotation["category_id"] < num_classes:
+def _problem(record: dict, annotation: dict, num_classes: int | None, masks: bool) -> str | None:
+    if num_classes is not None and not 0 <= annotation["category_id"] < num_classes:
         return f"expected classes in [0, {num_classes - 1}], got {annotation['category_id']}"
     is_trained = not annotation.get("iscrowd", 0)
     if masks and is_trained and not annotation.get("segmentation"):

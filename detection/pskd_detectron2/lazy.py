@@ -11,6 +11,7 @@ import contextlib
 import logging
 import os
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 from detectron2.config import LazyConfig, instantiate
@@ -27,19 +28,30 @@ from pskd_detection import write_results
 
 from pskd_detectron2.config import recipe_path
 from pskd_detectron2.data import (
+    BOXES,
     PSKDDatasetMapper,
     check_classes,
     check_records,
     check_registered,
     check_test_sets,
+    class_names_of,
     count_annotations,
+    evaluator_type,
     number_annotations,
     register_spec,
     training_fingerprint,
 )
-from pskd_detectron2.evaluation import ConfidenceEvaluator, ground_truth_rois
+from pskd_detectron2.evaluation import (
+    ConfidenceEvaluator,
+    ground_truth_rois,
+    scores_ground_truth,
+)
 from pskd_detectron2.hooks import PSKDHook
-from pskd_detectron2.resume import AsideCheckpointer, same_random_state_after
+from pskd_detectron2.resume import (
+    AsideCheckpointer,
+    EvaluationCheckpointer,
+    same_random_state_after,
+)
 from pskd_detectron2.state import PSKDState
 from pskd_detectron2.trainer import (
     ddp_options,
@@ -71,14 +83,14 @@ def run_lazy(args) -> None:
     except (HydraException, OmegaConfBaseException) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"expected overrides as path.key=value: {reason}") from error
-    use_specs(cfg, args.train, args.test)
-    check_data(cfg)
+    use_specs(cfg, args.train, args.test, evaluation=args.eval_only)
+    check_data(cfg, training=not args.eval_only)
     default_setup(cfg, args)
     model = instantiate(cfg.model).to(cfg.train.device)
     if args.eval_only:
         if not cfg.train.init_checkpoint:
             raise ValueError("--eval-only: expected train.init_checkpoint, got none")
-        AsideCheckpointer(model).load(cfg.train.init_checkpoint)
+        EvaluationCheckpointer(model).load(cfg.train.init_checkpoint)
         results = evaluate(cfg, model)
     else:
         results = train(args, cfg, model)
@@ -89,28 +101,50 @@ def run_lazy(args) -> None:
         logger.info("results: %s", path)
 
 
-def use_specs(cfg: DictConfig, train: str | None, test: str | None) -> None:
+def use_specs(
+    cfg: DictConfig, train: str | None, test: str | None, *, evaluation: bool = False
+) -> None:
     """Let --train and --test be the config's data sets, in place, as they are in a YAML config."""
-    class_names = None
+    class_names: Sequence[str] | None = None
     if train:
         class_names = register_spec(train, cfg.train.output_dir).class_names
         cfg.dataloader.train.dataset.names = train
-        cfg.model.roi_heads.num_classes = len(class_names)
+        _set_class_count(cfg, len(class_names))
+    elif test and not evaluation:
+        class_names = class_names_of(_names(cfg, "train"))
     if test:
-        register_spec(test, cfg.train.output_dir, class_names)
+        dataset = register_spec(test, cfg.train.output_dir, class_names)
         cfg.dataloader.test.dataset.names = test
+        if evaluation and class_names is None:
+            _set_class_count(cfg, len(dataset.class_names))
 
 
-def check_data(cfg: DictConfig) -> None:
-    """Refuse data sets that would stop the run later.
+#: Where a lazy model has its classes: ROI heads, and RetinaNet or FCOS.
+_CLASS_COUNTS = ("model.roi_heads.num_classes", "model.num_classes")
+
+
+def _class_count(cfg: DictConfig) -> int | None:
+    counts = (OmegaConf.select(cfg, key) for key in _CLASS_COUNTS)
+    return next((count for count in counts if count is not None), None)
+
+
+def _set_class_count(cfg: DictConfig, num_classes: int) -> None:
+    for key in _CLASS_COUNTS:
+        if OmegaConf.select(cfg, key) is not None:
+            OmegaConf.update(cfg, key, num_classes)
+
+
+def check_data(cfg: DictConfig, *, training: bool = True) -> None:
+    """Refuse data sets that would stop the run later; nothing is asked of an unused training set.
 
     Raises:
         ValueError: naming the set, what was expected and what came.
     """
-    for part, check in (("train", check_classes), ("test", check_test_sets)):
-        names = _names(cfg, part)
-        check_registered(names)
-        check(names, cfg.model.roi_heads.num_classes)
+    if training:
+        check_registered(_names(cfg, "train"))
+        check_classes(_names(cfg, "train"), _class_count(cfg))
+    check_registered(_names(cfg, "test"))
+    check_test_sets(_names(cfg, "test"), _class_count(cfg))
 
 
 def _names(cfg: DictConfig, part: str) -> list[str]:
@@ -123,14 +157,15 @@ def evaluate(cfg: DictConfig, model) -> dict:
     if "evaluator" not in cfg.dataloader:
         return {}
     evaluators, names = [instantiate(cfg.dataloader.evaluator)], _names(cfg, "test")
-    if len(names) == 1:
+    is_detector = _class_count(cfg) is not None
+    if is_detector and len(names) == 1 and evaluator_type(names[0]) in BOXES:
         folder = os.path.join(cfg.train.output_dir, "inference")
         evaluators.append(ConfidenceEvaluator(names[0], folder))
     with same_random_state_after():
         loader = instantiate(cfg.dataloader.test)
         results = inference_on_dataset(model, loader, DatasetEvaluators(evaluators))
         print_csv_format(results)
-        if len(names) == 1:
+        if len(names) == 1 and scores_ground_truth(model, names[0]):
             results["ground_truth_rois"] = ground_truth_rois(model, loader, names[0])
     return results
 
@@ -222,9 +257,9 @@ def pskd_hook(cfg: DictConfig, model) -> PSKDHook | None:
         return None
     options: dict[str, Any] = dict(section)
     dicts = instantiate(cfg.dataloader.train.dataset)
-    heads = cfg.model.roi_heads
-    check_classes(_names(cfg, "train"), heads.num_classes)  # known when the data is loaded
-    check_records(dicts, heads.num_classes, masks=bool(heads.get("mask_head")))
+    has_masks = bool(OmegaConf.select(cfg, "model.roi_heads.mask_head"))
+    check_classes(_names(cfg, "train"), _class_count(cfg))  # known when the data is loaded
+    check_records(dicts, _class_count(cfg), masks=has_masks)
     if not options.get("epoch_iters"):
         batch = cfg.dataloader.train.total_batch_size
         options["epoch_iters"] = epoch_length(len(dicts), batch)
