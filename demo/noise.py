@@ -92,7 +92,7 @@ def main(argv: list[str] | None = None) -> int:
     lines.add_argument("file", help="a sentence a line, plain or .gz")
     lines.set_defaults(write=_write_lines)
     boxes = kinds.add_parser("boxes", help="give boxes a wrong class")
-    boxes.add_argument("spec", help="coco:ANNOTATIONS.json:IMAGE_DIR or voc:ROOT:SPLIT")
+    boxes.add_argument("spec", help="coco:ANNOTATIONS.json:IMAGE_DIR or voc:ROOT[:SPLIT]")
     boxes.set_defaults(write=_write_boxes)
     for kind in (lines, boxes):
         kind.add_argument("--share", type=float, required=True, help="of what is made wrong")

@@ -25,6 +25,10 @@ from pskd.criterion import MemoryCriterion, SnapshotCriterion, make_criterion
 __all__ = ["PSKDCallback"]
 
 
+def _plain(logits, target, *_, **__):
+    return cross_entropy(logits, target)
+
+
 class PSKDCallback(Callback):
     """Makes ``self.pskd`` of the module, a criterion of `pskd`, and begins its epochs.
 
@@ -48,7 +52,7 @@ class PSKDCallback(Callback):
         self._state: dict = {}  # of a checkpoint, until the training starts
 
     def setup(self, trainer, pl_module, stage: str) -> None:
-        pl_module.pskd = lambda logits, target, *_, **__: cross_entropy(logits, target)
+        pl_module.pskd = _plain
 
     def on_train_start(self, trainer, pl_module) -> None:
         if trainer.max_epochs < 1:

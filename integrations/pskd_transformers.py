@@ -19,6 +19,10 @@ from pskd.run.checkpoint import read_checkpoint, write_checkpoint
 __all__ = ["PSKDTrainerMixin"]
 
 
+def _logits(outputs):
+    return outputs["logits"] if isinstance(outputs, dict) else outputs[0]  # of return_dict=False
+
+
 class PSKDTrainerMixin(TrainerCallback):
     """Trains by a criterion of `pskd`; evaluation is the Trainer's own. It hears its own events.
 
@@ -26,7 +30,8 @@ class PSKDTrainerMixin(TrainerCallback):
         pskd_options: ``teacher`` (``"memory"`` or ``"snapshot"``) and options of its criterion.
 
     Raises:
-        ValueError: before the first step, for options, data or epochs that do not serve.
+        ValueError: before the first step, for options, data or epochs that do not serve, and for a
+            ``compute_loss_func``, in whose place the criterion is.
     """
 
     _signature_columns: list[str]
@@ -49,8 +54,13 @@ class PSKDTrainerMixin(TrainerCallback):
         epochs, limit = args.num_train_epochs, args.max_steps
         if limit > 0 or epochs % 1:
             raise ValueError(f"num_train_epochs: expected whole, got {epochs} (max_steps {limit})")
+        if (other := getattr(self, "compute_loss_func", None)) is not None:
+            raise ValueError(f"compute_loss_func: expected none, the loss is PS-KD's, got {other}")
         data = self.train_dataset, model.config.num_labels
-        self.criterion = make_criterion(model, *data, num_epochs=int(epochs), **self._options)
+        options: dict = {"num_epochs": int(epochs)} | self._options
+        if options.get("teacher") == "snapshot":
+            options.setdefault("logits_of", _logits)
+        self.criterion = make_criterion(model, *data, **options)
         if self._resumed:
             last = Path(args.output_dir, f"checkpoint-{state.global_step}")
             path = (last if self._resumed is True else Path(self._resumed)) / "pskd.pt"
@@ -68,7 +78,7 @@ class PSKDTrainerMixin(TrainerCallback):
         target = inputs.pop("labels")
         outputs = model(**inputs)
         seen = {} if isinstance(self.criterion, MemoryCriterion) else inputs
-        loss = self.criterion(outputs.logits, target, rows=rows, **seen)
+        loss = self.criterion(_logits(outputs), target, rows=rows, **seen)
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs, *args, **kwargs) -> None:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pskd.checks import check_batch, check_class_weights, check_labels, is_soft
+from pskd.checks import check_batch, check_class_weights, check_labels, is_soft, is_traced
 from pskd.examples import ExampleStats
 from pskd.kernels import sum_dtype
 from pskd.loss import pskd_cross_entropy
@@ -192,6 +192,8 @@ def cross_entropy(
 
 
 def _torch_serves(logits: Tensor, target: Tensor) -> bool:
+    if is_traced(logits) or is_traced(target):  # to look at values would end the graph
+        return False
     if not len(target) or target.device.type != "cpu" or logits.device.type != "cpu":
         return False
     if is_soft(target):  # torch's is NaN where a class is excluded, whatever its probability

@@ -179,6 +179,9 @@ class Machines:
         if self.count > 1:  # gloo: what is exchanged lies in host memory
             self._firsts = dist.new_group([hosts.index(name) for name in names], backend="gloo")
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_firsts"}
+
     def on_each(self, function: Callable[[], None]) -> None:
         """Call a function on the first process of each machine, and wait for all.
 

@@ -43,7 +43,9 @@ class PredictionMemory:
     all processes of a machine read and write; then all of them make it, and call `next_epoch` and
     `load_state_dict` together. Several machines have a file each, in ``path/machine_0`` and so on,
     and exchange their rows in `next_epoch`. A file takes its final name when its epoch is complete,
-    and is kept for as long as the first process's last `state_dict` needs it.
+    and is kept for as long as the first process's last `state_dict` needs it. A copy or a pickle
+    holds the folder's name, not the files: once used it maps those of its epoch, as another process
+    does.
 
     With ``top_k``, classes that the student excludes (logits of -inf) get nothing of the rest.
 
@@ -99,6 +101,10 @@ class PredictionMemory:
         self._past: MemoryTable | FileTable | None = None
         self._present: MemoryTable | FileTable | None = None
         self._saved_epoch: int | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        files = {} if self.path is None else {"_past": None, "_present": None}
+        return vars(self) | files
 
     @property
     def bytes_per_row(self) -> int:
@@ -272,6 +278,8 @@ class PredictionMemory:
             )
         # On a GPU, looking would wait for the device; there the gather asserts the range itself.
         check_range(rows, self.num_rows)
+        if self.path is not None and self.epoch and self._present is None:  # a copy
+            self._past, self._present = self._files().open(self.epoch)
 
     def _header(self) -> dict[str, object]:
         return {

@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any, TypedDict
 import torch
 from torch import Tensor
 
+from pskd import _traced_memory
 from pskd._criterion import Criterion, cross_entropy
+from pskd._traced_memory import handle_of
 from pskd.checks import check_batch
 from pskd.examples import ExampleStats
 from pskd.memory import PredictionMemory
@@ -89,6 +91,11 @@ class MemoryCriterion(Criterion):
         self.memory = (
             PredictionMemory(num_rows, num_classes, **memory) if self.alpha_final else None
         )
+        self._handle = None if self.memory is None else handle_of(self.memory)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._handle = None if self.memory is None else handle_of(self.memory)
 
     def __call__(self, logits: Tensor, target: Tensor, rows: Tensor | None = None) -> Tensor:
         """Return the mean loss of a batch, and keep its predictions for the next epoch.
@@ -111,7 +118,11 @@ class MemoryCriterion(Criterion):
         check_distinct(rows)
         loss = self.loss(logits, target, rows)
         if self.memory is not None:
-            self.memory.write(rows.to(logits.device), logits.detach().float().softmax(dim=1))
+            rows, probs = rows.to(logits.device), logits.detach().float().softmax(dim=1)
+            if self._handle is not None and torch.compiler.is_compiling():
+                _traced_memory.write(self._handle, rows, probs)
+            else:
+                self.memory.write(rows, probs)
         return loss
 
     def loss(
@@ -138,7 +149,10 @@ class MemoryCriterion(Criterion):
         rows = rows.to(logits.device)
         past, alpha = None, None
         if self.memory is not None and self.epoch > 1:
-            past, seen = self.memory.read(rows)
+            if self._handle is not None and torch.compiler.is_compiling():
+                past, seen = _traced_memory.read(self.memory, self._handle, rows)
+            else:
+                past, seen = self.memory.read(rows)
             alpha = row_alphas(self.alpha, seen)
         return self._loss(logits, target, past, alpha, rows, recorded=recorded)
 

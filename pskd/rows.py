@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
-from pskd.checks import check_tensors
+from pskd.checks import check_tensors, is_traced
 
 __all__ = ["ROWS", "WithRows", "check_count", "check_distinct", "check_given", "check_range"]
 
@@ -29,6 +29,7 @@ class WithRows(Dataset[tuple[Any, ...] | dict[str, Any]]):
 
     A tuple ``(inputs, target)`` becomes ``(row, inputs, target)``, a mapping gets the key
     ``"pskd_rows"``. Any sampler, shuffling or worker may follow: the number stays the sample's.
+    Other attributes, such as ``classes``, are the data set's.
 
     Args:
         dataset: any with ``len()`` and indices from 0; its samples are tuples or mappings.
@@ -52,8 +53,23 @@ class WithRows(Dataset[tuple[Any, ...] | dict[str, Any]]):
     def __len__(self) -> int:
         return len(self.dataset)
 
+    def __getattr__(self, name: str) -> Any:
+        # Python's own protocols are not the data set's, and without one there is nobody to ask.
+        if name.startswith("__") or "dataset" not in vars(self):
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return getattr(self.dataset, name)
+
     def __getitem__(self, row: int) -> tuple[Any, ...] | dict[str, Any]:
-        sample = self.dataset[row]
+        return self._numbered(row, self.dataset[row])
+
+    def __getitems__(self, rows: Sequence[int]) -> list[tuple[Any, ...] | dict[str, Any]]:
+        """Return the samples of a batch, by one call where the data set takes one."""
+        of_batch = getattr(self.dataset, "__getitems__", None)
+        samples = of_batch(rows) if of_batch else [self.dataset[row] for row in rows]
+        return [self._numbered(*pair) for pair in zip(rows, samples, strict=True)]
+
+    @staticmethod
+    def _numbered(row: int, sample: object) -> tuple[Any, ...] | dict[str, Any]:
         if isinstance(sample, Mapping):
             return {**sample, ROWS: row}
         if isinstance(sample, (tuple, list)):
@@ -96,15 +112,17 @@ def check_given(rows: object, count: int) -> Tensor:
 
 
 def check_range(rows: Tensor, size: int) -> None:
-    """Raise ValueError unless the rows lie in [0, size); not looked at on a GPU."""
-    if rows.device.type == "cpu" and len(rows):
+    """Raise ValueError unless the rows lie in [0, size); not looked at on a GPU or in a graph."""
+    if rows.device.type == "cpu" and len(rows) and not is_traced(rows):
         low, high = int(rows.min()), int(rows.max())
         if low < 0 or high >= size:
             raise ValueError(f"rows: expected numbers in [0, {size - 1}], got [{low}, {high}]")
 
 
 def check_distinct(rows: Tensor) -> None:
-    """Raise ValueError if a sample is twice among the rows; not looked at on a GPU."""
+    """Raise ValueError if a sample is twice among the rows; looked at as by `check_range`."""
+    if is_traced(rows):
+        return
     if rows.device.type == "cpu" and len(rows.unique()) != len(rows):
         values, counts = rows.unique(return_counts=True)
         twice = values[counts > 1].tolist()

@@ -5,7 +5,7 @@ Shapes: N rows of a batch, C classes.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -15,9 +15,16 @@ from pskd._criterion import Criterion, cross_entropy
 from pskd.checks import check_batch
 from pskd.examples import ExampleStats
 from pskd.rows import check_given, check_range
+from pskd.targets import check_teacher, row_alphas
 from pskd.teacher import SnapshotTeacher
 
 __all__ = ["SnapshotCriterion"]
+
+
+def _logits_of(output: Any) -> Any:
+    if isinstance(output, Mapping):
+        return output.get("logits", output)
+    return getattr(output, "logits", output)
 
 
 class SnapshotCriterion(Criterion):
@@ -30,17 +37,20 @@ class SnapshotCriterion(Criterion):
                 loss = criterion(model(inputs), target, inputs)
 
     One more forward a step, in eval mode, and no need to know which sample a row is. Without
-    autograd (``torch.no_grad()``, a validation) it is the plain cross-entropy.
+    autograd (``torch.no_grad()``, a validation) it is the plain cross-entropy. In the first epoch,
+    which has no teacher, a copy of the model scores the first batch, so that what the second epoch
+    would refuse is refused then.
 
     Args:
         model: the student; may be wrapped in DDP or compiled.
         num_epochs, alpha_final, alpha_schedule, label_smoothing, weight, examples: as of
             `MemoryCriterion`.
         logits_of: takes what the model returns and gives its (N, C) logits; if not given, they are
-            what it returns or the attribute ``logits`` of it.
+            what it returns or the attribute or key ``logits`` of it. A function of a module can
+            be pickled, a lambda cannot.
 
     Raises:
-        ValueError: for an option out of range.
+        ValueError: for an option out of range, or a model that cannot be copied.
 
     Source: Kim et al. 2021, section 3.1, the form that keeps last epoch's weights.
     """
@@ -55,12 +65,16 @@ class SnapshotCriterion(Criterion):
         label_smoothing: float = 0.0,
         weight: Tensor | None = None,
         examples: ExampleStats | None = None,
-        logits_of: Callable[[Any], Tensor] = lambda output: getattr(output, "logits", output),
+        logits_of: Callable[[Any], Tensor] = _logits_of,
     ) -> None:
         super().__init__(num_epochs, alpha_final, alpha_schedule, label_smoothing, examples, weight)
         self._student = _bare(model)
         self._logits_of = logits_of
         self.teacher = SnapshotTeacher()
+        self._tried: Tensor | None = None  # what the first epoch's copy said of the first batch
+        self._is_tried = not self.alpha_final
+        if self.alpha_final:
+            self.teacher.check(self._student)
 
     def __call__(
         self,
@@ -103,14 +117,38 @@ class SnapshotCriterion(Criterion):
         if not self.epoch:
             raise RuntimeError("expected begin_epoch(1) before the first batch")
         if not self.alpha:
+            if not (self._is_tried or torch.compiler.is_compiling()):
+                self._try(inputs, named_inputs)
             return None
         if not self.teacher.available:
             raise RuntimeError(
                 f"expected begin_epoch({self.epoch + 1}): the state that was loaded is that of an "
                 "epoch's end (inside one, save state_dict(inside_epoch=True))"
             )
-        logits = self._logits_of(self.teacher.model(*inputs, **named_inputs))
+        return self._probs(self.teacher.model, inputs, named_inputs)
+
+    def _probs(
+        self, model: nn.Module, inputs: tuple[object, ...], named: dict[str, object]
+    ) -> Tensor:
+        logits = self._logits_of(model(*inputs, **named))
+        if not isinstance(logits, Tensor) or logits.dim() != 2:
+            got = type(logits).__name__
+            if isinstance(logits, Tensor):
+                got = f"a tensor of shape {tuple(logits.shape)}"
+            raise ValueError(
+                f"model: expected it to return (N, C) logits in eval mode, got {got}; logits_of= "
+                "takes a function that gives them, such as operator.itemgetter(0)"
+            )
         return logits.float().softmax(dim=1)
+
+    def _try(self, inputs: tuple[object, ...], named: dict[str, object]) -> None:
+        """Score the first batch, as the second epoch will, and leave no trace."""
+        teacher = SnapshotTeacher()
+        teacher.refresh(self._student)
+        devices = {p.device for p in self._student.parameters() if p.is_cuda}
+        with torch.random.fork_rng(devices):  # a model may draw numbers in eval mode too
+            self._tried = self._probs(teacher.model, inputs, named)
+        self._is_tried = True
 
     def loss(
         self,
@@ -132,9 +170,11 @@ class SnapshotCriterion(Criterion):
             ValueError: labels, shapes or rows that do not fit.
         """
         check_batch(logits, target)
-        alpha = None
+        check_teacher(self._tried, *logits.shape)
+        alpha, self._tried = None, None
         if past is not None:
-            alpha = logits.new_full((len(logits),), self.alpha, dtype=torch.float32)
+            # By a product: a graph takes other numbers as its factor, not as a size or filling.
+            alpha = row_alphas(self.alpha, logits.new_ones(len(logits), dtype=torch.bool))
         if rows is not None:
             rows = check_given(rows, len(logits))
             if self.examples is not None:

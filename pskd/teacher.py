@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from pskd.distributed import take_buffers_of_first_process
 
@@ -45,6 +46,14 @@ class SnapshotTeacher:
             raise RuntimeError("the teacher has no model: expected refresh() at an epoch's end")
         return self._model
 
+    def check(self, student: nn.Module) -> None:
+        """Raise ValueError if `refresh` could not copy a student; makes a copy and frees it.
+
+        For the start of a training: the first `refresh` comes an epoch later.
+        """
+        self._frozen_copy(student)
+
+    @torch.no_grad()
     def refresh(self, student: nn.Module) -> None:
         """Take the student's present weights and buffers as the teacher's.
 
@@ -54,6 +63,9 @@ class SnapshotTeacher:
 
         Args:
             student: the bare module; unwrap DDP first (``model.module``).
+
+        Raises:
+            ValueError: if it cannot be copied; the message names the attribute that prevents it.
         """
         if self._model is None or _kinds(self._model) != _kinds(student):
             self._model = self._frozen_copy(student)
@@ -114,9 +126,69 @@ class SnapshotTeacher:
             raise ValueError(f"teacher: {error}") from error
         self._model = model
 
+    @torch.no_grad()  # TorchScript copies by operators
     def _frozen_copy(self, student: nn.Module) -> nn.Module:
         # A student that carries this teacher does not take the old copy into the new one.
-        return copy.deepcopy(student, {id(self): SnapshotTeacher()}).eval().requires_grad_(False)
+        memo: dict[int, Any] = {id(self): SnapshotTeacher()}
+        try:
+            with _CopiesComputed():
+                model = copy.deepcopy(student, memo)
+        except (MemoryError, torch.cuda.OutOfMemoryError):
+            raise
+        except Exception as error:  # what a module keeps may raise anything
+            reason = str(error).partition("\n")[0].rstrip(".")
+            raise _refused(f"got {_what_fails(student)}: {reason}") from error
+        own = set(map(id, model.modules()))
+        for name, module in student.named_modules():
+            if id(module) in own:  # to freeze it would freeze the student
+                raise _refused(f"got {_named(student, name)}, whose copy is itself")
+        for (
+            parameter
+        ) in model.parameters():  # requires_grad_() serves no TorchScript, no LazyLinear
+            parameter.requires_grad = False
+        return model.eval()
+
+
+class _CopiesComputed(TorchFunctionMode):
+    """Lets `copy.deepcopy` copy the values of tensors that were computed, which torch refuses.
+
+    Modules keep such tensors: the weight of `torch.nn.utils.weight_norm` or of pruning, which is
+    computed anew in each forward, or an output for a later look.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func is Tensor.__deepcopy__ and not args[0].is_leaf:
+            tensor, memo = args
+            return memo.setdefault(id(tensor), tensor.detach().clone())
+        return func(*args, **(kwargs or {}))
+
+
+def _refused(got: str) -> ValueError:
+    return ValueError(
+        f"model: the teacher is a copy of it: expected one that copy.deepcopy copies, {got}; leave "
+        "what cannot be copied out of the module (or of its __getstate__), or train with a memory"
+    )
+
+
+def _what_fails(student: nn.Module) -> str:
+    """Name the first attribute that cannot be copied, or the class if no single one fails."""
+    for name, module in student.named_modules():
+        for key, value in vars(module).items():
+            if key == "_modules":
+                continue
+            try:
+                with _CopiesComputed():
+                    copy.deepcopy(value)
+            except Exception:
+                return f"{_named(student, name)} with the attribute {key!r}"
+    return type(student).__name__
+
+
+def _named(student: nn.Module, name: str) -> str:
+    kind = type(student.get_submodule(name)).__name__
+    return f"{kind} {name!r}" if name else kind
 
 
 def load_into(module: nn.Module, weights: Mapping[str, Any]) -> None:

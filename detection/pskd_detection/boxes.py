@@ -1,99 +1,114 @@
-"""The one policy for annotated boxes that do not lie inside their image.
+"""What is mended in annotations, and the one policy for boxes that do not fit their image.
 
 A box is ``x, y, width, height`` in pixels; the image spans [0, image width] x [0, image height].
+As Detectron2 does:
 
-- Up to `SLACK` pixels beyond a border: rounding of the annotation tool. Clipped and counted.
-- More than that, or no overlap with the image at all: an error, since mostly the boxes are of
-  another convention (corners in place of sizes) or of another image.
-- Width or height exactly 0, as a few have in published sets, COCO among them: left out and counted.
-- Negative size, NaN, infinity, not four numbers: an error.
+- A box that reaches beyond a border is clipped.
+- A box that does not overlap its image, or has no area, is left out.
+
+All of it is counted and logged. With ``strict`` it is an error, since many such boxes mean another
+convention (corners in place of sizes) or another image; up to `SLACK` pixels (rounding of the
+annotation tool) and sizes of exactly 0 (a few in published sets, COCO among them) pass even then.
+
+NaN, infinity and what is not four numbers are errors.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-from numbers import Real
+from typing import NamedTuple
 
-__all__ = ["SLACK", "BoxCheck"]
+__all__ = ["SLACK", "Mended", "fitted", "is_finite"]
 
 SLACK = 1.0
 _log = logging.getLogger(__name__)
 
 
-class BoxCheck:
-    """Fits the boxes of one data set, and reports at its end what had to be changed.
+class _Kind(NamedTuple):
+    number: int
+    first: str
+    tolerated: bool
+
+
+class Mended:
+    """Counts what was changed in a data set, by kind, and reports it at the end.
 
     Args:
-        source: the data set's file, for the messages.
+        source: the data set's file or name, for the messages.
+        strict: whether the end is an error.
     """
 
-    def __init__(self, source: object) -> None:
-        self._source = source
-        self._found: dict[str, list] = {"clipped": [0, ""], "empty": [0, ""], "outside": [0, ""]}
+    def __init__(self, source: object, strict: bool = False) -> None:
+        self._source, self._strict = source, strict
+        self._kinds: dict[str, _Kind] = {}
 
-    def fit(self, box: object, width: int, height: int, where: str) -> list[float] | None:
-        """Return the box inside its image, or None if it is to be left out.
+    def note(self, kind: str, where: str, *, tolerated: bool = False) -> None:
+        """Count one more.
 
         Args:
-            box: as it was read; expected to be four numbers ``x, y, width, height``.
-            width: of the image in pixels.
-            height: of the image in pixels.
-            where: names the annotation in messages.
-
-        Raises:
-            ValueError: for what is no box. Boxes outside the image are reported by `finish`, so
-                that their number can be told.
+            kind: what was done to what, in the plural.
+            where: names the annotation and what came.
+            tolerated: even if strict.
         """
-        box = _four_numbers(box, where)
-        x, y, w, h = map(float, box)
-        if w == 0 or h == 0:
-            self._count("empty", f"{where}: bbox {box}")
-            return None
-        left, top = max(x, 0.0), max(y, 0.0)
-        right, bottom = min(x + w, float(width)), min(y + h, float(height))
-        beyond = max(-x, -y, x + w - width, y + h - height)
-        if beyond > SLACK or right <= left or bottom <= top:
-            self._count("outside", f"{where}: bbox {box} in an image of {width} x {height}")
-            return None
-        if beyond <= 0:
-            return [x, y, w, h]  # as annotated, without the rounding of x + w - x
-        self._count("clipped", f"{where}: bbox {box} in an image of {width} x {height}")
-        return [left, top, right - left, bottom - top]
+        known = self._kinds.get(kind, _Kind(0, where, tolerated))
+        self._kinds[kind] = known._replace(number=known.number + 1)
 
     def finish(self) -> None:
-        """Raise for boxes outside their image; log once what was clipped and left out.
+        """Log each kind once, with its count and the first of it.
 
         Raises:
-            ValueError: naming the first such box and their number.
+            ValueError: in their place, if strict and not all is tolerated.
         """
-        count, first = self._found["outside"]
-        if count:
-            raise ValueError(
-                f"{self._source}: expected every box (x, y, width, height) inside its image, at "
-                f"most {SLACK:g} pixel beyond, got {count} outside; the first is {first}"
-            )
-        for kind, verb in (("clipped", "clipped at the image border"), ("empty", "left out")):
-            count, first = self._found[kind]
-            if count:
-                what = "boxes without area" if kind == "empty" else "boxes"
-                _log.warning("%s: %d %s %s; the first: %s", self._source, count, what, verb, first)
-
-    def _count(self, kind: str, what: str) -> None:
-        found = self._found[kind]
-        found[0] += 1
-        found[1] = found[1] or what
+        for what, kind in self._kinds.items():
+            if self._strict and not kind.tolerated:
+                raise ValueError(
+                    f"{self._source}: strictly read, expected nothing to mend, got {kind.number} "
+                    f"{what}; the first is {kind.first}"
+                )
+        for what, kind in self._kinds.items():
+            _log.warning("%s: %d %s; the first: %s", self._source, kind.number, what, kind.first)
 
 
-def _four_numbers(box: object, where: str) -> list[float]:
-    if (
-        not isinstance(box, (list, tuple))
-        or len(box) != 4
-        or not all(isinstance(v, Real) and math.isfinite(v) for v in box)
-    ):
+def is_finite(value: object) -> bool:
+    """Return whether a value is a number, and neither NaN nor infinite."""
+    # An integer beyond every float compares, but has no `math.isfinite`.
+    return isinstance(value, (int, float)) and -math.inf < value < math.inf
+
+
+def fitted(box: object, size: tuple[int, int], where: str, mended: Mended) -> list[float] | None:
+    """Return a box inside its image, or None if it is to be left out.
+
+    Args:
+        box: as it was read; expected to be four numbers ``x, y, width, height``.
+        size: width and height of the image in pixels.
+        where: names the annotation in messages.
+        mended: counts what was changed.
+
+    Raises:
+        ValueError: for what is no box.
+    """
+    if not isinstance(box, (list, tuple)) or len(box) != 4 or not all(map(is_finite, box)):
         raise ValueError(f"{where}: expected bbox as four finite numbers, got {box!r}")
-    if box[2] < 0 or box[3] < 0:
-        raise ValueError(
-            f"{where}: expected bbox as x, y, width, height with sizes of at least 0, got {box!r}"
-        )
-    return list(box)
+    width, height = size
+    x, y, w, h = map(float, box)
+    found = f"{where}: bbox {list(box)} in an image of {width} x {height}"
+    left, top = max(x, 0.0), max(y, 0.0)
+    right, bottom = min(x + w, float(width)), min(y + h, float(height))
+    beyond = max(-x, -y, x + w - width, y + h - height)
+    if w < 0 or h < 0:
+        mended.note("boxes of negative width or height left out", found)
+        return None
+    if w == 0 or h == 0:
+        mended.note("boxes without area left out", found, tolerated=True)
+        return None
+    if right <= left or bottom <= top:
+        mended.note("boxes outside their image left out", found)
+        return None
+    if beyond <= 0:
+        return [x, y, w, h]  # as annotated, without the rounding of x + w - x
+    if beyond > SLACK:
+        mended.note(f"boxes more than {SLACK:g} pixel outside their image clipped", found)
+    else:
+        mended.note("boxes clipped at the image border", found, tolerated=True)
+    return [left, top, right - left, bottom - top]

@@ -3,36 +3,64 @@
 from __future__ import annotations
 
 import json
+import logging
+import math
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from PIL import Image
 
-from pskd_detection.boxes import BoxCheck
+from pskd_detection.boxes import Mended, fitted, is_finite
+from pskd_detection.segmentation import segmentation_problem, with_three_points
 
-__all__ = ["RawAnnotations", "checked_coco", "read_coco"]
+__all__ = ["RawAnnotations", "checked_coco", "flag", "raw_coco", "read_coco", "without_root"]
+
+_log = logging.getLogger(__name__)
+
+# As label tools write them; makesense.ai has "Unspecified".
+_FLAGS = {"": 0, "0": 0, "0.0": 0, "false": 0, "no": 0, "unspecified": 0}
+_FLAGS |= {"1": 1, "1.0": 1, "true": 1, "yes": 1}
 
 
 class RawAnnotations(NamedTuple):
     """What a reader found.
 
     Attributes:
-        source: the file that names the images, for messages.
+        source: the file that names the images, or what else names the data set in messages.
         image_dir: the folder of the images.
         info: of the COCO file, or empty.
         images, annotations, categories: in COCO format, not looked at yet.
         where: names the i-th annotation in messages.
     """
 
-    source: Path
+    source: object
     image_dir: Path
     info: dict
     images: list
     annotations: list
     categories: list
     where: Callable[[int], str]
+
+
+def flag(value: object, where: str, key: str) -> int:
+    """Return a flag as 0 or 1; None and empty text are 0.
+
+    Args:
+        value: a number, a truth value, or text such as "0", "False", "no" and "Unspecified".
+        where: names the annotation in messages.
+        key: of the flag.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    known = _FLAGS.get("" if value is None else str(value).strip().lower())
+    if known is None:
+        raise ValueError(
+            f"{where}: expected {key!r} as 0 or 1, true or false, yes or no, got {value!r}"
+        )
+    return known
 
 
 def read_coco(path: Path, image_dir: Path) -> RawAnnotations:
@@ -50,20 +78,30 @@ def read_coco(path: Path, image_dir: Path) -> RawAnnotations:
         raise ValueError(f"{path}: expected JSON, got {error}") from None
     if not image_dir.is_dir():
         raise ValueError(f"{image_dir}: expected the folder of the images of {path}, got none")
+    return raw_coco(content, path, image_dir)
+
+
+def raw_coco(content: object, source: object, image_dir: Path) -> RawAnnotations:
+    """Return the parts of COCO's format.
+
+    Raises:
+        ValueError: if it is no dictionary of the lists ``images``, ``annotations`` and
+            ``categories``.
+    """
     if not isinstance(content, dict):
-        raise ValueError(f"{path}: expected a JSON object, got {type(content).__name__}")
+        raise ValueError(f"{source}: expected a JSON object, got {type(content).__name__}")
     for key in ("images", "annotations", "categories"):
         entries = content.get(key)
         if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
             got = "none" if key not in content else "something else"
-            raise ValueError(f"{path}: expected {key!r} as a list of objects, got {got}")
+            raise ValueError(f"{source}: expected {key!r} as a list of objects, got {got}")
 
     def where(i: int) -> str:
-        return f"{path}: annotation {content['annotations'][i].get('id', f'number {i + 1}')!r}"
+        return f"{source}: annotation {content['annotations'][i].get('id', f'number {i + 1}')!r}"
 
     info = content.get("info")
     return RawAnnotations(
-        path,
+        source,
         image_dir,
         info if isinstance(info, dict) else {},
         content["images"],
@@ -73,77 +111,144 @@ def read_coco(path: Path, image_dir: Path) -> RawAnnotations:
     )
 
 
-def checked_coco(raw: RawAnnotations) -> dict:
+def without_root(raw: RawAnnotations) -> RawAnnotations:
+    """Return a data set without the category that Roboflow adds: number 0, of which all others are
+    a part, and of which there is no object."""
+    root: dict = next((c for c in raw.categories if c.get("id") == 0), {})
+    others = [c for c in raw.categories if c is not root]
+    is_above = bool(others) and all(c.get("supercategory") == root.get("name") for c in others)
+    if not root or not is_above or any(a.get("category_id") == 0 for a in raw.annotations):
+        return raw
+    _log.warning(
+        "%s: category 0, %r, is no class: it has no annotations and all other categories in it",
+        raw.source, root.get("name"),
+    )  # fmt: skip
+    return raw._replace(categories=others)
+
+
+def checked_coco(raw: RawAnnotations, strict: bool = False) -> dict:
     """Return annotations in COCO format on which training and evaluation can rely.
 
     Annotations are numbered from 1 in their order: COCO's evaluation takes a match with number 0
-    for none. ``area`` and ``iscrowd`` are filled in; ``ignore`` becomes ``iscrowd``, which is what
-    COCO's evaluation looks at and what training skips. Categories are ordered by id.
+    for none. ``area``, ``iscrowd`` and, where others have them, ``keypoints`` are filled in;
+    ``ignore`` becomes ``iscrowd``, which is what COCO's evaluation looks at and what training
+    skips. Categories are ordered by id.
+
+    What Detectron2 trains on all the same is mended as it does, counted and logged: ids that are
+    not integers are replaced, annotations of images that are not in the file and polygons of fewer
+    than three points are left out, and `boxes` says what happens to boxes.
+
+    Args:
+        raw: what a reader found.
+        strict: whether what would be mended is an error.
 
     Raises:
         ValueError: naming the file, the entry, what was expected and what came.
     """
-    images = _checked_images(raw)
-    categories = sorted(_checked_categories(raw), key=lambda category: category["id"])
-    annotations = _checked_annotations(raw, images, {c["id"] for c in categories})
+    mended = Mended(raw.source, strict)
+    images = _checked_images(raw, mended)
+    categories = _checked_categories(raw, mended)
+    annotations = _checked_annotations(raw, images, categories, mended)
+    _fill_keypoints(annotations)
+    mended.finish()
     return {
         "info": raw.info,
         "images": list(images.values()),
         "annotations": annotations,
-        "categories": categories,
+        "categories": list(categories.values()),
     }
 
 
-def _checked_id(entry: dict, seen: Iterable, where: str, key: str = "id") -> int:
-    value = entry.get(key)
-    if not isinstance(value, int) or isinstance(value, bool):
+def _key(value: object) -> str:
+    """Return an id as text, under which 7, 7.0 and "7" are one."""
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
+
+
+def _checked_id(entry: dict, seen: Container, where: str) -> int | float | str:
+    value: Any = entry.get("id")
+    is_number = is_finite(value) and not isinstance(value, bool)
+    if not is_number and not (isinstance(value, str) and value):
         got = "none" if value is None else repr(value)
-        raise ValueError(f"{where}: expected an integer {key!r}, got {got}")
-    if value in seen:
-        raise ValueError(f"{where}: expected every {key!r} once, got {value} again")
-    return value
+        raise ValueError(f"{where}: expected an integer 'id', got {got}")
+    _check_new(value, seen, where)
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-def _checked_name(entry: dict, key: str, seen: Iterable, where: str) -> str:
+def _check_new(value: object, seen: Container, where: str, key: str = "id") -> None:
+    if _key(value) in seen:
+        raise ValueError(f"{where}: expected every {key!r} once, got {value!r} again")
+
+
+def _checked_name(entry: dict, key: str, seen: Container, where: str) -> str:
     value = entry.get(key)
     if not isinstance(value, str) or not value:
         raise ValueError(f"{where}: expected {key!r} as text, got {value!r}")
-    if value in seen:
-        raise ValueError(f"{where}: expected every {key!r} once, got {value!r} again")
+    _check_new(value, seen, where, key)
     return value
 
 
-def _checked_categories(raw: RawAnnotations) -> list[dict]:
-    ids: set[int] = set()
+def _number(entries: dict[str, dict], what: str, mended: Mended, source: object) -> None:
+    """Number entries from 1 in their order, in place, unless all ids are integers."""
+    others = [e["id"] for e in entries.values() if not isinstance(e["id"], int)]
+    for value in others:
+        mended.note(f"{what} whose id is no integer numbered anew", f"{source}: id {value!r}")
+    for number, entry in enumerate(entries.values() if others else (), start=1):
+        entry["id"] = number
+
+
+def _checked_categories(raw: RawAnnotations, mended: Mended) -> dict[str, dict]:
+    """Return the categories by the key of their id in the file, ordered by it."""
+    found: dict[str, dict] = {}
     names: set[str] = set()
     for i, category in enumerate(raw.categories):
         where = f"{raw.source}: category number {i + 1}"
-        ids.add(_checked_id(category, ids, where))
+        value = _checked_id(category, found, where)
         names.add(_checked_name(category, "name", names, where))
-    return [dict(category) for category in raw.categories]
+        points = category.get("keypoints") or []
+        if not isinstance(points, list) or not all(isinstance(name, str) for name in points):
+            raise ValueError(f"{where}: expected 'keypoints' as a list of names, got {points!r}")
+        found[_key(value)] = category | {"id": value}
+    # Text after numbers, since the two cannot be compared.
+    order = sorted(found, key=lambda key: (isinstance(found[key]["id"], str), found[key]["id"]))
+    found = {key: found[key] for key in order}
+    _number(found, "categories", mended, raw.source)
+    return found
 
 
-def _checked_images(raw: RawAnnotations) -> dict[int, dict]:
-    """Return the images by their id, each with a file that exists and with its size."""
-    images: dict[int, dict] = {}
+def _checked_images(raw: RawAnnotations, mended: Mended) -> dict[str, dict]:
+    """Return the images by the key of their id in the file, each with a file and its size."""
+    images: dict[str, dict] = {}
     names: set[str] = set()
     for i, image in enumerate(raw.images):
         where = f"{raw.source}: image number {i + 1}"
-        key = _checked_id(image, images, where)
-        names.add(_checked_name(image, "file_name", names, where))
-        images[key] = dict(image)
+        image = image | {"id": _checked_id(image, images, where)}
+        if not image.get("file_name") and isinstance(image.get("coco_url"), str):
+            image["file_name"] = _lvis_name(image["coco_url"], raw.image_dir)
+        name = _checked_name(image, "file_name", names, where)
+        if "\\" in name and not (raw.image_dir / name).is_file():
+            name = image["file_name"] = name.replace("\\", "/")  # of a tool on Windows
+        names.add(name)
+        images[_key(image["id"])] = image
     if not images:
         raise ValueError(f"{raw.source}: expected at least one image, got none")
     missing = [n for n in names if not os.path.isfile(os.path.join(raw.image_dir, n))]
     if missing:
-        first = next(i["file_name"] for i in raw.images if i["file_name"] in set(missing))
+        first = next(n for n in (i["file_name"] for i in images.values()) if n in set(missing))
         raise ValueError(
             f"{raw.source}: expected every image in {raw.image_dir}, got {len(missing)} of "
             f"{len(names)} missing; the first is {first}"
         )
     for image in images.values():
         _set_size(image, raw)
+    _number(images, "images", mended, raw.source)
     return images
+
+
+def _lvis_name(url: str, image_dir: Path) -> str:
+    """Return the file of LVIS's ``coco_url``: its split's folder may be that of the images."""
+    split_and_name = "/".join(url.split("/")[-2:])
+    name = split_and_name.rpartition("/")[2]
+    return name if (image_dir / name).is_file() else split_and_name
 
 
 def _set_size(image: dict, raw: RawAnnotations) -> None:
@@ -155,7 +260,7 @@ def _set_size(image: dict, raw: RawAnnotations) -> None:
                 size = list(file.size)
         except OSError as error:
             raise ValueError(f"{image['file_name']}: expected an image, got {error}") from None
-    if not all(isinstance(v, (int, float)) and v == int(v) and v > 0 for v in size):
+    if not all(is_finite(v) and v == int(v) and v > 0 for v in size):
         raise ValueError(
             f"{raw.source}: image {image['id']}: expected 'width' and 'height' as positive "
             f"integers, got {size}"
@@ -163,34 +268,98 @@ def _set_size(image: dict, raw: RawAnnotations) -> None:
     image["width"], image["height"] = (int(v) for v in size)
 
 
-def _checked_annotations(raw: RawAnnotations, images: dict, categories: set) -> list[dict]:
-    check = BoxCheck(raw.source)
-    seen: set[int] = set()
+def _checked_annotations(
+    raw: RawAnnotations, images: dict[str, dict], categories: dict[str, dict], mended: Mended
+) -> list[dict]:
+    seen: set[str] = set()
     kept: list[dict] = []
     for i, annotation in enumerate(raw.annotations):
         where = raw.where(i)
-        if "id" in annotation:
-            seen.add(_checked_id(annotation, seen, where))
-        _check_known(annotation, "image_id", images, where)
-        _check_known(annotation, "category_id", categories, where)
-        image = images[annotation["image_id"]]
-        box = check.fit(annotation.get("bbox"), image["width"], image["height"], where)
-        if box is not None:
-            kept.append(_filled_in(annotation, box, len(kept) + 1))
-    check.finish()
+        if annotation.get("id") is not None:
+            _check_new(annotation["id"], seen, where)
+            seen.add(_key(annotation["id"]))
+        image = images.get(_key(annotation.get("image_id")))
+        if image is None and annotation.get("image_id") is not None:
+            orphan = f"{where}: image_id {annotation['image_id']!r}"
+            mended.note("annotations of images that are not in the file left out", orphan)
+            continue
+        category = categories.get(_key(annotation.get("category_id")))
+        for key, found in (("image_id", image), ("category_id", category)):
+            if found is None:
+                got = annotation.get(key)
+                raise ValueError(f"{where}: expected {key!r} of one in the file, got {got!r}")
+        assert image is not None and category is not None
+        filled = _filled_in(annotation, image, category, where, mended)
+        if filled is not None:
+            kept.append({**filled, "id": len(kept) + 1})
     return kept
 
 
-def _check_known(annotation: dict, key: str, known: Iterable, where: str) -> None:
-    value = annotation.get(key)
-    if not isinstance(value, int) or value not in known:
-        raise ValueError(f"{where}: expected {key!r} of one in the file, got {value!r}")
-
-
-def _filled_in(annotation: dict, box: list[float], number: int) -> dict:
+def _filled_in(
+    annotation: dict, image: dict, category: dict, where: str, mended: Mended
+) -> dict | None:
+    """Return an annotation with all that it must have, or None if it is left out."""
+    box = fitted(annotation.get("bbox"), (image["width"], image["height"]), where, mended)
+    if box is None:
+        return None
     filled = {key: value for key, value in annotation.items() if key != "ignore"}
-    crowd = bool(annotation.get("iscrowd")) or bool(annotation.get("ignore"))
-    filled.update(id=number, bbox=box, iscrowd=int(crowd))
-    if filled.get("area") is None:
-        filled["area"] = box[2] * box[3]
+    flags = [flag(annotation.get(key), where, key) for key in ("iscrowd", "ignore")]
+    filled.update(image_id=image["id"], category_id=category["id"], bbox=box, iscrowd=max(flags))
+    filled["area"] = _area(annotation.get("area"), box, where, mended)
+    _check_keypoints(annotation.get("keypoints"), category, where)
+    if annotation.get("segmentation"):
+        return _with_segmentation(filled, image, where, mended)
     return filled
+
+
+def _area(value: Any, box: list[float], where: str, mended: Mended) -> float:
+    """Return an area in pixels; where there is no good one that of the box."""
+    if value in (None, ""):
+        return box[2] * box[3]
+    try:
+        area = float(value)
+    except (TypeError, ValueError, OverflowError):
+        area = math.nan
+    if 0 <= area < math.inf:
+        return area
+    mended.note("areas that are no number of pixels replaced by the box's", f"{where}: {value!r}")
+    return box[2] * box[3]
+
+
+def _with_segmentation(filled: dict, image: dict, where: str, mended: Mended) -> dict | None:
+    """Return an annotation whose segmentation pycocotools can be given; None to leave it out."""
+    segmentation = filled["segmentation"]
+    if isinstance(segmentation, list):
+        filled["segmentation"] = with_three_points(segmentation)
+        # Of empty polygons only, as tools for boxes write them, there is none to lose.
+        if len(filled["segmentation"]) < len(segmentation) and any(segmentation):
+            if not filled["segmentation"]:
+                mended.note("annotations with polygons of fewer than three points left out", where)
+                return None
+            mended.note("polygons of fewer than three points left out", where)
+    problem = segmentation_problem(filled["segmentation"], image["height"], image["width"])
+    if problem:
+        raise ValueError(f"{where}: segmentation: {problem}")
+    return filled
+
+
+def _check_keypoints(keypoints: object, category: dict, where: str) -> None:
+    if not keypoints:
+        return
+    names = category.get("keypoints")
+    count = len(keypoints) if isinstance(keypoints, list) and all(map(is_finite, keypoints)) else -1
+    if count % 3 or (names and count != 3 * len(names)):
+        expected = f"{3 * len(names)} numbers" if names else "numbers"
+        raise ValueError(
+            f"{where}: expected 'keypoints' as {expected} x, y, visibility, ..., got {keypoints!r}"
+        )
+
+
+def _fill_keypoints(annotations: list[dict]) -> None:
+    """Give every annotation keypoints, in place, if some have them: to Detectron2 and to COCO's
+    evaluation it is all or none. Those that are filled in are not visible."""
+    lengths = {len(a["keypoints"]) for a in annotations if a.get("keypoints")}
+    for a in annotations if len(lengths) == 1 else ():
+        keypoints = a["keypoints"] = a.get("keypoints") or [0] * max(lengths)
+        if not is_finite(a.get("num_keypoints")):
+            a["num_keypoints"] = sum(v > 0 for v in keypoints[2::3])

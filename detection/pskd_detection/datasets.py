@@ -1,7 +1,7 @@
-"""Detection data sets without code: ``coco:ANNOTATIONS.json:IMAGE_DIR`` and ``voc:ROOT:SPLIT``.
+"""Detection data sets without code: ``coco:ANNOTATIONS.json:IMAGE_DIR`` and ``voc:ROOT[:SPLIT]``.
 
-Both become one form, COCO's. What cannot be trained on is refused when it is read; `boxes` says
-what happens to boxes that do not lie inside their image.
+Both become one form, COCO's. What cannot be trained on is refused when it is read; what Detectron2
+trains on all the same is mended as it does (`checked_coco`).
 """
 
 from __future__ import annotations
@@ -9,17 +9,25 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from pskd_detection.coco_format import RawAnnotations, checked_coco, read_coco
+from pskd_detection.coco_format import RawAnnotations, checked_coco, read_coco, without_root
 from pskd_detection.voc_format import read_voc
 
-__all__ = ["DetectionDataset", "add_dataset_arguments", "load_dataset"]
+__all__ = [
+    "DetectionDataset",
+    "add_dataset_arguments",
+    "checked_dataset",
+    "load_dataset",
+    "voc_folder",
+]
 
-_FORMS = "coco:ANNOTATIONS.json:IMAGE_DIR or voc:ROOT:SPLIT"
+_FORMS = "coco:ANNOTATIONS.json:IMAGE_DIR or voc:ROOT[:SPLIT]"
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -27,7 +35,7 @@ class DetectionDataset:
     """Checked annotations and where their images are.
 
     Attributes:
-        spec: what it was read from.
+        spec: what it was read from, or its name.
         coco: ``info``, ``images`` (``id``, ``file_name``, ``width``, ``height``), ``annotations``
             (``id`` from 1 in their order, ``image_id``, ``category_id``, ``bbox`` as x, y, width,
             height in pixels, ``area``, ``iscrowd``, and what else the file holds, such as
@@ -69,41 +77,67 @@ class DetectionDataset:
         return digest.hexdigest()
 
 
-def load_dataset(spec: str, class_names: Sequence[str] | None = None) -> DetectionDataset:
+def load_dataset(
+    spec: str, class_names: Sequence[str] | None = None, *, strict: bool = False
+) -> DetectionDataset:
     """Read and check a detection data set.
 
     Args:
-        spec: ``coco:ANNOTATIONS.json:IMAGE_DIR`` or ``voc:ROOT:SPLIT``.
+        spec: ``coco:ANNOTATIONS.json:IMAGE_DIR`` or ``voc:ROOT:SPLIT``; ``voc:ROOT`` is all XML
+            of a folder in VOC's layout, or of a flat one with images beside their XML.
         class_names: for a test set, the classes of the training set in their order: the classes of
             the data are found among them by name. Without, it is read as a training set: it brings
             its own classes and must have something to train on.
+        strict: whether annotations that would be mended (`checked_coco`) are an error.
 
     Raises:
         ValueError: naming the file and, where there is one, the annotation, what was expected and
             what came.
     """
-    raw = _read(spec)
-    coco = checked_coco(raw)
+    return checked_dataset(spec, _read(spec), class_names, strict=strict)
+
+
+def checked_dataset(
+    name: str, raw: RawAnnotations, class_names: Sequence[str] | None, *, strict: bool = False
+) -> DetectionDataset:
+    """Return what a reader found as a data set; arguments and errors as in `load_dataset`."""
+    coco = checked_coco(raw, strict)
+    crowds = sum(annotation["iscrowd"] for annotation in coco["annotations"])
+    count = len(coco["annotations"])
     if class_names is not None:
         _use_classes(coco, class_names, raw.source)
-    elif all(annotation["iscrowd"] for annotation in coco["annotations"]):
+    elif crowds == count:
         raise ValueError(
             f"{raw.source}: expected annotations to train on, got "
-            f"{len(coco['annotations'])} crowd or difficult ones and no other"
+            f"{count} crowd or difficult ones and no other"
         )
-    return DetectionDataset(spec, coco, raw.image_dir)
+    if crowds:
+        _log.warning(
+            "%s: %d of %d objects are crowd or difficult: left out of training, and neither right "
+            "nor wrong in evaluation", raw.source, crowds, count,
+        )  # fmt: skip
+    return DetectionDataset(name, coco, raw.image_dir)
 
 
 def _read(spec: str) -> RawAnnotations:
     kind, first, second = _parts(spec)
     if kind == "coco":
-        return read_coco(Path(first), Path(second))
-    return read_voc(Path(first), second)
+        return without_root(read_coco(Path(first), Path(second)))
+    return read_voc(Path(first), second or None)
+
+
+def voc_folder(spec: str) -> str | None:
+    """Return the folder of a ``voc:`` spec; None for another."""
+    kind, folder, _ = _parts(spec)
+    return folder if kind == "voc" else None
 
 
 def _parts(spec: str) -> tuple[str, str, str]:
+    """Return the kind, the path, and image folder or split; of ``voc:ROOT`` no split."""
     kind, _, rest = spec.partition(":")
-    first, _, second = rest.rpartition(":")  # the last colon: a path may hold others
+    first, colon, second = rest.rpartition(":")  # the last colon: a path may hold others
+    if kind == "voc" and rest and (not colon or Path(rest).is_dir()):
+        return kind, rest, ""
     if kind not in ("coco", "voc") or not first or not second:
         raise ValueError(f"dataset: expected {_FORMS}, got {spec!r}")
     return kind, first, second
@@ -118,7 +152,7 @@ def _spec(text: str) -> str:
     return text
 
 
-def _use_classes(coco: dict, class_names: Sequence[str], source: Path) -> None:
+def _use_classes(coco: dict, class_names: Sequence[str], source: object) -> None:
     """Give the categories the order of the training set's, in place."""
     names = [category["name"] for category in coco["categories"]]
     if names == list(class_names):
@@ -137,7 +171,7 @@ def _use_classes(coco: dict, class_names: Sequence[str], source: Path) -> None:
 
 
 def add_dataset_arguments(parser: argparse.ArgumentParser, required: bool = True) -> None:
-    """Add ``--train SPEC`` and ``--test SPEC``."""
+    """Add ``--train SPEC``, ``--test SPEC`` and ``--strict-data``."""
     parser.add_argument(
         "--train",
         metavar="SPEC",
@@ -151,4 +185,9 @@ def add_dataset_arguments(parser: argparse.ArgumentParser, required: bool = True
         type=_spec,
         required=required,
         help="test set, in the same form; its classes are matched to the training set's by name",
+    )
+    parser.add_argument(
+        "--strict-data",
+        action="store_true",
+        help="refuse annotations of --train and --test that would be clipped, left out or replaced",
     )

@@ -2,30 +2,42 @@
 
 from __future__ import annotations
 
+import codecs
+import os
+import re
 import xml.etree.ElementTree as ElementTree
-from pathlib import Path
+from collections import defaultdict
+from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-from pskd_detection.coco_format import RawAnnotations
+from PIL import Image
 
-__all__ = ["read_voc", "write_voc"]
+from pskd_detection.coco_format import RawAnnotations, flag
 
-_SUFFIXES = (".jpg", ".png", ".jpeg")
+__all__ = ["read_voc", "voc_class", "write_voc"]
+
+_DECLARED = re.compile(rb"""\s*<\?xml[^>]*?encoding\s*=\s*["']([^"']+)["']""")
+# Names of label tools for what Python calls otherwise; GB 18030 holds all of GB 2312.
+_ENCODINGS = {"ansi": "cp1252", "gb2312": "gb18030", "gbk": "gb18030"}
 
 
 class _Object(NamedTuple):
     where: str
     name: str
     box: list[float]
-    difficult: bool
+    difficult: int
 
 
-def read_voc(root: Path, split: str) -> RawAnnotations:
-    """Read one split of a folder in VOC's layout.
+def read_voc(root: Path, split: str | None = None) -> RawAnnotations:
+    """Read a folder of VOC's XML.
 
-    That is ``ImageSets/Main/SPLIT.txt`` with a name a line, ``Annotations/NAME.xml`` and
-    ``JPEGImages/NAME.jpg`` (or .png, .jpeg). Images are numbered from 1 in the split's order, the
-    classes are those found in the split, sorted by name.
+    In VOC's own layout annotations are in ``Annotations``, images in ``JPEGImages`` or ``images``,
+    and ``ImageSets/Main/SPLIT.txt`` has a name a line. Without these folders it is a flat one, as
+    label tools write it, with images beside their XML.
+
+    The image of ``NAME.xml`` is ``NAME`` with any suffix of an image, or else the XML's
+    ``<filename>``. Images are numbered from 1 in their order, the classes are those found, sorted
+    by name.
 
     VOC's corners are pixel indices that start at 1, both inclusive: the box that covers an image
     of width W has xmin 1 and xmax W. Here it spans [xmin - 1, xmax], as in Detectron2's loader.
@@ -34,35 +46,40 @@ def read_voc(root: Path, split: str) -> RawAnnotations:
     neither counts as missed nor makes a detection on it wrong. VOC's own evaluation does the same,
     but takes a box as being *on* it by IoU, where COCO's takes the part of the detection inside it.
 
+    Args:
+        root: the folder.
+        split: names the list of images; None for all XML that is there.
+
     Raises:
         ValueError: a missing file, XML that cannot be read, an object without name or box.
     """
     listing = root / "ImageSets" / "Main" / f"{split}.txt"
-    try:
-        lines = listing.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{listing}: expected a list of image names, got {error}") from None
-    names = [line.strip() for line in lines if line.strip()]
+    xml_dir = _subfolder(root, "Annotations")
+    image_dir = _subfolder(root, "JPEGImages", "images")
+    if split is None:
+        files = _all_xml(xml_dir)
+    else:
+        files = [(name, xml_dir / f"{name}.xml") for name in _listed_names(listing, root)]
+    known = _images_by_stem(image_dir)
     images: list[dict] = []
     objects: list[tuple[int, _Object]] = []
-    for number, name in enumerate(names, start=1):
-        path = root / "Annotations" / f"{name}.xml"
+    for number, (name, path) in enumerate(files, start=1):
         tree = _parsed(path)
-        images.append({"id": number, "file_name": _file_name(root, name), **_size(tree)})
+        images.append({"id": number, "file_name": _file_name(known, name, tree), **_size(tree)})
         objects += [(number, found) for found in _objects(tree, path)]
     classes = sorted({found.name for _, found in objects})
     number_of = {name: i for i, name in enumerate(classes, start=1)}
     return RawAnnotations(
-        listing,
-        root / "JPEGImages",
-        {"description": f"PASCAL VOC format, split {split}"},
+        root if split is None else listing,
+        image_dir,
+        {"description": f"PASCAL VOC format, {f'split {split}' if split else 'all'}"},
         images,
         [
             {
                 "image_id": image,
                 "category_id": number_of[found.name],
                 "bbox": found.box,
-                "iscrowd": int(found.difficult),
+                "iscrowd": found.difficult,
             }
             for image, found in objects
         ],
@@ -71,10 +88,64 @@ def read_voc(root: Path, split: str) -> RawAnnotations:
     )
 
 
+def _subfolder(root: Path, *names: str) -> Path:
+    """Return the first folder of these names, in any case, or else the root itself."""
+    found = {p.name.lower(): p for p in sorted(root.glob("*/"))}
+    return next((found[name.lower()] for name in names if name.lower() in found), root)
+
+
+def _listed_names(listing: Path, root: Path) -> list[str]:
+    try:
+        lines = _unicode(listing.read_bytes(), "surrogateescape").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(
+            f"{listing}: expected a list of image names, got {error}; voc:{root} reads all images"
+        ) from None
+    return [line.strip() for line in lines if line.strip()]
+
+
+def _all_xml(folder: Path) -> list[tuple[str, Path]]:
+    """Return name and path of all XML; of a flat folder what is in it, of VOC's also below it."""
+    below = folder.rglob("*") if folder.name.lower() == "annotations" else folder.glob("*")
+    found = sorted(path for path in below if path.suffix.lower() == ".xml")
+    if not found:
+        raise ValueError(f"{folder}: expected VOC annotations, *.xml, got none")
+    return [(path.relative_to(folder).with_suffix("").as_posix(), path) for path in found]
+
+
+def _images_by_stem(image_dir: Path) -> dict[str, list[str]]:
+    """Return the paths in a folder of what Pillow takes for images, by path without suffix."""
+    suffixes = Image.registered_extensions()
+    found: dict[str, list[str]] = defaultdict(list)
+    for folder, _, names in os.walk(image_dir):
+        for name in sorted(names):
+            path = Path(folder, name).relative_to(image_dir)
+            if path.suffix.lower() in suffixes:
+                found[path.with_suffix("").as_posix()].append(path.as_posix())
+    return dict(found)
+
+
+def _file_name(known: dict[str, list[str]], name: str, tree: ElementTree.Element) -> str:
+    """Return the image of an XML; if there is none, the name to report as missing."""
+    # Of a path, perhaps of another machine and with its separators, the last part.
+    told = PurePosixPath((tree.findtext("filename") or "").strip().replace("\\", "/")).name
+    beside = PurePosixPath(name).with_name(told) if told else PurePosixPath(name)
+    found = known.get(name) or known.get(beside.with_suffix("").as_posix())
+    if not found:
+        return told or f"{name}.jpg"
+    return next((path for path in found if PurePosixPath(path).name == told), found[0])
+
+
+def voc_class(name: str) -> str:
+    """Return a class as `write_voc` names it: VOC's evaluation makes a file of that name."""
+    return name.replace("/", "\N{DIVISION SLASH}")
+
+
 def write_voc(coco: dict, root: Path, split: str) -> None:
     """Write what VOC's evaluation reads: ``ImageSets/Main/SPLIT.txt`` and ``Annotations``.
 
-    Corners are rounded to whole pixels, as VOC's are. Crowds become difficult objects.
+    Corners are rounded to whole pixels, as VOC's are. Crowds become difficult objects. Images are
+    named by their id: file names may have spaces, which divide the columns of VOC's files.
 
     Args:
         coco: checked annotations in COCO's format.
@@ -84,18 +155,16 @@ def write_voc(coco: dict, root: Path, split: str) -> None:
     found: dict[int, list[dict]] = {image["id"]: [] for image in coco["images"]}
     for annotation in coco["annotations"]:
         found[annotation["image_id"]].append(annotation)
-    names = {category["id"]: category["name"] for category in coco["categories"]}
+    names = {category["id"]: voc_class(category["name"]) for category in coco["categories"]}
     listing = root / "ImageSets" / "Main" / f"{split}.txt"
     for folder in (listing.parent, root / "Annotations"):
         folder.mkdir(parents=True, exist_ok=True)
-    stems = []
     for image in coco["images"]:
-        stems.append(Path(image["file_name"]).stem)
         tree = ElementTree.Element("annotation")
         for annotation in found[image["id"]]:
             _write_object(tree, annotation, names[annotation["category_id"]])
-        ElementTree.ElementTree(tree).write(root / "Annotations" / f"{stems[-1]}.xml")
-    listing.write_text("".join(f"{stem}\n" for stem in stems), encoding="utf-8")
+        ElementTree.ElementTree(tree).write(root / "Annotations" / f"{image['id']}.xml")
+    listing.write_text("".join(f"{image['id']}\n" for image in coco["images"]))
 
 
 def _write_object(tree: ElementTree.Element, annotation: dict, name: str) -> None:
@@ -112,16 +181,24 @@ def _write_object(tree: ElementTree.Element, annotation: dict, name: str) -> Non
 
 def _parsed(path: Path) -> ElementTree.Element:
     try:
-        return ElementTree.parse(path).getroot()
-    except (OSError, ElementTree.ParseError) as error:
+        return ElementTree.fromstring(_decoded(path.read_bytes()))
+    except (OSError, LookupError, ValueError, ElementTree.ParseError) as error:
         raise ValueError(f"{path}: expected VOC annotations in XML, got {error}") from None
 
 
-def _file_name(root: Path, name: str) -> str:
-    for suffix in _SUFFIXES:
-        if (root / "JPEGImages" / (name + suffix)).is_file():
-            return name + suffix
-    return name + _SUFFIXES[0]  # which is reported with all others that are missing
+def _decoded(content: bytes) -> str:
+    """Return the text of XML; expat itself knows few of the encodings that label tools declare."""
+    declared = _DECLARED.match(content)  # not after a byte order mark, which tells it too
+    if declared is None:
+        return _unicode(content)
+    name = declared[1].decode("latin-1").lower()
+    return content.decode(_ENCODINGS.get(name, name))
+
+
+def _unicode(content: bytes, errors: str = "strict") -> str:
+    """Return the text of UTF-8, with a byte order mark or not, or of UTF-16 with one."""
+    is_utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    return content.decode("utf-16" if is_utf16 else "utf-8-sig", errors)
 
 
 def _size(tree: ElementTree.Element) -> dict[str, int]:
@@ -143,7 +220,7 @@ def _objects(tree: ElementTree.Element, path: Path) -> list[_Object]:
             raise ValueError(f"{where}: expected a name, got none")
         left, top, right, bottom = _corners(element, where)
         box = [left - 1, top - 1, right - left + 1, bottom - top + 1]
-        difficult = (element.findtext("difficult") or "0").strip() not in ("", "0")
+        difficult = flag(element.findtext("difficult"), where, "difficult")
         objects.append(_Object(where, name, box, difficult))
     return objects
 

@@ -10,17 +10,31 @@ import hashlib
 import importlib.util
 import itertools
 import json
+import logging
 import os
-import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
-from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
+import numpy as np
+from detectron2.data import (
+    DatasetCatalog,
+    DatasetMapper,
+    MetadataCatalog,
+    get_detection_dataset_dicts,
+)
+from detectron2.data.build import filter_images_with_only_crowd_annotations
 from detectron2.data.datasets import register_coco_instances
 from detectron2.data.datasets.coco import convert_to_coco_dict
+from detectron2.evaluation.pascal_voc_evaluation import parse_rec
 from detectron2.structures import BoxMode
 from detectron2.utils import comm
 from pskd_detection import DetectionDataset, load_dataset, write_voc
+from pskd_detection.boxes import Mended, is_finite
+from pskd_detection.coco_format import RawAnnotations, flag, raw_coco, read_coco
+from pskd_detection.datasets import checked_dataset, voc_folder
+from pskd_detection.segmentation import segmentation_problem
+from pskd_detection.voc_format import read_voc
 
 from pskd.run.files import write_json
 from pskd_detectron2.fast_rcnn import ROW_FIELD
@@ -29,6 +43,7 @@ __all__ = [
     "BOXES",
     "PSKDDatasetMapper",
     "check_classes",
+    "check_keypoints",
     "check_records",
     "check_registered",
     "check_test_sets",
@@ -39,6 +54,7 @@ __all__ = [
     "number_annotations",
     "register_spec",
     "training_fingerprint",
+    "training_records",
 ]
 
 #: The evaluator types of data sets whose boxes this project evaluates too.
@@ -50,8 +66,36 @@ _PACKAGES: dict[str | None, str] = {  # which Detectron2 imports at the end of a
     "coco_panoptic_seg": "panopticapi",
     "lvis": "lvis",
 }
+logger = logging.getLogger("detectron2." + __name__)
 _ROW = "pskd_row"
 _DATASETS: dict[str, DetectionDataset] = {}  # those that were registered from a spec, by it
+
+
+def training_records(
+    names: str | Sequence[str], *, filter_empty: bool = True, **options
+) -> list[dict]:
+    """Return images and annotations as `get_detection_dataset_dicts`, to which an ``iscrowd`` that
+    is text, as in ``"0"``, is set: it would leave the object out.
+
+    Raises:
+        ValueError: for an ``iscrowd`` that is no flag, or if nothing is left to train on.
+    """
+    records = get_detection_dataset_dicts(names, filter_empty=False, **options)
+    if not isinstance(records, list):
+        return records  # a `torch.utils.data.Dataset`, which Detectron2 does not filter either
+    crowds = 0
+    for record in records:
+        for annotation in record.get("annotations", ()):
+            if "iscrowd" in annotation:
+                value = flag(annotation["iscrowd"], record["file_name"], "iscrowd")
+                annotation["iscrowd"] = value
+                crowds += value
+    logger.info("%d crowd or difficult objects are left out of training", crowds)
+    if filter_empty and "annotations" in records[0]:
+        records = filter_images_with_only_crowd_annotations(records)
+    if not records:
+        raise ValueError(f"{names}: expected annotations to train on, got crowds or none")
+    return records
 
 
 def number_annotations(dataset_dicts: list[dict]) -> list[dict]:
@@ -104,27 +148,33 @@ class PSKDDatasetMapper(DatasetMapper):
 
 
 def register_spec(
-    spec: str, output_dir: str | os.PathLike, class_names: Sequence[str] | None = None
+    spec: str,
+    output_dir: str | os.PathLike,
+    class_names: Sequence[str] | None = None,
+    *,
+    strict: bool = False,
 ) -> DetectionDataset:
-    """Register ``coco:ANNOTATIONS.json:IMAGE_DIR`` or ``voc:ROOT:SPLIT`` under the spec's own name.
+    """Register the data set of a spec (`load_dataset`) under the spec's own name.
 
     Whatever the format, Detectron2 reads the checked annotations, as COCO JSON, which is written to
     ``output_dir/datasets``. Those of a VOC set are there once more as VOC's XML, for VOC AP:
     Detectron2 wants keys and whole numbers in it that a user's files may not have. It is the AP of
     2007 (11 points) if ``2007`` is in the name of ROOT, else that of 2010 to 2012 (all points).
+    Names of keypoints are those of the JSON's categories; "left" and "right" are mirrored.
 
     Args:
         spec: the dataset, as on the command line.
         output_dir: of the run.
         class_names: of the training set, for a test set; classes are matched by name.
+        strict: as in `load_dataset`.
 
     Raises:
         ValueError: for anything in the dataset that could not be trained on (`load_dataset`).
     """
-    dataset = load_dataset(spec, class_names)
+    dataset = load_dataset(spec, class_names, strict=strict)
     folder = Path(output_dir) / "datasets"
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{hashlib.sha256(spec.encode()).hexdigest()[:16]}.json"
+    path = folder / f"{hashlib.sha256(os.fsencode(spec)).hexdigest()[:16]}.json"
     write_json(path, dataset.coco)
     for catalog in (DatasetCatalog, MetadataCatalog):
         if spec in catalog.list():
@@ -133,41 +183,84 @@ def register_spec(
     _DATASETS[spec] = dataset
     metadata = MetadataCatalog.get(spec)
     metadata.thing_classes = list(dataset.class_names)
-    if spec.startswith("voc:"):
-        _, root, split = spec.split(":", 2)
+    keypoints = next(filter(None, (c.get("keypoints") for c in dataset.coco["categories"])), None)
+    if keypoints:
+        metadata.set(keypoint_names=keypoints, keypoint_flip_map=_mirrored(keypoints))
+    root = voc_folder(spec)
+    if root is not None:
         written = path.with_suffix("")
         if comm.is_main_process():  # which evaluates
-            write_voc(dataset.coco, written, split)
+            write_voc(dataset.coco, written, "all")
         year = 2007 if "2007" in Path(root).name else 2012
-        metadata.set(dirname=str(written), split=split, year=year)
+        metadata.set(dirname=str(written), split="all", year=year)
     return dataset
+
+
+def _mirrored(names: Sequence[str]) -> list[tuple[str, str]]:
+    """Return the pairs of keypoints that a horizontal flip exchanges."""
+    pairs = [(n, n.replace("left", "right").replace("Left", "Right")) for n in names]
+    return [(left, right) for left, right in pairs if left != right and right in names]
 
 
 def detection_dataset(name: str) -> DetectionDataset:
     """Return the annotations of a registered dataset, whoever registered it.
 
     Raises:
-        ValueError: for anything in it that could not be evaluated on (`load_dataset`).
+        ValueError: for anything in it that could not be evaluated on (`load_dataset`), also by
+            Detectron2's own evaluators, which read its files themselves.
     """
     if name not in _DATASETS:
         metadata = MetadataCatalog.get(name)
-        class_names = metadata.get("thing_classes")
         if metadata.get("json_file"):
-            spec = f"coco:{metadata.json_file}:{metadata.image_root}"
-            _DATASETS[name] = load_dataset(spec, class_names)
+            raw = read_coco(Path(metadata.json_file), Path(metadata.get("image_root") or ""))
+            _check_for_coco_evaluator(raw)
         elif metadata.get("dirname"):
-            _DATASETS[name] = load_dataset(f"voc:{metadata.dirname}:{metadata.split}", class_names)
+            raw = read_voc(Path(metadata.dirname), metadata.split)
+            _check_for_voc_evaluator(metadata.dirname, raw)
         else:
-            _DATASETS[name] = _from_records(name)
+            raw = _from_records(name)
+        _DATASETS[name] = checked_dataset(name, raw, metadata.get("thing_classes"))
     return _DATASETS[name]
 
 
-def _from_records(name: str) -> DetectionDataset:
+def _check_for_coco_evaluator(raw: RawAnnotations) -> None:
+    for i, a in enumerate(raw.annotations):
+        if "id" not in a or a.get("iscrowd") not in (0, 1) or not is_finite(a.get("area")):
+            raise ValueError(
+                f"{raw.where(i)}: for COCOEvaluator expected an 'id', 'iscrowd' 0 or 1 and a "
+                f"number as 'area', got iscrowd {a.get('iscrowd')!r} and area {a.get('area')!r}; "
+                f"--test coco:{raw.source}:{raw.image_dir} fills them in"
+            )
+
+
+def _check_for_voc_evaluator(dirname: str, raw: RawAnnotations) -> None:
+    divided = [c["name"] for c in raw.categories if "/" in c["name"]]
+    if divided:
+        raise ValueError(
+            f"{raw.source}: for PascalVOCDetectionEvaluator expected classes without a slash, got "
+            f"{divided[0]}; --test voc:{dirname} reads it"
+        )
+    for image in raw.images:
+        path = Path(dirname, "Annotations", image["file_name"]).with_suffix(".xml")
+        try:
+            parse_rec(str(path))
+        except (AttributeError, OSError, ValueError) as error:
+            raise ValueError(
+                f"{path}: for PascalVOCDetectionEvaluator expected name, pose, truncated, "
+                f"difficult and bndbox of whole numbers, got {error}; --test voc:{dirname} reads it"
+            ) from None
+
+
+def _from_records(name: str) -> RawAnnotations:
     """Return a dataset that is known by its function only, by the conversion of COCOEvaluator."""
-    coco = convert_to_coco_dict(name)
-    with tempfile.TemporaryDirectory() as folder:
-        path = write_json(Path(folder) / "dataset.json", coco)
-        return load_dataset(f"coco:{path}:.", MetadataCatalog.get(name).get("thing_classes"))
+    try:
+        coco = convert_to_coco_dict(name)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"dataset {name!r}: expected metadata with thing_classes and records in Detectron2's "
+            f"format, got {error!r}"
+        ) from error
+    return raw_coco({"annotations": []} | coco, f"dataset {name!r}", Path())
 
 
 def check_registered(names: Iterable[str]) -> None:
@@ -230,40 +323,101 @@ def _check_count(name: str, found: int, num_classes: int | None) -> None:
         )
 
 
-def check_records(records: Iterable[dict], num_classes: int | None, *, masks: bool = False) -> None:
+def check_keypoints(
+    train: Iterable[str], test: Iterable[str], num_keypoints: int, sigmas: Sequence[float]
+) -> None:
+    """Refuse what a model with keypoints would miss, some of it only after training.
+
+    Args:
+        train: names of the training sets.
+        test: names of the test sets.
+        num_keypoints: MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS.
+        sigmas: TEST.KEYPOINT_OKS_SIGMAS; if empty, COCO's 17 are evaluated with.
+
+    Raises:
+        ValueError: naming the key, what was expected and what came.
+    """
+    for name in train:
+        metadata = MetadataCatalog.get(name)
+        names = metadata.get("keypoint_names")
+        if not names or metadata.get("keypoint_flip_map") is None:
+            raise ValueError(
+                f"MODEL.KEYPOINT_ON: expected the names of the keypoints of {name}, as 'keypoints' "
+                "of a category in the file of --train, or as keypoint_names and keypoint_flip_map "
+                f"of MetadataCatalog.get({name!r}), got none"
+            )
+        if len(names) != num_keypoints:
+            raise ValueError(
+                f"MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS: expected {len(names)}, the keypoints of "
+                f"{name}, got {num_keypoints}"
+            )
+    if list(test) and (len(sigmas) or 17) != num_keypoints:
+        raise ValueError(
+            f"TEST.KEYPOINT_OKS_SIGMAS: expected {num_keypoints} numbers, one of each keypoint, "
+            f"got {len(sigmas)}"
+        )
+
+
+def check_records(
+    records: Iterable[dict],
+    num_classes: int | None,
+    *,
+    masks: bool = False,
+    mask_format: str = "polygon",
+) -> None:
     """Refuse training data that Detectron2 would stumble on later, or train on as something else.
 
-    Boxes that reach over their image's border are cut there, as Detectron2 does; those of --train
-    were looked at more closely.
+    Boxes that reach over their image's border are cut there by Detectron2, and left out where
+    nothing remains, which is logged; those of --train were looked at more closely.
 
     Args:
         records: images and annotations in Detectron2's format.
         num_classes: K; None: the classes are not looked at.
         masks: whether the model learns masks.
+        mask_format: INPUT.MASK_FORMAT.
 
     Raises:
-        ValueError: naming the image of a class that is none of K, of a box that does not touch its
-            image, or of an annotation without the mask that it must have.
+        ValueError: naming the image of a class that is none of K, of a crowd flag that is none, or
+            of an annotation without the mask that it must have, or with one that pycocotools would
+            crash on.
     """
+    mended = Mended("training set")
     for record in records:
         for annotation in record.get("annotations", ()):
-            problem = _problem(record, annotation, num_classes, masks)
+            problem = _problem(record, annotation, num_classes)
+            if masks and not problem and not annotation.get("iscrowd", 0):
+                problem = _mask_problem(record, annotation.get("segmentation"), mask_format)
             if problem:
                 raise ValueError(f"{record['file_name']}: {problem}")
+            if _is_outside(record, annotation):
+                found = f"{record['file_name']}: {annotation['bbox']}"
+                mended.note("boxes outside their image left out", found)
+    mended.finish()
 
 
-def _problem(record: dict, annotation: dict, num_classes: int | None, masks: bool) -> str | None:
+def _mask_problem(record: dict, segmentation: Any, mask_format: str) -> str | None:
+    if segmentation is None or len(segmentation) == 0:
+        return "expected a segmentation of every annotation (MODEL.MASK_ON), got one without"
+    if isinstance(segmentation, dict) and mask_format == "polygon":
+        return "INPUT.MASK_FORMAT: expected bitmask for run-length codes, got polygon"
+    if isinstance(segmentation, np.ndarray) or None in (record.get("height"), record.get("width")):
+        return None  # a mask, or an image whose size is not known
+    return segmentation_problem(segmentation, record["height"], record["width"])
+
+
+def _problem(record: dict, annotation: dict, num_classes: int | None) -> str | None:
     if num_classes is not None and not 0 <= annotation["category_id"] < num_classes:
         return f"expected classes in [0, {num_classes - 1}], got {annotation['category_id']}"
-    is_trained = not annotation.get("iscrowd", 0)
-    if masks and is_trained and not annotation.get("segmentation"):
-        return "expected a segmentation of every annotation (MODEL.MASK_ON), got one without"
-    mode, size = annotation["bbox_mode"], (record.get("width"), record.get("height"))
-    if mode not in (BoxMode.XYXY_ABS, BoxMode.XYWH_ABS) or None in size:
-        return None  # rotated boxes, images whose size is not known
+    if annotation.get("iscrowd", 0) not in (0, 1):
+        return f"expected 'iscrowd' as 0 or 1, got {annotation['iscrowd']!r}"
+    return None
+
+
+def _is_outside(record: dict, annotation: dict) -> bool:
+    size = (record.get("width"), record.get("height"))
+    if annotation["bbox_mode"] not in (BoxMode.XYXY_ABS, BoxMode.XYWH_ABS) or None in size:
+        return False  # rotated boxes, images whose size is not known
     left, top, right, bottom = annotation["bbox"]
-    if mode == BoxMode.XYWH_ABS:
+    if annotation["bbox_mode"] == BoxMode.XYWH_ABS:
         right, bottom = left + right, top + bottom
-    if left < size[0] and top < size[1] and right > 0 and bottom > 0:
-        return None
-    return f"expected boxes in an image of {size[0]} x {size[1]}, got {annotation['bbox']}"
+    return not (left < size[0] and top < size[1] and right > 0 and bottom > 0)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +25,7 @@ from detectron2.modeling import GeneralizedRCNN
 from detectron2.structures import Boxes, Instances
 from detectron2.utils import comm
 from pskd_detection import DetectionConfidence, DetectionDataset, Detections, write_detections
+from pskd_detection.voc_format import voc_class
 
 from pskd.plots import reliability_diagram, risk_coverage_plot
 from pskd_detectron2.data import BOXES, detection_dataset, evaluator_type
@@ -88,25 +91,32 @@ class ConfidenceEvaluator(DatasetEvaluator):
 
 
 class VOCEvaluator(PascalVOCDetectionEvaluator):
-    """VOC AP of a set whose images are numbered: VOC's own files know them by name."""
+    """VOC AP under a name of its own: COCO's is ``bbox``."""
 
-    def process(self, inputs: list[dict], outputs: list[dict]) -> None:
-        named = [image | {"image_id": Path(image["file_name"]).stem} for image in inputs]
-        super().process(named, outputs)
+    def __init__(self, dataset_name: str) -> None:
+        super().__init__(dataset_name)
+        names = MetadataCatalog.get(dataset_name).thing_classes
+        self._class_names = [voc_class(name) for name in names]
 
     def evaluate(self) -> dict | None:
         results = super().evaluate()
         return results and {"voc": dict(results["bbox"])}
 
 
-def build_evaluators(dataset_name: str, output_dir: str) -> list[DatasetEvaluator]:
+def build_evaluators(
+    dataset_name: str, output_dir: str, kpt_oks_sigmas: Sequence[float] = ()
+) -> list[DatasetEvaluator]:
     """Return the evaluators of a registered dataset, by its evaluator type as Detectron2's own
     train_net.py does; of one without a type COCO AP or VOC AP.
 
     Args:
         dataset_name: a registered one.
         output_dir: where they write their files.
+        kpt_oks_sigmas: of the keypoints; if empty, COCO's.
     """
+    coco = partial(
+        COCOEvaluator, dataset_name, output_dir=output_dir, kpt_oks_sigmas=kpt_oks_sigmas
+    )
     match evaluator_type(dataset_name):
         case "cityscapes_instance":
             return [CityscapesInstanceEvaluator(dataset_name)]
@@ -119,14 +129,14 @@ def build_evaluators(dataset_name: str, output_dir: str) -> list[DatasetEvaluato
         case "coco_panoptic_seg":
             return [
                 SemSegEvaluator(dataset_name, output_dir=output_dir),
-                COCOEvaluator(dataset_name, output_dir=output_dir),
+                coco(),
                 COCOPanopticEvaluator(dataset_name, output_dir),
             ]
     metadata = MetadataCatalog.get(dataset_name)
     is_voc = metadata.get("split") and metadata.get("dirname")
     evaluators: list[DatasetEvaluator] = [VOCEvaluator(dataset_name)] if is_voc else []
     if metadata.get("json_file") or not is_voc:  # which it makes of any dataset
-        evaluators.insert(0, COCOEvaluator(dataset_name, output_dir=output_dir))
+        evaluators.insert(0, coco())
     return evaluators
 
 

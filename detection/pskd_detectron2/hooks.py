@@ -66,7 +66,8 @@ class PSKDHook(HookBase):
         log_period: iterations between two lines in the log.
 
     Raises:
-        ValueError: for an option out of range, or a model without PSKD heads.
+        ValueError: for an option out of range, a model without PSKD heads, or with the snapshot one
+            that cannot be copied.
     """
 
     def __init__(
@@ -111,6 +112,8 @@ class PSKDHook(HookBase):
         self._output_dir = Path(output_dir)
         self._checkpoint_period, self._log_period = checkpoint_period, log_period
         self._epoch = 0  # none yet
+        if self._has_snapshot:
+            self._pskd.snapshot.check(self._student())
         if teacher == "memory" and alpha_final:
             self._pskd.memory = _new_memory(heads, num_annotations, fingerprint)
             self._pskd.rows_per_stage = num_annotations

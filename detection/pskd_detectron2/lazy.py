@@ -40,6 +40,7 @@ from pskd_detectron2.data import (
     number_annotations,
     register_spec,
     training_fingerprint,
+    training_records,
 )
 from pskd_detectron2.evaluation import (
     ConfidenceEvaluator,
@@ -63,6 +64,7 @@ from pskd_detectron2.trainer import (
 __all__ = ["load_recipe", "run_lazy"]
 
 logger = logging.getLogger("detectron2." + __name__)
+STOCK_DICTS = get_detection_dataset_dicts
 
 
 def load_recipe(name: str) -> DictConfig:
@@ -83,7 +85,7 @@ def run_lazy(args) -> None:
     except (HydraException, OmegaConfBaseException) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"expected overrides as path.key=value: {reason}") from error
-    use_specs(cfg, args.train, args.test, evaluation=args.eval_only)
+    use_specs(cfg, args.train, args.test, strict=args.strict_data, evaluation=args.eval_only)
     check_data(cfg, training=not args.eval_only)
     default_setup(cfg, args)
     model = instantiate(cfg.model).to(cfg.train.device)
@@ -102,18 +104,23 @@ def run_lazy(args) -> None:
 
 
 def use_specs(
-    cfg: DictConfig, train: str | None, test: str | None, *, evaluation: bool = False
+    cfg: DictConfig,
+    train: str | None,
+    test: str | None,
+    *,
+    strict: bool = False,
+    evaluation: bool = False,
 ) -> None:
     """Let --train and --test be the config's data sets, in place, as they are in a YAML config."""
     class_names: Sequence[str] | None = None
     if train:
-        class_names = register_spec(train, cfg.train.output_dir).class_names
+        class_names = register_spec(train, cfg.train.output_dir, strict=strict).class_names
         cfg.dataloader.train.dataset.names = train
         _set_class_count(cfg, len(class_names))
     elif test and not evaluation:
         class_names = class_names_of(_names(cfg, "train"))
     if test:
-        dataset = register_spec(test, cfg.train.output_dir, class_names)
+        dataset = register_spec(test, cfg.train.output_dir, class_names, strict=strict)
         cfg.dataloader.test.dataset.names = test
         if evaluation and class_names is None:
             _set_class_count(cfg, len(dataset.class_names))
@@ -176,6 +183,8 @@ def train(args, cfg: DictConfig, model) -> dict:
     optimizer = instantiate(cfg.optimizer)
     if OmegaConf.select(cfg, "train.pskd.teacher") == "memory":
         carry_rows(cfg)
+    elif _located(cfg.dataloader.train.dataset._target_) is STOCK_DICTS:
+        cfg.dataloader.train.dataset._target_ = training_records
     loader = instantiate(cfg.dataloader.train)
     model = create_ddp_model(model, **(dict(cfg.train.ddp) | ddp_options(cfg.train.device)))
     trainer = step_trainer(cfg.train.device, cfg.train.amp.enabled)(model, loader, optimizer)
@@ -205,8 +214,8 @@ def train(args, cfg: DictConfig, model) -> dict:
 
 
 def numbered_dicts(**kwargs) -> list[dict]:
-    """`get_detection_dataset_dicts`, every annotation with its row of the memory."""
-    return number_annotations(get_detection_dataset_dicts(**kwargs))
+    """`training_records`, every annotation with its row of the memory."""
+    return number_annotations(training_records(**kwargs))
 
 
 def carry_rows(cfg: DictConfig) -> None:
@@ -217,7 +226,7 @@ def carry_rows(cfg: DictConfig) -> None:
             nor derived from `PSKDDatasetMapper`.
     """
     loader = cfg.dataloader.train
-    stock = {"dataset": get_detection_dataset_dicts, "mapper": DatasetMapper}
+    stock = {"dataset": STOCK_DICTS, "mapper": DatasetMapper}
     ours = {"dataset": numbered_dicts, "mapper": PSKDDatasetMapper}
     for part, expected in stock.items():
         got = _located(loader[part]._target_)
@@ -257,9 +266,12 @@ def pskd_hook(cfg: DictConfig, model) -> PSKDHook | None:
         return None
     options: dict[str, Any] = dict(section)
     dicts = instantiate(cfg.dataloader.train.dataset)
-    has_masks = bool(OmegaConf.select(cfg, "model.roi_heads.mask_head"))
+    masks = bool(OmegaConf.select(cfg, "model.roi_heads.mask_head"))
+    mask_format = OmegaConf.select(
+        cfg, "dataloader.train.mapper.instance_mask_format", default="polygon"
+    )
     check_classes(_names(cfg, "train"), _class_count(cfg))  # known when the data is loaded
-    check_records(dicts, _class_count(cfg), masks=has_masks)
+    check_records(dicts, _class_count(cfg), masks=masks, mask_format=mask_format)
     if not options.get("epoch_iters"):
         batch = cfg.dataloader.train.total_batch_size
         options["epoch_iters"] = epoch_length(len(dicts), batch)

@@ -45,17 +45,16 @@ def setup(args) -> CfgNode:
     cfg = load_config(args.config_file, args.opts)
     class_names: Sequence[str] | None = None
     if args.train:
-        class_names = register_spec(args.train, cfg.OUTPUT_DIR).class_names
+        dataset = register_spec(args.train, cfg.OUTPUT_DIR, strict=args.strict_data)
+        class_names = dataset.class_names
         cfg.DATASETS.TRAIN = (args.train,)
         set_class_count(cfg, len(class_names))
     elif args.test and not args.eval_only:
         class_names = class_names_of(cfg.DATASETS.TRAIN)
     if args.test:
-        dataset = register_spec(args.test, cfg.OUTPUT_DIR, class_names)
+        dataset = register_spec(args.test, cfg.OUTPUT_DIR, class_names, strict=args.strict_data)
         cfg.DATASETS.TEST = (args.test,)
-        if (
-            args.eval_only and class_names is None
-        ):  # an evaluation does not ask about the training set
+        if args.eval_only and class_names is None:  # the training set is not asked
             set_class_count(cfg, len(dataset.class_names))
     cfg.freeze()
     check_config(cfg, training=not args.eval_only)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import build_detection_train_loader, get_detection_dataset_dicts
+from detectron2.data import build_detection_train_loader
 from detectron2.data.common import ToIterableDataset
 from detectron2.engine import (
     AMPTrainer,
@@ -31,6 +31,7 @@ from pskd_detectron2.data import (
     BOXES,
     PSKDDatasetMapper,
     check_classes,
+    check_keypoints,
     check_records,
     check_registered,
     check_test_sets,
@@ -38,6 +39,7 @@ from pskd_detectron2.data import (
     evaluator_type,
     number_annotations,
     training_fingerprint,
+    training_records,
 )
 from pskd_detectron2.evaluation import (
     ConfidenceEvaluator,
@@ -101,7 +103,12 @@ class Trainer(DefaultTrainer):
         loader = self.build_train_loader(cfg)
         self._sampler, self._records = _source(cfg, loader)
         check_classes(cfg.DATASETS.TRAIN, class_count(cfg))
-        check_records(self._records, class_count(cfg), masks=cfg.MODEL.MASK_ON)
+        check_records(
+            self._records,
+            class_count(cfg),
+            masks=cfg.MODEL.MASK_ON,
+            mask_format=cfg.INPUT.MASK_FORMAT,
+        )
         model = create_ddp_model(model, broadcast_buffers=False, **ddp_options(cfg.MODEL.DEVICE))
         step = step_trainer(cfg.MODEL.DEVICE, cfg.SOLVER.AMP.ENABLED)
         self._trainer = step(model, loader, optimizer)
@@ -139,17 +146,15 @@ class Trainer(DefaultTrainer):
         An override with a mapper of its own derives it, for that teacher, from `PSKDDatasetMapper`
         and numbers its annotations (`number_annotations`).
         """
-        is_resumable = cfg.DATALOADER.SAMPLER_TRAIN == ResumableTrainingSampler.__name__
-        if not is_resumable and not uses_memory(cfg):
-            return super().build_train_loader(cfg)
-        dicts = number_annotations(training_dicts(cfg))
+        dicts = training_dicts(cfg)
         options: dict = {}
-        if is_resumable:
+        if cfg.DATALOADER.SAMPLER_TRAIN == ResumableTrainingSampler.__name__:
             # Seeds for the workers from a generator of their own: the global one is then where
             # it was at the stop.
             sampler = ResumableTrainingSampler(len(dicts), seed=cfg.SEED)
             options = {"sampler": sampler, "seed": cfg.SEED}
         if uses_memory(cfg):
+            number_annotations(dicts)
             options["mapper"] = PSKDDatasetMapper(cfg, is_train=True)
         return build_detection_train_loader(cfg, dataset=dicts, **options)
 
@@ -193,7 +198,7 @@ class Trainer(DefaultTrainer):
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str, output_folder: str | None = None):
         """As in Detectron2's train_net.py, and the confidence of a detector's boxes."""
         output_folder = output_folder or os.path.join(cfg.OUTPUT_DIR, "inference")
-        evaluators = build_evaluators(dataset_name, output_folder)
+        evaluators = build_evaluators(dataset_name, output_folder, cfg.TEST.KEYPOINT_OKS_SIGMAS)
         if class_count(cfg) is not None and evaluator_type(dataset_name) in BOXES:
             least = max(SCORE_THRESHOLD, score_threshold(cfg))
             confidence = ConfidenceEvaluator(dataset_name, output_folder, score_threshold=least)
@@ -250,10 +255,13 @@ def check_config(cfg: CfgNode, *, training: bool = True) -> None:
         ValueError: naming what was expected and what came.
     """
     check_pskd_config(cfg)
-    if training:
-        check_registered(cfg.DATASETS.TRAIN)
-        check_classes(cfg.DATASETS.TRAIN, class_count(cfg))
-    check_registered(cfg.DATASETS.TEST)
+    train = cfg.DATASETS.TRAIN if training else ()
+    check_registered((*train, *cfg.DATASETS.TEST))
+    check_classes(train, class_count(cfg))
+    if cfg.MODEL.KEYPOINT_ON:
+        count = cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS
+        boxes = [name for name in cfg.DATASETS.TEST if evaluator_type(name) in BOXES]
+        check_keypoints(train, boxes, count, cfg.TEST.KEYPOINT_OKS_SIGMAS)
     check_test_sets(cfg.DATASETS.TEST, class_count(cfg))
     for name in cfg.DATASETS.TEST if cfg.TEST.AUG.ENABLED else ():
         if evaluator_type(name) in ("sem_seg", "cityscapes_sem_seg", "coco_panoptic_seg"):
@@ -288,7 +296,7 @@ def training_dicts(cfg: CfgNode) -> list[dict]:
     """Return the images and annotations that are trained on, as the stock loader has them."""
     model = cfg.MODEL
     min_keypoints = model.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE if model.KEYPOINT_ON else 0
-    return get_detection_dataset_dicts(
+    return training_records(
         cfg.DATASETS.TRAIN,
         filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
         min_keypoints=min_keypoints,

@@ -54,7 +54,6 @@ class DetectionImages(Dataset):
 
     def _objects_by_image(self) -> dict[object, list[dict]]:
         objects: dict = defaultdict(list)
-        sizes = {image["id"]: (image["height"], image["width"]) for image in self._images}
         small = 0
         for annotation in self.dataset.coco["annotations"]:
             if annotation["iscrowd"]:
@@ -62,8 +61,12 @@ class DetectionImages(Dataset):
             if min(annotation["bbox"][2:]) < SMALLEST_SIDE:
                 small += 1
                 continue
-            if self._masks:
-                _check_segmentation(annotation, sizes[annotation["image_id"]], self.dataset.spec)
+            if self._masks and not annotation.get("segmentation"):
+                raise ValueError(
+                    f"{self.dataset.spec}: annotation {annotation['id']} of image "
+                    f"{annotation['image_id']}: for a model with masks expected 'segmentation' as "
+                    "polygons or a run-length code, got none"
+                )
             objects[annotation["image_id"]].append(annotation)
         if small:
             logger.warning(
@@ -139,34 +142,11 @@ def collate(batch: Sequence[tuple[Tensor, dict]]) -> tuple[list[Tensor], list[di
     return list(images), list(targets)
 
 
-def _check_segmentation(annotation: dict, size: tuple[int, int], source: str) -> None:
-    """Refuse what pycocotools would take for something else, or crash on."""
-    value = annotation.get("segmentation")
-    where = f"{source}: annotation {annotation['id']} of image {annotation['image_id']}"
-    if isinstance(value, dict):
-        counts = isinstance(value.get("counts"), (str, list))
-        if list(value.get("size") or ()) != list(size) or not counts:
-            raise ValueError(
-                f"{where}: expected a run-length code with 'counts' and size {list(size)}, got "
-                f"size {value.get('size')}"
-            )
-    elif not isinstance(value, list) or not _polygons(value):
-        raise ValueError(
-            f"{where}: for a model with masks expected 'segmentation' as polygons or a run-length "
-            f"code, got {'none' if not value else 'something else'}"
-        )
-
-
-def _polygons(segmentation: list) -> list[list[float]]:
-    """Return the polygons with at least three corners; pycocotools takes four numbers for a box."""
-    return [p for p in segmentation if isinstance(p, list) and len(p) >= 6 and len(p) % 2 == 0]
-
-
 def _decoded(segmentation: dict | list, size: tuple[int, int]) -> np.ndarray:
     """Return (H, W) uint8, 1 inside the object."""
     code = segmentation
     if isinstance(segmentation, list):
-        code = coco_mask.merge(coco_mask.frPyObjects(_polygons(segmentation), *size))
+        code = coco_mask.merge(coco_mask.frPyObjects(segmentation, *size))
     elif isinstance(segmentation["counts"], list):
         code = coco_mask.frPyObjects(segmentation, *size)
     return coco_mask.decode(code)

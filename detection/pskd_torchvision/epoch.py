@@ -29,7 +29,8 @@ class PSKDEpochs:
         allow_schedule_change: resume with another alpha, schedule or length than the checkpoint's.
 
     Raises:
-        ValueError: for an option out of range, or a model without PSKD heads.
+        ValueError: for an option out of range, or a model without PSKD heads or that cannot be
+            copied.
     """
 
     def __init__(
@@ -49,6 +50,8 @@ class PSKDEpochs:
         self._pskd: PSKDState = heads.pskd
         self._allow_schedule_change = allow_schedule_change
         self._epoch = 0  # none yet
+        if self._schedule.alpha_final:
+            self._pskd.snapshot.check(self._student())
 
     def begin_epoch(self, epoch: int) -> None:
         """Set alpha, and take the present weights as the teacher's; in every process of DDP.
@@ -65,15 +68,15 @@ class PSKDEpochs:
         if not schedule.alpha_final:
             return
         if epoch > 1:  # before the first epoch the weights are random
-            self._refresh()
+            self._pskd.snapshot.refresh_in_all(self._student())
         logger.info(
             "PS-KD: epoch %d of %d, alpha %.4f", epoch, schedule.num_epochs, self._pskd.alpha
         )
 
-    def _refresh(self) -> None:
+    def _student(self) -> nn.ModuleDict:
         # The RPN of the teacher is never asked for.
         student = {name: self._model.get_submodule(name) for name in ("backbone", "roi_heads")}
-        self._pskd.snapshot.refresh_in_all(nn.ModuleDict(student))
+        return nn.ModuleDict(student)
 
     def take_means(self) -> dict[str, float]:
         """Return ``pskd/alpha`` and what the teacher did since the last call, for a log.

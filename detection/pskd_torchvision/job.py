@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -66,11 +67,12 @@ def prepare(args: argparse.Namespace, world: World) -> Job:
     if not args.test_only:
         check_is_new(path, resume=args.resume, overwrite=args.overwrite)
     saved = _saved(args, path)
-    train = load_dataset(args.train) if args.train else None
+    read = partial(load_dataset, strict=args.strict_data)
+    train = read(args.train) if args.train else None
     class_names = train.class_names if train else tuple(saved["class_names"] if saved else ())
     if not class_names:
         raise ValueError("--train: expected a training set, which tells the classes, got none")
-    test = DetectionImages(load_dataset(args.test, class_names)) if args.test else None
+    test = DetectionImages(read(args.test, class_names)) if args.test else None
     options = recorded(args, world, train)
     model = _model(args, len(class_names))
     if saved is not None:

@@ -1,9 +1,4 @@
-"""Bad input as data: what is tried, what the user sees, and that nothing is lost by it.
-
-    python tests/bad_input/bad_input.py
-
-writes docs/bad_input.md from the cases of the tests beside this file.
-"""
+"""Bad input as data: what is tried, what the user sees, and that nothing is lost by it."""
 
 from __future__ import annotations
 
@@ -14,7 +9,6 @@ import inspect
 import io
 import re
 import sys
-import textwrap
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,17 +20,6 @@ import torch
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-PAGE = ROOT / "docs" / "bad_input.md"
-#: The tests that hold the cases, in the order of the page.
-MODULES = (
-    "test_bad_core",
-    "test_bad_memory",
-    "test_bad_translation",
-    "test_bad_detectron2",
-    "test_bad_torchvision",
-    "test_bad_classification",
-    "test_bad_tools",
-)
 #: How to get what a case needs, where a package is not called like its module.
 SOURCES = {
     "detectron2": "https://detectron2.readthedocs.io/tutorials/install.html",
@@ -45,16 +28,6 @@ SOURCES = {
     "subword_nmt": "pip install subword-nmt",
     "yaml": "pip install pyyaml",
 }
-HEAD = """\
-# Bad input
-
-What was tried, and what the user sees; written by `python tests/bad_input/bad_input.py` from the
-cases of the tests there, and not by hand. Each line is a test. It runs in a folder of its own, ends
-as the last column says and with this text (`...` stands for what differs from machine to machine),
-and leaves every file in the folder as it was and no new one there, except for those that the
-line names. An exception comes out of Python code; an exit status is that of a command line, whose
-text is on the standard error.
-"""
 
 
 @dataclass(frozen=True)
@@ -62,7 +35,7 @@ class Case:
     """One thing that a user may do wrong.
 
     Attributes:
-        tried: what is done, as the page has it.
+        tried: what is done.
         says: what the user sees; "..." stands for any text.
         run: does it, in an empty folder, and returns the exit status of a command line. One that
             is a generator makes itself ready, yields once, and then does it; what it yields, if
@@ -82,10 +55,10 @@ class Case:
 
 @dataclass
 class Part:
-    """A table of the page.
+    """Cases that are tried with the same things.
 
     Attributes:
-        title, text: above the table.
+        title, text: what these are, for the reader of the cases.
         needs: what all its cases need.
     """
 
@@ -213,42 +186,3 @@ def same(one: object, other: object) -> bool:
     if isinstance(one, (list, tuple)):
         return len(one) == len(other) and all(map(same, one, other))
     return one == other
-
-
-# ---- the page ------------------------------------------------------------------------------------
-
-
-def all_parts() -> list[Part]:
-    """Return the parts of all tests beside this file, in the order of the page."""
-    if str(HERE) not in sys.path:
-        sys.path.insert(0, str(HERE))
-    return [part for name in MODULES for part in importlib.import_module(name).PARTS]
-
-
-def page() -> str:
-    """Return the page on bad input, of all parts."""
-    return "\n".join([HEAD, *(_section(part) for part in all_parts())])
-
-
-def _section(part: Part) -> str:
-    lines = [f"## {part.title}", ""]
-    lines += [textwrap.fill(part.text, 100, break_on_hyphens=False), ""] if part.text else []
-    lines += ["| what is tried | what the user sees | end |", "| --- | --- | --- |"]
-    for case in part.cases:
-        end = f"exit {case.ends}" if isinstance(case.ends, int) else f"`{case.ends.__name__}`"
-        tried = case.tried.replace("|", r"\|")
-        if case.leaves:
-            tried += f" (leaves {', '.join(case.leaves)})"
-        says = case.says.replace("|", r"\|")
-        lines.append(f"| {tried} | `{says}` | {end} |")
-    return "\n".join([*lines, ""])
-
-
-def write_page() -> Path:
-    """Write docs/bad_input.md."""
-    PAGE.write_text(page(), encoding="utf-8")
-    return PAGE
-
-
-if __name__ == "__main__":
-    print(write_page())

@@ -203,7 +203,7 @@ def change_checkpoint(**changes) -> None:
 
 @OPTIONS.case(
     "`--test set.json`",
-    "error: argument --test: expected coco:ANNOTATIONS.json:IMAGE_DIR or voc:ROOT:SPLIT, got "
+    "error: argument --test: expected coco:ANNOTATIONS.json:IMAGE_DIR or voc:ROOT[:SPLIT], got "
     "'set.json'",
     ends=2,
 )
@@ -248,7 +248,7 @@ def change(function) -> None:
     SET.write_text(json.dumps(content))
 
 
-def read(tried: str, says: str, spoil=lambda: None, spec: str = SPEC, classes=None) -> None:
+def read(tried: str, says: str, spoil=lambda: None, spec: str = SPEC, **options) -> None:
     """Add a case of a COCO data set that is refused when it is read."""
 
     def run():
@@ -257,19 +257,20 @@ def read(tried: str, says: str, spoil=lambda: None, spec: str = SPEC, classes=No
         write_images()
         spoil()
         yield None
-        load_dataset(spec, classes)
+        load_dataset(spec, **options)
 
     DATA.add(tried, run, says)
 
 
-def annotated(tried: str, says: str, **changes) -> None:
-    read(tried, says, lambda: change(lambda content: content["annotations"][1].update(changes)))
+def annotated(tried: str, says: str, strict: bool = False, **changes) -> None:
+    spoil = lambda: change(lambda content: content["annotations"][1].update(changes))  # noqa: E731
+    read(tried, says, spoil, strict=strict)
 
 
 WHERE = f"{SET}: annotation 'number 2': "
 read(
     '`pskd_detection.load_dataset("set.json")`',
-    "dataset: expected coco:ANNOTATIONS.json:IMAGE_DIR or voc:ROOT:SPLIT, got 'set.json'",
+    "dataset: expected coco:ANNOTATIONS.json:IMAGE_DIR or voc:ROOT[:SPLIT], got 'set.json'",
     spec="set.json",
 )
 read(
@@ -315,30 +316,44 @@ annotated(
     category_id=7,
 )
 annotated(
-    "an unknown image",
-    f"{WHERE}expected 'image_id' of one in the file, got 99",
+    "`--strict-data`: an unknown image",
+    f"{SET}: strictly read, expected nothing to mend, got 1 annotations of images that are not in "
+    f"the file left out; the first is {WHERE}image_id 99",
+    strict=True,
     image_id=99,
 )
 annotated(
-    "corners for sizes",
-    f"{SET}: expected every box (x, y, width, height) inside its image, at most 1 pixel beyond, "
-    f"got 1 outside; the first is {WHERE}bbox [60, 60, 90, 90] in an image of 96 x 96",
+    "`--strict-data`: corners for sizes",
+    f"{SET}: strictly read, expected nothing to mend, got 1 boxes more than 1 pixel outside their "
+    f"image clipped; the first is {WHERE}bbox [60, 60, 90, 90] in an image of 96 x 96",
+    strict=True,
     bbox=[60, 60, 90, 90],
+)
+annotated(
+    "a flag that is none",
+    f"{WHERE}expected 'iscrowd' as 0 or 1, true or false, yes or no, got 'maybe'",
+    iscrowd="maybe",
+)
+annotated(
+    "a polygon with NaN",
+    f"{WHERE}segmentation: expected polygons within 960 pixels of the corner, got [1, 2, 3, 4, 5, "
+    "nan]",
+    segmentation=[[1, 2, 3, 4, 5, float("nan")]],
+)
+annotated(
+    "a run-length code too short",
+    f"{WHERE}segmentation: expected 'counts' of 96 x 96 = 9216 pixels, got those of 9",
+    segmentation={"size": [96, 96], "counts": [4, 5]},
 )
 annotated(
     "a box of three numbers",
     f"{WHERE}expected bbox as four finite numbers, got [1, 2, 3]",
     bbox=[1, 2, 3],
 )
-annotated(
-    "a box of negative size",
-    f"{WHERE}expected bbox as x, y, width, height with sizes of at least 0, got [9, 9, -3, 4]",
-    bbox=[9, 9, -3, 4],
-)
 read(
     "a test set with another class",
     f"{SET}: expected the classes of the training set (red, blue), got also green",
-    classes=["red", "blue"],
+    class_names=["red", "blue"],
 )
 
 OBJECT = "<object><name>dog</name><bndbox>{}</bndbox></object>"

@@ -20,12 +20,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = ("README.md", "[!.]*/README.md", "docs/*.md")
-#: The page of commands that are wrong; its own is in the script that writes it.
-BAD_INPUT = "docs/bad_input.md"
 #: Scripts whose docstrings hold commands: all lines that are indented.
 SCRIPTS = (
     "benchmarks/*.py", "classification/*.py", "demo/*.py", "detection/*.py", "translation/*.py",
-    "tests/bad_input/bad_input.py",
 )  # fmt: skip
 #: Packages with programs among their modules.
 PACKAGES = ("pskd/*.py", "*/pskd_*/*.py")
@@ -98,7 +95,7 @@ def all_commands() -> list[Command]:
 
 
 def pages() -> list[Path]:
-    return [path for path in files(*PAGES) if path != ROOT / BAD_INPUT]
+    return files(*PAGES)
 
 
 def scripts() -> list[Path]:

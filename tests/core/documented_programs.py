@@ -48,8 +48,6 @@ USERS = (
 #: The config of a user's own, as it may be.
 OWN_CONFIG = "detectron2:COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml"
 
-#: Scripts without options, which parse nothing.
-WITHOUT_OPTIONS = {"tests/bad_input/bad_input.py"}
 #: What dots stand for, where a program cannot read its command line without it.
 MORE_WORDS = {"fairseq-train": ["--arch", "transformer"]}
 
@@ -191,9 +189,6 @@ def check_more(program: str, args: argparse.Namespace) -> None:
 def check_script(words: list[str]) -> None:
     script = (ROOT / words[0]).resolve()
     assert script.is_file(), f"{words[0]}: expected a script of the repository"
-    if words[0] in WITHOUT_OPTIONS:
-        assert words[1:] == [], f"{words[0]}: expected no arguments"
-        return
 
     def program() -> None:
         sys.path.insert(0, str(script.parent))

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 #: The tests that run the documented programs at a small size: file, test, programs.
 RUN: dict[str, dict[str, list[str]]] = {
-    "bad_input/test_bad_page.py": {
-        "test_the_page_is_that_of_the_cases": ["tests/bad_input/bad_input.py"],
-    },
     "classification/test_benchmark.py": {
         "test_tells_all_figures_and_ends_with_the_limit": ["benchmarks/classification_step.py"],
     },

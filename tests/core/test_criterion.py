@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import types
 
 import pytest
 import torch
@@ -236,6 +237,30 @@ def test_the_snapshot_is_called_as_the_student():
     made = model(INPUTS, scale=2.0)["logits"]
     loss = criterion(made, TARGET, INPUTS, scale=2.0)
     torch.testing.assert_close(loss, pskd.pskd_cross_entropy(made, TARGET, past, criterion.alpha))
+
+
+class Noisy(nn.Module):
+    """Draws random numbers in eval mode too, counts its calls, and gives its logits by a name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net, self.calls = net(), 0
+
+    def forward(self, inputs):
+        self.calls += 1
+        return types.SimpleNamespace(logits=self.net(inputs) + 0.1 * torch.rand(C))
+
+
+def test_the_trial_of_the_first_epoch_leaves_no_trace():
+    model = Noisy()
+    criterion = snapshot_of(model)
+    criterion.begin_epoch(1)
+    made, drawn = model(INPUTS).logits, torch.get_rng_state()
+    loss = criterion(made, TARGET, INPUTS)
+    assert torch.equal(torch.get_rng_state(), drawn) and model.calls == 1
+    assert torch.equal(loss, F.cross_entropy(made, TARGET)) and model.training
+    assert criterion.take_means() == {"pskd/alpha": 0.0}
+    assert not criterion.teacher.available
 
 
 def test_the_snapshot_is_of_the_model_below_its_wrappers():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 from criterion_runs import (
@@ -17,6 +19,7 @@ from criterion_runs import (
     net,
     snapshot_of,
 )
+from torch import nn
 
 import pskd
 from pskd.criterion import make_criterion
@@ -80,6 +83,48 @@ def test_a_snapshot_that_is_given_no_inputs_says_so_in_the_first_epoch():
     plain = snapshot_of(model, alpha_final=0.0)
     plain.begin_epoch(1)
     plain(model(INPUTS), TARGET)  # without a teacher nobody asks for them
+
+
+def test_a_snapshot_of_a_model_that_cannot_be_copied_is_refused_when_it_is_made():
+    model = net()
+    model.lock = threading.Lock()
+    with pytest.raises(ValueError, match="model: .*got Sequential with the attribute 'lock': .*"):
+        snapshot_of(model)
+    assert snapshot_of(model, alpha_final=0.0).alpha_final == 0.0  # which keeps no teacher
+
+
+class Returns(nn.Module):
+    """Returns something of its logits, in eval mode something else."""
+
+    def __init__(self, made, in_eval=None) -> None:
+        super().__init__()
+        self.net, self.made, self.in_eval = net(), made, in_eval or made
+
+    def forward(self, inputs):
+        return (self.made if self.training else self.in_eval)(self.net(inputs))
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (
+            lambda: Returns(lambda z: (z, z)),
+            "model: expected .* in eval mode, got tuple; logits_of",
+        ),
+        (lambda: Returns(lambda z: {"scores": z}), "eval mode, got dict; logits_of= takes"),
+        (lambda: Returns(lambda z: z, lambda z: z[0]), r"got a tensor of shape \(5,\)"),
+        (lambda: Returns(lambda z: z, lambda z: z[:, :2]), r"expected shape \(6, 5\).*\(6, 2\)"),
+    ],
+)
+def test_a_model_whose_copy_gives_no_logits_is_refused_at_the_first_batch(model, message):
+    model = model()
+    criterion = snapshot_of(model)
+    criterion.begin_epoch(1)
+    output = model(INPUTS[:6])
+    made = output if isinstance(output, torch.Tensor) else logits(6)
+    for _ in range(2):  # also if somebody goes on
+        with pytest.raises(ValueError, match=message):
+            criterion(made, TARGET[:6], INPUTS[:6])
 
 
 @pytest.mark.parametrize("alpha_final", [0.0, 0.8])

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import io
+import pickle
+import shutil
 
 import pytest
 import torch
@@ -16,8 +19,10 @@ from criterion_runs import (
     M,
     Run,
     equal,
+    logits,
     loss_by,
     memory_of,
+    net,
     same,
     snapshot_of,
     taught,
@@ -161,3 +166,59 @@ def refused(criterion, state, message: str) -> None:
         criterion.load_state_dict(state)
     assert equal(criterion.state_dict(), before)
     assert criterion.alpha == alpha
+
+
+# -- Copies ----------------------------------------------------------------------------------------
+
+
+def saved_whole(criterion):
+    buffer = io.BytesIO()
+    torch.save(criterion, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=False)
+
+
+COPIES = {
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda criterion: pickle.loads(pickle.dumps(criterion)),
+    "torch.save": saved_whole,
+}
+
+
+@FORMS
+@pytest.mark.parametrize("how", COPIES)
+@pytest.mark.parametrize("in_file", [False, True], ids=["ram", "file"])
+def test_a_copy_inside_an_epoch_goes_on_as_the_original(form, how, in_file, tmp_path):
+    model = net().eval()
+    options = {"path": tmp_path / "memory"} if in_file and form is memory_of else {}
+    criterion = form(model, examples=pskd.ExampleStats(M), **options)
+    rows = torch.arange(M)
+    for epoch in (1, 2):
+        criterion.begin_epoch(epoch)
+        loss_by(criterion)(model, rows, INPUTS, TARGET)
+    other = COPIES[how](criterion)
+    one, same_one = (loss_by(c)(model, rows, INPUTS, TARGET) for c in (criterion, other))
+    assert torch.equal(one, same_one) and criterion.epoch == other.epoch == 2
+    assert criterion.take_means() == other.take_means()
+
+
+def test_a_copy_of_a_memory_in_files_shares_them_as_another_process_does(tmp_path):
+    memory = pskd.PredictionMemory(M, C, path=tmp_path / "memory")
+    early = copy.deepcopy(memory)
+    assert early.epoch == 0 and not list(tmp_path.iterdir())
+    memory.next_epoch()
+    other = pickle.loads(pickle.dumps(memory))
+    probs = logits(M).softmax(dim=1)
+    memory.write(torch.arange(0, 5), probs[:5])
+    other.write(torch.arange(5, M), probs[5:])
+    memory.next_epoch()
+    past, seen = memory.read(torch.arange(M))
+    assert seen.all()
+    torch.testing.assert_close(past, probs, atol=1e-3, rtol=0)
+    late = pickle.dumps(memory)
+    memory.close()
+    shutil.rmtree(tmp_path / "memory")
+    restored = pickle.loads(late)  # as in a later process
+    assert restored.epoch == 2
+    with pytest.raises(FileNotFoundError, match="memory"):
+        restored.read(torch.arange(M))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
@@ -41,6 +44,41 @@ def test_a_tuples_row_comes_first_and_is_its_own(workers):
         assert torch.equal(inputs, INPUTS[rows]) and torch.equal(target, TARGET[rows])
         seen += rows.tolist()
     assert seen != sorted(seen) and sorted(seen) == list(range(M)) and len(data) == M
+
+
+class Batched(Mappings):
+    """Takes a batch at a time, counts its calls, and tells its classes."""
+
+    classes = ("one", "two", "three")
+
+    def __init__(self):
+        self.calls, self.targets = 0, TARGET.tolist()
+
+    def __getitem__(self, row):
+        raise AssertionError("a batch is taken by one call")
+
+    def __getitems__(self, rows):
+        self.calls += 1
+        return [(INPUTS[row], TARGET[row]) for row in rows]
+
+
+def test_a_data_set_that_takes_batches_is_called_once_for_each():
+    data = Batched()
+    for rows, inputs, target in DataLoader(pskd.WithRows(data), batch_size=4, shuffle=True):
+        assert torch.equal(inputs, INPUTS[rows]) and torch.equal(target, TARGET[rows])
+    assert data.calls == 3
+    subset = DataLoader(Subset(pskd.WithRows(data), [7, 2]), batch_size=2)
+    assert next(iter(subset))[0].tolist() == [7, 2] and data.calls == 4
+
+
+def test_other_attributes_are_the_data_sets_also_of_copies():
+    data = pskd.WithRows(pskd.WithRows(Batched()))
+    for one in (data, copy.copy(data), copy.deepcopy(data), pickle.loads(pickle.dumps(data))):
+        assert one.classes == Batched.classes and one.targets == TARGET.tolist()
+        assert len(one) == M
+        with pytest.raises(AttributeError, match="'Batched' object has no attribute 'imgs'"):
+            _ = one.imgs
+        assert not hasattr(one, "__array__")
 
 
 def test_a_mapping_gets_a_key():

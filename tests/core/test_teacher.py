@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 import re
+import threading
 
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune, spectral_norm, weight_norm
 
 from pskd import SnapshotTeacher
 
@@ -174,6 +176,93 @@ def test_the_copy_is_made_once_while_the_type_stays(student):
     train_a_step(student)
     teacher.refresh(student)
     assert teacher.model is model
+
+
+# -- Students that keep more than weights ----------------------------------------------------------
+
+
+class Keeps(nn.Module):
+    """Keeps what it computed, also in containers, as for a later look at its features."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 5)
+        self.register_buffer("running", torch.zeros(()))
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        self.hidden = self.layer(inputs)
+        self.kept = {"hidden": [self.hidden, self.hidden.relu()]}
+        self.running = 0.9 * self.running + 0.1 * self.hidden.mean()  # nobody detached it
+        return self.hidden
+
+
+def computed(how) -> nn.Module:
+    """Return a net whose weight is computed of others before each forward."""
+    return nn.Sequential(how(nn.Linear(3, 4)), nn.ReLU(), nn.Linear(4, 5))
+
+
+UNUSUAL = {
+    "weight_norm": lambda: computed(weight_norm),
+    "spectral_norm": lambda: computed(spectral_norm),
+    "pruned": lambda: computed(lambda layer: prune.l1_unstructured(layer, "weight", 3)),
+    "kept outputs": Keeps,
+    "scripted": lambda: torch.jit.script(nn.Sequential(nn.Linear(3, 5), nn.Dropout())),
+    "lazy": lambda: nn.Sequential(nn.LazyLinear(5), nn.Dropout()),
+}
+
+
+@pytest.mark.filterwarnings("ignore")  # of what torch calls deprecated
+@pytest.mark.parametrize("kind", UNUSUAL)
+def test_an_unusual_student_is_copied_before_and_after_each_epoch(kind):
+    torch.manual_seed(0)
+    inputs, student, teacher = torch.randn(6, 3), UNUSUAL[kind](), SnapshotTeacher()
+    teacher.check(student)
+    assert not teacher.available
+    before = None
+    for _ in range(3):
+        student.train()(inputs).logsumexp(1).sum().backward()
+        with torch.no_grad():
+            for parameter in student.parameters():
+                parameter -= 0.1 * parameter.grad
+        teacher.refresh(student)
+        with torch.no_grad():
+            said, expected = teacher.model(inputs), student.eval()(inputs)
+        assert torch.equal(said, expected) and (before is None or not torch.equal(said, before))
+        assert not teacher.model(inputs).requires_grad
+        assert all(parameter.requires_grad for parameter in student.parameters())
+        before = said
+
+
+class Holds(nn.Sequential):
+    def __init__(self, held: object) -> None:
+        super().__init__(nn.Linear(3, 5))
+        self.held = held
+
+
+class Shared(nn.Linear):
+    def __deepcopy__(self, memo: dict) -> nn.Module:
+        return self
+
+
+@pytest.mark.parametrize(
+    ("student", "message"),
+    [
+        (lambda: Holds(threading.Lock()), "got Holds with the attribute 'held': .*lock.*; leave"),
+        (
+            lambda: nn.Sequential(nn.ReLU(), Holds({"rows": (i for i in [])})),
+            "got Holds '1' with the attribute 'held': .*generator.*; leave .* train with a memory",
+        ),
+        (lambda: Holds(Shared(2, 2)), "got Shared 'held', whose copy is itself; leave"),
+    ],
+)
+def test_a_student_that_cannot_be_copied_is_refused_and_left_alone(student, message):
+    student, teacher = student(), SnapshotTeacher()
+    for method in (teacher.check, teacher.refresh):
+        with pytest.raises(ValueError, match=f"^model: .* copy.deepcopy copies, {message}"):
+            method(student)
+    assert not teacher.available
+    assert all(p.requires_grad for p in student.parameters())
+    assert all(module.training for module in student.modules())
 
 
 # -- Not a part of what holds it -------------------------------------------------------------------

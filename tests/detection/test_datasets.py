@@ -7,12 +7,15 @@ import copy
 import json
 import logging
 import os
+import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
-from pskd_detection import add_dataset_arguments, load_dataset
+from pskd_detection import add_dataset_arguments, load_dataset, write_voc
 from pskd_detection.boxes import SLACK
+from pycocotools import mask as coco_mask
 
 WIDTH, HEIGHT = 40, 30
 
@@ -129,7 +132,6 @@ def drop(part, key):
 
 BAD = {
     "annotation id twice": (set_in("annotations", id=0), "annotation 0: .*every 'id' once"),
-    "annotation id text": (set_in("annotations", id="x"), "annotation 'x': .*integer 'id'"),
     "image id twice": (set_in("images", id=7), "image number 2: .*every 'id' once, got 7"),
     "image without id": (drop("images", "id"), "image number 2: .*integer 'id', got none"),
     "file name twice": (set_in("images", file_name="a.png"), "image number 2.*'a.png' again"),
@@ -137,7 +139,6 @@ BAD = {
     "no image file": (set_in("images", file_name="c.png"), "got 1 of 2 missing.*is c.png"),
     "negative size": (set_in("images", width=-4), "image 3: .*positive integers, got .-4, 30"),
     "size as text": (set_in("images", width="40"), "image 3: .*positive integers, got"),
-    "unknown image": (set_in("annotations", image_id=8), "annotation 5: .*'image_id'.*got 8"),
     "unknown class": (set_in("annotations", category_id=1), "annotation 5: .*'category_id'.*got 1"),
     "no class": (drop("annotations", "category_id"), "annotation 5: .*'category_id'.*got None"),
     "no box": (drop("annotations", "bbox"), "annotation 5: .*four finite numbers, got None"),
@@ -145,17 +146,15 @@ BAD = {
     "NaN": (set_box([1, 2, float("nan"), 4]), "annotation 5: .*four finite numbers"),
     "infinity": (set_box([1, 2, float("inf"), 4]), "annotation 5: .*four finite numbers"),
     "text": (set_box([1, 2, "3", 4]), "annotation 5: .*four finite numbers"),
-    "negative width": (set_box([9, 9, -3, 4]), "annotation 5: .*sizes of at least 0"),
-    "negative height": (set_box([9, 9, 3, -4]), "annotation 5: .*sizes of at least 0"),
-    "beyond the left": (set_box([-1.5, 2, 9, 9]), "annotation 5: bbox .*image of 40 x 30"),
-    "beyond the top": (set_box([2, -1.5, 9, 9]), "annotation 5: bbox .*image of 40 x 30"),
-    "beyond the right": (set_box([32, 2, 9.5, 9]), "1 outside; .*annotation 5"),
-    "beyond the bottom": (set_box([2, 22, 9, 9.5]), "1 outside; .*annotation 5"),
-    "wholly outside": (set_box([40, 2, 0.5, 9]), "1 outside; .*annotation 5"),
-    "far outside": (set_box([900, 900, 5, 9]), "1 outside; .*annotation 5"),
     "class name twice": (set_in("categories", name="dog"), "category number 2: .*'dog' again"),
     "class id twice": (set_in("categories", id=90), "category number 2: .*got 90 again"),
     "class without name": (drop("categories", "name"), "category number 2: expected 'name'"),
+    "keypoints of a class": (
+        set_in("categories", keypoints=17),
+        "category number 2: .*as a list of names, got 17",
+    ),
+    "size NaN": (set_in("images", width=float("nan")), "image 3: .*positive integers, got"),
+    "size infinite": (set_in("images", width=float("inf")), "image 3: .*positive integers, got"),
     "no images": (lambda c: c["images"].clear(), "at least one image, got none"),
     "no annotations": (lambda c: c["annotations"].clear(), "to train on, got 0"),
     "no images key": (lambda c: c.pop("images"), "expected 'images' as a list.*got none"),
@@ -175,11 +174,259 @@ def test_what_cannot_be_trained_on_is_refused(tmp_path, content, change, words):
     assert "set.json" in str(error.value)
 
 
-def test_boxes_outside_are_counted(tmp_path, content):
+LEFT_OUT, CLIPPED = None, "clipped"
+MENDED = {  # what is changed; what becomes of the second annotation; what is logged
+    "unknown image": (set_in("annotations", image_id=8), LEFT_OUT, "not in the file.*image_id 8"),
+    "negative width": (set_box([9, 9, -3, 4]), LEFT_OUT, "negative width or height"),
+    "negative height": (set_box([9, 9, 3, -4]), LEFT_OUT, "negative width or height"),
+    "beyond the left": (set_box([-1.5, 2, 9, 9]), [0, 2, 7.5, 9], "more than 1 pixel outside"),
+    "beyond the top": (set_box([2, -1.5, 9, 9]), [2, 0, 9, 7.5], "more than 1 pixel outside"),
+    "beyond the right": (set_box([32, 2, 9.5, 9]), [32, 2, 8, 9], "more than 1 pixel outside"),
+    "beyond the bottom": (set_box([2, 22, 9, 9.5]), [2, 22, 9, 8], "more than 1 pixel outside"),
+    "wholly outside": (set_box([40, 2, 0.5, 9]), LEFT_OUT, "outside their image left out"),
+    "far outside": (set_box([900, 900, 5, 9]), LEFT_OUT, "outside their image left out"),
+    "box of four": (
+        set_in("annotations", segmentation=[[1, 2, 3, 4]]), LEFT_OUT, "fewer than three points",
+    ),
+    "half a point": (
+        set_in("annotations", segmentation=[[1, 2, 3, 4, 5, 6, 7]]), LEFT_OUT, "three points",
+    ),
+    "area as text": (set_in("annotations", area="big"), "box's area", "box's; .*: 'big'"),
+    "area NaN": (set_in("annotations", area=float("nan")), "box's area", "areas .*box's; .*: nan"),
+    "area negative": (set_in("annotations", area=-5), "box's area", "areas .*replaced"),
+    "area a list": (set_in("annotations", area=[5]), "box's area", "areas .*replaced"),
+    "area huge": (set_in("annotations", area=10**400), "box's area", "areas .*replaced"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("change", "becomes", "words"), MENDED.values(), ids=MENDED)
+def test_what_detectron2_trains_on_is_mended_and_counted(
+    tmp_path, content, change, becomes, words, caplog
+):
+    change(content)
+    spec = made(tmp_path, content)
+    with caplog.at_level(logging.WARNING):
+        data = load_dataset(spec)
+    first, *second = data.coco["annotations"]
+    assert first["bbox"] == [1, 2, 10, 5]
+    if becomes is LEFT_OUT:
+        assert second == []
+    elif becomes == "box's area":
+        assert second[0]["area"] == WIDTH * HEIGHT
+    else:
+        assert second[0]["bbox"] == becomes
+    (record,) = caplog.records
+    assert re.search(f"set.json: 1 .*{words}", record.getMessage())
+    assert "annotation 5" in record.getMessage()
+    with pytest.raises(ValueError, match=f"expected nothing to mend, got 1 .*{words}"):
+        load_dataset(spec, strict=True)
+
+
+def test_what_is_mended_is_counted(tmp_path, content):
     for annotation in content["annotations"]:
         annotation["bbox"] = [30, 2, 40, 12]  # corners in place of sizes
-    with pytest.raises(ValueError, match="got 2 outside; the first is .*annotation 0: bbox"):
+    with pytest.raises(ValueError, match="got 2 boxes .* clipped; the first is .*annotation 0: bb"):
+        load_dataset(made(tmp_path, content), strict=True)
+
+
+def as_text(value):
+    return f"number {value}"
+
+
+@pytest.mark.parametrize("kind", [str, float, as_text, lambda value: value + 0.5])
+def test_ids_may_be_text_or_fractions(tmp_path, content, kind, caplog):
+    expected = load_dataset(made(tmp_path, content)).coco
+    for part, keys in {
+        "images": ["id"], "categories": ["id"], "annotations": ["id", "image_id", "category_id"],
+    }.items():  # fmt: skip
+        for entry in content[part]:
+            entry |= {key: kind(entry[key]) for key in keys}
+    with caplog.at_level(logging.WARNING):
+        data = load_dataset(made(tmp_path, content))
+    file_of = {image["id"]: image["file_name"] for image in data.coco["images"]}
+    name_of = dict(zip(data.category_ids, data.class_names, strict=True))
+    assert [file_of[a["image_id"]] for a in data.coco["annotations"]] == ["a.png", "a.png"]
+    assert [name_of[a["category_id"]] for a in data.coco["annotations"]] == ["dog", "cat"]
+    ids = [*file_of, *name_of, *(a["id"] for a in data.coco["annotations"])]
+    assert all(type(value) is int for value in ids)
+    if kind is float:
+        assert data.coco == expected and not caplog.records
+    else:
+        assert "2 images whose id is no integer numbered anew" in caplog.text
+
+
+def test_ids_of_annotations_are_found_whether_text_or_number(tmp_path, content):
+    for annotation in content["annotations"]:
+        annotation["image_id"] = str(annotation["image_id"])
+    assert len(load_dataset(made(tmp_path, content)).coco["annotations"]) == 2
+
+
+UNSET = [0, 0.0, False, "0", "0.0", "false", "FALSE", "No", " no ", "Unspecified", "", None]
+SET = [1, 1.0, True, "1", "1.0", "true", "True", "YES"]
+
+
+@pytest.mark.parametrize("value", [*UNSET, *SET], ids=repr)
+@pytest.mark.parametrize("key", ["iscrowd", "ignore"])
+def test_flags_are_read_as_label_tools_write_them(tmp_path, content, key, value, caplog):
+    content["annotations"][0][key] = value
+    with caplog.at_level(logging.WARNING):
+        data = load_dataset(made(tmp_path, content))
+    is_set = any(value is known for known in SET)
+    assert [a["iscrowd"] for a in data.coco["annotations"]] == [int(is_set), 0]
+    assert ("1 of 2 objects are crowd or difficult: left out of training" in caplog.text) == is_set
+
+
+@pytest.mark.parametrize("value", ["maybe", 2, -1, 0.5, [], [0], {}, "2", float("nan")], ids=repr)
+@pytest.mark.parametrize("key", ["iscrowd", "ignore"])
+def test_what_is_no_flag_is_refused(tmp_path, content, key, value):
+    content["annotations"][1][key] = value
+    with pytest.raises(ValueError, match=f"set.json: annotation 5: expected '{key}' as 0 or 1, "):
         load_dataset(made(tmp_path, content))
+
+
+def code(counts, size=(HEIGHT, WIDTH)):
+    return {"size": list(size), "counts": counts}
+
+
+PIXELS = WIDTH * HEIGHT
+COMPRESSED = coco_mask.encode(np.asfortranarray(np.eye(HEIGHT, WIDTH, dtype=np.uint8)))["counts"]
+SEGMENTATIONS = {
+    "NaN": ([[1, 2, 3, 4, 5, float("nan")]], "within 400 pixels"),
+    "infinity": ([[1, 2, 3, 4, 5, float("inf")]], "within 400 pixels"),
+    "1e9": ([[1, 2, 3, 4, 5, 1e9]], "within 400 pixels"),
+    "second polygon": ([[1, 2, 3, 4, 5, 6], [1, 2, 3, 4, 5, -1e9]], "within 400 pixels"),
+    "text in a polygon": ([[1, 2, 3, 4, 5, "6"]], "lists of numbers"),
+    "null in a polygon": ([[1, 2, 3, 4, 5, None]], "lists of numbers"),
+    "points": ([[[1, 2], [3, 4], [5, 6], [7, 8], [7, 9], [7, 5]]], "lists of numbers"),
+    "flat": ([1, 2, 3, 4, 5, 6], "lists of numbers"),
+    "text": ("1 2 3", "polygons or a run-length code, got str"),
+    "number": (3, "polygons or a run-length code, got int"),
+    "counts too short": (code([PIXELS - 1]), "30 x 40 = 1200 pixels, got those of 1199"),
+    "counts too long": (code([PIXELS, 1]), "1200 pixels, got those of 1201"),
+    "no counts": (code([]), "1200 pixels, got those of 0"),
+    "negative counts": (code([PIXELS + 5, -5]), "'counts' as a run-length code"),
+    "fractions": (code([PIXELS - 0.5, 0.5]), "'counts' as a run-length code"),
+    "counts of text": (code(["1", "2"]), "'counts' as a run-length code"),
+    "counts missing": ({"size": [HEIGHT, WIDTH]}, "'counts' as a run-length code, got None"),
+    "size missing": ({"counts": [PIXELS]}, "size .30, 40., got None"),
+    "size swapped": (code([PIXELS], (WIDTH, HEIGHT)), "size .30, 40., got .40, 30."),
+    "size as text": (code([PIXELS], ("30", "40")), "size .30, 40., got"),
+    "compressed, cut off": (code(COMPRESSED.decode()[:-2]), "'counts' "),
+    "compressed, garbage": (code("~~~"), "'counts' as a run-length code"),
+    "compressed, not ASCII": (code("\u00e9"), "'counts' as a run-length code"),
+    "compressed, negative": (code("O"), "'counts' as a run-length code"),
+    "compressed, open at its end": (code("P"), "'counts' as a run-length code"),
+    "compressed, huge": (code("o" * 30 + "0"), "'counts' as a run-length code"),
+    "compressed, empty": (code(""), "'counts' as a run-length code"),
+}
+
+
+@pytest.mark.parametrize(("segmentation", "words"), SEGMENTATIONS.values(), ids=SEGMENTATIONS)
+@pytest.mark.parametrize("crowd", [0, 1])
+def test_segmentations_that_pycocotools_crashes_on_are_refused(
+    tmp_path, content, segmentation, words, crowd
+):
+    content["annotations"][1].update(segmentation=segmentation, iscrowd=crowd)
+    with pytest.raises(ValueError, match=f"set.json: annotation 5: segmentation: .*{words}"):
+        load_dataset(made(tmp_path, content))
+
+
+def test_the_reach_of_a_polygon_has_an_end_whatever_the_image(tmp_path, content):
+    content["images"][0]["width"] = 10**10
+    content["annotations"][1]["segmentation"] = [[1, 2, 3, 4, 5, 1e9]]
+    with pytest.raises(ValueError, match="segmentation: expected polygons within 1000000 pixels"):
+        load_dataset(made(tmp_path, content))
+
+
+def test_segmentations_of_pycocotools_are_kept(tmp_path, content):
+    rng = np.random.default_rng(0)
+    for share in (0.0, 0.01, 0.5, 1.0):
+        mask = np.asfortranarray(rng.random((HEIGHT, WIDTH)) < share, dtype=np.uint8)
+        compressed = coco_mask.encode(mask)["counts"].decode()
+        flat = mask.reshape(-1, order="F")
+        ends = [*np.flatnonzero(np.diff(flat)) + 1, PIXELS]
+        runs = np.diff([0, *([0] if flat[0] else []), *ends]).tolist()
+        polygons = [[0, 0, WIDTH + 9, 0, 5.5, HEIGHT + 9]]
+        for kept in (code(compressed), code(runs), polygons, [], None, [[]]):
+            content["annotations"][1]["segmentation"] = kept
+            annotation = load_dataset(made(tmp_path, content)).coco["annotations"][1]
+            assert annotation["segmentation"] == ([] if kept == [[]] else kept)
+
+
+def test_a_short_polygon_beside_another_is_left_out(tmp_path, content, caplog):
+    triangle = [1, 2, 11, 2, 11, 7]
+    content["annotations"][1]["segmentation"] = [[1, 2, 3, 4], triangle]
+    data = load_dataset(made(tmp_path, content))
+    assert data.coco["annotations"][1]["segmentation"] == [triangle]
+    assert "1 polygons of fewer than three points left out" in caplog.text
+
+
+def test_keypoints_are_all_or_none(tmp_path, content):
+    content["categories"][0]["keypoints"] = ["left", "right"]
+    content["annotations"][0]["keypoints"] = [1, 2, 2, 0, 0, 0]
+    first, second = load_dataset(made(tmp_path, content)).coco["annotations"]
+    assert (first["keypoints"], first["num_keypoints"]) == ([1, 2, 2, 0, 0, 0], 1)
+    assert (second["keypoints"], second["num_keypoints"]) == ([0] * 6, 0)
+
+
+@pytest.mark.parametrize("value", [[1, 2], [1, 2, 2], [1, 2, float("nan")] * 2, ["1"] * 6, "x", 5])
+def test_bad_keypoints_are_refused(tmp_path, content, value):
+    content["categories"][0]["keypoints"] = ["left", "right"]
+    content["annotations"][0]["keypoints"] = value
+    with pytest.raises(ValueError, match="annotation 0: expected 'keypoints' as 6 numbers x, y, v"):
+        load_dataset(made(tmp_path, content))
+
+
+def test_folders_may_be_those_of_windows(tmp_path, content):
+    spec = made(tmp_path, content)
+    (tmp_path / "images" / "sub").mkdir()
+    (tmp_path / "images" / "a.png").rename(tmp_path / "images" / "sub" / "a.png")
+    content["images"][0]["file_name"] = "sub\\a.png"
+    (tmp_path / "set.json").write_text(json.dumps(content))
+    assert [image["file_name"] for image in load_dataset(spec).coco["images"]][0] == "sub/a.png"
+
+
+def roboflow(content: dict, name: str = "pets-x7") -> dict:
+    for category in content["categories"]:
+        category["supercategory"] = name
+    root = {"id": 0, "name": name, "supercategory": "none"}
+    return content | {"categories": [root, *content["categories"]]}
+
+
+@pytest.mark.parametrize("name", ["pets-x7", "dog"])
+def test_the_root_category_of_roboflow_is_no_class(tmp_path, content, name, caplog):
+    spec = made(tmp_path, roboflow(content, name))
+    assert load_dataset(spec).class_names == ("cat", "dog")
+    assert load_dataset(spec, ("cat", "dog")).class_names == ("cat", "dog")
+    assert f"category 0, '{name}', is no class" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda c: c["annotations"][0].update(category_id=0),
+        lambda c: c["categories"][1].pop("supercategory"),
+        lambda c: c["categories"][0].update(id=1),
+    ],
+)
+def test_category_0_of_others_is_a_class(tmp_path, content, change):
+    content = roboflow(content)
+    change(content)
+    assert len(load_dataset(made(tmp_path, content)).class_names) == 3
+
+
+@pytest.mark.parametrize("below", [True, False])
+def test_images_of_lvis_are_named_by_their_url(tmp_path, content, below):
+    folder = tmp_path / "images"
+    for image in content["images"]:
+        image["coco_url"] = f"http://images.cocodataset.org/val2017/{image.pop('file_name')}"
+    spec = made(tmp_path, content)
+    if below:
+        (folder / "val2017").mkdir()
+        for name in ("a.png", "b.png"):
+            (folder / name).rename(folder / "val2017" / name)
+    names = [image["file_name"] for image in load_dataset(spec).coco["images"]]
+    assert names == (["val2017/a.png", "val2017/b.png"] if below else ["a.png", "b.png"])
 
 
 @pytest.mark.parametrize(
@@ -206,9 +453,11 @@ def test_missing_files_are_refused(tmp_path, content):
         load_dataset(spec)
 
 
-@pytest.mark.parametrize("spec", ["", "coco", "coco:a.json", "voc:root", "voc::train", "x:a:b"])
+@pytest.mark.parametrize("spec", ["", "coco", "coco:a.json", "voc:", "voc::train", "x:a:b"])
 def test_what_is_no_spec_is_refused(spec):
-    with pytest.raises(ValueError, match="expected coco:ANNOTATIONS.json:IMAGE_DIR or voc:ROOT"):
+    with pytest.raises(
+        ValueError, match="expected coco:ANNOTATIONS.json:IMAGE_DIR or voc:ROOT.:SPLIT"
+    ):
         load_dataset(spec)
 
 
@@ -341,8 +590,7 @@ VOC_BAD = {
     "no box": ("<object><name>x</name></object>", "a.xml: object 1: expected bndbox"),
     "text in the box": (voc_object(box=("l", 1, 2, 3)), "a.xml: object 1: .*got .'l', '1'"),
     "NaN": (voc_object() + voc_object(box=("nan", 1, 2, 3)), "a.xml: object 2: .*four finite"),
-    "corners swapped": (voc_object(box=(20, 1, 10, 3)), "a.xml: object 1: .*at least 0"),
-    "outside": (voc_object(box=(1, 1, 99, 9)), "train.txt: .*1 outside.*a.xml: object 1"),
+    "no flag": (voc_object(difficult="2"), "a.xml: object 1: expected 'difficult' as 0 or 1"),
     "no object": (SIZE, "train.txt: expected annotations to train on, got 0"),
 }
 
@@ -369,11 +617,160 @@ def test_missing_files_of_voc_are_refused(tmp_path):
         load_dataset(spec)
 
 
+@pytest.mark.parametrize(
+    ("box", "words"),
+    [((20, 1, 10, 3), "negative width or height left out"), ((1, 1, 99, 9), "image clipped")],
+)
+def test_boxes_of_voc_are_mended_as_those_of_coco(tmp_path, box, words, caplog):
+    spec = voc(tmp_path, {"a": voc_object() + voc_object(box=box)})
+    load_dataset(spec)
+    assert re.search(f"train.txt: 1 boxes .*{words}; the first: .*a.xml: object 2", caplog.text)
+    with pytest.raises(ValueError, match=f"train.txt: strictly read.*got 1 .*{words}; .*a.xml"):
+        load_dataset(spec, strict=True)
+
+
+@pytest.mark.parametrize("value", [*UNSET, *SET], ids=repr)
+def test_difficult_is_read_as_label_tools_write_it(tmp_path, value, caplog):
+    spec = voc(tmp_path, {"a": voc_object() + voc_object(difficult="" if value is None else value)})
+    is_set = any(value is known for known in SET)
+    assert [a["iscrowd"] for a in load_dataset(spec).coco["annotations"]] == [0, int(is_set)]
+    assert ("1 of 2 objects are crowd or difficult" in caplog.text) == is_set
+
+
+def flat(folder: Path, names: dict[str, str], encoding="utf-8", declared="") -> str:
+    """Write images and, beside each, its XML as label tools do: <filename> by the XML's stem."""
+    folder.mkdir(exist_ok=True)
+    for stem, image in names.items():
+        Image.new("RGB", (WIDTH, HEIGHT)).save(folder / image)
+        head = f"<?xml version='1.0' encoding='{declared}'?>" if declared else ""
+        inside = f"<filename>{image}</filename>" + voc_object("\u00fc")
+        text = f"{head}<annotation>{inside}</annotation>"
+        (folder / f"{stem}.xml").write_bytes(text.encode(encoding))
+    return f"voc:{folder}"
+
+
+def files_of(spec: str) -> list[str]:
+    return [image["file_name"] for image in load_dataset(spec).coco["images"]]
+
+
+def test_a_flat_folder_is_read_whole(tmp_path):
+    images = {name: name + suffix for name, suffix in zip(
+        "abcdefg", (".jpg", ".JPG", ".jpeg", ".bmp", ".webp", ".PNG", ".tif"), strict=True
+    )}  # fmt: skip
+    spec = flat(tmp_path / "12:30", images)
+    data = load_dataset(spec)
+    assert [image["file_name"] for image in data.coco["images"]] == list(images.values())
+    assert (data.class_names, len(data.coco["annotations"])) == (("\u00fc",), len(images))
+    assert data.image_dir == tmp_path / "12:30"
+    (tmp_path / "12:30" / "a.xml").rename(tmp_path / "12:30" / "a.XML")
+    assert files_of(spec) == list(images.values())
+
+
+def test_the_file_name_in_the_xml_counts_where_its_own_name_does_not(tmp_path):
+    other = {"frame1": "picture.JPG", "two": "two.png"}
+    spec = flat(tmp_path / "set", other)
+    assert files_of(spec) == list(other.values())
+    Image.new("RGB", (9, 9)).save(tmp_path / "set" / "two.bmp")  # with no XML of its own
+    assert files_of(spec) == list(other.values())
+    path = tmp_path / "set" / "frame1.xml"
+    for told in ("C:\\data\\picture.JPG", "/home/me/picture.JPG", "picture.jpg", "picture"):
+        path.write_text(f"<annotation><filename>{told}</filename></annotation>")
+        assert files_of(spec) == list(other.values())
+    path.write_text("<annotation><filename>lost.bmp</filename></annotation>")
+    with pytest.raises(ValueError, match="set, got 1 of 2 missing; the first is lost.bmp"):
+        load_dataset(spec)
+
+
+def test_vocs_layout_is_read_whole_without_a_split(tmp_path):
+    voc(tmp_path, {"b": voc_object(), "a": voc_object("alga")}, suffix=".JPG")
+    data = load_dataset(f"voc:{tmp_path}")
+    assert [image["file_name"] for image in data.coco["images"]] == ["a.JPG", "b.JPG"]
+    assert data.image_dir == tmp_path / "JPEGImages"
+    (tmp_path / "JPEGImages").rename(tmp_path / "images")
+    (tmp_path / "Annotations").rename(tmp_path / "annotations")
+    assert files_of(f"voc:{tmp_path}") == ["a.JPG", "b.JPG"]
+
+
+def test_folders_of_cvat_are_kept_apart(tmp_path):
+    for folder in ("Annotations/x", "Annotations/y", "JPEGImages/x", "JPEGImages/y"):
+        (tmp_path / folder).mkdir(parents=True)
+    spec = voc(tmp_path, {"x/a": voc_object(), "y/a": voc_object()}, split="default")
+    assert files_of(spec) == files_of(f"voc:{tmp_path}") == ["x/a.jpg", "y/a.jpg"]
+
+
+ENCODINGS = {
+    "utf-8": ("utf-8", "utf-8"),
+    "none": ("utf-8", ""),
+    "mark": ("utf-8-sig", "utf-8"),
+    "mark of UTF-16": ("utf-16", "utf-16"),
+    "gb2312": ("gb2312", "gb2312"),
+    "GBK": ("gbk", "GBK"),
+    "ANSI": ("cp1252", "ANSI"),
+    "latin": ("iso-8859-1", "ISO-8859-1"),
+    "windows": ("cp1252", "Windows-1252"),
+    "Shift JIS": ("shift_jis", "Shift_JIS"),
+}
+
+
+@pytest.mark.parametrize(("encoding", "declared"), ENCODINGS.values(), ids=ENCODINGS)
+def test_xml_is_read_in_its_encoding(tmp_path, encoding, declared):
+    name = {"gb2312": "\u732b", "gbk": "\u8c93", "shift_jis": "\u732b"}.get(encoding, "\u00fc")
+    head = f"<?xml version='1.0' encoding='{declared}'?>" if declared else ""
+    spec = voc(tmp_path, {"a": ""})
+    text = f"{head}<annotation>{voc_object(name)}</annotation>"
+    (tmp_path / "Annotations" / "a.xml").write_bytes(text.encode(encoding))
+    assert load_dataset(spec).class_names == (name,)
+
+
+@pytest.mark.parametrize("declared", ["utf-8", "klingon", "hex"])
+def test_xml_in_another_encoding_is_refused_by_name(tmp_path, declared):
+    spec = flat(tmp_path / "set", {"a": "a.png"}, "cp1252", declared)
+    with pytest.raises(ValueError, match="set/a.xml: expected VOC annotations in XML, got"):
+        load_dataset(spec)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_the_list_of_a_split_may_have_a_byte_order_mark(tmp_path, encoding):
+    spec = voc(tmp_path, {"a": voc_object()})
+    (tmp_path / "ImageSets" / "Main" / "train.txt").write_bytes("a\r\n".encode(encoding))
+    assert files_of(spec) == ["a.jpg"]
+
+
+def test_file_names_need_not_be_utf_8(tmp_path):
+    spec = voc(tmp_path, {"a": voc_object()})
+    for folder, suffix in (("Annotations", ".xml"), ("JPEGImages", ".jpg")):
+        source = tmp_path / folder / f"a{suffix}"
+        source.rename(source.with_name(os.fsdecode(b"\xe8") + suffix))
+    (tmp_path / "ImageSets" / "Main" / "train.txt").write_bytes(b"\xe8\n")
+    name = os.fsdecode(b"\xe8.jpg")
+    assert files_of(spec) == files_of(f"voc:{tmp_path}") == [name]
+    data = load_dataset(spec)
+    assert len(data.fingerprint) == 64
+    assert json.loads(json.dumps(data.coco)) == data.coco
+    write_voc(data.coco, tmp_path / "written", "all")
+    assert (tmp_path / "written" / "Annotations" / "1.xml").exists()
+
+
+def test_a_folder_without_xml_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"expected VOC annotations, \*.xml, got none"):
+        load_dataset(f"voc:{tmp_path}")
+
+
+def test_images_of_written_voc_are_named_by_number(tmp_path):
+    images = {"a": "the same.png", "b": "the same.jpg"}
+    coco = load_dataset(flat(tmp_path / "set", images)).coco
+    write_voc(coco, tmp_path / "written", "all")
+    assert (tmp_path / "written/ImageSets/Main/all.txt").read_text() == "1\n2\n"
+    written = sorted(path.name for path in (tmp_path / "written/Annotations").iterdir())
+    assert written == ["1.xml", "2.xml"]
+
+
 def test_the_arguments_are_those_of_the_train_scripts():
     parser = argparse.ArgumentParser()
     add_dataset_arguments(parser)
     args = parser.parse_args(["--train", "voc:a:train", "--test", "voc:a:test"])
     assert (args.train, args.test) == ("voc:a:train", "voc:a:test")
+    assert not args.strict_data
     with pytest.raises(SystemExit):
         parser.parse_args(["--train", "voc:a:train"])
     parser = argparse.ArgumentParser()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -20,8 +21,14 @@ from detectron2.data.datasets import register_coco_instances  # noqa: E402
 from detectron2.structures import BoxMode  # noqa: E402
 from omegaconf import OmegaConf  # noqa: E402
 from pskd_detectron2 import PSKDHook, Trainer, register_spec  # noqa: E402
-from pskd_detectron2.data import check_records  # noqa: E402
-from pskd_detectron2.lazy import carry_rows, evaluate, pskd_hook  # noqa: E402
+from pskd_detectron2.data import (  # noqa: E402
+    _DATASETS,
+    check_records,
+    count_annotations,
+    detection_dataset,
+    training_records,
+)
+from pskd_detectron2.lazy import carry_rows, evaluate, pskd_hook, use_specs  # noqa: E402
 from pskd_detectron2.state import PSKDState  # noqa: E402
 
 
@@ -131,24 +138,170 @@ def only_squares(content: dict) -> None:
     content["annotations"] = [a for a in content["annotations"] if a["category_id"] == 1]
 
 
-def test_a_registered_test_set_with_a_box_outside(spec, tmp_path):
-    outside = lambda c: c["annotations"][0].update(bbox=[60, 60, 40, 40])  # noqa: E731
-    name = registered("outside", spec, tmp_path, outside)
-    message = "expected every box .* inside its image"
+NAN = [[1, 2, 3, 4, 5, float("nan")]]
+
+
+def test_a_registered_test_set_that_pycocotools_would_crash_on(spec, tmp_path):
+    name = registered(
+        "crash", spec, tmp_path, lambda c: c["annotations"][0].update(segmentation=NAN)
+    )
+    message = "changed.json: annotation 100: segmentation: expected polygons within 800 pixels"
     refused("fpn", tmp_path / "run", message, f"DATASETS.TEST ('{name}',)", train=spec)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"area": None}, {"area": "9"}, {"area": float("nan")}, {"iscrowd": "0"}, {"iscrowd": None}],
+    ids=repr,
+)
+def test_a_registered_test_set_that_cocoevaluator_fails_on(change, spec, tmp_path):
+    name = registered("unread", spec, tmp_path, lambda c: c["annotations"][3].update(change))
+    message = "annotation 103: for COCOEvaluator expected .*; --test coco:.*changed.json:.* fills"
+    refused("fpn", tmp_path / "run", message, f"DATASETS.TEST ('{name}',)", train=spec)
+
+
+CODE = {"size": [80, 64], "counts": [80 * 64]}
 
 
 @pytest.mark.parametrize(
     "kind, change, message",
     [
-        ("fpn", {"bbox": [200, 200, 5, 5]}, r"0.png: expected boxes in an image of 64 x 80, got"),
         ("mask", {"segmentation": []}, "0.png: expected a segmentation of every annotation"),
+        ("mask", {"segmentation": NAN}, "0.png: expected polygons within 800 pixels of the corner"),
+        ("mask", {"segmentation": CODE}, "MASK_FORMAT: expected bitmask for run-length codes, got"),
+        ("fpn", {"iscrowd": "maybe"}, "0.png: expected 'iscrowd' as 0 or 1, .* got 'maybe'"),
     ],
 )
 def test_a_registered_training_set_that_would_fail_later(kind, change, message, spec, tmp_path):
     name = registered("later", spec, tmp_path, lambda c: c["annotations"][0].update(change))
     opts = f"DATASETS.TRAIN ('{name}',) MODEL.ROI_HEADS.NUM_CLASSES 2"
     refused(kind, tmp_path / "run", message, opts, train=None)
+
+
+def test_a_run_length_code_of_another_image(spec, tmp_path):
+    code = {"size": [80, 64], "counts": [80 * 64 - 1, 2]}
+    name = registered(
+        "other", spec, tmp_path, lambda c: c["annotations"][0].update(segmentation=code)
+    )
+    opts = f"DATASETS.TRAIN ('{name}',) MODEL.ROI_HEADS.NUM_CLASSES 2 INPUT.MASK_FORMAT bitmask"
+    message = "0.png: expected 'counts' of 80 x 64 = 5120 pixels, got those of 5121"
+    refused("mask", tmp_path / "run", message, opts, train=None)
+
+
+def test_a_box_outside_its_image_is_left_out_and_counted(caplog):
+    record = {"file_name": "a.png", "width": 64, "height": 80}
+    box = {"category_id": 0, "bbox": [200.0, 200.0, 5.0, 5.0], "bbox_mode": BoxMode.XYWH_ABS}
+    check_records([record | {"annotations": [box, box]}], 1)
+    assert "2 boxes outside their image left out; the first: a.png: [200.0, " in caplog.text
+
+
+@pytest.mark.parametrize("value", ["0", "False", 0, False, "Unspecified"], ids=repr)
+def test_flags_of_registered_sets_are_read_and_not_only_looked_at(value, spec, tmp_path):
+    unset = lambda c: [a.update(iscrowd=value) for a in c["annotations"]]  # noqa: E731
+    name = registered("flags", spec, tmp_path, unset)
+    records = training_records(name)
+    assert len(records) == 7 and count_annotations(records) == 14
+    assert {a["iscrowd"] for record in records for a in record["annotations"]} == {0}
+
+
+def test_a_registered_set_of_crowds_only(spec, tmp_path):
+    crowds = lambda c: [a.update(iscrowd="yes") for a in c["annotations"]]  # noqa: E731
+    name = registered("crowds", spec, tmp_path, crowds)
+    with pytest.raises(ValueError, match="crowds: expected annotations to train on, got crowds"):
+        training_records(name)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda r: r[0].pop("width"), "'by_function': expected metadata .*KeyError.'width'."),
+        (lambda r: r[0]["annotations"][0].update(iscrowd="no"), "'by_function': .*got ValueError"),
+        (
+            lambda r: r[0]["annotations"][0].update(segmentation=[[0, 0, 1e9, 1e9, 1, 0]]),
+            "dataset 'by_function': annotation 1: segmentation: expected polygons within 800",
+        ),
+        (lambda r: r[0].update(file_name="no.png"), "dataset 'by_function': expected every image"),
+    ],
+)
+def test_a_set_that_is_known_by_its_function_is_named_by_its_name(change, message, spec, tmp_path):
+    register_spec(spec, tmp_path)
+    records = DatasetCatalog.get(spec)
+    by_function("by_function", records)
+    assert detection_dataset("by_function").spec == "by_function"
+    by_function("by_function", records)
+    change(records)
+    with pytest.raises(ValueError, match=message):
+        detection_dataset("by_function")
+
+
+def by_function(name: str, records: list[dict]) -> None:
+    for catalog in (DatasetCatalog, MetadataCatalog):
+        if name in catalog.list():
+            catalog.remove(name)
+    _DATASETS.pop(name, None)
+    DatasetCatalog.register(name, lambda: records)
+    MetadataCatalog.get(name).thing_classes = list(tiny.CLASSES)
+
+
+def test_a_set_without_annotations_that_is_known_by_its_function(spec, tmp_path):
+    register_spec(spec, tmp_path)
+    by_function("empty", [record | {"annotations": []} for record in DatasetCatalog.get(spec)])
+    assert detection_dataset("empty").coco["annotations"] == []
+
+
+def with_keypoints(content: dict) -> None:
+    for category in content["categories"]:
+        category["keypoints"] = ["left", "right"]
+    for a in content["annotations"][1:]:  # and the first has none
+        x, y, w, h = a["bbox"]
+        a["keypoints"] = [x + 1, y + h // 2, 2, x + w - 1, y + h // 2, 2]
+
+
+KEYPOINTS = (
+    "MODEL.KEYPOINT_ON True MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS 2 "
+    "MODEL.ROI_KEYPOINT_HEAD.CONV_DIMS (8,)"
+)
+
+
+def test_keypoints_of_a_file_are_trained_and_evaluated(spec, tmp_path):
+    other = changed(spec, tmp_path, with_keypoints)
+    opts = (KEYPOINTS, "TEST.KEYPOINT_OKS_SIGMAS [0.1,0.1] SOLVER.MAX_ITER 2 INPUT.RANDOM_FLIP none"
+            " MODEL.ROI_HEADS.SCORE_THRESH_TEST 0.0 SOLVER.BASE_LR 1e-4")  # fmt: skip
+    out = tiny.run("fpn", tmp_path / "run", *opts, train=other, test=other)
+    assert "AP" in json.loads((out / "results.json").read_text())["keypoints"]
+    metadata = MetadataCatalog.get(other)
+    assert metadata.keypoint_names == ["left", "right"]
+    assert metadata.keypoint_flip_map == [("left", "right")]
+
+
+@pytest.mark.parametrize(
+    "opts, change, message",
+    [
+        (
+            "",
+            lambda c: None,
+            "MODEL.KEYPOINT_ON: expected the names of the keypoints of coco:.*got",
+        ),
+        (
+            "",
+            with_keypoints,
+            "TEST.KEYPOINT_OKS_SIGMAS: expected 2 numbers, one of each keypoint, ",
+        ),
+        (
+            "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS 17",
+            with_keypoints,
+            "ROI_KEYPOINT_HEAD.NUM_KEYPOINTS: expected 2, the keypoints of coco:.*, got 17",
+        ),
+        (
+            "TEST.KEYPOINT_OKS_SIGMAS [0.1,0.1] TEST.AUG.ENABLED True",
+            with_keypoints,
+            "TEST.AUG.ENABLED: TTA for keypoint is not supported yet",
+        ),
+    ],
+)
+def test_keypoints_that_would_fail_later(opts, change, message, spec, tmp_path):
+    other = changed(spec, tmp_path, change)
+    refused("fpn", tmp_path / "run", message, KEYPOINTS, opts, train=other, test=other)
 
 
 def test_a_class_that_the_head_does_not_have():
@@ -214,6 +367,14 @@ def test_the_hook_wants_an_epoch_and_for_the_memory_annotations(spec, tmp_path):
         PSKDHook(model, epoch_iters=0)
     with pytest.raises(ValueError, match="num_annotations: expected 1 or more, got 0"):
         PSKDHook(model, epoch_iters=3, teacher="memory")
+
+
+def test_the_hook_wants_a_model_that_can_be_copied(spec, tmp_path):
+    model = Trainer.build_model(tiny.config("fpn", tmp_path, train=spec))
+    model.backbone.lock = threading.Lock()
+    with pytest.raises(ValueError, match="got FPN 'backbone' with the attribute 'lock': .*lock"):
+        PSKDHook(model, epoch_iters=3)
+    PSKDHook(model, epoch_iters=3, teacher="memory", num_annotations=5)
 
 
 def test_a_loader_of_ones_own_is_trained_from(spec, tmp_path):
@@ -294,8 +455,15 @@ def changed(spec: str, folder, change) -> str:
 
 def test_an_annotation_outside_its_image(spec, tmp_path):
     other = changed(spec, tmp_path, lambda c: c["annotations"][0].update(bbox=[60, 60, 40, 40]))
-    message = r"expected every box .* inside its image.*annotation 100.*\[60, 60, 40, 40\]"
-    refused("fpn", tmp_path / "run", message, train=other)
+    words = ["--strict-data", *tiny.arguments("fpn", tmp_path / "run", train=other)]
+    message = r"strictly read, .*annotation 100: bbox \[60, 60, 40, 40\]"
+    with pytest.raises(ValueError, match=message):
+        tiny.train_net.main(tiny.train_net.parse(words))
+    assert count_annotations(training_records(registered_spec(other, tmp_path))) == 14
+
+
+def registered_spec(spec: str, folder) -> str:
+    return register_spec(spec, folder).spec
 
 
 def test_a_test_set_with_other_classes(spec, tmp_path):
@@ -334,6 +502,18 @@ def test_lazy_options(spec, tmp_path):
     cfg.dataloader.train.mapper._target_ = "somewhere.OtherMapper"
     with pytest.raises(ValueError, match="mapper: with the memory.*expected .*DatasetMapper, got"):
         carry_rows(cfg)
+
+
+def test_strict_data_of_a_lazy_config(spec, tmp_path):
+    other = changed(spec, tmp_path, lambda c: c["annotations"][0].update(bbox=[60, 60, 40, 40]))
+    cfg = LazyConfig.load(str(tiny.CONFIGS / "mask_rcnn_R_50_FPN_1x_pskd.py"))
+    cfg.train.output_dir = str(tmp_path / "run")
+    for part in ("--train", "--test"):
+        with pytest.raises(ValueError, match="strictly read, expected nothing to mend, got 1"):
+            words = ["--config-file", str(tiny.CONFIGS / "mask_rcnn_R_50_FPN_1x_pskd.py")]
+            words += [part, other, "--strict-data", f"train.output_dir={tmp_path / 'run'}"]
+            tiny.train_net.main(tiny.train_net.parse(words))
+    use_specs(cfg, other, other)
 
 
 def test_a_lazy_config_without_an_evaluator_is_not_evaluated():

@@ -22,6 +22,7 @@ from detectron2.data.datasets import register_pascal_voc  # noqa: E402
 from detectron2.structures import Boxes, BoxMode, Instances  # noqa: E402
 from pskd_detectron2 import register_spec  # noqa: E402
 from pskd_detectron2.evaluation import ConfidenceEvaluator, build_evaluators  # noqa: E402
+from pycocotools import mask as coco_mask  # noqa: E402
 
 LONGER = "SOLVER.MAX_ITER 80 MODEL.PSKD.EPOCH_ITERS 30"  # until something is detected
 
@@ -220,3 +221,56 @@ def test_a_voc_set_that_detectron2_registered(tmp_path):
     first = DatasetCatalog.get("made_voc")[0]
     confidence.process([first], [as_detected(first)])
     assert confidence.evaluate()["confidence"]["num_matched"] == 2
+
+
+def test_a_registered_voc_set_that_detectron2s_evaluator_fails_on(tmp_path):
+    root = make_voc(tmp_path, "voc", minimal=False)
+    path = root / "Annotations" / "img2.xml"
+    path.write_text(path.read_text().replace("<difficult>0", "<difficult>Unspecified"))
+    register_pascal_voc("unspecified_voc", f"{root}/", "all", 2007, ("square", "ring"))
+    with pytest.raises(ValueError, match="img2.xml: for PascalVOCDetection.*; --test voc:.* reads"):
+        ConfidenceEvaluator("unspecified_voc")
+    register_spec(f"voc:{root}:all", tmp_path)  # which does
+
+
+def test_a_registered_voc_set_whose_class_is_no_file_name(tmp_path):
+    root = make_voc(tmp_path, "voc", minimal=False)
+    path = root / "Annotations" / "img2.xml"
+    path.write_text(path.read_text().replace("ring", "ring/disc"))
+    register_pascal_voc("slash_voc", f"{root}/", "all", 2007, ("square", "ring", "ring/disc"))
+    with pytest.raises(ValueError, match="classes without a slash, got ring/disc; --test voc:"):
+        ConfidenceEvaluator("slash_voc")
+
+
+@pytest.mark.parametrize("ring", ["ring", "ring/disc"])
+def test_voc_ap_of_a_flat_folder_whose_names_have_spaces(ring, tmp_path):
+    root, flat = make_voc(tmp_path, "voc", minimal=True), tmp_path / "flat"
+    for path in root.glob("Annotations/*"):
+        path.write_text(path.read_text().replace("ring", ring))
+    flat.mkdir()
+    for path in (*root.glob("Annotations/*"), *root.glob("JPEGImages/*")):
+        path.rename(flat / path.name.replace("img", "my image "))
+    voc = f"voc:{flat}"
+    register_spec(voc, tmp_path)
+    _, evaluator = build_evaluators(voc, str(tmp_path / "made"))
+    evaluator.reset()
+    records = DatasetCatalog.get(voc)
+    evaluator.process(records, [as_detected(record) for record in records])
+    assert evaluator.evaluate()["voc"] == pytest.approx({"AP": 100, "AP50": 100, "AP75": 100})
+
+
+def test_run_length_codes_are_trained_on_as_bitmasks(spec, tmp_path):
+    _, path, images = spec.split(":")
+    content = json.loads(Path(path).read_text())
+    sizes = {image["id"]: [image["height"], image["width"]] for image in content["images"]}
+    for a in content["annotations"]:
+        (x, y, w, h), size = a["bbox"], sizes[a["image_id"]]
+        mask = np.zeros(size, dtype=np.uint8, order="F")
+        mask[y : y + h, x : x + w] = 1
+        counts = coco_mask.encode(mask)["counts"].decode()
+        a["segmentation"] = {"size": size, "counts": counts}
+    (tmp_path / "codes.json").write_text(json.dumps(content))
+    codes = f"coco:{tmp_path / 'codes.json'}:{images}"
+    opts = "INPUT.MASK_FORMAT bitmask SOLVER.MAX_ITER 2"
+    out = tiny.run("mask", tmp_path / "run", opts, train=codes, test=codes)
+    assert tiny.metrics(out)[0]["loss_mask"] > 0

@@ -27,7 +27,6 @@ from pskd_detectron2.lazy import load_recipe  # noqa: E402
 
 RETINANET = recipe_path("detectron2:COCO-Detection/retinanet_R_50_FPN_1x.yaml")
 RPN = recipe_path("detectron2:COCO-Detection/rpn_R_50_FPN_1x.yaml")
-KEYPOINTS = recipe_path("detectron2:COCO-Keypoints/keypoint_rcnn_R_50_FPN_1x.yaml")
 SEM_SEG = recipe_path("detectron2:COCO-PanopticSegmentation/panoptic_fpn_R_50_1x.yaml")
 STUFF = "MODEL.META_ARCHITECTURE SemanticSegmentor MODEL.SEM_SEG_HEAD.NUM_CLASSES 2 " \
     "MODEL.SEM_SEG_HEAD.CONVS_DIM 32"  # fmt: skip
@@ -139,7 +138,6 @@ def test_test_time_augmentation(kind, enabled, spec, tmp_path):
     "kind, opts, message",
     [
         (RETINANET, "", "TEST.AUG.ENABLED: TTA is only supported on GeneralizedRCNN"),
-        (KEYPOINTS, "", "TEST.AUG.ENABLED: TTA for keypoint is not supported yet"),
         (SEM_SEG, STUFF, "TEST.AUG.ENABLED: TTA is only supported on GeneralizedRCNN"),
     ],
 )

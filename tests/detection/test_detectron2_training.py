@@ -14,6 +14,7 @@ pytest.importorskip(
 )
 
 import detectron2_tiny as tiny  # noqa: E402
+from detectron2.data.datasets import register_coco_instances  # noqa: E402
 from detectron2.engine import DefaultTrainer  # noqa: E402
 from pskd_detectron2 import PSKDHook  # noqa: E402
 
@@ -96,6 +97,31 @@ def test_a_lazy_config_trains_and_resumes(teacher, spec, tmp_path):
     evaluated = json.loads((out / "evaluation.json").read_text())
     assert evaluated["ground_truth_rois"] == results["ground_truth_rois"]
     assert evaluated["bbox"] == results["bbox"]
+
+
+def test_a_lazy_config_trains_on_flags_that_are_text(spec, tmp_path):
+    _, path, images = spec.split(":")
+    content = json.loads(Path(path).read_text())
+    for annotation in content["annotations"]:
+        annotation["iscrowd"] = "0"
+    (tmp_path / "text.json").write_text(json.dumps(content))
+    register_coco_instances("flags_as_text", {}, str(tmp_path / "text.json"), images)
+    config = str(Path(__file__).with_name("lazy_tiny.py"))
+    words = [
+        "--config-file",
+        config,
+        "--test",
+        spec,
+        f"train.output_dir={tmp_path / 'run'}",
+        "train.max_iter=2",
+    ]
+    words += ["dataloader.train.dataset.names=flags_as_text", "model.roi_heads.num_classes=2"]
+    words += ["dataloader.train.total_batch_size=2", "train.eval_period=0"]
+    words += ["train.pskd.teacher=snapshot"]
+    tiny.train_net.main(tiny.train_net.parse(words))
+    log = (tmp_path / "run" / "log.txt").read_text()
+    assert "0 crowd or difficult objects are left out of training" in log
+    assert "7 images left" in log
 
 
 def test_a_trainer_of_your_own_takes_the_hook(spec, tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import logging
+import threading
 
 import pytest
 import torch
@@ -466,6 +467,13 @@ def test_without_alpha_there_is_never_a_teacher(student):
 def test_options_out_of_range_are_refused(student, options, message):
     with pytest.raises(ValueError, match=message):
         PSKDEpochs(student, **({"num_epochs": 3} | options))
+
+
+def test_a_model_that_cannot_be_copied_is_refused_when_its_epochs_are_made(student):
+    student.roi_heads.lock = threading.Lock()
+    with pytest.raises(ValueError, match="got PSKDRoIHeads 'roi_heads' with the attribute 'lock'"):
+        PSKDEpochs(student, num_epochs=2)
+    PSKDEpochs(student, num_epochs=2, alpha_final=0.0)  # keeps no teacher
 
 
 def test_epochs_need_a_model_with_pskd_and_come_in_order(plain):

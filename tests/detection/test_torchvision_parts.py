@@ -152,21 +152,11 @@ def test_masks_in_all_three_of_cocos_forms(tmp_path, form):
     assert np.array_equal(target["masks"][0].numpy(), box)
 
 
-@pytest.mark.parametrize(
-    "value, got",
-    [
-        (None, "got none"),
-        ([], "got none"),
-        ([[1, 2, 3, 4]], "got something else"),
-        ("polygon", "got something else"),
-        ({"size": [5, 5], "counts": [25]}, r"size \[96, 96\], got size \[5, 5\]"),
-        ({"size": [96, 96]}, "with 'counts'"),
-    ],
-)
-def test_segmentations_that_are_none_are_refused_before_training(tmp_path, value, got):
+@pytest.mark.parametrize("value", [None, [], [[]]])
+def test_missing_segmentations_are_refused_before_training(tmp_path, value):
     edit = lambda content: content["annotations"][3].update(segmentation=value)  # noqa: E731
     dataset = load_dataset(edited(tmp_path, edit))
-    with pytest.raises(ValueError, match=f"annotation 4 of image 2: .*{got}"):
+    with pytest.raises(ValueError, match="annotation 4 of image 2: .*got none"):
         DetectionImages(dataset, masks=True)
 
 

@@ -517,7 +517,7 @@ def test_bad_options_are_refused_before_anything_is_written(tool, capsys, flags,
 def test_what_is_no_spec_is_told_with_its_option(option, capsys):
     with pytest.raises(SystemExit, match="2"):
         program.main([option, "voc"])
-    form = "expected coco:ANNOTATIONS.json:IMAGE_DIR or voc:ROOT:SPLIT, got 'voc'"
+    form = "expected coco:ANNOTATIONS.json:IMAGE_DIR or voc:ROOT[:SPLIT], got 'voc'"
     assert f"argument {option}: {form}" in capsys.readouterr().err
 
 
@@ -549,6 +549,17 @@ def test_a_test_set_with_other_classes_is_refused(tool, capsys):
     path = tool.folder / "other_classes" / "set.json"
     path.write_text(path.read_text().replace('"green"', '"blue"'))
     expect_refusal(tool, capsys, "refused", ["--test", spec], "(red, green), got also blue")
+
+
+@pytest.mark.parametrize("option", ["--train", "--test"])
+def test_strict_data_refuses_what_would_be_mended(tool, capsys, option):
+    spec = write_images(tool.folder / f"outside{option}", 4)
+    path = tool.folder / f"outside{option}" / "set.json"
+    content = json.loads(path.read_text())
+    content["annotations"][1]["bbox"] = [60, 60, 90, 90]
+    path.write_text(json.dumps(content))
+    message = "set.json: strictly read, expected nothing to mend, got 1 boxes more than 1 pixel"
+    expect_refusal(tool, capsys, "refused", [option, spec, "--strict-data"], message)
 
 
 def test_a_mask_builder_on_boxes_alone_is_refused(tool, capsys):

@@ -147,6 +147,22 @@ def test_a_validation_is_plain_cross_entropy(tmp_path):
     assert mean == pytest.approx(expected.item())
 
 
+@FORMS
+def test_a_module_can_be_saved_whole_before_and_after_its_training(teacher, tmp_path):
+    module, made = Module(snapshot=teacher == "snapshot"), callback(teacher)
+    run, data = trainer(tmp_path, made), DataLoader(DATA, batch_size=M)
+    run.validate(module, data, verbose=False)
+    torch.save(module, tmp_path / "before.pt")
+    run.fit(module, loader(teacher))
+    torch.save(module, tmp_path / "after.pt")
+    for name in ("before", "after"):
+        saved = torch.load(tmp_path / f"{name}.pt", weights_only=False)
+        assert len(saved.validated) == 1
+        trainer(tmp_path, callback(teacher)).validate(saved, data, verbose=False)
+        assert (saved.validated[1] == saved.validated[0]) == (name == "before")
+    assert same_weights(saved.net, module.net)
+
+
 # ---- stop and resume -----------------------------------------------------------------------------
 
 

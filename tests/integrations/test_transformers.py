@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 
 import pytest
@@ -161,6 +162,17 @@ def test_images_train_too(teacher, tmp_path):
     assert made.state.log_history[-2]["pskd/alpha"] == pytest.approx(0.9)
 
 
+@FORMS
+def test_a_model_that_returns_tuples_trains_as_with_names(teacher, tmp_path):
+    model = bert()
+    model.config.return_dict = False
+    made = trainer(tmp_path, teacher, model=model)
+    made.train()
+    named = trainer(tmp_path, teacher)
+    named.train()
+    assert made.losses == named.losses
+
+
 @pytest.mark.parametrize("with_rows", [False, True])
 def test_evaluation_is_plain_cross_entropy(with_rows, tmp_path):
     made = trainer(tmp_path, "memory", eval_strategy="epoch")
@@ -249,6 +261,25 @@ def test_what_cannot_be_trained_by_is_refused_before_the_first_step(
 ):
     made = trainer(tmp_path, "memory", pskd_options=options, **args)
     with pytest.raises(ValueError, match=message):
+        made.train()
+    assert not made.losses
+
+
+def test_a_loss_of_the_users_own_is_refused_before_the_first_step(tmp_path):
+    made = trainer(tmp_path, "memory")
+    made.compute_loss_func = F.cross_entropy  # as the Trainer keeps its argument
+    with pytest.raises(
+        ValueError, match="compute_loss_func: expected none, .* got <function cross_"
+    ):
+        made.train()
+    assert not made.losses
+
+
+def test_a_model_that_cannot_be_copied_is_refused_before_the_first_step(tmp_path):
+    model = bert()
+    model.bert.lock = threading.Lock()
+    made = trainer(tmp_path, "snapshot", model=model)
+    with pytest.raises(ValueError, match="got BertModel 'bert' with the attribute 'lock': .*lock"):
         made.train()
     assert not made.losses
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 from fairseq import utils
@@ -119,7 +120,8 @@ class PSKDCriterion(LabelSmoothedCrossEntropyCriterion):
         is_token = target != self.padding_idx
         kept = self._token_rows(model, net_output, sample)
         recorded = kept if state.records else None
-        past = self._past(sample, target, is_token, kept, self._teacher_scores)
+        ask = partial(self._teacher_scores, model, sample)
+        past = self._past(sample, target, is_token, kept, ask)
         if past is None:
             if recorded is not None:
                 recorded.write(scores)
@@ -156,7 +158,8 @@ class PSKDCriterion(LabelSmoothedCrossEntropyCriterion):
         is_token = target != self.padding_idx
         kept = self._token_rows(model, net_output, sample)
         recorded = kept if state.records else None
-        past = self._past(sample, target, is_token, kept, self._teacher_features)
+        ask = partial(self._teacher_features, model.model, sample)
+        past = self._past(sample, target, is_token, kept, ask)
         teacher = None
         if past is not None:
             teacher = past.scores if past.top_k is None else past.top_k
@@ -206,14 +209,14 @@ class PSKDCriterion(LabelSmoothedCrossEntropyCriterion):
         target: Tensor,
         is_token: Tensor,
         kept: KeptRows | None,
-        ask_snapshot: Callable[[dict], Tensor | LinearTeacher],
+        ask_snapshot: Callable[[], Tensor | LinearTeacher],
     ) -> Past | None:
         """Return what the teacher says of a batch, and which tokens learn from it, if any do."""
         if not self.epoch_state.active:
             return None
         scores, top_k, taught = None, None, is_token
         if kept is None:
-            scores = ask_snapshot(sample)
+            scores = ask_snapshot()
         else:
             top_k, taught = kept.memory.read(kept.rows, kept.valid)
         past = Past(scores, top_k, taught, self.epoch_state.alpha)
@@ -243,16 +246,16 @@ class PSKDCriterion(LabelSmoothedCrossEntropyCriterion):
     # The teacher is in eval mode, so it draws no random number and the student's dropout is the
     # same with and without it.
     @torch.no_grad()
-    def _teacher_scores(self, sample) -> Tensor:
-        """Return the teacher's scores on the batch, (N, V)."""
-        teacher = self.epoch_state.teacher.model
+    def _teacher_scores(self, model, sample) -> Tensor:
+        """Return the scores on the batch, (N, V), of a model's teacher."""
+        teacher = self.epoch_state.teacher_of(model)
         scores, _ = self._scores_and_target(teacher, teacher(**sample["net_input"]), sample)
         return scores
 
     @torch.no_grad()
-    def _teacher_features(self, sample) -> LinearTeacher:
-        """Return the teacher's features on the batch, (N, H), with its output embedding."""
-        teacher = FeaturesOnly(self.epoch_state.teacher.model)
+    def _teacher_features(self, model, sample) -> LinearTeacher:
+        """Return the features on the batch, (N, H), of a model's teacher, with its embedding."""
+        teacher = FeaturesOnly(self.epoch_state.teacher_of(model))
         (hidden,) = self._rows(teacher(**sample["net_input"])[0])
         return LinearTeacher(hidden, teacher.projection.weight, teacher.projection.bias)
 

@@ -17,6 +17,7 @@ from functools import partial
 from fairseq.data.iterators import EpochBatchIterator
 from fairseq.models import BaseFairseqModel
 from fairseq.tasks import FairseqTask
+from torch import nn
 
 from pskd import SnapshotTeacher
 from pskd.schedule import AlphaSchedule, check_alpha
@@ -102,6 +103,7 @@ class EpochState:
         self._checkpoint_bytes = 0
         self._train_subset, self._options = train_subset, dict(options or {})
         self._restored: dict | None = None
+        self._parts: dict[int, str] = {}
 
     def attach(self, task: FairseqTask, plan: checkpoint.SavePlan) -> None:
         """Let the task's calls from fairseq's trainer reach this object."""
@@ -140,6 +142,7 @@ class EpochState:
         if self.memory is not None:
             self._begin_memory(self.memory, task, epoch, (restored or {}).get("memory"))
             return
+        self._parts = {id(part): name for name, part in model.named_modules()}
         if restored is not None and restored["epoch"] == epoch:
             # In the middle of an epoch the model is no longer the one that ended the last.
             self.teacher.load_state_dict(restored["teacher"], student=model)
@@ -149,6 +152,16 @@ class EpochState:
         if epoch > 1:
             self._refuse_the_middle(task, epoch)
             self.teacher.refresh(model)
+        else:
+            self.teacher.check(model)
+
+    def teacher_of(self, model: nn.Module) -> nn.Module:
+        """Return the teacher of the model that a batch is given to.
+
+        A multilingual task trains the parts of its model in turns; each has its own part of the
+        teacher. What wraps the model for several processes is no part of it.
+        """
+        return self.teacher.model.get_submodule(self._parts.get(id(model), ""))
 
     def _begin_memory(
         self, memory: TokenMemory, task: FairseqTask, epoch: int, restored: dict | None

@@ -1,4 +1,4 @@
-"""docs/bad_input.md is what the cases of the tests beside this file say."""
+"""A case of bad input that does not do what it says is found."""
 
 from __future__ import annotations
 
@@ -6,28 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from bad_input import MODULES, PAGE, Case, Part, all_parts, check, page
-
-
-def test_the_page_is_that_of_the_cases():
-    hint = "out of date: python tests/bad_input/bad_input.py"
-    assert PAGE.read_text(encoding="utf-8") == page(), hint
-
-
-def test_every_test_of_cases_is_on_the_page():
-    files = {path.stem for path in Path(__file__).parent.glob("test_*.py")}
-    assert files == {*MODULES, Path(__file__).stem}
-
-
-def test_there_are_cases_and_none_is_there_twice():
-    parts = all_parts()
-    assert sum(len(part.cases) for part in parts) >= 250
-    for part in parts:
-        tried = [case.tried for case in part.cases]
-        assert len(set(tried)) == len(tried) > 2, part.title
-
-
-# ---- a case that is not what it says fails -------------------------------------------------------
+from bad_input import Case, Part, check
 
 
 def refused() -> None:
