@@ -8,6 +8,8 @@ from collections.abc import Sequence
 
 import detectron2
 from detectron2.config import CfgNode, get_cfg
+from detectron2.modeling import META_ARCH_REGISTRY, ROI_HEADS_REGISTRY
+from detectron2.modeling.meta_arch import GeneralizedRCNN, RetinaNet
 
 from pskd.schedule import SCHEDULES, check_alpha
 
@@ -17,8 +19,10 @@ __all__ = [
     "check_label_smoothing",
     "check_options",
     "check_pskd_config",
+    "class_count",
     "load_config",
     "recipe_path",
+    "set_class_count",
     "warn_of_unused_keys",
 ]
 
@@ -151,12 +155,36 @@ def check_pskd_config(cfg: CfgNode) -> None:
     if not pskd.ENABLED:
         return
     name = cfg.MODEL.ROI_HEADS.NAME
-    if name not in HEADS.values():
-        wanted = HEADS.get(name, " or ".join(HEADS.values()))
+    if not has_pskd_heads(cfg):
+        wanted = HEADS.get(name, " or ".join(HEADS.values()) + ", or one derived from them")
         raise ValueError(f"MODEL.ROI_HEADS.NAME: with PS-KD expected {wanted}, got {name}")
     check_label_smoothing(pskd.LABEL_SMOOTHING, cfg.MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE)
     if cfg.SOLVER.MAX_ITER < 1:
         raise ValueError(f"SOLVER.MAX_ITER: expected 1 or more, got {cfg.SOLVER.MAX_ITER}")
+
+
+def class_count(cfg: CfgNode) -> int | None:
+    """Return the K of a detector; None for an architecture whose classes no key of these tells."""
+    architecture = META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE)
+    kind = architecture if isinstance(architecture, type) else object
+    if issubclass(kind, RetinaNet):
+        return cfg.MODEL.RETINANET.NUM_CLASSES
+    if issubclass(kind, GeneralizedRCNN) or has_pskd_heads(cfg):
+        return cfg.MODEL.ROI_HEADS.NUM_CLASSES
+    return None
+
+
+def set_class_count(cfg: CfgNode, num_classes: int) -> None:
+    """Let a detector of either architecture have K classes, in place."""
+    cfg.MODEL.ROI_HEADS.NUM_CLASSES = cfg.MODEL.RETINANET.NUM_CLASSES = num_classes
+
+
+def has_pskd_heads(cfg: CfgNode) -> bool:
+    """Return whether MODEL.ROI_HEADS.NAME is one of PS-KD's heads or derived from one."""
+    ours = tuple(ROI_HEADS_REGISTRY.get(name) for name in HEADS.values())
+    name = cfg.MODEL.ROI_HEADS.NAME
+    heads = ROI_HEADS_REGISTRY.get(name) if name in ROI_HEADS_REGISTRY else None
+    return isinstance(heads, type) and issubclass(heads, ours)
 
 
 def warn_of_unused_keys(cfg: CfgNode) -> None:
@@ -170,7 +198,7 @@ def warn_of_unused_keys(cfg: CfgNode) -> None:
         for key, value in cfg.MODEL.PSKD.items()
         if value != defaults.MODEL.PSKD[key]
     ]
-    if cfg.MODEL.ROI_HEADS.NAME in HEADS.values():
+    if has_pskd_heads(cfg):
         unused.insert(0, f"MODEL.ROI_HEADS.NAME {cfg.MODEL.ROI_HEADS.NAME}")
     if unused:
         logger.warning(

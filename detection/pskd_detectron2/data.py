@@ -7,6 +7,7 @@ the order in which Detectron2's loaders return images and annotations.
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import io
 import itertools
 import json
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 __all__ = [
+    "BOXES",
     "ImageMapper",
     "PSKDDatasetMapper",
     "check_classes",
@@ -54,14 +56,25 @@ __all__ = [
     "check_records",
     "check_registered",
     "check_test_sets",
+    "class_names_of",
     "count_annotations",
     "detection_dataset",
+    "evaluator_type",
     "number_annotations",
     "register_spec",
     "training_fingerprint",
     "training_records",
 ]
 
+#: The evaluator types of data sets whose boxes this project evaluates too.
+BOXES = (None, "coco", "coco_panoptic_seg", "pascal_voc")
+
+_PACKAGES: dict[str | None, str] = {  # which Detectron2 imports at the end of a training
+    "cityscapes_instance": "cityscapesscripts",
+    "cityscapes_sem_seg": "cityscapesscripts",
+    "coco_panoptic_seg": "panopticapi",
+    "lvis": "lvis",
+}
 logger = logging.getLogger("detectron2." + __name__)
 _ROW = "pskd_row"
 _DATASETS: dict[str, DetectionDataset] = {}  # those that were registered from a spec, by it
@@ -171,10 +184,14 @@ class PSKDDatasetMapper(ImageMapper):
 
     Augmentations and filters drop annotations on their way. The row travels in place of the class,
     which the stock code carries along whatever it does, and both are set apart at the end.
+    Annotations that were not numbered are mapped as by `DatasetMapper`.
     """
 
     def _transform_annotations(self, dataset_dict: dict, transforms, image_shape) -> None:
         annotations = dataset_dict["annotations"]
+        if not all(_ROW in annotation for annotation in annotations):
+            super()._transform_annotations(dataset_dict, transforms, image_shape)
+            return
         classes = {a[_ROW]: a["category_id"] for a in annotations}
         for annotation in annotations:
             annotation["category_id"] = annotation[_ROW]
@@ -311,33 +328,54 @@ def check_registered(names: Iterable[str]) -> None:
             )
 
 
-def check_classes(names: Iterable[str], num_classes: int) -> None:
+def class_names_of(names: Iterable[str]) -> list[str] | None:
+    """Return the classes of the first dataset, which is loaded if they are not known before."""
+    name = next(iter(names), None)
+    if name is None or name not in DatasetCatalog.list():
+        return None
+    if MetadataCatalog.get(name).get("thing_classes") is None:
+        DatasetCatalog.get(name)
+    return MetadataCatalog.get(name).get("thing_classes")
+
+
+def check_classes(names: Iterable[str], num_classes: int | None) -> None:
     """Raise ValueError for a dataset whose classes the model's head does not have.
 
-    The classes of many datasets are known only when these have been loaded.
+    The classes of many datasets are known only when these have been loaded. ``num_classes`` None is
+    a model that does not tell its classes.
     """
     for name in names:
         classes = MetadataCatalog.get(name).get("thing_classes")
-        if classes is not None and len(classes) != num_classes:
-            raise ValueError(
-                f"MODEL.ROI_HEADS.NUM_CLASSES: expected {len(classes)}, the classes of {name}, got "
-                f"{num_classes}"
-            )
+        if classes is not None:
+            _check_count(name, len(classes), num_classes)
 
 
-def check_test_sets(names: Iterable[str], num_classes: int) -> None:
-    """Read the test sets before training and not at its end.
+def check_test_sets(names: Iterable[str], num_classes: int | None) -> None:
+    """Look at the test sets before training and not at its end; those of boxes are read.
 
     Raises:
-        ValueError: for anything in them that could not be evaluated on, or other classes.
+        ValueError: for anything in them that could not be evaluated on, other classes, or a package
+            that Detectron2's evaluator needs and that is missing.
     """
     for name in names:
-        found = len(detection_dataset(name).class_names)
-        if found != num_classes:
-            raise ValueError(
-                f"MODEL.ROI_HEADS.NUM_CLASSES: expected {found}, the classes of {name}, got "
-                f"{num_classes}"
-            )
+        kind = evaluator_type(name)
+        package = _PACKAGES.get(kind)
+        if package and not importlib.util.find_spec(package):
+            raise ValueError(f"{name} ({kind}): expected the package {package}, got none")
+        if kind in BOXES and num_classes is not None:
+            _check_count(name, len(detection_dataset(name).class_names), num_classes)
+
+
+def evaluator_type(name: str) -> str | None:
+    """Return how Detectron2 evaluates on a dataset; None for one of a user's that does not tell."""
+    return MetadataCatalog.get(name).get("evaluator_type")
+
+
+def _check_count(name: str, found: int, num_classes: int | None) -> None:
+    if num_classes not in (found, None):
+        raise ValueError(
+            f"NUM_CLASSES of the model: expected {found}, the classes of {name}, got {num_classes}"
+        )
 
 
 def check_image_files(names: Iterable[str], workers: int) -> None:
@@ -390,7 +428,11 @@ def check_keypoints(
 
 
 def check_records(
-    records: Iterable[dict], num_classes: int, *, masks: bool = False, mask_format: str = "polygon"
+    records: Iterable[dict],
+    num_classes: int | None,
+    *,
+    masks: bool = False,
+    mask_format: str = "polygon",
 ) -> None:
     """Refuse training data that Detectron2 would stumble on later, or train on as something else.
 
@@ -399,7 +441,7 @@ def check_records(
 
     Args:
         records: images and annotations in Detectron2's format.
-        num_classes: K.
+        num_classes: K; None: the classes are not looked at.
         masks: whether the model learns masks.
         mask_format: INPUT.MASK_FORMAT.
 
@@ -432,8 +474,8 @@ def _mask_problem(record: dict, segmentation: Any, mask_format: str) -> str | No
     return segmentation_problem(segmentation, record["height"], record["width"])
 
 
-def _problem(record: dict, annotation: dict, num_classes: int) -> str | None:
-    if not 0 <= annotation["category_id"] < num_classes:
+def _problem(record: dict, annotation: dict, num_classes: int | None) -> str | None:
+    if num_classes is not None and not 0 <= annotation["category_id"] < num_classes:
         return f"expected classes in [0, {num_classes - 1}], got {annotation['category_id']}"
     if annotation.get("iscrowd", 0) not in (0, 1):
         return f"expected 'iscrowd' as 0 or 1, got {annotation['iscrowd']!r}"

@@ -5,12 +5,22 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from detectron2.data import MetadataCatalog
-from detectron2.evaluation import COCOEvaluator, DatasetEvaluator, PascalVOCDetectionEvaluator
+from detectron2.evaluation import (
+    CityscapesInstanceEvaluator,
+    CityscapesSemSegEvaluator,
+    COCOEvaluator,
+    COCOPanopticEvaluator,
+    DatasetEvaluator,
+    LVISEvaluator,
+    PascalVOCDetectionEvaluator,
+    SemSegEvaluator,
+)
 from detectron2.modeling import GeneralizedRCNN
 from detectron2.structures import Boxes, Instances
 from detectron2.utils import comm
@@ -18,10 +28,15 @@ from pskd_detection import DetectionConfidence, DetectionDataset, Detections, wr
 from pskd_detection.voc_format import voc_class
 
 from pskd.plots import reliability_diagram, risk_coverage_plot
-from pskd_detectron2.data import detection_dataset
-from pskd_detectron2.scoring import class_probs
+from pskd_detectron2.data import BOXES, detection_dataset, evaluator_type
+from pskd_detectron2.scoring import class_probs, has_class_logits
 
-__all__ = ["ConfidenceEvaluator", "build_evaluators", "ground_truth_rois"]
+__all__ = [
+    "ConfidenceEvaluator",
+    "build_evaluators",
+    "ground_truth_rois",
+    "scores_ground_truth",
+]
 
 
 class ConfidenceEvaluator(DatasetEvaluator):
@@ -89,24 +104,46 @@ class VOCEvaluator(PascalVOCDetectionEvaluator):
 
 
 def build_evaluators(
-    dataset_name: str, output_dir: str, *, kpt_oks_sigmas: Sequence[float] = (), **options
+    dataset_name: str, output_dir: str, kpt_oks_sigmas: Sequence[float] = ()
 ) -> list[DatasetEvaluator]:
-    """Return the evaluators of a registered dataset: COCO AP or VOC AP, and confidence.
+    """Return the evaluators of a registered dataset, by its evaluator type as Detectron2's own
+    train_net.py does; of one without a type COCO AP or VOC AP.
 
     Args:
         dataset_name: a registered one.
         output_dir: where they write their files.
         kpt_oks_sigmas: of the keypoints; if empty, COCO's.
-        options: of `pskd_detection.DetectionConfidence`.
     """
-    confidence = ConfidenceEvaluator(dataset_name, output_dir, **options)
+    coco = partial(
+        COCOEvaluator, dataset_name, output_dir=output_dir, kpt_oks_sigmas=kpt_oks_sigmas
+    )
+    match evaluator_type(dataset_name):
+        case "cityscapes_instance":
+            return [CityscapesInstanceEvaluator(dataset_name)]
+        case "cityscapes_sem_seg":
+            return [CityscapesSemSegEvaluator(dataset_name)]
+        case "lvis":
+            return [LVISEvaluator(dataset_name, output_dir=output_dir)]
+        case "sem_seg":
+            return [SemSegEvaluator(dataset_name, output_dir=output_dir)]
+        case "coco_panoptic_seg":
+            return [
+                SemSegEvaluator(dataset_name, output_dir=output_dir),
+                coco(),
+                COCOPanopticEvaluator(dataset_name, output_dir),
+            ]
     metadata = MetadataCatalog.get(dataset_name)
     is_voc = metadata.get("split") and metadata.get("dirname")
     evaluators: list[DatasetEvaluator] = [VOCEvaluator(dataset_name)] if is_voc else []
     if metadata.get("json_file") or not is_voc:  # which it makes of any dataset
-        coco = COCOEvaluator(dataset_name, output_dir=output_dir, kpt_oks_sigmas=kpt_oks_sigmas)
-        evaluators.insert(0, coco)
-    return [*evaluators, confidence]
+        evaluators.insert(0, coco())
+    return evaluators
+
+
+def scores_ground_truth(model: torch.nn.Module, dataset_name: str) -> bool:
+    """Return whether `ground_truth_rois` can be asked of a model and a registered dataset."""
+    heads = getattr(getattr(model, "module", model), "roi_heads", None)
+    return evaluator_type(dataset_name) in BOXES and has_class_logits(heads)
 
 
 def image_ids(dataset: DetectionDataset) -> dict[str, object]:

@@ -6,6 +6,7 @@ Shapes: R sampled ROIs, K foreground classes, and scores of K + 1 columns with b
 from __future__ import annotations
 
 import logging
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -42,9 +43,10 @@ class PSKDFastRCNNOutputLayers(FastRCNNOutputLayers):
     Source: Kim et al. 2021, section 3.1, on the classifier of detectron2's fast_rcnn.py.
     """
 
-    pskd: PSKDState
-    stage: int  # of a cascade; each has its own rows of the memory
-    _fed_loss_classes: Tensor
+    if TYPE_CHECKING:  # TorchScript reads a module's annotations, and knows its own types only
+        _fed_loss_classes: Tensor
+    pskd = PSKDState(enabled=False)  # as in heads other than PS-KD's
+    stage = 0  # of a cascade; each has its own rows of the memory
 
     @classmethod
     def adopt(

@@ -7,9 +7,11 @@ Such a config is one of Detectron2's with ``model.roi_heads._target_`` set to a 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 from detectron2.config import LazyConfig, instantiate
@@ -18,6 +20,7 @@ from detectron2.engine import default_setup, default_writers, hooks
 from detectron2.engine.defaults import create_ddp_model
 from detectron2.evaluation import DatasetEvaluators, inference_on_dataset, print_csv_format
 from detectron2.utils import comm
+from detectron2.utils.registry import locate
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -25,6 +28,7 @@ from pskd_detection import write_results
 
 from pskd_detectron2.config import recipe_path
 from pskd_detectron2.data import (
+    BOXES,
     ImageMapper,
     PSKDDatasetMapper,
     check_classes,
@@ -32,15 +36,25 @@ from pskd_detectron2.data import (
     check_records,
     check_registered,
     check_test_sets,
+    class_names_of,
     count_annotations,
+    evaluator_type,
     number_annotations,
     register_spec,
     training_fingerprint,
     training_records,
 )
-from pskd_detectron2.evaluation import ConfidenceEvaluator, ground_truth_rois
+from pskd_detectron2.evaluation import (
+    ConfidenceEvaluator,
+    ground_truth_rois,
+    scores_ground_truth,
+)
 from pskd_detectron2.hooks import PSKDHook
-from pskd_detectron2.resume import AsideCheckpointer, same_random_state_after
+from pskd_detectron2.resume import (
+    AsideCheckpointer,
+    EvaluationCheckpointer,
+    same_random_state_after,
+)
 from pskd_detectron2.state import PSKDState
 from pskd_detectron2.trainer import (
     ddp_options,
@@ -73,8 +87,8 @@ def run_lazy(args) -> None:
     except (HydraException, OmegaConfBaseException) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"expected overrides as path.key=value: {reason}") from error
-    use_specs(cfg, args.train, args.test, args.strict_data)
-    check_data(cfg)
+    use_specs(cfg, args.train, args.test, strict=args.strict_data, evaluation=args.eval_only)
+    check_data(cfg, training=not args.eval_only)
     default_setup(cfg, args)
     if args.check_images:
         parts = ["test"] if args.eval_only else ["train", "test"]
@@ -84,7 +98,7 @@ def run_lazy(args) -> None:
     if args.eval_only:
         if not cfg.train.init_checkpoint:
             raise ValueError("--eval-only: expected train.init_checkpoint, got none")
-        AsideCheckpointer(model).load(cfg.train.init_checkpoint)
+        EvaluationCheckpointer(model).load(cfg.train.init_checkpoint)
         results = evaluate(cfg, model)
     else:
         results = train(args, cfg, model)
@@ -95,28 +109,55 @@ def run_lazy(args) -> None:
         logger.info("results: %s", path)
 
 
-def use_specs(cfg: DictConfig, train: str | None, test: str | None, strict: bool = False) -> None:
+def use_specs(
+    cfg: DictConfig,
+    train: str | None,
+    test: str | None,
+    *,
+    strict: bool = False,
+    evaluation: bool = False,
+) -> None:
     """Let --train and --test be the config's data sets, in place, as they are in a YAML config."""
-    class_names = None
+    class_names: Sequence[str] | None = None
     if train:
         class_names = register_spec(train, cfg.train.output_dir, strict=strict).class_names
         cfg.dataloader.train.dataset.names = train
-        cfg.model.roi_heads.num_classes = len(class_names)
+        _set_class_count(cfg, len(class_names))
+    elif test and not evaluation:
+        class_names = class_names_of(_names(cfg, "train"))
     if test:
-        register_spec(test, cfg.train.output_dir, class_names, strict=strict)
+        dataset = register_spec(test, cfg.train.output_dir, class_names, strict=strict)
         cfg.dataloader.test.dataset.names = test
+        if evaluation and class_names is None:
+            _set_class_count(cfg, len(dataset.class_names))
 
 
-def check_data(cfg: DictConfig) -> None:
-    """Refuse data sets that would stop the run later.
+#: Where a lazy model has its classes: ROI heads, and RetinaNet or FCOS.
+_CLASS_COUNTS = ("model.roi_heads.num_classes", "model.num_classes")
+
+
+def _class_count(cfg: DictConfig) -> int | None:
+    counts = (OmegaConf.select(cfg, key) for key in _CLASS_COUNTS)
+    return next((count for count in counts if count is not None), None)
+
+
+def _set_class_count(cfg: DictConfig, num_classes: int) -> None:
+    for key in _CLASS_COUNTS:
+        if OmegaConf.select(cfg, key) is not None:
+            OmegaConf.update(cfg, key, num_classes)
+
+
+def check_data(cfg: DictConfig, *, training: bool = True) -> None:
+    """Refuse data sets that would stop the run later; nothing is asked of an unused training set.
 
     Raises:
         ValueError: naming the set, what was expected and what came.
     """
-    for part, check in (("train", check_classes), ("test", check_test_sets)):
-        names = _names(cfg, part)
-        check_registered(names)
-        check(names, cfg.model.roi_heads.num_classes)
+    if training:
+        check_registered(_names(cfg, "train"))
+        check_classes(_names(cfg, "train"), _class_count(cfg))
+    check_registered(_names(cfg, "test"))
+    check_test_sets(_names(cfg, "test"), _class_count(cfg))
 
 
 def _names(cfg: DictConfig, part: str) -> list[str]:
@@ -129,7 +170,8 @@ def evaluate(cfg: DictConfig, model) -> dict:
     if "evaluator" not in cfg.dataloader:
         return {}
     evaluators, names = [instantiate(cfg.dataloader.evaluator)], _names(cfg, "test")
-    if len(names) == 1:
+    is_detector = _class_count(cfg) is not None
+    if is_detector and len(names) == 1 and evaluator_type(names[0]) in BOXES:
         folder = os.path.join(cfg.train.output_dir, "inference")
         evaluators.append(ConfidenceEvaluator(names[0], folder))
     with same_random_state_after():
@@ -137,7 +179,7 @@ def evaluate(cfg: DictConfig, model) -> dict:
         loader = instantiate(cfg.dataloader.test)
         results = inference_on_dataset(model, loader, DatasetEvaluators(evaluators))
         print_csv_format(results)
-        if len(names) == 1:
+        if len(names) == 1 and scores_ground_truth(model, names[0]):
             results["ground_truth_rois"] = ground_truth_rois(model, loader, names[0])
     return results
 
@@ -148,7 +190,7 @@ def train(args, cfg: DictConfig, model) -> dict:
     optimizer = instantiate(cfg.optimizer)
     if OmegaConf.select(cfg, "train.pskd.teacher") == "memory":
         carry_rows(cfg)
-    elif cfg.dataloader.train.dataset._target_ in (STOCK_DICTS, _name(STOCK_DICTS)):
+    elif _located(cfg.dataloader.train.dataset._target_) is STOCK_DICTS:
         cfg.dataloader.train.dataset._target_ = training_records
     read_images(cfg.dataloader.train)
     loader = instantiate(cfg.dataloader.train)
@@ -188,30 +230,34 @@ def carry_rows(cfg: DictConfig) -> None:
     """Let the training data tell the rows of its annotations, in place; the memory needs them.
 
     Raises:
-        ValueError: for a dataset or a mapper other than Detectron2's own.
+        ValueError: for a dataset other than Detectron2's own, or a mapper that is neither its own
+            nor derived from `PSKDDatasetMapper`.
     """
     loader = cfg.dataloader.train
     stock = {"dataset": STOCK_DICTS, "mapper": DatasetMapper}
     ours = {"dataset": numbered_dicts, "mapper": PSKDDatasetMapper}
     for part, expected in stock.items():
-        got = loader[part]._target_
-        if got not in (expected, _name(expected)):
+        got = _located(loader[part]._target_)
+        if got is expected:
+            loader[part]._target_ = ours[part]
+        elif not (isinstance(got, type) and issubclass(got, PSKDDatasetMapper)):
             raise ValueError(
-                f"dataloader.train.{part}: with the memory teacher expected {_name(expected)}, "
-                f"got {got}"
+                f"dataloader.train.{part}: with the memory teacher expected "
+                f"{expected.__module__}.{expected.__qualname__}, got {loader[part]._target_}"
             )
-        loader[part]._target_ = ours[part]
 
 
 def read_images(loader: DictConfig) -> None:
     """Let `ImageMapper` stand in for Detectron2's own mapper, in place."""
-    target = OmegaConf.select(loader, "mapper._target_")
-    if target in (DatasetMapper, _name(DatasetMapper)):
+    if _located(OmegaConf.select(loader, "mapper._target_")) is DatasetMapper:
         loader.mapper._target_ = ImageMapper
 
 
-def _name(target) -> str:
-    return f"{target.__module__}.{target.__qualname__}"
+def _located(target):
+    """Return what a ``_target_`` names; a name of nothing as it is."""
+    with contextlib.suppress(ImportError):
+        return locate(target) if isinstance(target, str) else target
+    return target
 
 
 def pskd_hook(cfg: DictConfig, model) -> PSKDHook | None:
@@ -234,13 +280,12 @@ def pskd_hook(cfg: DictConfig, model) -> PSKDHook | None:
         return None
     options: dict[str, Any] = dict(section)
     dicts = instantiate(cfg.dataloader.train.dataset)
-    heads = cfg.model.roi_heads
-    check_classes(_names(cfg, "train"), heads.num_classes)  # known when the data is loaded
+    masks = bool(OmegaConf.select(cfg, "model.roi_heads.mask_head"))
     mask_format = OmegaConf.select(
         cfg, "dataloader.train.mapper.instance_mask_format", default="polygon"
     )
-    masks = bool(heads.get("mask_head"))
-    check_records(dicts, heads.num_classes, masks=masks, mask_format=mask_format)
+    check_classes(_names(cfg, "train"), _class_count(cfg))  # known when the data is loaded
+    check_records(dicts, _class_count(cfg), masks=masks, mask_format=mask_format)
     if not options.get("epoch_iters"):
         batch = cfg.dataloader.train.total_batch_size
         options["epoch_iters"] = epoch_length(len(dicts), batch)

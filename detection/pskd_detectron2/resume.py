@@ -22,6 +22,7 @@ from pskd.run.files import written_aside
 
 __all__ = [
     "AsideCheckpointer",
+    "EvaluationCheckpointer",
     "RandomStateHook",
     "ResumableTrainingSampler",
     "same_random_state_after",
@@ -102,6 +103,21 @@ def _set_random_state(state: dict) -> None:
     torch.set_rng_state(state["torch"])
     if len(state["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(state["cuda"])
+
+
+class EvaluationCheckpointer(DetectionCheckpointer):
+    """`DetectionCheckpointer` that refuses weights of other shapes, such as of other classes.
+
+    The stock one leaves them out, and the random weights in their place would be evaluated.
+    """
+
+    def _log_incompatible_keys(self, incompatible) -> None:
+        super()._log_incompatible_keys(incompatible)
+        for name, found, expected in incompatible.incorrect_shapes:
+            raise ValueError(
+                f"weights: expected {name} of shape {tuple(expected)}, got {tuple(found)}; if the "
+                "test set lacks classes of the training set, --train names these"
+            )
 
 
 class AsideCheckpointer(DetectionCheckpointer):

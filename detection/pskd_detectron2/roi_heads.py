@@ -45,6 +45,9 @@ class _PSKDHeads(_Stock):
         ValueError: as `PSKDFastRCNNOutputLayers.adopt`.
     """
 
+    # For TorchScript, of derived heads too: Detectron2 marks them on its own classes only.
+    __constants__: tuple[str, ...] = ("training", "mask_on")
+
     @configurable
     def __init__(
         self,
@@ -56,10 +59,15 @@ class _PSKDHeads(_Stock):
     ) -> None:
         super().__init__(**kwargs)
         self.pskd = PSKDState(pskd_enabled, pskd_foreground_only, pskd_label_smoothing)
+        self._adopt_predictors()
+        self._teacher_features: dict[str, Tensor] | None = None
+
+    def _adopt_predictors(self) -> None:
+        if not self.pskd.enabled:
+            return  # whatever they are, they train as they do in the stock heads
         cascade = isinstance(self.box_predictor, torch.nn.ModuleList)
         for stage, predictor in enumerate(self.box_predictor if cascade else [self.box_predictor]):
             PSKDFastRCNNOutputLayers.adopt(predictor, self.pskd, stage)
-        self._teacher_features: dict[str, Tensor] | None = None
 
     @classmethod
     def from_config(cls, cfg, input_shape) -> dict:
@@ -70,7 +78,7 @@ class _PSKDHeads(_Stock):
             "pskd_label_smoothing": options.LABEL_SMOOTHING,
         }
 
-    def forward(
+    def __call__(
         self,
         images: ImageList,
         features: dict[str, Tensor],
@@ -79,9 +87,13 @@ class _PSKDHeads(_Stock):
     ):
         """As the stock heads; in training the teacher's backbone sees the same images first.
 
+        Around ``forward`` and not in it: TorchScript compiles ``forward``, which stays stock.
+
         Raises:
             ValueError: if the memory is the teacher and the annotations do not tell their rows.
         """
+        if self.training:
+            self._adopt_predictors()  # which derived heads may have set after `__init__`
         if self.training and self.pskd.memory is not None:
             _check_rows(targets or [])
         if self.training and self.pskd.alpha and self.pskd.snapshot.available:
@@ -89,7 +101,7 @@ class _PSKDHeads(_Stock):
                 backbone = self.pskd.snapshot.model.get_submodule("backbone")
                 self._teacher_features = backbone(images.tensor)
         try:
-            return super().forward(images, features, proposals, targets)
+            return super().__call__(images, features, proposals, targets)
         finally:
             self._teacher_features = None
 
@@ -128,6 +140,8 @@ class _ScoresSampledProposals(_PSKDHeads):
 @ROI_HEADS_REGISTRY.register()
 class PSKDROIHeads(_ScoresSampledProposals, StandardROIHeads):
     """`StandardROIHeads` (FPN; Faster, Mask and Keypoint R-CNN) with PS-KD's ``loss_cls``."""
+
+    __constants__ = ("training", "mask_on", "keypoint_on")
 
 
 @ROI_HEADS_REGISTRY.register()

@@ -3,11 +3,23 @@
 from __future__ import annotations
 
 import torch
-from detectron2.modeling.roi_heads import CascadeROIHeads, Res5ROIHeads, ROIHeads, StandardROIHeads
+from detectron2.modeling.roi_heads import (
+    CascadeROIHeads,
+    Res5ROIHeads,
+    ROIHeads,
+    RROIHeads,
+    StandardROIHeads,
+)
 from detectron2.structures import Instances
 from torch import Tensor
 
-__all__ = ["class_logits", "class_probs"]
+__all__ = ["class_logits", "class_probs", "has_class_logits"]
+
+
+def has_class_logits(heads: object) -> bool:
+    """Return whether `class_logits` knows heads of this kind, which a cascade's and all but the
+    rotated ones are."""
+    return isinstance(heads, (StandardROIHeads, Res5ROIHeads)) and not isinstance(heads, RROIHeads)
 
 
 def class_logits(
@@ -24,7 +36,7 @@ def class_logits(
     Raises:
         ValueError: for heads of another kind.
     """
-    if not isinstance(heads, (StandardROIHeads, Res5ROIHeads)):  # a cascade is a standard one
+    if not has_class_logits(heads):
         kind = type(heads).__name__
         raise ValueError(f"expected Standard, Res5 or Cascade ROI heads, got {kind}")
     names = heads.in_features if isinstance(heads, Res5ROIHeads) else heads.box_in_features

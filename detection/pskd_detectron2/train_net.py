@@ -18,7 +18,6 @@ import os
 import sys
 from collections.abc import Sequence
 
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 from detectron2.engine import default_argument_parser, default_setup, launch
 from detectron2.evaluation import verify_results
@@ -27,9 +26,10 @@ from pskd_detection import add_dataset_arguments, write_results
 
 from pskd.run.program import exit_status
 from pskd_detectron2 import Trainer, load_config, register_spec
-from pskd_detectron2.config import recipe_path
-from pskd_detectron2.data import check_image_files
+from pskd_detectron2.config import recipe_path, set_class_count
+from pskd_detectron2.data import check_image_files, class_names_of
 from pskd_detectron2.lazy import run_lazy
+from pskd_detectron2.resume import EvaluationCheckpointer
 from pskd_detectron2.trainer import check_config
 
 PROGRAM = "train_net"
@@ -43,17 +43,21 @@ def setup(args) -> CfgNode:
         ValueError: as `load_config`, `register_spec`, `check_config` and `check_image_files`.
     """
     cfg = load_config(args.config_file, args.opts)
-    class_names = None
+    class_names: Sequence[str] | None = None
     if args.train:
         dataset = register_spec(args.train, cfg.OUTPUT_DIR, strict=args.strict_data)
         class_names = dataset.class_names
         cfg.DATASETS.TRAIN = (args.train,)
-        cfg.MODEL.ROI_HEADS.NUM_CLASSES = len(class_names)
+        set_class_count(cfg, len(class_names))
+    elif args.test and not args.eval_only:
+        class_names = class_names_of(cfg.DATASETS.TRAIN)
     if args.test:
-        register_spec(args.test, cfg.OUTPUT_DIR, class_names, strict=args.strict_data)
+        dataset = register_spec(args.test, cfg.OUTPUT_DIR, class_names, strict=args.strict_data)
         cfg.DATASETS.TEST = (args.test,)
+        if args.eval_only and class_names is None:  # the training set is not asked
+            set_class_count(cfg, len(dataset.class_names))
     cfg.freeze()
-    check_config(cfg)
+    check_config(cfg, training=not args.eval_only)
     default_setup(cfg, args)
     if args.check_images:
         names = (*(() if args.eval_only else cfg.DATASETS.TRAIN), *cfg.DATASETS.TEST)
@@ -68,7 +72,7 @@ def evaluate(cfg: CfgNode, resume: bool) -> dict:
         ValueError: if there is neither, since random weights were evaluated.
     """
     model = Trainer.build_model(cfg)
-    checkpointer = DetectionCheckpointer(model, save_dir=cfg.OUTPUT_DIR)
+    checkpointer = EvaluationCheckpointer(model, save_dir=cfg.OUTPUT_DIR)
     if not cfg.MODEL.WEIGHTS and not (resume and checkpointer.has_checkpoint()):
         raise ValueError(
             "--eval-only: expected MODEL.WEIGHTS, or --resume and a checkpoint in "
@@ -76,6 +80,8 @@ def evaluate(cfg: CfgNode, resume: bool) -> dict:
         )
     checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
     results = Trainer.test(cfg, model)
+    if cfg.TEST.AUG.ENABLED:
+        results.update(Trainer.test_with_TTA(cfg, model))
     if comm.is_main_process():
         verify_results(cfg, results)  # TEST.EXPECTED_RESULTS
     return results

@@ -19,13 +19,16 @@ from detectron2.engine import (
     TrainerBase,
     create_ddp_model,
 )
+from detectron2.engine.hooks import EvalHook
 from detectron2.evaluation import DatasetEvaluators
+from detectron2.modeling import GeneralizedRCNNWithTTA
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 from pskd_detection.confidence import SCORE_THRESHOLD
 
-from pskd_detectron2.config import check_pskd_config, warn_of_unused_keys
+from pskd_detectron2.config import check_pskd_config, class_count, warn_of_unused_keys
 from pskd_detectron2.data import (
+    BOXES,
     ImageMapper,
     PSKDDatasetMapper,
     check_classes,
@@ -34,11 +37,17 @@ from pskd_detectron2.data import (
     check_registered,
     check_test_sets,
     count_annotations,
+    evaluator_type,
     number_annotations,
     training_fingerprint,
     training_records,
 )
-from pskd_detectron2.evaluation import build_evaluators, ground_truth_rois
+from pskd_detectron2.evaluation import (
+    ConfidenceEvaluator,
+    build_evaluators,
+    ground_truth_rois,
+    scores_ground_truth,
+)
 from pskd_detectron2.hooks import PSKDHook
 from pskd_detectron2.resume import (
     AsideCheckpointer,
@@ -94,10 +103,10 @@ class Trainer(DefaultTrainer):
         optimizer = self.build_optimizer(cfg, model)
         loader = self.build_train_loader(cfg)
         self._sampler, self._records = _source(cfg, loader)
-        check_classes(cfg.DATASETS.TRAIN, cfg.MODEL.ROI_HEADS.NUM_CLASSES)
+        check_classes(cfg.DATASETS.TRAIN, class_count(cfg))
         check_records(
             self._records,
-            cfg.MODEL.ROI_HEADS.NUM_CLASSES,
+            class_count(cfg),
             masks=cfg.MODEL.MASK_ON,
             mask_format=cfg.INPUT.MASK_FORMAT,
         )
@@ -107,6 +116,7 @@ class Trainer(DefaultTrainer):
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = AsideCheckpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
         self.start_iter, self.max_iter, self.cfg = 0, cfg.SOLVER.MAX_ITER, cfg
+        self._tta_results: dict = {}
         self.register_hooks(self.build_hooks())
 
     @classmethod
@@ -114,14 +124,20 @@ class Trainer(DefaultTrainer):
         """As `DefaultTrainer`.
 
         Raises:
-            ValueError: for a model without ROI heads.
+            ValueError: for PS-KD in a model without ROI heads, or test-time augmentation of a model
+                for which Detectron2 has none.
         """
         model = super().build_model(cfg)
-        if not hasattr(model, "roi_heads"):
+        if cfg.MODEL.PSKD.ENABLED and not hasattr(model, "roi_heads"):
             raise ValueError(
-                "MODEL.META_ARCHITECTURE: expected a model with ROI heads, such as "
+                "MODEL.META_ARCHITECTURE: with PS-KD expected a model with ROI heads, such as "
                 f"GeneralizedRCNN, got {cfg.MODEL.META_ARCHITECTURE}"
             )
+        if cfg.TEST.AUG.ENABLED:
+            try:
+                GeneralizedRCNNWithTTA(cfg, model)
+            except AssertionError as error:
+                raise ValueError(f"TEST.AUG.ENABLED: {error}") from error
         return model
 
     @classmethod
@@ -132,13 +148,15 @@ class Trainer(DefaultTrainer):
         An override with a mapper of its own derives it, for that teacher, from `PSKDDatasetMapper`
         and numbers its annotations (`number_annotations`).
         """
-        dicts = number_annotations(training_dicts(cfg))
+        dicts = training_dicts(cfg)
         options: dict = {}
         if cfg.DATALOADER.SAMPLER_TRAIN == ResumableTrainingSampler.__name__:
             # Seeds for the workers from a generator of their own: the global one is then where
             # it was at the stop.
             sampler = ResumableTrainingSampler(len(dicts), seed=cfg.SEED)
             options = {"sampler": sampler, "seed": cfg.SEED}
+        if uses_memory(cfg):
+            number_annotations(dicts)
         mapper = PSKDDatasetMapper if uses_memory(cfg) else ImageMapper
         options["mapper"] = mapper(cfg, is_train=True)
         return build_detection_train_loader(cfg, dataset=dicts, **options)
@@ -170,7 +188,14 @@ class Trainer(DefaultTrainer):
             )
         if self._sampler is not None:
             ours.append(RandomStateHook())
-        return ours + super().build_hooks()
+        theirs = super().build_hooks()
+        if cfg.TEST.AUG.ENABLED:
+            theirs.append(EvalHook(0, self._test_with_tta))
+        return ours + theirs
+
+    def _test_with_tta(self) -> dict:
+        self._tta_results = self.test_with_TTA(self.cfg, self.model)
+        return self._tta_results
 
     def resume_or_load(self, resume: bool = True) -> None:
         """As `DefaultTrainer`; a resumable sampler then starts where the run stopped."""
@@ -180,28 +205,36 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str, output_folder: str | None = None):
-        """COCO AP, VOC AP for a VOC set, and the confidence of the detections."""
+        """As in Detectron2's train_net.py, and the confidence of a detector's boxes."""
         output_folder = output_folder or os.path.join(cfg.OUTPUT_DIR, "inference")
-        least = max(SCORE_THRESHOLD, cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST)
-        evaluators = build_evaluators(
-            dataset_name,
-            output_folder,
-            kpt_oks_sigmas=cfg.TEST.KEYPOINT_OKS_SIGMAS,
-            score_threshold=least,
-        )
+        evaluators = build_evaluators(dataset_name, output_folder, cfg.TEST.KEYPOINT_OKS_SIGMAS)
+        if class_count(cfg) is not None and evaluator_type(dataset_name) in BOXES:
+            least = max(SCORE_THRESHOLD, score_threshold(cfg))
+            confidence = ConfidenceEvaluator(dataset_name, output_folder, score_threshold=least)
+            evaluators.append(confidence)
         return DatasetEvaluators(evaluators)
 
     @classmethod
     def test(cls, cfg: CfgNode, model, evaluators=None) -> dict:
-        """As `DefaultTrainer.test`, and the head's NLL on the ground-truth boxes."""
+        """As `DefaultTrainer.test`, and the NLL of ROI heads on the ground-truth boxes."""
         with same_random_state_after():
             results = super().test(cfg, model, evaluators)
             for name in cfg.DATASETS.TEST:
+                if not scores_ground_truth(model, name):
+                    continue
                 scores = ground_truth_rois(model, cls.build_test_loader(cfg, name), name)
                 part = results if len(cfg.DATASETS.TEST) == 1 else results[name]
                 part["ground_truth_rois"] = scores
                 logger.info("Scores of the ground-truth ROIs of %s: %s", name, scores)
         return results
+
+    @classmethod
+    def test_with_TTA(cls, cfg: CfgNode, model) -> dict:  # noqa: N802, as in Detectron2's own
+        """As in Detectron2's train_net.py: `test` under test-time augmentation; keys have _TTA."""
+        folder = os.path.join(cfg.OUTPUT_DIR, "inference_TTA")
+        evaluators = [cls.build_evaluator(cfg, name, folder) for name in cfg.DATASETS.TEST]
+        results = cls.test(cfg, GeneralizedRCNNWithTTA(cfg, model), evaluators)
+        return {f"{name}_TTA": value for name, value in results.items()}
 
     def results(self) -> dict:
         """Return the last evaluation, and the median seconds of an iteration of this run.
@@ -210,7 +243,8 @@ class Trainer(DefaultTrainer):
         does not time.
         """
         seconds = seconds_per_iteration(self.storage)
-        return {"seconds_per_iteration": seconds, **getattr(self, "_last_eval_results", {})}
+        plain = getattr(self, "_last_eval_results", {})
+        return {"seconds_per_iteration": seconds, **plain, **self._tta_results}
 
 
 def seconds_per_iteration(storage: EventStorage) -> float | None:
@@ -219,25 +253,31 @@ def seconds_per_iteration(storage: EventStorage) -> float | None:
     return None if times is None else float(np.median([t for t, _ in times.values()]))
 
 
-def check_config(cfg: CfgNode) -> None:
+def check_config(cfg: CfgNode, *, training: bool = True) -> None:
     """Refuse a config or test sets that would stop the run later, before anything is built.
+
+    Args:
+        cfg: as `load_config` returns it.
+        training: False: nothing is asked of the training set.
 
     Raises:
         ValueError: naming what was expected and what came.
     """
     check_pskd_config(cfg)
-    if cfg.TEST.AUG.ENABLED:
-        raise ValueError(
-            "TEST.AUG.ENABLED: expected False, got True; Detectron2's own tools/train_net.py "
-            "evaluates the weights with test-time augmentation"
-        )
-    check_registered((*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST))
-    check_classes(cfg.DATASETS.TRAIN, cfg.MODEL.ROI_HEADS.NUM_CLASSES)
+    train = cfg.DATASETS.TRAIN if training else ()
+    check_registered((*train, *cfg.DATASETS.TEST))
+    check_classes(train, class_count(cfg))
     if cfg.MODEL.KEYPOINT_ON:
         count = cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS
-        sigmas = cfg.TEST.KEYPOINT_OKS_SIGMAS
-        check_keypoints(cfg.DATASETS.TRAIN, cfg.DATASETS.TEST, count, sigmas)
-    check_test_sets(cfg.DATASETS.TEST, cfg.MODEL.ROI_HEADS.NUM_CLASSES)
+        boxes = [name for name in cfg.DATASETS.TEST if evaluator_type(name) in BOXES]
+        check_keypoints(train, boxes, count, cfg.TEST.KEYPOINT_OKS_SIGMAS)
+    check_test_sets(cfg.DATASETS.TEST, class_count(cfg))
+    for name in cfg.DATASETS.TEST if cfg.TEST.AUG.ENABLED else ():
+        if evaluator_type(name) in ("sem_seg", "cityscapes_sem_seg", "coco_panoptic_seg"):
+            raise ValueError(
+                f"TEST.AUG.ENABLED: expected a test set of boxes and masks, got {name} "
+                f"({evaluator_type(name)})"
+            )
 
 
 def _source(cfg: CfgNode, loader) -> tuple[ResumableTrainingSampler | None, Sequence[dict]]:
@@ -246,9 +286,15 @@ def _source(cfg: CfgNode, loader) -> tuple[ResumableTrainingSampler | None, Sequ
     while part is not None and not isinstance(part, ToIterableDataset):
         part = getattr(part, "dataset", None)
     if part is None:  # an override's own
-        return None, training_dicts(cfg)
+        return None, training_dicts(cfg) if cfg.MODEL.PSKD.ENABLED else []
     sampler = part.sampler if isinstance(part.sampler, ResumableTrainingSampler) else None
     return sampler, part.dataset._dataset
+
+
+def score_threshold(cfg: CfgNode) -> float:
+    """Return the least score of a detection."""
+    is_dense = cfg.MODEL.META_ARCHITECTURE == "RetinaNet"
+    return (cfg.MODEL.RETINANET if is_dense else cfg.MODEL.ROI_HEADS).SCORE_THRESH_TEST
 
 
 def uses_memory(cfg: CfgNode) -> bool:

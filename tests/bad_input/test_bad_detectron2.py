@@ -283,7 +283,7 @@ def hook_of(iteration: int = 0, max_iter: int = 4, **options):
     heads = torch.nn.Linear(1, 1)
     heads.num_classes, heads.pskd = CLASSES, PSKDState(True)
     model = torch.nn.Module()
-    model.roi_heads = heads
+    model.backbone, model.roi_heads = torch.nn.Linear(1, 1), heads
     given = {"epoch_iters": 2, "teacher": "memory", "num_annotations": ANNOTATIONS}
     hook = PSKDHook(model, **(given | {"output_dir": "run", "fingerprint": "mine"} | options))
     hook.trainer = SimpleNamespace(iter=iteration, start_iter=iteration, max_iter=max_iter)

@@ -21,7 +21,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog  # noqa: E402
 from detectron2.data.datasets import register_pascal_voc  # noqa: E402
 from detectron2.structures import Boxes, BoxMode, Instances  # noqa: E402
 from pskd_detectron2 import register_spec  # noqa: E402
-from pskd_detectron2.evaluation import build_evaluators  # noqa: E402
+from pskd_detectron2.evaluation import ConfidenceEvaluator, build_evaluators  # noqa: E402
 from pycocotools import mask as coco_mask  # noqa: E402
 
 LONGER = "SOLVER.MAX_ITER 80 MODEL.PSKD.EPOCH_ITERS 30"  # until something is detected
@@ -61,6 +61,42 @@ def test_eval_only_gives_the_same_results(evaluated, spec, tmp_path):
     assert not (out / "results.json").exists()
     for part in ("bbox", "confidence", "ground_truth_rois"):
         assert alone[part] == trained[part]
+
+
+def test_eval_only_does_not_ask_about_the_training_set(evaluated, spec, tmp_path):
+    weights = f"DATASETS.TRAIN ('nowhere',) MODEL.WEIGHTS {evaluated / 'model_final.pth'}"
+    out = tiny.run("fpn", tmp_path, weights, flags=("--eval-only",), train=None, test=spec)
+    alone = json.loads((out / "evaluation.json").read_text())
+    trained = json.loads((evaluated / "results.json").read_text())
+    for part in ("bbox", "confidence", "ground_truth_rois"):
+        assert alone[part] == trained[part]
+
+
+def test_weights_of_other_classes_are_not_evaluated(evaluated, spec, tmp_path):
+    content = json.loads(Path(spec.split(":")[1]).read_text())
+    content["categories"].append({"id": 3, "name": "star"})
+    more = tmp_path / "more.json"
+    more.write_text(json.dumps(content))
+    opts = f"MODEL.WEIGHTS {evaluated / 'model_final.pth'}"
+    test = f"coco:{more}:{spec.split(':')[2]}"
+    with pytest.raises(ValueError, match=r"cls_score.* of shape \(4,.*, got \(3,.*--train names"):
+        tiny.run("fpn", tmp_path, opts, flags=("--eval-only",), train=None, test=test)
+
+
+def test_a_test_set_has_the_class_order_of_a_registered_training_set(spec, tmp_path):
+    """Its file lists them the other way round."""
+    content = json.loads(Path(spec.split(":")[1]).read_text())
+    content["categories"] = [
+        {"id": c["id"], "name": name}
+        for c, name in zip(content["categories"], reversed(tiny.CLASSES), strict=True)
+    ]
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps(content))
+    test = f"coco:{other}:{spec.split(':')[2]}"
+    register_spec(spec, tmp_path)
+    opts = f"DATASETS.TRAIN ('{spec}',) MODEL.ROI_HEADS.NUM_CLASSES 2"
+    cfg = tiny.config("fpn", tmp_path, opts, train=None, test=test)
+    assert MetadataCatalog.get(cfg.DATASETS.TEST[0]).thing_classes == list(tiny.CLASSES)
 
 
 def test_a_stock_model_reads_the_checkpoint(evaluated, spec, tmp_path):
@@ -163,7 +199,7 @@ def test_a_voc_set_trains_and_has_voc_ap_too(evaluated, tmp_path):
 def test_voc_ap_is_that_of_the_year(year, tmp_path):
     voc = f"voc:{make_voc(tmp_path, f'VOC{year}', minimal=True)}:all"
     register_spec(voc, tmp_path)
-    _, evaluator, _ = build_evaluators(voc, str(tmp_path / "made"))
+    _, evaluator = build_evaluators(voc, str(tmp_path / "made"))
     evaluator.reset()
     records = DatasetCatalog.get(voc)
     evaluator.process(records, [as_detected(record) for record in records])
@@ -180,10 +216,11 @@ def test_a_voc_set_that_detectron2_registered(tmp_path):
     root = make_voc(tmp_path, "voc", minimal=False)
     register_pascal_voc("made_voc", f"{root}/", "all", 2007, ("square", "ring"))
     evaluators = build_evaluators("made_voc", str(tmp_path / "made"))
-    assert [type(e).__name__ for e in evaluators] == ["VOCEvaluator", "ConfidenceEvaluator"]
+    assert [type(e).__name__ for e in evaluators] == ["VOCEvaluator"]
+    confidence = ConfidenceEvaluator("made_voc")
     first = DatasetCatalog.get("made_voc")[0]
-    evaluators[1].process([first], [as_detected(first)])
-    assert evaluators[1].evaluate()["confidence"]["num_matched"] == 2
+    confidence.process([first], [as_detected(first)])
+    assert confidence.evaluate()["confidence"]["num_matched"] == 2
 
 
 def test_a_registered_voc_set_that_detectron2s_evaluator_fails_on(tmp_path):
@@ -192,7 +229,7 @@ def test_a_registered_voc_set_that_detectron2s_evaluator_fails_on(tmp_path):
     path.write_text(path.read_text().replace("<difficult>0", "<difficult>Unspecified"))
     register_pascal_voc("unspecified_voc", f"{root}/", "all", 2007, ("square", "ring"))
     with pytest.raises(ValueError, match="img2.xml: for PascalVOCDetection.*; --test voc:.* reads"):
-        build_evaluators("unspecified_voc", str(tmp_path / "made"))
+        ConfidenceEvaluator("unspecified_voc")
     register_spec(f"voc:{root}:all", tmp_path)  # which does
 
 
@@ -202,7 +239,7 @@ def test_a_registered_voc_set_whose_class_is_no_file_name(tmp_path):
     path.write_text(path.read_text().replace("ring", "ring/disc"))
     register_pascal_voc("slash_voc", f"{root}/", "all", 2007, ("square", "ring", "ring/disc"))
     with pytest.raises(ValueError, match="classes without a slash, got ring/disc; --test voc:"):
-        build_evaluators("slash_voc", str(tmp_path / "made"))
+        ConfidenceEvaluator("slash_voc")
 
 
 @pytest.mark.parametrize("ring", ["ring", "ring/disc"])
@@ -215,7 +252,7 @@ def test_voc_ap_of_a_flat_folder_whose_names_have_spaces(ring, tmp_path):
         path.rename(flat / path.name.replace("img", "my image "))
     voc = f"voc:{flat}"
     register_spec(voc, tmp_path)
-    _, evaluator, _ = build_evaluators(voc, str(tmp_path / "made"))
+    _, evaluator = build_evaluators(voc, str(tmp_path / "made"))
     evaluator.reset()
     records = DatasetCatalog.get(voc)
     evaluator.process(records, [as_detected(record) for record in records])

@@ -91,6 +91,8 @@ def test_a_lazy_config_trains_and_resumes(teacher, spec, tmp_path):
     assert "Starting training from iteration 3" in (out / "log.txt").read_text()
     results = json.loads((out / "results.json").read_text())
     weights = f"train.init_checkpoint={out / 'model_final.pth'}"
+    line.remove("--train")
+    line.remove(spec)  # the first; an evaluation does not ask about the training set
     tiny.train_net.main(tiny.train_net.parse(["--eval-only", *line, weights]))
     evaluated = json.loads((out / "evaluation.json").read_text())
     assert evaluated["ground_truth_rois"] == results["ground_truth_rois"]

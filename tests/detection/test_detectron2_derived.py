@@ -1,0 +1,192 @@
+"""Heads, predictors and mappers that a user derives from those of PS-KD, by YAML and lazily."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip(
+    "detectron2",
+    reason="needs Detectron2: https://detectron2.readthedocs.io/tutorials/install.html",
+)
+
+import detectron2_tiny as tiny  # noqa: E402
+import torch  # noqa: E402
+from detectron2.config import LazyConfig, configurable  # noqa: E402
+from detectron2.modeling import ROI_HEADS_REGISTRY  # noqa: E402
+from detectron2.modeling.roi_heads import FastRCNNOutputLayers, StandardROIHeads  # noqa: E402
+from pskd_detectron2 import (  # noqa: E402
+    PSKDCascadeROIHeads,
+    PSKDDatasetMapper,
+    PSKDFastRCNNOutputLayers,
+    PSKDRes5ROIHeads,
+    PSKDROIHeads,
+    Trainer,
+)
+
+#: Two epochs, so that the second has a teacher.
+SHORT = "MODEL.PSKD.EPOCH_ITERS 2 SOLVER.MAX_ITER 4"
+
+
+class Layers(PSKDFastRCNNOutputLayers):
+    """An output layer of a user's own."""
+
+
+class StockLayers(FastRCNNOutputLayers):
+    """An output layer that does not know of PS-KD."""
+
+
+class Heads(PSKDROIHeads):
+    """Derived as by the README."""
+
+
+class HeadsThatSetLayers(PSKDROIHeads):
+    """A predictor that is set after `__init__`, and an option of its own."""
+
+    @configurable
+    def __init__(self, *, layers, **kwargs) -> None:
+        super().__init__(**kwargs)
+        self.box_predictor = layers
+
+    @classmethod
+    def from_config(cls, cfg, input_shape):
+        options = super().from_config(cfg, input_shape)
+        return options | {"layers": FastRCNNOutputLayers(cfg, options["box_head"].output_shape)}
+
+
+class HeadsOfOldStyle(PSKDROIHeads):
+    def __init__(self, cfg, input_shape) -> None:
+        super().__init__(cfg, input_shape)
+
+
+class Cascade(PSKDCascadeROIHeads):
+    pass
+
+
+class Res5(PSKDRes5ROIHeads):
+    pass
+
+
+class _Layers:
+    """Heads with a predictor of class `layers`."""
+
+    layers: type
+
+    @classmethod
+    def _init_box_head(cls, cfg, input_shape):
+        parts = super()._init_box_head(cfg, input_shape)
+        return parts | {"box_predictor": cls.layers(cfg, parts["box_head"].output_shape)}
+
+
+class HeadsWithLayers(_Layers, PSKDROIHeads):
+    layers = Layers
+
+
+class HeadsWithStockLayers(_Layers, PSKDROIHeads):
+    layers = StockLayers
+
+
+class StockHeadsWithLayers(_Layers, StandardROIHeads):
+    layers = Layers
+
+
+class StockHeads(_Layers, StandardROIHeads):
+    layers = FastRCNNOutputLayers
+
+
+class Mapper(PSKDDatasetMapper):
+    """A mapper of a user's own, for the memory teacher."""
+
+
+@pytest.fixture(scope="module")
+def spec(tmp_path_factory) -> str:
+    return tiny.make_images(tmp_path_factory.mktemp("images"))
+
+
+@pytest.fixture
+def named(monkeypatch):
+    def register(heads: type) -> str:
+        monkeypatch.setitem(ROI_HEADS_REGISTRY._obj_map, heads.__name__, heads)
+        return f"MODEL.ROI_HEADS.NAME {heads.__name__}"
+
+    return register
+
+
+@pytest.mark.parametrize(
+    "kind, heads",
+    [
+        ("fpn", Heads),
+        ("fpn", HeadsWithLayers),
+        ("fpn", HeadsThatSetLayers),
+        ("fpn", HeadsOfOldStyle),
+        ("c4", Res5),
+        ("cascade", Cascade),
+    ],
+)
+def test_derived_heads_have_a_teacher(kind, heads, named, spec, tmp_path):
+    out = tiny.run(kind, tmp_path, SHORT, named(heads), train=spec)
+    last = tiny.metrics(out)[-1]
+    assert last["stage0/pskd/teacher_nll" if kind == "cascade" else "pskd/teacher_nll"] > 0
+
+
+def test_a_predictor_that_would_lose_its_loss_is_refused(named, spec, tmp_path):
+    with pytest.raises(ValueError, match="subclass of PSKDFastRCNNOutputLayers, got StockLayers"):
+        tiny.run("fpn", tmp_path, named(HeadsWithStockLayers), train=spec)
+
+
+@pytest.mark.parametrize("heads", [HeadsWithStockLayers, StockHeadsWithLayers])
+def test_without_pskd_any_predictor_trains_as_the_stock_one(heads, named, spec, tmp_path):
+    weights = []
+    for name, head in (("own", heads), ("stock", StockHeads)):
+        opts = ("MODEL.PSKD.ENABLED False", named(head), "SOLVER.MAX_ITER 2")
+        weights.append(tiny.checkpoint(tiny.run("fpn", tmp_path / name, *opts, train=spec)))
+    assert tiny.differing(*(state["model"] for state in weights)) == []
+
+
+def lazily(out: Path, spec: str, change, *words: str) -> Path:
+    """Train from a LazyConfig that a user changed."""
+    cfg = LazyConfig.load(str(Path(__file__).with_name("lazy_tiny.py")))
+    change(cfg)
+    path = out / "mine.yaml"  # as `LazyConfig.save` has it; targets become names
+    out.mkdir()
+    LazyConfig.save(cfg, str(path))
+    mine = out / "mine.py"
+    mine.write_text(
+        "from detectron2.config import LazyConfig\n"
+        f"_cfg = LazyConfig.load_rel({str(path)!r})\n"
+        "dataloader, lr_multiplier, model = _cfg.dataloader, _cfg.lr_multiplier, _cfg.model\n"
+        "optimizer, train = _cfg.optimizer, _cfg.train\n"
+    )
+    line = ["--config-file", str(mine), "--train", spec, "--test", spec, *words]
+    line += [f"train.output_dir={out}", "train.max_iter=4", "train.eval_period=0"]
+    line += ["dataloader.train.total_batch_size=4"]
+    tiny.train_net.main(tiny.train_net.parse(line))
+    return out
+
+
+@pytest.mark.parametrize("teacher", ["snapshot", "memory"])
+def test_derived_heads_layers_and_mapper_of_a_lazy_config(teacher, spec, tmp_path):
+    def change(cfg) -> None:
+        cfg.model.roi_heads._target_ = Heads
+        cfg.model.roi_heads.box_predictor._target_ = Layers
+        cfg.dataloader.train.mapper._target_ = Mapper
+        cfg.train.pskd.update(teacher=teacher, epoch_iters=2)
+
+    out = lazily(tmp_path / "run", spec, change)
+    assert any(line.get("pskd/teacher_nll", 0) > 0 for line in tiny.metrics(out))
+    assert "bbox" in json.loads((out / "results.json").read_text())
+
+
+def test_a_head_that_is_not_registered_is_named(spec, tmp_path):
+    message = "PSKDCascadeROIHeads, or one derived from them, got Nowhere"
+    with pytest.raises(ValueError, match=message):
+        tiny.run("fpn", tmp_path, "MODEL.ROI_HEADS.NAME Nowhere", train=spec)
+
+
+def test_the_teacher_of_derived_heads_is_no_part_of_the_model(named, spec, tmp_path):
+    model = Trainer.build_model(tiny.config("fpn", tmp_path, named(HeadsWithLayers), train=spec))
+    stock = Trainer.build_model(tiny.config("fpn", tmp_path, tiny.stock("fpn"), train=spec))
+    assert model.state_dict().keys() == stock.state_dict().keys()
+    assert all(isinstance(value, torch.Tensor) for value in model.state_dict().values())

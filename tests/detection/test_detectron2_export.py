@@ -1,0 +1,91 @@
+"""TorchScript of PSKD models, wherever Detectron2 exports the stock one."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+pytest.importorskip(
+    "detectron2",
+    reason="needs Detectron2: https://detectron2.readthedocs.io/tutorials/install.html",
+)
+
+import detectron2_tiny as tiny  # noqa: E402
+from detectron2.export import TracingAdapter, scripting_with_instances  # noqa: E402
+from detectron2.export.torchscript_patch import patch_builtin_len  # noqa: E402
+from detectron2.modeling.roi_heads import ROI_HEADS_REGISTRY  # noqa: E402
+from detectron2.structures import Boxes  # noqa: E402
+from detectron2.utils.testing import assert_instances_allclose  # noqa: E402
+from pskd_detectron2 import PSKDHook, PSKDROIHeads, Trainer  # noqa: E402
+from torch import Tensor  # noqa: E402
+
+FIELDS = {
+    "proposal_boxes": Boxes,
+    "objectness_logits": Tensor,
+    "pred_boxes": Boxes,
+    "scores": Tensor,
+    "pred_classes": Tensor,
+    "pred_masks": Tensor,
+}
+IMAGES = [{"image": torch.rand(3, 64, 80, generator=torch.Generator().manual_seed(i)) * 255}
+          for i in range(2)]  # fmt: skip
+
+
+class HeadsOfAUser(PSKDROIHeads):
+    """Heads that are derived, as the README says."""
+
+
+@pytest.fixture
+def built(tmp_path_factory):
+    def build(kind: str, *opts: object):
+        spec = tiny.make_images(tmp_path_factory.mktemp("images"))
+        cfg = tiny.config(kind, tmp_path_factory.mktemp("run"), *opts, train=spec)
+        model = Trainer.build_model(cfg).eval()
+        if cfg.MODEL.PSKD.ENABLED:  # as after a training in this process
+            PSKDHook(model, epoch_iters=3)
+        return model
+
+    return build
+
+
+@pytest.mark.parametrize("kind", ["fpn", "mask", "c4"])
+@pytest.mark.parametrize("head", ["stock", "enabled", "disabled"])
+@torch.no_grad()
+def test_a_scripted_model_detects_as_the_eager_one(kind, head, built):
+    options = {"stock": tiny.stock(kind), "enabled": "", "disabled": "MODEL.PSKD.ENABLED False"}
+    # Without a mask head Detectron2 cannot script C4's heads.
+    model = built(kind, options[head], "MODEL.MASK_ON", kind != "fpn")
+    expected = model.inference(IMAGES, do_postprocess=False)[0]
+    assert len(expected)
+    scripted = scripting_with_instances(copy.deepcopy(model), FIELDS)
+    assert_instances_allclose(expected, scripted.inference(IMAGES, do_postprocess=False)[0])
+
+
+@torch.no_grad()
+def test_derived_heads_can_be_scripted(built, monkeypatch):
+    monkeypatch.setitem(ROI_HEADS_REGISTRY._obj_map, "HeadsOfAUser", HeadsOfAUser)
+    model = built("fpn", "MODEL.ROI_HEADS.NAME HeadsOfAUser")
+    assert type(model.roi_heads) is HeadsOfAUser
+    expected = model.inference(IMAGES, do_postprocess=False)[0]
+    scripted = scripting_with_instances(model, FIELDS)
+    assert_instances_allclose(expected, scripted.inference(IMAGES, do_postprocess=False)[0])
+
+
+@pytest.mark.parametrize("kind", list(tiny.HEADS))
+@torch.no_grad()
+def test_a_traced_model_detects_as_the_eager_one(kind, built):
+    model = built(kind)
+
+    def inference(model, image):
+        return model.inference([{"image": image}], do_postprocess=False)[0]
+
+    wrapper = TracingAdapter(model, IMAGES[0]["image"], inference)
+    with patch_builtin_len():
+        traced = torch.jit.trace(wrapper, wrapper.flattened_inputs)
+    image = IMAGES[1]["image"]
+    expected = inference(model, image)
+    assert len(expected)
+    found = wrapper.outputs_schema(traced(image))
+    assert_instances_allclose(expected, found, size_as_tensor=True)
