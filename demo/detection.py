@@ -60,12 +60,12 @@ PRINT_EVERY = 250  # iterations
 WRONG = 0.4  # of the digits' training boxes
 # Of the digits; your own images are trained on as the recipes say.
 LONG = {
-    "detectron2": ["SOLVER.MAX_ITER", "1500", "SOLVER.STEPS", "(1000, 1350)"],
-    "torchvision": "--epochs 60 --lr-steps 40 54".split(),
+    "detectron2": ["SOLVER.MAX_ITER", "1000", "SOLVER.STEPS", "(700, 900)"],
+    "torchvision": "--epochs 40 --lr-steps 28 36".split(),
 }
 AGAINST_NOISE = {
-    "detectron2": "MODEL.PSKD.ALPHA_FINAL 0.8 MODEL.PSKD.ALPHA_SCHEDULE constant".split(),
-    "torchvision": "--pskd-alpha-final 0.8 --pskd-alpha-schedule constant".split(),
+    "detectron2": ["MODEL.PSKD.ALPHA_FINAL", "0.8"],
+    "torchvision": ["--pskd-alpha-final", "0.8"],
 }
 
 
