@@ -6,7 +6,7 @@ import base64
 import io
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,11 @@ def write_results(
 
 
 def write_detections(
-    output_dir: str | os.PathLike, dataset: DetectionDataset, found: DetectionConfidence
+    output_dir: str | os.PathLike,
+    dataset: DetectionDataset,
+    found: DetectionConfidence,
+    *,
+    open_file: Callable[[str, str], Any] = open,
 ) -> None:
     """Write confidence.npz and test_images.json: what `pskd report` compares detections by.
 
@@ -55,6 +59,7 @@ def write_detections(
         output_dir: an evaluation's folder, made if there is none.
         dataset: the test set.
         found: of all its images.
+        open_file: opens an image, such as Detectron2's ``PathManager.open``.
     """
     path = write_confidence(output_dir, found.confidence, found.correct, found.image_ids)
     truth: dict[str, list[dict]] = {}
@@ -66,7 +71,7 @@ def write_detections(
     images = {}
     for image in dataset.coco["images"][:SHOWN_IMAGES]:
         key = str(image["id"])
-        uri = _data_uri(dataset.image_dir / image["file_name"])
+        uri = _data_uri(os.path.join(dataset.image_dir, image["file_name"]), open_file)
         if uri is None:
             continue
         images[key] = {
@@ -87,9 +92,9 @@ def write_detections(
     write_json(path.with_name("test_images.json"), images)
 
 
-def _data_uri(path: Path) -> str | None:
+def _data_uri(path: str, open_file: Callable[[str, str], Any]) -> str | None:
     try:
-        with Image.open(path) as image:
+        with open_file(path, "rb") as file, Image.open(file) as image:
             picture = image.convert("RGB")
     except (OSError, SyntaxError):  # what PIL raises for a damaged file
         return None

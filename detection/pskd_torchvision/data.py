@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections import defaultdict
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -108,7 +109,7 @@ class DetectionImages(Dataset):
         return F.to_dtype(image, torch.float32, scale=True).as_subclass(Tensor), plain
 
     def _read(self, entry: dict) -> Tensor:
-        path = self.dataset.image_dir / entry["file_name"]
+        path = Path(self.dataset.image_dir, entry["file_name"])
         try:
             with Image.open(path) as file:
                 image = F.pil_to_tensor(file.convert("RGB"))
