@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip(
     "detectron2",
@@ -14,6 +15,7 @@ pytest.importorskip(
 )
 
 import detectron2_tiny as tiny  # noqa: E402
+from detectron2.config import LazyConfig, instantiate  # noqa: E402
 from detectron2.data import DatasetCatalog, MetadataCatalog  # noqa: E402
 from detectron2.data.datasets import register_coco_instances, register_pascal_voc  # noqa: E402
 from detectron2.utils.file_io import PathHandler, PathManager  # noqa: E402
@@ -106,6 +108,27 @@ def test_a_run_of_which_all_is_remote(images, remote, monkeypatch):
     weights = "MODEL.WEIGHTS mem://run/model_final.pth"
     tiny.train_net.main(tiny.train_net.parse(["--eval-only", *command(images, weights)]))
     assert "bbox" in json.loads((out / "evaluation.json").read_text())
+
+
+def test_a_lazy_evaluation_of_which_all_is_remote(images, remote):
+    config = Path(tiny.__file__).with_name("lazy_tiny.py").read_text()
+    recipes = "Path(__file__).resolve().parents[2]"
+    assert recipes in config
+    (remote / "mine.py").write_text(config.replace(recipes, f"Path({str(tiny.ROOT)!r})"))
+    cfg = LazyConfig.load("mem://mine.py")
+    cfg.model.roi_heads.num_classes = 2
+    torch.save({"model": instantiate(cfg.model).state_dict()}, remote / "weights.pth")
+    opts = [
+        f"dataloader.test.dataset.names={images}",
+        "dataloader.train.dataset.names=",
+        "model.roi_heads.num_classes=2",
+        "train.init_checkpoint=mem://weights.pth",
+        "train.output_dir=mem://run",
+    ]
+    tiny.train_net.main(
+        tiny.train_net.parse(["--eval-only", "--config-file", "mem://mine.py", *opts])
+    )
+    assert "ground_truth_rois" in json.loads((remote / "run" / "evaluation.json").read_text())
 
 
 def test_a_remote_voc_set(voc, remote):
