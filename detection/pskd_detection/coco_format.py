@@ -28,14 +28,14 @@ class RawAnnotations(NamedTuple):
 
     Attributes:
         source: the file that names the images, or what else names the data set in messages.
-        image_dir: the folder of the images.
+        image_dir: the folder of the images; a remote one (`is_remote`) is not looked into.
         info: of the COCO file, or empty.
         images, annotations, categories: in COCO format, not looked at yet.
         where: names the i-th annotation in messages.
     """
 
     source: object
-    image_dir: Path
+    image_dir: Path | str
     info: dict
     images: list
     annotations: list
@@ -62,7 +62,12 @@ def flag(value: object, where: str, key: str) -> int:
     return known
 
 
-def read_coco(path: Path, image_dir: Path) -> RawAnnotations:
+def is_remote(path: str | os.PathLike[str]) -> bool:
+    """Return whether a path has a scheme, such as ``s3://``."""
+    return "://" in os.fspath(path)
+
+
+def read_coco(path: Path, image_dir: Path | str) -> RawAnnotations:
     """Read a COCO annotation file.
 
     Raises:
@@ -73,12 +78,12 @@ def read_coco(path: Path, image_dir: Path) -> RawAnnotations:
         content = read_json(path)
     except OSError as error:
         raise ValueError(f"{path}: expected a COCO annotation file, got {error}") from None
-    if not image_dir.is_dir():
+    if not is_remote(image_dir) and not os.path.isdir(image_dir or "."):
         raise ValueError(f"{image_dir}: expected the folder of the images of {path}, got none")
     return raw_coco(content, path, image_dir)
 
 
-def raw_coco(content: object, source: object, image_dir: Path) -> RawAnnotations:
+def raw_coco(content: object, source: object, image_dir: Path | str) -> RawAnnotations:
     """Return the parts of COCO's format.
 
     Raises:
@@ -222,13 +227,13 @@ def _checked_images(raw: RawAnnotations, mended: Mended) -> dict[str, dict]:
         if not image.get("file_name") and isinstance(image.get("coco_url"), str):
             image["file_name"] = _lvis_name(image["coco_url"], raw.image_dir)
         name = _checked_name(image, "file_name", names, where)
-        if "\\" in name and not (raw.image_dir / name).is_file():
+        if "\\" in name and _is_missing(raw.image_dir, name):
             name = image["file_name"] = name.replace("\\", "/")  # of a tool on Windows
         names.add(name)
         images[_key(image["id"])] = image
     if not images:
         raise ValueError(f"{raw.source}: expected at least one image, got none")
-    missing = [n for n in names if not os.path.isfile(os.path.join(raw.image_dir, n))]
+    missing = [n for n in names if _is_missing(raw.image_dir, n)]
     if missing:
         first = next(n for n in (i["file_name"] for i in images.values()) if n in set(missing))
         raise ValueError(
@@ -241,18 +246,23 @@ def _checked_images(raw: RawAnnotations, mended: Mended) -> dict[str, dict]:
     return images
 
 
-def _lvis_name(url: str, image_dir: Path) -> str:
+def _is_missing(image_dir: Path | str, name: str) -> bool:
+    path = os.path.join(image_dir, name)
+    return not is_remote(path) and not os.path.isfile(path)
+
+
+def _lvis_name(url: str, image_dir: Path | str) -> str:
     """Return the file of LVIS's ``coco_url``: its split's folder may be that of the images."""
     split_and_name = "/".join(url.split("/")[-2:])
     name = split_and_name.rpartition("/")[2]
-    return name if (image_dir / name).is_file() else split_and_name
+    return split_and_name if _is_missing(image_dir, name) else name
 
 
 def _set_size(image: dict, raw: RawAnnotations) -> None:
     """Check an image's size; read it from the image if the annotations do not tell it."""
     size: list[Any] = [image.get("width"), image.get("height")]
     if not all(size):  # missing, null, or 0 as some annotation tools write
-        size = list(read_size(raw.image_dir / image["file_name"]))
+        size = list(read_size(os.path.join(raw.image_dir, image["file_name"])))
     if not all(is_finite(v) and v == int(v) and v > 0 for v in size):
         raise ValueError(
             f"{raw.source}: image {image['id']}: expected 'width' and 'height' as positive "

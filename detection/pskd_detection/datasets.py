@@ -15,7 +15,13 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from pskd_detection.coco_format import RawAnnotations, checked_coco, read_coco, without_root
+from pskd_detection.coco_format import (
+    RawAnnotations,
+    checked_coco,
+    is_remote,
+    read_coco,
+    without_root,
+)
 from pskd_detection.voc_format import read_voc
 
 __all__ = [
@@ -45,7 +51,7 @@ class DetectionDataset:
 
     spec: str
     coco: dict
-    image_dir: Path
+    image_dir: Path | str
 
     @cached_property
     def class_names(self) -> tuple[str, ...]:
@@ -134,6 +140,8 @@ def voc_folder(spec: str) -> str | None:
 
 def _parts(spec: str) -> tuple[str, str, str]:
     """Return the kind, the path, and image folder or split; of ``voc:ROOT`` no split."""
+    if is_remote(spec):  # whose colons would be taken for these
+        raise ValueError(f"dataset: expected local paths in {_FORMS}, got {spec!r}")
     kind, _, rest = spec.partition(":")
     first, colon, second = rest.rpartition(":")  # the last colon: a path may hold others
     if kind == "voc" and rest and (not colon or Path(rest).is_dir()):

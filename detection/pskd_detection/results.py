@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,11 @@ def write_results(
 
 
 def write_detections(
-    output_dir: str | os.PathLike, dataset: DetectionDataset, found: DetectionConfidence
+    output_dir: str | os.PathLike,
+    dataset: DetectionDataset,
+    found: DetectionConfidence,
+    *,
+    open_file: Callable[[str, str], Any] = open,
 ) -> None:
     """Write confidence.npz and test_images.json: what `pskd report` compares detections by.
 
@@ -58,6 +62,7 @@ def write_detections(
         output_dir: an evaluation's folder, made if there is none.
         dataset: the test set.
         found: of all its images.
+        open_file: opens an image, such as Detectron2's ``PathManager.open``.
     """
     path = write_confidence(output_dir, found.confidence, found.correct, found.image_ids)
     truth: dict[str, list[dict]] = {}
@@ -69,7 +74,7 @@ def write_detections(
     images = {}
     for image in dataset.coco["images"][:SHOWN_IMAGES]:
         key = str(image["id"])
-        uri = _data_uri(dataset.image_dir / image["file_name"])
+        uri = _data_uri(os.path.join(dataset.image_dir, image["file_name"]), open_file)
         if uri is None:
             continue
         images[key] = {
@@ -90,10 +95,11 @@ def write_detections(
     write_json(path.with_name("test_images.json"), images)
 
 
-def _data_uri(path: Path) -> str | None:
+def _data_uri(path: str, open_file: Callable[[str, str], Any]) -> str | None:
     try:
-        picture = read_rgb(path)
-    except ValueError:
+        with open_file(path, "rb") as file:
+            picture = read_rgb(path, file)
+    except (OSError, ValueError):
         return None
     picture.thumbnail((SHOWN_SIDE, SHOWN_SIDE))
     buffer = io.BytesIO()

@@ -63,7 +63,8 @@ def recipe_path(name: str) -> str:
 
     The folder in front, which a base gets from its config, is dropped.
     """
-    _, is_recipe, recipe = name.partition("detectron2:")
+    _, found, recipe = name.partition("detectron2:")
+    is_recipe = found and not recipe.startswith("//")  # which are paths of its PathManager
     folder = os.path.join(os.path.dirname(detectron2.__file__), "model_zoo", "configs")
     return os.path.join(folder, recipe) if is_recipe else name
 
@@ -85,12 +86,16 @@ def load_config(config_file: str | os.PathLike, opts: Sequence[str] = ()) -> Cfg
         ValueError: if there is no such file, or for a key that is none or has no value.
     """
     path = recipe_path(os.fspath(config_file))
-    if not os.path.isfile(path):
-        raise ValueError(f"--config-file: expected a YAML or LazyConfig file, got {config_file!r}")
     cfg = get_cfg()
     add_pskd_config(cfg)
     # As `merge_from_file` does: some of Detectron2's own recipes hold Python expressions.
-    loaded = _RecipeNode.load_yaml_with_base(path, allow_unsafe=True)
+    try:
+        loaded = _RecipeNode.load_yaml_with_base(path, allow_unsafe=True)
+    except (FileNotFoundError, IsADirectoryError) as error:
+        found = error.filename or path  # it may be the base's
+        raise ValueError(
+            f"--config-file: expected a YAML or LazyConfig file, got {found!r}"
+        ) from error
     try:
         cfg.merge_from_other_cfg(CfgNode(loaded))
         cfg.merge_from_list(list(opts))

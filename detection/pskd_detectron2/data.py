@@ -6,6 +6,7 @@ the order in which Detectron2's loaders return images and annotations.
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import importlib.util
 import io
@@ -13,7 +14,9 @@ import itertools
 import json
 import logging
 import os
+import tempfile
 from collections.abc import Iterable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +37,7 @@ from detectron2.utils import comm
 from detectron2.utils.file_io import PathHandler, PathManager
 from pskd_detection import DetectionDataset, load_dataset, write_voc
 from pskd_detection.boxes import Mended, is_finite
-from pskd_detection.coco_format import RawAnnotations, flag, raw_coco, read_coco
+from pskd_detection.coco_format import RawAnnotations, flag, is_remote, raw_coco, read_coco
 from pskd_detection.datasets import checked_dataset, voc_folder
 from pskd_detection.segmentation import segmentation_problem
 from pskd_detection.voc_format import read_voc
@@ -42,6 +45,7 @@ from pskd_detection.voc_format import read_voc
 from pskd.run.files import write_json
 from pskd.run.images import check_images, read_rgb
 from pskd_detectron2.fast_rcnn import ROW_FIELD
+from pskd_detectron2.files import local_path
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -215,7 +219,8 @@ def register_spec(
     ``output_dir/datasets``. Those of a VOC set are there once more as VOC's XML, for VOC AP:
     Detectron2 wants keys and whole numbers in it that a user's files may not have. It is the AP of
     2007 (11 points) if ``2007`` is in the name of ROOT, else that of 2010 to 2012 (all points).
-    Names of keypoints are those of the JSON's categories; "left" and "right" are mirrored.
+    With a remote ``output_dir`` they are in a temporary folder. Names of keypoints are those of the
+    JSON's categories; "left" and "right" are mirrored.
 
     Args:
         spec: the dataset, as on the command line.
@@ -227,7 +232,7 @@ def register_spec(
         ValueError: for anything in the dataset that could not be trained on (`load_dataset`).
     """
     dataset = load_dataset(spec, class_names, strict=strict)
-    folder = Path(output_dir) / "datasets"
+    folder = Path(_temporary() if is_remote(output_dir) else output_dir) / "datasets"
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{hashlib.sha256(os.fsencode(spec)).hexdigest()[:16]}.json"
     write_json(path, dataset.coco)
@@ -251,6 +256,14 @@ def register_spec(
     return dataset
 
 
+@cache
+def _temporary() -> str:
+    """Return a folder that is removed when the program ends."""
+    folder = tempfile.TemporaryDirectory()
+    atexit.register(folder.cleanup)
+    return folder.name
+
+
 def _mirrored(names: Sequence[str]) -> list[tuple[str, str]]:
     """Return the pairs of keypoints that a horizontal flip exchanges."""
     pairs = [(n, n.replace("left", "right").replace("Left", "Right")) for n in names]
@@ -267,11 +280,14 @@ def detection_dataset(name: str) -> DetectionDataset:
     if name not in _DATASETS:
         metadata = MetadataCatalog.get(name)
         if metadata.get("json_file"):
-            raw = read_coco(Path(metadata.json_file), Path(metadata.get("image_root") or ""))
+            raw = read_coco(local_path(metadata.json_file), metadata.get("image_root") or "")
             _check_for_coco_evaluator(raw)
         elif metadata.get("dirname"):
-            raw = read_voc(Path(metadata.dirname), metadata.split)
-            _check_for_voc_evaluator(metadata.dirname, raw)
+            root = local_path(metadata.dirname)
+            raw = read_voc(root, metadata.split)
+            _check_for_voc_evaluator(root, raw)
+            images = Path(raw.image_dir).relative_to(root)  # under the name that the records have
+            raw = raw._replace(image_dir=os.path.join(metadata.dirname, images))
         else:
             raw = _from_records(name)
         _DATASETS[name] = checked_dataset(name, raw, metadata.get("thing_classes"))
@@ -288,7 +304,7 @@ def _check_for_coco_evaluator(raw: RawAnnotations) -> None:
             )
 
 
-def _check_for_voc_evaluator(dirname: str, raw: RawAnnotations) -> None:
+def _check_for_voc_evaluator(dirname: Path, raw: RawAnnotations) -> None:
     divided = [c["name"] for c in raw.categories if "/" in c["name"]]
     if divided:
         raise ValueError(
@@ -315,7 +331,7 @@ def _from_records(name: str) -> RawAnnotations:
             f"dataset {name!r}: expected metadata with thing_classes and records in Detectron2's "
             f"format, got {error!r}"
         ) from error
-    return raw_coco({"annotations": []} | coco, f"dataset {name!r}", Path())
+    return raw_coco({"annotations": []} | coco, f"dataset {name!r}", "")
 
 
 def check_registered(names: Iterable[str]) -> None:

@@ -24,11 +24,13 @@ from detectron2.evaluation import (
 from detectron2.modeling import GeneralizedRCNN
 from detectron2.structures import Boxes, Instances
 from detectron2.utils import comm
+from detectron2.utils.file_io import PathManager
 from pskd_detection import DetectionConfidence, DetectionDataset, Detections, write_detections
 from pskd_detection.voc_format import voc_class
 
 from pskd.plots import reliability_diagram, risk_coverage_plot
 from pskd_detectron2.data import BOXES, detection_dataset, evaluator_type
+from pskd_detectron2.files import output_folder
 from pskd_detectron2.scoring import class_probs, has_class_logits
 
 __all__ = [
@@ -77,13 +79,14 @@ class ConfidenceEvaluator(DatasetEvaluator):
                 confidence.update(image_id, detections)
         results = confidence.compute()
         if self._output_dir:
-            self._write(Path(self._output_dir), self._dataset, confidence)
+            with output_folder(self._output_dir) as folder:
+                self._write(folder, self._dataset, confidence)
         # Detectron2 prints and logs floats only.
         return {"confidence": {k: math.nan if v is None else v for k, v in results.items()}}
 
     @staticmethod
     def _write(folder: Path, dataset: DetectionDataset, confidence: DetectionConfidence) -> None:
-        write_detections(folder, dataset, confidence)
+        write_detections(folder, dataset, confidence, open_file=PathManager.open)
         if len(confidence.confidence):
             runs = {"detections": (confidence.confidence, confidence.correct)}
             reliability_diagram(runs, folder / "reliability.png")

@@ -11,6 +11,7 @@ from typing import TypedDict
 from detectron2.engine import HookBase
 from detectron2.modeling import ROIHeads
 from detectron2.utils import comm
+from pskd_detection.coco_format import is_remote
 from torch import nn
 
 from pskd.checks import check_keys
@@ -116,6 +117,11 @@ class PSKDHook(HookBase):
         if self._has_snapshot:
             self._pskd.snapshot.check(self._student())
         if teacher == "memory" and alpha_final:
+            if is_remote(output_dir):
+                raise ValueError(
+                    "OUTPUT_DIR: with the memory teacher, whose files are beside the checkpoints, "
+                    f"expected a local folder, got {os.fspath(output_dir)}"
+                )
             self._pskd.memory = _new_memory(heads, num_annotations, fingerprint)
             self._pskd.rows_per_stage = num_annotations
 

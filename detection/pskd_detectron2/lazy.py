@@ -24,7 +24,6 @@ from detectron2.utils.registry import locate
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pskd_detection import write_results
 
 from pskd_detectron2.config import recipe_path
 from pskd_detectron2.data import (
@@ -49,6 +48,7 @@ from pskd_detectron2.evaluation import (
     ground_truth_rois,
     scores_ground_truth,
 )
+from pskd_detectron2.files import save_results
 from pskd_detectron2.hooks import PSKDHook
 from pskd_detectron2.resume import (
     AsideCheckpointer,
@@ -105,8 +105,7 @@ def run_lazy(args) -> None:
     if comm.is_main_process():
         seed = OmegaConf.select(cfg, "train.seed", default=-1)
         results = {"command": sys.argv, "seed": seed} | results
-        path = write_results(cfg.train.output_dir, results, evaluation=args.eval_only)
-        logger.info("results: %s", path)
+        save_results(cfg.train.output_dir, results, evaluation=args.eval_only)
 
 
 def use_specs(

@@ -17,6 +17,7 @@ import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.data.samplers import TrainingSampler
 from detectron2.engine import HookBase
+from pskd_detection.coco_format import is_remote
 
 from pskd.run.files import written_aside
 
@@ -121,10 +122,17 @@ class EvaluationCheckpointer(DetectionCheckpointer):
 
 
 class AsideCheckpointer(DetectionCheckpointer):
-    """`DetectionCheckpointer` that writes aside and renames: a stop leaves no half-written file."""
+    """`DetectionCheckpointer` that writes aside and renames: a stop leaves no half-written file.
+
+    To a remote folder it writes as the stock one does.
+    """
 
     def save(self, name: str, **kwargs) -> None:
         if not self.save_dir or not self.save_to_disk:
+            return
+        if is_remote(self.save_dir):  # where nothing can be renamed
+            super().save(name, **kwargs)
+            super().tag_last_checkpoint(f"{name}.pth")
             return
         path = Path(self.save_dir, f"{name}.pth")
         with written_aside(path) as aside:

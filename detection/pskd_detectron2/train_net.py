@@ -22,12 +22,13 @@ from detectron2.config import CfgNode
 from detectron2.engine import default_argument_parser, default_setup, launch
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
-from pskd_detection import add_dataset_arguments, write_results
+from pskd_detection import add_dataset_arguments
 
 from pskd.run.program import exit_status
 from pskd_detectron2 import Trainer, load_config, register_spec
 from pskd_detectron2.config import recipe_path, set_class_count
 from pskd_detectron2.data import check_image_files, class_names_of
+from pskd_detectron2.files import save_results
 from pskd_detectron2.lazy import run_lazy
 from pskd_detectron2.resume import EvaluationCheckpointer
 from pskd_detectron2.trainer import check_config
@@ -102,8 +103,7 @@ def main(args) -> None:
         trainer.train()  # its last hook evaluates
         results |= trainer.results()
     if comm.is_main_process():
-        path = write_results(cfg.OUTPUT_DIR, results, evaluation=args.eval_only)
-        logger.info("results: %s", path)
+        save_results(cfg.OUTPUT_DIR, results, evaluation=args.eval_only)
 
 
 def parse(argv: Sequence[str] | None = None):

@@ -248,7 +248,7 @@ class Noisy(nn.Module):
 
     def forward(self, inputs):
         self.calls += 1
-        return types.SimpleNamespace(logits=self.net(inputs) + 0.1 * torch.rand(C))
+        return types.SimpleNamespace(logits=self.net(inputs) + 0.1 * torch.rand(C, device="cpu"))
 
 
 def test_the_trial_of_the_first_epoch_leaves_no_trace():

@@ -313,13 +313,13 @@ def test_a_new_run_deletes_the_old_ones_files_when_it_has_ended_an_epoch(tmp_pat
     for _ in range(7):
         old.next_epoch()
     (tmp_path / "notes.txt").write_text("not ours")
-    left = {"epoch_00006.pskd", "epoch_00007.pskd.part", "notes.txt"}
+    left = {"epoch_00006.pskd", "epoch_00007.pskd.part", "notes.txt", ".lock"}
     memory = pskd.PredictionMemory(M, C, path=tmp_path)
     memory.next_epoch()
     assert {file.name for file in tmp_path.iterdir()} == left | {"epoch_00001.pskd.part"}
     memory.next_epoch([old.state_dict()])
     names = {file.name for file in tmp_path.iterdir()}
-    assert names == {"epoch_00001.pskd", "epoch_00002.pskd.part", "notes.txt"}
+    assert names == {"epoch_00001.pskd", "epoch_00002.pskd.part", "notes.txt", ".lock"}
 
 
 @pytest.mark.parametrize(("inside", "files"), [(False, [3]), (True, [2, 3])])
