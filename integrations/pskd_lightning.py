@@ -69,6 +69,10 @@ class PSKDCallback(Callback):
         if trainer.current_epoch >= self.criterion.epoch:  # else it resumes inside one
             self.criterion.begin_epoch(trainer.current_epoch + 1)
 
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
+        # Lightning does not tell of the epoch after a checkpoint that an epoch's last batch made.
+        self.on_train_epoch_start(trainer, pl_module)
+
     def on_train_epoch_end(self, trainer, pl_module) -> None:
         assert self.criterion is not None
         self.log_dict(self.criterion.take_means(), sync_dist=True)

@@ -58,8 +58,9 @@ class PSKDTrainerMixin(TrainerCallback):
             raise ValueError(f"compute_loss_func: expected none, the loss is PS-KD's, got {other}")
         data = self.train_dataset, model.config.num_labels
         options: dict = {"num_epochs": int(epochs)} | self._options
+        self._logits_of = options.get("logits_of", _logits)  # of the student and of a snapshot
         if options.get("teacher") == "snapshot":
-            options.setdefault("logits_of", _logits)
+            options["logits_of"] = self._logits_of
         self.criterion = make_criterion(model, *data, **options)
         if self._resumed:
             last = Path(args.output_dir, f"checkpoint-{state.global_step}")
@@ -78,7 +79,7 @@ class PSKDTrainerMixin(TrainerCallback):
         target = inputs.pop("labels")
         outputs = model(**inputs)
         seen = {} if isinstance(self.criterion, MemoryCriterion) else inputs
-        loss = self.criterion(_logits(outputs), target, rows=rows, **seen)
+        loss = self.criterion(self._logits_of(outputs), target, rows=rows, **seen)
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs, *args, **kwargs) -> None:

@@ -80,12 +80,19 @@ class EpochFiles:
     def delete_but(self, epoch: int, needed: Collection[int]) -> None:
         """Delete all files, also another run's, but for the running epoch's and those needed.
 
+        What fails is logged: the epoch has begun.
+
         Args:
             epoch: that runs.
             needed: the epochs whose files a saved state needs.
         """
         running = {self._ended(epoch - 1), self._part(epoch)}
-        for file in self._folder.iterdir():
+        try:
+            files = list(self._folder.iterdir())
+        except OSError as error:
+            logger.warning("files that nobody needs could not be looked for: %s", error)
+            return
+        for file in files:
             name = _NAME.fullmatch(file.name)
             if name and file not in running and int(name[1]) not in needed:
                 try:

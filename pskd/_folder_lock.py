@@ -34,6 +34,7 @@ class FolderLock:
     """
 
     _held: weakref.WeakValueDictionary[str, FolderLock] = weakref.WeakValueDictionary()
+    _descriptor = -1  # of one that could not be opened
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)

@@ -282,7 +282,7 @@ class PredictionMemory:
                 raise ValueError("path: expected the folder of the state's files, got none")
             self._load_tables(state)
             return
-        files, ended = self._files(), bool(state.get("ended"))
+        files, ended = self._files(), state.get("ended") is True
         peers.on_each(lambda: files.check(epoch, header, ended=ended))
         tables = in_all_processes(lambda: files.open(epoch, ended=ended))
         peers.on_each(lambda: files.reopen(epoch))

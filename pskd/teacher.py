@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 
 from pskd.distributed import take_buffers_of_first_process
@@ -59,8 +60,8 @@ class SnapshotTeacher:
         """Take the student's present weights and buffers as the teacher's.
 
         The first call copies the module, later ones its state only, so the teacher's memory is
-        allocated once and an ever longer chain of copies cannot arise. A student that has since
-        changed its dtype or device is copied anew.
+        allocated once and an ever longer chain of copies cannot arise. A student whose tensors have
+        since changed their names, shapes, dtype or device is copied anew.
 
         Args:
             student: the bare module; unwrap DDP first (``model.module``).
@@ -176,13 +177,17 @@ def _refused(got: str) -> ValueError:
 
 def _what_fails(student: nn.Module) -> str:
     """Name the first attribute that cannot be copied, or the class if no single one fails."""
+    modules = {id(module): module for module in student.modules()}  # each is looked at by itself
     for name, module in student.named_modules():
-        for key, value in vars(module).items():
-            if key == "_modules":
-                continue
+        try:
+            # Parametrized modules have a way of their own, and no state.
+            state = vars(module) if hasattr(module, "__deepcopy__") else module.__getstate__()
+        except Exception:
+            return _named(student, name)
+        for key, value in (state if isinstance(state, dict) else vars(module)).items():
             try:
                 with _CopiesComputed():
-                    copy.deepcopy(value)
+                    copy.deepcopy(value, dict(modules))
             except Exception:
                 return f"{_named(student, name)} with the attribute {key!r}"
     return type(student).__name__
@@ -212,7 +217,10 @@ def load_into(module: nn.Module, weights: Mapping[str, Any]) -> None:
         raise ValueError(f"expected the weights of this model: {first}") from error
 
 
-def _kinds(module: nn.Module) -> list[tuple[torch.dtype, torch.device]]:
-    """Return what copying values into a module leaves as it is: each tensor's dtype and device."""
-    tensors = itertools.chain(module.parameters(), module.buffers())
-    return [(tensor.dtype, tensor.device) for tensor in tensors]
+def _kinds(module: nn.Module) -> list[tuple[str, torch.dtype, torch.device, torch.Size | None]]:
+    """Return what copying values into a module leaves as it is: its tensors, but for the values."""
+    tensors = itertools.chain(module.named_parameters(), module.named_buffers())
+    return [
+        (name, tensor.dtype, tensor.device, None if is_lazy(tensor) else tensor.shape)
+        for name, tensor in tensors
+    ]

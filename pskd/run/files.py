@@ -41,6 +41,7 @@ Name = str | os.PathLike[str]
 
 _MOST_DIGITS = 300  # as many as a float may have
 _MOST_BYTES = 1 << 30  # of the arrays of a file
+_MOST_NESTED = 100  # collections of a YAML file
 _MOST_ALIASES = 32  # of a YAML file: nested, they stand for at most 130,000 nodes
 
 _repr = reprlib.Repr()
@@ -135,7 +136,13 @@ def read_yaml(path: Name) -> Any:
         content = file.read()
     try:
         text = content.decode()
-        aliases = sum(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text))
+        aliases = depth = 0
+        for event in yaml.parse(text):
+            aliases += isinstance(event, yaml.AliasEvent)
+            depth += isinstance(event, yaml.CollectionStartEvent)
+            depth -= isinstance(event, yaml.CollectionEndEvent)
+            if depth > _MOST_NESTED:  # to parse more of them takes the square of their number
+                raise RecursionError
         if aliases > _MOST_ALIASES:
             raise ValueError(f"{aliases} aliases, more than {_MOST_ALIASES}")
         return yaml.safe_load(text)
@@ -264,7 +271,7 @@ def csv_text(columns: Sequence[str], rows: Iterable[Mapping[str, object]]) -> st
 
 
 def _cell(value: object) -> object:
-    if not isinstance(value, str) or not value.startswith(("=", "+", "-", "@", "\t", "\r")):
+    if not isinstance(value, str) or not value.startswith(("=", "+", "-", "@", "\t", "\r", "\n")):
         return value
     try:
         float(value)

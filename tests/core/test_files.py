@@ -48,6 +48,7 @@ HARM = {
         b"[" * 5000 + b"]" * 5000,
         "expected YAML, got values nested too deeply",
     ),
+    "yaml open": (files.read_yaml, b"[" * 100_000, "expected YAML, got values nested too deeply"),
     "yaml aliases": (files.read_yaml, ALIASES.encode(), "81 aliases, more than 32"),
     "yaml merges": (files.read_yaml, MERGES.encode(), "81 aliases, more than 32"),
     "yaml digits": (files.read_yaml, b"a: " + b"9" * 9999, "expected YAML, got"),
@@ -238,12 +239,12 @@ def test_files_that_belong_together_are_all_replaced_or_none(fails, tmp_path, mo
 
 
 def test_no_cell_of_a_table_is_a_formula():
-    cells = ["=1+1", "+cmd", "-cmd", "@x", "\t=1", "-5", "-1e-3", "plain", -0.5, None, "a=b"]
+    cells = ["=1+1", "+cmd", "-cmd", "@x", "\n=1", "-5", "-1e-3", "plain", -0.5, None, "a=b"]
     text = files.csv_text(["=key", "value"], [{"=key": c, "value": 1} for c in cells])
     head, *lines = csv.reader(io.StringIO(text))
     assert head == ["'=key", "value"]
     assert [line[0] for line in lines] == [
-        "'=1+1", "'+cmd", "'-cmd", "'@x", "'\t=1", "-5", "-1e-3", "plain", "-0.5", "", "a=b",
+        "'=1+1", "'+cmd", "'-cmd", "'@x", "'\n=1", "-5", "-1e-3", "plain", "-0.5", "", "a=b",
     ]  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import json
 import os
 import re
@@ -484,6 +485,23 @@ def test_an_old_file_that_cannot_be_deleted_stops_no_training(tmp_path, monkeypa
     assert memory.epoch == 3 and "epoch_00001.pskd" in caplog.text
     memory.next_epoch()
     assert names(tmp_path) == ["epoch_00003.pskd", "epoch_00004.pskd.part"]
+
+
+def test_a_folder_that_cannot_be_listed_stops_no_training(tmp_path, monkeypatch, caplog):
+    memory = pskd.PredictionMemory(M, C, path=tmp_path)
+    memory.next_epoch()
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "iterdir", refuses(Path.iterdir, tmp_path.name))
+        memory.next_epoch()  # if it failed now, another call would skip an epoch
+    assert memory.epoch == 2 and "Permission denied" in caplog.text
+
+
+@pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
+def test_a_lock_that_cannot_be_made_is_the_only_error(tmp_path):
+    (tmp_path / ".lock").mkdir()
+    with pytest.raises(IsADirectoryError, match="lock"):
+        pskd.PredictionMemory(M, C, path=tmp_path).next_epoch()
+    gc.collect()
 
 
 def refuses(real, name):

@@ -196,6 +196,37 @@ class Keeps(nn.Module):
         return self.hidden
 
 
+class Grows(nn.Module):
+    """Keeps features in buffers that grow: a memory bank, one of them in no state dict."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 5)
+        self.register_buffer("bank", torch.zeros(1, 5))
+        self.register_buffer("unsaved", torch.zeros(1, 5), persistent=False)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        hidden = self.layer(inputs)
+        if self.training:
+            self.bank = torch.cat([self.bank, hidden.detach()])
+            self.unsaved = torch.cat([self.unsaved, hidden.detach()])
+        return hidden + self.bank.mean(0) + self.unsaved.sum(0)
+
+
+class Renames(nn.Module):
+    """Has another head, of the same size, after each step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads = nn.ModuleDict({"0": nn.Linear(3, 5)})
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        ((name, head),) = self.heads.items()
+        if self.training:
+            self.heads = nn.ModuleDict({str(int(name) + 1): head})
+        return head(inputs)
+
+
 def computed(how) -> nn.Module:
     """Return a net whose weight is computed of others before each forward."""
     return nn.Sequential(how(nn.Linear(3, 4)), nn.ReLU(), nn.Linear(4, 5))
@@ -206,6 +237,8 @@ UNUSUAL = {
     "spectral_norm": lambda: computed(spectral_norm),
     "pruned": lambda: computed(lambda layer: prune.l1_unstructured(layer, "weight", 3)),
     "kept outputs": Keeps,
+    "grown buffers": Grows,
+    "renamed": Renames,
     "scripted": lambda: torch.jit.script(nn.Sequential(nn.Linear(3, 5), nn.Dropout())),
     "lazy": lambda: nn.Sequential(nn.LazyLinear(5), nn.Dropout()),
 }
@@ -239,6 +272,22 @@ class Holds(nn.Sequential):
         self.held = held
 
 
+class Owned(nn.Sequential):
+    """Keeps its owner, which its copy does not have, as Lightning's modules keep their trainer."""
+
+    def __init__(self, held: object) -> None:
+        super().__init__(nn.Linear(3, 5))
+        self.owner, self.held = [self], held
+
+    def __getstate__(self) -> dict:
+        return vars(self) | {"owner": None}
+
+
+class Stateless(nn.Linear):
+    def __getstate__(self) -> dict:
+        raise TypeError("no state")
+
+
 class Shared(nn.Linear):
     def __deepcopy__(self, memo: dict) -> nn.Module:
         return self
@@ -252,6 +301,8 @@ class Shared(nn.Linear):
             lambda: nn.Sequential(nn.ReLU(), Holds({"rows": (i for i in [])})),
             "got Holds '1' with the attribute 'held': .*generator.*; leave .* train with a memory",
         ),
+        (lambda: Owned(threading.Lock()), "got Owned with the attribute 'held': .*lock.*; leave"),
+        (lambda: nn.Sequential(Stateless(2, 2)), "got Stateless '0': no state; leave"),
         (lambda: Holds(Shared(2, 2)), "got Shared 'held', whose copy is itself; leave"),
     ],
 )

@@ -223,6 +223,17 @@ def test_a_training_resumed_inside_an_epoch_is_the_straight_one(teacher, tmp_pat
     assert same_weights(resumed, straight)
 
 
+@FORMS
+def test_a_training_resumed_after_the_last_batch_of_an_epoch_is_the_straight_one(teacher, tmp_path):
+    """Lightning, which saves before the epoch's end then, does not tell of the next one's start."""
+    saver = ModelCheckpoint(tmp_path, "{step}", save_top_k=-1, every_n_train_steps=4)
+    straight, _ = fit(tmp_path, teacher, saver)
+    resumed, made = fit(tmp_path, teacher, path=tmp_path / "step=8.ckpt")
+    assert made.criterion.epoch == EPOCHS
+    assert resumed.losses == straight.losses[8:]
+    assert same_weights(resumed, straight)
+
+
 def test_a_checkpoint_of_another_training_is_refused(tmp_path):
     saver = ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)
     fit(tmp_path, "memory", saver, max_epochs=2)

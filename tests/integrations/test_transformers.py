@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import threading
 from pathlib import Path
 
@@ -169,6 +170,25 @@ def test_a_model_that_returns_tuples_trains_as_with_names(teacher, tmp_path):
     made = trainer(tmp_path, teacher, model=model)
     made.train()
     named = trainer(tmp_path, teacher)
+    named.train()
+    assert made.losses == named.losses
+
+
+class Second(BertForSequenceClassification):
+    """Returns its logits after something else of their shape."""
+
+    def forward(self, input_ids, labels=None, **kwargs):
+        logits = super().forward(input_ids, **kwargs).logits
+        return logits.relu(), logits
+
+
+def test_the_students_logits_are_taken_as_the_teachers(tmp_path):
+    model = Second(bert().config)
+    model.load_state_dict(bert().state_dict())
+    options = {"logits_of": operator.itemgetter(1)}
+    made = trainer(tmp_path, "snapshot", model=model, pskd_options=options)
+    made.train()
+    named = trainer(tmp_path, "snapshot")
     named.train()
     assert made.losses == named.losses
 

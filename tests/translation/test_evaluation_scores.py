@@ -55,7 +55,7 @@ def test_chinese_is_counted_by_character(tmp_path, code):
     assert drawn == pytest.approx({key: scores[key] for key in ("bleu", "chrf")})
 
 
-@pytest.mark.parametrize("code", ["th", "th_TH", "my_MM", "khm_Khmr", "lo"])
+@pytest.mark.parametrize("code", ["th", "th_TH", "my_MM", "khm_Khmr", "lo", "shn_Mymr", "dzo_Tibt"])
 def test_other_languages_without_spaces_are_counted_by_character(tmp_path, code):
     scores, _ = scored(tmp_path, code, ["วันนี้เราไปสวนสาธารณะ"], ["วันนี้เราไปสวน"])
     assert scores["bleu"] > 40.0 and "|tok:char|" in scores["bleu_signature"]

@@ -16,10 +16,10 @@ logger = logging.getLogger("evaluate")
 # The codes of three letters (NLLB's zho_Hans) of those that are treated differently here.
 _TWO_LETTERS = {
     "zho": "zh", "cmn": "zh", "yue": "zh", "lzh": "zh", "jpn": "ja", "kor": "ko",
-    "tha": "th", "lao": "lo", "khm": "km", "mya": "my", "bod": "bo",
+    "tha": "th", "lao": "lo", "khm": "km", "mya": "my", "bod": "bo", "dzo": "dz",
 }  # fmt: skip
 # Written without spaces, and without a tokeniser of their own in sacreBLEU.
-_BY_CHARACTER = {"th", "lo", "km", "my", "bo"}
+_BY_CHARACTER = {"th", "lo", "km", "my", "shn", "bo", "dz"}
 _COMET = "Unbabel/wmt22-comet-da"
 
 
