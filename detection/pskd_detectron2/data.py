@@ -65,6 +65,7 @@ __all__ = [
     "count_annotations",
     "detection_dataset",
     "evaluator_type",
+    "is_evaluated_as_coco",
     "number_annotations",
     "register_spec",
     "training_fingerprint",
@@ -391,8 +392,13 @@ def check_classes(names: Iterable[str], num_classes: int | None) -> None:
             _check_count(name, len(classes), num_classes)
 
 
-def check_test_sets(names: Iterable[str], num_classes: int | None) -> None:
+def check_test_sets(names: Iterable[str], num_classes: int | None, *, masks: bool = False) -> None:
     """Look at the test sets before training and not at its end; those of boxes are read.
+
+    Args:
+        names: of the test sets.
+        num_classes: K; None: the classes are not looked at.
+        masks: whether the model predicts masks, which COCO's evaluation compares with all others.
 
     Raises:
         ValueError: for anything in them that could not be evaluated on, other classes, or a package
@@ -404,7 +410,26 @@ def check_test_sets(names: Iterable[str], num_classes: int | None) -> None:
         if package and not importlib.util.find_spec(package):
             raise ValueError(f"{name} ({kind}): expected the package {package}, got none")
         if kind in BOXES and num_classes is not None:
-            _check_count(name, len(detection_dataset(name).class_names), num_classes)
+            dataset = detection_dataset(name)
+            _check_count(name, len(dataset.class_names), num_classes)
+            if masks and is_evaluated_as_coco(name):
+                _check_masks(dataset)
+
+
+def is_evaluated_as_coco(name: str) -> bool:
+    """Return whether COCO AP of a dataset of boxes is computed: not if it is VOC's only."""
+    metadata = MetadataCatalog.get(name)
+    is_voc = metadata.get("split") and metadata.get("dirname")
+    return bool(metadata.get("json_file") or not is_voc)
+
+
+def _check_masks(dataset: DetectionDataset) -> None:
+    for a in dataset.coco["annotations"]:
+        if not a.get("segmentation"):
+            raise ValueError(
+                f"{dataset.spec}: to evaluate a model with masks expected a segmentation of every "
+                f"annotation, got none of annotation {a['id']}, of image {a['image_id']}"
+            )
 
 
 def evaluator_type(name: str) -> str | None:

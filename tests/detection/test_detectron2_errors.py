@@ -173,6 +173,14 @@ def test_a_registered_test_set_that_cocoevaluator_fails_on(change, spec, tmp_pat
     refused("fpn", tmp_path / "run", message, f"DATASETS.TEST ('{name}',)", train=spec)
 
 
+@pytest.mark.parametrize("value", [None, []], ids=repr)
+def test_a_test_set_without_the_masks_that_a_model_is_evaluated_on(value, spec, tmp_path):
+    other = changed(spec, tmp_path, lambda c: c["annotations"][3].update(segmentation=value))
+    message = "to evaluate a model with masks expected a segmentation .*, got none of annotation 4"
+    refused("mask", tmp_path / "run", message, train=spec, test=other)
+    tiny.config("fpn", tmp_path / "boxes", train=spec, test=other)
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
