@@ -520,6 +520,19 @@ def test_a_test_set_with_other_classes(spec, tmp_path):
     refused("fpn", tmp_path / "run", message, train=spec, test=other)
 
 
+@pytest.mark.parametrize("flags", [(), ("--eval-only",)], ids=["training", "evaluation"])
+@pytest.mark.parametrize(
+    "name, content", [("no.pth", None), ("bad.pth", b"x"), ("bad.pkl", b""), ("cut.pth", b"PK")]
+)
+def test_weights_that_cannot_be_read_are_named(name, content, flags, spec, tmp_path):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    message = f"{name}: expected weights or a checkpoint, got "
+    with pytest.raises(ValueError, match=message):
+        tiny.run("fpn", tmp_path / "run", "MODEL.WEIGHTS", tmp_path / name, train=spec, test=spec,
+                 flags=flags)  # fmt: skip
+
+
 def test_a_config_file_that_is_not_there(spec, tmp_path):
     with pytest.raises(ValueError, match="--config-file: expected a YAML or LazyConfig file, got"):
         tiny.run(str(tmp_path / "none.yaml"), tmp_path, train=spec)
