@@ -7,6 +7,7 @@ the order in which Detectron2's loaders return images and annotations.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import hashlib
 import importlib.util
 import io
@@ -15,7 +16,7 @@ import json
 import logging
 import os
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -64,6 +65,7 @@ __all__ = [
     "count_annotations",
     "detection_dataset",
     "evaluator_type",
+    "is_evaluated_as_coco",
     "number_annotations",
     "register_spec",
     "training_fingerprint",
@@ -84,6 +86,24 @@ _ROW = "pskd_row"
 _DATASETS: dict[str, DetectionDataset] = {}  # those that were registered from a spec, by it
 
 
+@contextlib.contextmanager
+def _named(name: object) -> Iterator[None]:
+    """Turn what Detectron2 raises for records that are not in its format into a ValueError that
+    names the data set or image."""
+    kinds = (
+        AssertionError,
+        AttributeError,
+        LookupError,
+        NotImplementedError,
+        TypeError,
+        ValueError,
+    )
+    try:
+        yield
+    except kinds as error:
+        raise ValueError(f"{name}: expected Detectron2's format, got {error!r}") from error
+
+
 def training_records(
     names: str | Sequence[str], *, filter_empty: bool = True, **options
 ) -> list[dict]:
@@ -91,9 +111,11 @@ def training_records(
     is text, as in ``"0"``, is set: it would leave the object out.
 
     Raises:
-        ValueError: for an ``iscrowd`` that is no flag, or if nothing is left to train on.
+        ValueError: for records that are not in Detectron2's format, an ``iscrowd`` that is no flag,
+            or if nothing is left to train on.
     """
-    records = get_detection_dataset_dicts(names, filter_empty=False, **options)
+    with _named(f"training set {names}"):
+        records = get_detection_dataset_dicts(names, filter_empty=False, **options)
     if not isinstance(records, list):
         return records  # a `torch.utils.data.Dataset`, which Detectron2 does not filter either
     crowds = 0
@@ -282,6 +304,7 @@ def detection_dataset(name: str) -> DetectionDataset:
         if metadata.get("json_file"):
             raw = read_coco(local_path(metadata.json_file), metadata.get("image_root") or "")
             _check_for_coco_evaluator(raw)
+            _loaded(name)
         elif metadata.get("dirname"):
             root = local_path(metadata.dirname)
             raw = read_voc(root, metadata.split)
@@ -296,10 +319,11 @@ def detection_dataset(name: str) -> DetectionDataset:
 
 def _check_for_coco_evaluator(raw: RawAnnotations) -> None:
     for i, a in enumerate(raw.annotations):
-        if "id" not in a or a.get("iscrowd") not in (0, 1) or not is_finite(a.get("area")):
+        is_number = is_finite(a.get("id")) or str(a.get("id")).isdecimal()
+        if not is_number or a.get("iscrowd") not in (0, 1) or not is_finite(a.get("area")):
             raise ValueError(
-                f"{raw.where(i)}: for COCOEvaluator expected an 'id', 'iscrowd' 0 or 1 and a "
-                f"number as 'area', got iscrowd {a.get('iscrowd')!r} and area {a.get('area')!r}; "
+                f"{raw.where(i)}: for COCOEvaluator expected a number as 'id', 'iscrowd' 0 or 1 "
+                f"and a number as 'area', got {[a.get(k) for k in ('id', 'iscrowd', 'area')]}; "
                 f"--test coco:{raw.source}:{raw.image_dir} fills them in"
             )
 
@@ -324,14 +348,16 @@ def _check_for_voc_evaluator(dirname: Path, raw: RawAnnotations) -> None:
 
 def _from_records(name: str) -> RawAnnotations:
     """Return a dataset that is known by its function only, by the conversion of COCOEvaluator."""
-    try:
+    _loaded(name)
+    with _named(f"dataset {name!r}: records and thing_classes"):
         coco = convert_to_coco_dict(name)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"dataset {name!r}: expected metadata with thing_classes and records in Detectron2's "
-            f"format, got {error!r}"
-        ) from error
     return raw_coco({"annotations": []} | coco, f"dataset {name!r}", "")
+
+
+def _loaded(name: str) -> None:
+    """Load a test set as it will be after training; its evaluators sort images by their ids."""
+    with _named(f"dataset {name!r}"):
+        sorted(record["image_id"] for record in DatasetCatalog.get(name))
 
 
 def check_registered(names: Iterable[str]) -> None:
@@ -366,8 +392,13 @@ def check_classes(names: Iterable[str], num_classes: int | None) -> None:
             _check_count(name, len(classes), num_classes)
 
 
-def check_test_sets(names: Iterable[str], num_classes: int | None) -> None:
+def check_test_sets(names: Iterable[str], num_classes: int | None, *, masks: bool = False) -> None:
     """Look at the test sets before training and not at its end; those of boxes are read.
+
+    Args:
+        names: of the test sets.
+        num_classes: K; None: the classes are not looked at.
+        masks: whether the model predicts masks, which COCO's evaluation compares with all others.
 
     Raises:
         ValueError: for anything in them that could not be evaluated on, other classes, or a package
@@ -379,7 +410,26 @@ def check_test_sets(names: Iterable[str], num_classes: int | None) -> None:
         if package and not importlib.util.find_spec(package):
             raise ValueError(f"{name} ({kind}): expected the package {package}, got none")
         if kind in BOXES and num_classes is not None:
-            _check_count(name, len(detection_dataset(name).class_names), num_classes)
+            dataset = detection_dataset(name)
+            _check_count(name, len(dataset.class_names), num_classes)
+            if masks and is_evaluated_as_coco(name):
+                _check_masks(dataset)
+
+
+def is_evaluated_as_coco(name: str) -> bool:
+    """Return whether COCO AP of a dataset of boxes is computed: not if it is VOC's only."""
+    metadata = MetadataCatalog.get(name)
+    is_voc = metadata.get("split") and metadata.get("dirname")
+    return bool(metadata.get("json_file") or not is_voc)
+
+
+def _check_masks(dataset: DetectionDataset) -> None:
+    for a in dataset.coco["annotations"]:
+        if not a.get("segmentation"):
+            raise ValueError(
+                f"{dataset.spec}: to evaluate a model with masks expected a segmentation of every "
+                f"annotation, got none of annotation {a['id']}, of image {a['image_id']}"
+            )
 
 
 def evaluator_type(name: str) -> str | None:
@@ -462,25 +512,32 @@ def check_records(
         mask_format: INPUT.MASK_FORMAT.
 
     Raises:
-        ValueError: naming the image of a class that is none of K, of a crowd flag that is none, or
-            of an annotation without the mask that it must have, or with one that pycocotools would
-            crash on.
+        ValueError: naming the image of an annotation that is not in Detectron2's format, of a class
+            that is none of K, of a crowd flag that is none, or of an annotation without the mask
+            that it must have, or with one that pycocotools would crash on.
     """
     mended = Mended("training set")
     for record in records:
-        for annotation in record.get("annotations", ()):
-            problem = _problem(record, annotation, num_classes)
-            if masks and not problem and not annotation.get("iscrowd", 0):
-                problem = _mask_problem(record, annotation.get("segmentation"), mask_format)
-            if problem:
-                raise ValueError(f"{record['file_name']}: {problem}")
-            if _is_outside(record, annotation):
-                found = f"{record['file_name']}: {annotation['bbox']}"
-                mended.note("boxes outside their image left out", found)
+        annotations = record.get("annotations", ())
+        with _named(record["file_name"]):
+            found = (
+                _problem(record, a, num_classes)
+                or (masks and _mask_problem(record, a, mask_format))
+                for a in annotations
+            )
+            problem = next(filter(None, found), None)
+            outside = [a["bbox"] for a in annotations if not problem and _is_outside(record, a)]
+        if problem:
+            raise ValueError(f"{record['file_name']}: {problem}")
+        for box in outside:
+            mended.note("boxes outside their image left out", f"{record['file_name']}: {box}")
     mended.finish()
 
 
-def _mask_problem(record: dict, segmentation: Any, mask_format: str) -> str | None:
+def _mask_problem(record: dict, annotation: dict, mask_format: str) -> str | None:
+    if annotation.get("iscrowd", 0):
+        return None
+    segmentation: Any = annotation.get("segmentation")
     if segmentation is None or len(segmentation) == 0:
         return "expected a segmentation of every annotation (MODEL.MASK_ON), got one without"
     if isinstance(segmentation, dict) and mask_format == "polygon":
@@ -491,7 +548,8 @@ def _mask_problem(record: dict, segmentation: Any, mask_format: str) -> str | No
 
 
 def _problem(record: dict, annotation: dict, num_classes: int | None) -> str | None:
-    if num_classes is not None and not 0 <= annotation["category_id"] < num_classes:
+    # Detectron2 makes an integer of it too.
+    if num_classes is not None and not 0 <= int(annotation["category_id"]) < num_classes:
         return f"expected classes in [0, {num_classes - 1}], got {annotation['category_id']}"
     if annotation.get("iscrowd", 0) not in (0, 1):
         return f"expected 'iscrowd' as 0 or 1, got {annotation['iscrowd']!r}"

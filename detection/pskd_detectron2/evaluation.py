@@ -29,7 +29,7 @@ from pskd_detection import DetectionConfidence, DetectionDataset, Detections, wr
 from pskd_detection.voc_format import voc_class
 
 from pskd.plots import reliability_diagram, risk_coverage_plot
-from pskd_detectron2.data import BOXES, detection_dataset, evaluator_type
+from pskd_detectron2.data import BOXES, detection_dataset, evaluator_type, is_evaluated_as_coco
 from pskd_detectron2.files import output_folder
 from pskd_detectron2.scoring import class_probs, has_class_logits
 
@@ -138,7 +138,7 @@ def build_evaluators(
     metadata = MetadataCatalog.get(dataset_name)
     is_voc = metadata.get("split") and metadata.get("dirname")
     evaluators: list[DatasetEvaluator] = [VOCEvaluator(dataset_name)] if is_voc else []
-    if metadata.get("json_file") or not is_voc:  # which it makes of any dataset
+    if is_evaluated_as_coco(dataset_name):
         evaluators.insert(0, coco())
     return evaluators
 

@@ -156,7 +156,11 @@ def check_data(cfg: DictConfig, *, training: bool = True) -> None:
         check_registered(_names(cfg, "train"))
         check_classes(_names(cfg, "train"), _class_count(cfg))
     check_registered(_names(cfg, "test"))
-    check_test_sets(_names(cfg, "test"), _class_count(cfg))
+    check_test_sets(_names(cfg, "test"), _class_count(cfg), masks=_has_masks(cfg))
+
+
+def _has_masks(cfg: DictConfig) -> bool:
+    return bool(OmegaConf.select(cfg, "model.roi_heads.mask_head"))
 
 
 def _names(cfg: DictConfig, part: str) -> list[str]:
@@ -279,12 +283,11 @@ def pskd_hook(cfg: DictConfig, model) -> PSKDHook | None:
         return None
     options: dict[str, Any] = dict(section)
     dicts = instantiate(cfg.dataloader.train.dataset)
-    masks = bool(OmegaConf.select(cfg, "model.roi_heads.mask_head"))
     mask_format = OmegaConf.select(
         cfg, "dataloader.train.mapper.instance_mask_format", default="polygon"
     )
     check_classes(_names(cfg, "train"), _class_count(cfg))  # known when the data is loaded
-    check_records(dicts, _class_count(cfg), masks=masks, mask_format=mask_format)
+    check_records(dicts, _class_count(cfg), masks=_has_masks(cfg), mask_format=mask_format)
     if not options.get("epoch_iters"):
         batch = cfg.dataloader.train.total_batch_size
         options["epoch_iters"] = epoch_length(len(dicts), batch)

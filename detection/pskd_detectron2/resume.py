@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import os
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,6 +25,7 @@ from pskd.run.files import written_aside
 __all__ = [
     "AsideCheckpointer",
     "EvaluationCheckpointer",
+    "NamingCheckpointer",
     "RandomStateHook",
     "ResumableTrainingSampler",
     "same_random_state_after",
@@ -106,8 +108,27 @@ def _set_random_state(state: dict) -> None:
         torch.cuda.set_rng_state_all(state["cuda"])
 
 
-class EvaluationCheckpointer(DetectionCheckpointer):
-    """`DetectionCheckpointer` that refuses weights of other shapes, such as of other classes.
+class NamingCheckpointer(DetectionCheckpointer):
+    """`DetectionCheckpointer` that names a file that is missing or damaged in a ValueError."""
+
+    def load(self, path: str, *args, **kwargs) -> dict:
+        local = path and self.path_manager.get_local_path(path.partition("?")[0])
+        if path and not os.path.isfile(local):
+            raise ValueError(f"{path}: expected weights or a checkpoint, got no file")
+        return super().load(path, *args, **kwargs)
+
+    def _load_file(self, filename: str) -> dict:
+        try:
+            return super()._load_file(filename)
+        except Exception as error:  # of pickle, zip files and torch, of many kinds
+            reason = (str(error) or repr(error)).splitlines()[0]
+            raise ValueError(
+                f"{filename}: expected weights or a checkpoint, got {reason}"
+            ) from error
+
+
+class EvaluationCheckpointer(NamingCheckpointer):
+    """`NamingCheckpointer` that refuses weights of other shapes, such as of other classes.
 
     The stock one leaves them out, and the random weights in their place would be evaluated.
     """
@@ -121,8 +142,8 @@ class EvaluationCheckpointer(DetectionCheckpointer):
             )
 
 
-class AsideCheckpointer(DetectionCheckpointer):
-    """`DetectionCheckpointer` that writes aside and renames: a stop leaves no half-written file.
+class AsideCheckpointer(NamingCheckpointer):
+    """`NamingCheckpointer` that writes aside and renames: a stop leaves no half-written file.
 
     To a remote folder it writes as the stock one does.
     """

@@ -271,7 +271,7 @@ def check_config(cfg: CfgNode, *, training: bool = True) -> None:
         count = cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS
         boxes = [name for name in cfg.DATASETS.TEST if evaluator_type(name) in BOXES]
         check_keypoints(train, boxes, count, cfg.TEST.KEYPOINT_OKS_SIGMAS)
-    check_test_sets(cfg.DATASETS.TEST, class_count(cfg))
+    check_test_sets(cfg.DATASETS.TEST, class_count(cfg), masks=cfg.MODEL.MASK_ON)
     for name in cfg.DATASETS.TEST if cfg.TEST.AUG.ENABLED else ():
         if evaluator_type(name) in ("sem_seg", "cityscapes_sem_seg", "coco_panoptic_seg"):
             raise ValueError(

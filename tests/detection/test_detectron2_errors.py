@@ -161,13 +161,46 @@ def test_a_registered_test_set_that_pycocotools_would_crash_on(spec, tmp_path):
 
 @pytest.mark.parametrize(
     "change",
-    [{"area": None}, {"area": "9"}, {"area": float("nan")}, {"iscrowd": "0"}, {"iscrowd": None}],
+    [
+        *({"area": None}, {"area": "9"}, {"area": float("nan")}),
+        *({"iscrowd": "0"}, {"iscrowd": None}, {"id": "k"}, {"id": None}),
+    ],
     ids=repr,
 )
 def test_a_registered_test_set_that_cocoevaluator_fails_on(change, spec, tmp_path):
     name = registered("unread", spec, tmp_path, lambda c: c["annotations"][3].update(change))
-    message = "annotation 103: for COCOEvaluator expected .*; --test coco:.*changed.json:.* fills"
+    message = "annotation .*: for COCOEvaluator expected .*; --test coco:.*changed.json:.* fills"
     refused("fpn", tmp_path / "run", message, f"DATASETS.TEST ('{name}',)", train=spec)
+
+
+@pytest.mark.parametrize("value", [None, []], ids=repr)
+def test_a_test_set_without_the_masks_that_a_model_is_evaluated_on(value, spec, tmp_path):
+    other = changed(spec, tmp_path, lambda c: c["annotations"][3].update(segmentation=value))
+    message = "to evaluate a model with masks expected a segmentation .*, got none of annotation 4"
+    refused("mask", tmp_path / "run", message, train=spec, test=other)
+    tiny.config("fpn", tmp_path / "boxes", train=spec, test=other)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda c: c["annotations"][0].update(ignore=1), "AssertionError.*ignore"),
+        (lambda c: c["annotations"][0].update(category_id="1"), "KeyError.*category_id=1"),
+        (lambda c: c["images"][7].update(id="x"), "TypeError"),
+        (lambda c: c["images"][0].pop("width"), "KeyError.'width'"),
+    ],
+    ids=["ignore", "class", "ids of two kinds", "width"],
+)
+def test_a_registered_test_set_that_detectron2_cannot_load(change, message, spec, tmp_path):
+    name = registered("unloaded", spec, tmp_path, change)
+    message = f"dataset 'unloaded': expected Detectron2's format, got {message}"
+    refused("fpn", tmp_path / "run", message, f"DATASETS.TEST ('{name}',)", train=spec)
+
+
+@pytest.mark.parametrize("label", ["1", 1.0], ids=repr)
+def test_a_class_that_detectron2_makes_an_integer_of(label):
+    annotation = {"category_id": label, "bbox": [1, 1, 5, 5], "bbox_mode": BoxMode.XYXY_ABS}
+    check_records([{"file_name": "a.png", "annotations": [annotation]}], 2)
 
 
 CODE = {"size": [80, 64], "counts": [80 * 64]}
@@ -180,6 +213,9 @@ CODE = {"size": [80, 64], "counts": [80 * 64]}
         ("mask", {"segmentation": NAN}, "0.png: expected polygons within 800 pixels of the corner"),
         ("mask", {"segmentation": CODE}, "MASK_FORMAT: expected bitmask for run-length codes, got"),
         ("fpn", {"iscrowd": "maybe"}, "0.png: expected 'iscrowd' as 0 or 1, .* got 'maybe'"),
+        ("fpn", {"ignore": 1}, "training set .'later',.: expected Detectron2's format, got Assert"),
+        ("fpn", {"category_id": None}, "training set .'later',.: expected .*, got KeyError"),
+        ("fpn", {"bbox": ["1", "2", "3", "4"]}, "0.png: expected .*, got TypeError"),
     ],
 )
 def test_a_registered_training_set_that_would_fail_later(kind, change, message, spec, tmp_path):
@@ -224,13 +260,15 @@ def test_a_registered_set_of_crowds_only(spec, tmp_path):
 @pytest.mark.parametrize(
     "change, message",
     [
-        (lambda r: r[0].pop("width"), "'by_function': expected metadata .*KeyError.'width'."),
+        (lambda r: r[0].pop("width"), "'by_function': .*KeyError.'width'."),
         (lambda r: r[0]["annotations"][0].update(iscrowd="no"), "'by_function': .*got ValueError"),
         (
             lambda r: r[0]["annotations"][0].update(segmentation=[[0, 0, 1e9, 1e9, 1, 0]]),
             "dataset 'by_function': annotation 1: segmentation: expected polygons within 800",
         ),
         (lambda r: r[0].update(file_name="no.png"), "dataset 'by_function': expected every image"),
+        (lambda r: r[0].pop("image_id"), "'by_function': .*KeyError.'image_id'."),
+        (lambda r: r[0]["annotations"][0].update(bbox_mode=9), "'by_function': .*NotImplemented"),
     ],
 )
 def test_a_set_that_is_known_by_its_function_is_named_by_its_name(change, message, spec, tmp_path):
@@ -480,6 +518,19 @@ def test_a_test_set_with_other_classes(spec, tmp_path):
     other = changed(spec, tmp_path, lambda c: c["categories"][0].update(name="circle"))
     message = r"expected the classes of the training set \(square, ring\), got also circle"
     refused("fpn", tmp_path / "run", message, train=spec, test=other)
+
+
+@pytest.mark.parametrize("flags", [(), ("--eval-only",)], ids=["training", "evaluation"])
+@pytest.mark.parametrize(
+    "name, content", [("no.pth", None), ("bad.pth", b"x"), ("bad.pkl", b""), ("cut.pth", b"PK")]
+)
+def test_weights_that_cannot_be_read_are_named(name, content, flags, spec, tmp_path):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    message = f"{name}: expected weights or a checkpoint, got "
+    with pytest.raises(ValueError, match=message):
+        tiny.run("fpn", tmp_path / "run", "MODEL.WEIGHTS", tmp_path / name, train=spec, test=spec,
+                 flags=flags)  # fmt: skip
 
 
 def test_a_config_file_that_is_not_there(spec, tmp_path):
