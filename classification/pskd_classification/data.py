@@ -193,9 +193,9 @@ def load_splits(
 
 
 def _fingerprint(class_names: Sequence[str], train: Images) -> str:
-    digest = hashlib.sha256("\n".join(class_names).encode())
+    digest = hashlib.sha256("\n".join(class_names).encode("utf-8", "surrogateescape"))
     for name, label in zip(train.ids, train.targets.tolist(), strict=True):
-        digest.update(f"\n{name}\t{label}".encode())
+        digest.update(f"\n{name}\t{label}".encode("utf-8", "surrogateescape"))
     return digest.hexdigest()[:16]
 
 

@@ -68,7 +68,9 @@ def _code_problem(code: dict, height: int, width: int) -> str | None:
 
 
 def _integers(counts: object) -> np.ndarray | None:
-    if not isinstance(counts, list) or not all(type(run) is int for run in counts):
+    if not isinstance(counts, list) or not all(type(run) in (int, float) for run in counts):
+        return None
+    if not all(run % 1 == 0 for run in counts):  # nor NaN or infinite; pycocotools takes 3.0 too
         return None
     return np.asarray(counts, dtype=object)  # of any size
 

@@ -219,11 +219,11 @@ class Trainer(DefaultTrainer):
         """As `DefaultTrainer.test`, and the NLL of ROI heads on the ground-truth boxes."""
         with same_random_state_after():
             results = super().test(cfg, model, evaluators)
-            for name in cfg.DATASETS.TEST:
+            for name in dict.fromkeys(cfg.DATASETS.TEST):
                 if not scores_ground_truth(model, name):
                     continue
                 scores = ground_truth_rois(model, cls.build_test_loader(cfg, name), name)
-                part = results if len(cfg.DATASETS.TEST) == 1 else results[name]
+                part = results if len(set(cfg.DATASETS.TEST)) == 1 else results[name]
                 part["ground_truth_rois"] = scores
                 logger.info("Scores of the ground-truth ROIs of %s: %s", name, scores)
         return results

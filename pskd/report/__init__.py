@@ -68,7 +68,8 @@ def _write_all(folder: Path, files: Mapping[str, str | dict[str, object]]) -> No
         with written_together([folder / name for name in files]) as asides:
             for aside, content in zip(asides, files.values(), strict=True):
                 if isinstance(content, str):
-                    aside.write_text(content, encoding="utf-8")
+                    # File names need not be UTF-8.
+                    aside.write_text(content, encoding="utf-8", errors="backslashreplace")
                 else:
                     write_json(aside, content, indent=2)
     except BaseException:

@@ -232,6 +232,16 @@ def test_a_single_class_has_no_wrong_label():
         LabelNoise(0.4, "next", 0).apply(np.zeros(5, np.int64), 1)
 
 
+def test_file_names_need_not_be_utf_8(tmp_path):
+    write_folders(tmp_path, {"train": 6, "test": 3})
+    before = load_splits("folder", tmp_path, val_fraction=0).fingerprint
+    first = tmp_path / "train" / CLASSES[0] / "000.png"
+    first.rename(first.with_name("\udce9.png"))  # a byte of Latin-1, as Python names it
+    splits = load_splits("folder", tmp_path, val_fraction=0)
+    assert f"{CLASSES[0]}/\udce9.png" in splits.train.ids
+    assert splits.fingerprint != before
+
+
 def test_a_folder_of_deep_and_turned_images_is_seen_as_shown(tmp_path):
     gray = np.arange(64, dtype=np.uint8).reshape(8, 8) * 3
     exif = Image.Exif()

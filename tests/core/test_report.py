@@ -7,6 +7,7 @@ import json
 from html.parser import HTMLParser
 from pathlib import Path
 
+import made_up_runs
 import numpy as np
 import pytest
 
@@ -465,3 +466,11 @@ def test_command_line(tmp_path, capsys):
             main(words)
         assert stopped.value.code == 2
     assert not (tmp_path / "none").exists()
+
+
+def test_names_of_classes_need_not_be_utf_8(tmp_path, monkeypatch):
+    odd = np.array(["cat", "dog", "\udce9mu"])  # as Python names a byte of a folder's name
+    monkeypatch.setattr(made_up_runs, "CLASSES", odd)
+    runs = [made_up_runs.classification(tmp_path / n, pskd=n == "pskd") for n in ("ce", "pskd")]
+    page = write_report([str(run) for run in runs], tmp_path / "report")
+    assert "\\udce9mu" in page.read_text(encoding="utf-8")

@@ -305,6 +305,8 @@ SEGMENTATIONS = {
     "no counts": (code([]), "1200 pixels, got those of 0"),
     "negative counts": (code([PIXELS + 5, -5]), "'counts' as a run-length code"),
     "fractions": (code([PIXELS - 0.5, 0.5]), "'counts' as a run-length code"),
+    "counts with NaN": (code([PIXELS, float("nan")]), "'counts' as a run-length code"),
+    "counts with infinity": (code([PIXELS, float("inf")]), "'counts' as a run-length code"),
     "counts of text": (code(["1", "2"]), "'counts' as a run-length code"),
     "counts missing": ({"size": [HEIGHT, WIDTH]}, "'counts' as a run-length code, got None"),
     "size missing": ({"counts": [PIXELS]}, "size .30, 40., got None"),
@@ -346,7 +348,8 @@ def test_segmentations_of_pycocotools_are_kept(tmp_path, content):
         ends = [*np.flatnonzero(np.diff(flat)) + 1, PIXELS]
         runs = np.diff([0, *([0] if flat[0] else []), *ends]).tolist()
         polygons = [[0, 0, WIDTH + 9, 0, 5.5, HEIGHT + 9]]
-        for kept in (code(compressed), code(runs), polygons, [], None, [[]]):
+        floats = [float(run) for run in runs]
+        for kept in (code(compressed), code(runs), code(floats), polygons, [], None, [[]]):
             content["annotations"][1]["segmentation"] = kept
             annotation = load_dataset(made(tmp_path, content)).coco["annotations"][1]
             assert annotation["segmentation"] == ([] if kept == [[]] else kept)

@@ -63,6 +63,14 @@ def test_eval_only_gives_the_same_results(evaluated, spec, tmp_path):
         assert alone[part] == trained[part]
 
 
+def test_a_test_set_that_is_named_twice_counts_once(evaluated, spec, tmp_path):
+    weights = ("MODEL.WEIGHTS", evaluated / "model_final.pth")
+    twice = ("DATASETS.TEST", f"('{spec}','{spec}')")
+    tiny.run("fpn", tmp_path, *weights, *twice, train=spec, flags=("--eval-only",))
+    results = json.loads((tmp_path / "evaluation.json").read_text())
+    assert results["ground_truth_rois"]["num_rois"] == 14
+
+
 def test_eval_only_does_not_ask_about_the_training_set(evaluated, spec, tmp_path):
     weights = f"DATASETS.TRAIN ('nowhere',) MODEL.WEIGHTS {evaluated / 'model_final.pth'}"
     out = tiny.run("fpn", tmp_path, weights, flags=("--eval-only",), train=None, test=spec)
