@@ -56,9 +56,17 @@ class FolderLock:
     def of(cls, folder: Path) -> FolderLock:
         """Return this process's lock of a folder: a memory that resumes another one shares it."""
         name = os.path.realpath(folder)
-        lock = cls._held.get(name) or cls(folder)
-        cls._held[name] = lock
+        lock = cls._held.get(name)
+        if lock is None or not lock._is_of(folder):
+            lock = cls._held[name] = cls(folder)
         return lock
+
+    def _is_of(self, folder: Path) -> bool:
+        """Return whether it is the folder's lock still: the folder may have been made anew."""
+        try:
+            return os.path.samestat(os.fstat(self._descriptor), os.stat(folder / _NAME))
+        except OSError:
+            return False
 
     def close(self) -> None:
         """Release the lock, of which a forked process has a copy."""

@@ -264,30 +264,38 @@ class PredictionMemory:
                 missing, cut off, damaged or of another run, or another training writes there.
             OSError: if a file cannot be read or written.
         """
-        check_keys("a memory's state", state, ("header", "epoch"))
-        saved, epoch = state["header"], state["epoch"]
-        if not isinstance(saved, dict):
-            raise ValueError(f"memory: expected the header as a dict, got {shown(saved)}")
-        check_epoch(epoch, _MOST_EPOCHS)
         peers = self._meet()
-        run = saved.get("run")
-        if not isinstance(run, str | None):
-            raise ValueError(f"memory: expected the name of a run, got {shown(run)}")
-        header = self._header() | {"run": run}
-        for key, value in header.items():
-            if not same_value(saved.get(key), value):
-                raise ValueError(f"memory: expected {key} {value!r}, got {shown(saved.get(key))}")
-        if isinstance(peers, Processes):  # in RAM
-            if run is not None:
-                raise ValueError("path: expected the folder of the state's files, got none")
+        if isinstance(peers, Processes):  # in RAM, where each process loads by itself
+            self._check_state(state)
             self._load_tables(state)
             return
+        # One process that raised alone would leave the others waiting.
+        header = in_all_processes(lambda: self._check_state(state))
+        run, epoch = header["run"], state["epoch"]
         files, ended = self._files(), state.get("ended") is True
         peers.on_each(lambda: files.check(epoch, header, ended=ended))
         tables = in_all_processes(lambda: files.open(epoch, ended=ended))
         peers.on_each(lambda: files.reopen(epoch))
         self._go_on(tables, epoch, run)
         self._saved = dict(state)
+
+    def _check_state(self, state: dict[str, Any]) -> dict[str, Any]:
+        """Return the header of a state's files; raise ValueError if it is not this memory's."""
+        check_keys("a memory's state", state, ("header", "epoch"))
+        saved = state["header"]
+        if not isinstance(saved, dict):
+            raise ValueError(f"memory: expected the header as a dict, got {shown(saved)}")
+        check_epoch(state["epoch"], _MOST_EPOCHS)
+        run = saved.get("run")
+        if not isinstance(run, str | None):
+            raise ValueError(f"memory: expected the name of a run, got {shown(run)}")
+        if run is not None and self.path is None:
+            raise ValueError("path: expected the folder of the state's files, got none")
+        header = self._header() | {"run": run}
+        for key, value in header.items():
+            if not same_value(saved.get(key), value):
+                raise ValueError(f"memory: expected {key} {value!r}, got {shown(saved.get(key))}")
+        return header
 
     def close(self) -> None:
         """Free the memory, or bring the files to the disk and unmap them; they stay."""

@@ -7,6 +7,7 @@ import gc
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -602,6 +603,17 @@ def test_a_training_that_runs_on_is_not_resumed_by_another(training, tmp_path):
     assert memory.epoch == 0
 
 
+def test_a_folder_that_was_made_anew_is_locked_too(tmp_path):
+    old = pskd.PredictionMemory(M, C, path=tmp_path / "memory")
+    old.next_epoch()
+    shutil.rmtree(tmp_path / "memory")
+    memory = pskd.PredictionMemory(M, C, path=tmp_path / "memory")
+    memory.next_epoch()
+    command = [sys.executable, "-c", TRAINS, str(tmp_path / "memory")]
+    other = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert "one that another training writes to" in other.stderr
+
+
 def test_a_worker_of_the_loader_does_not_hold_the_folder(tmp_path):
     memory = pskd.PredictionMemory(M, C, path=tmp_path)
     memory.next_epoch()
@@ -799,6 +811,23 @@ def test_a_memory_of_no_size_is_refused(options, message):
 def test_rows_and_predictions_that_do_not_fit_are_refused(rows, probs, message):
     with pytest.raises(ValueError, match=message):
         pskd.PredictionMemory(M, C, top_k=3).write(rows, probs)
+
+
+def one_bad_state(rank: int, size: int, folder: Path) -> None:
+    store = f"file://{folder / 'store'}"
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=size)
+    memory = pskd.PredictionMemory(M, C, path=folder / "memory")
+    memory.next_epoch()
+    state = memory.state_dict()
+    refused = ValueError if rank else RuntimeError
+    with pytest.raises(refused, match="expected a memory's state with 'header' and 'epoch'"):
+        memory.load_state_dict({"epoch": 1} if rank else state)
+    memory.load_state_dict(state)
+    assert memory.epoch == 1
+
+
+def test_a_process_with_a_bad_state_does_not_leave_the_others_waiting(tmp_path, in_processes):
+    in_processes(one_bad_state, 2, tmp_path)
 
 
 def test_a_file_where_the_folder_should_be_is_refused(tmp_path):
