@@ -5,7 +5,8 @@ Shapes: N rows of a batch, C classes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -146,7 +147,8 @@ class SnapshotCriterion(Criterion):
         teacher = SnapshotTeacher()
         teacher.refresh(self._student)
         devices = {p.device for p in self._student.parameters() if p.is_cuda}
-        with torch.random.fork_rng(devices):  # a model may draw numbers in eval mode too
+        # A model may draw numbers in eval mode too.
+        with torch.random.fork_rng(devices), _not_called(self._student):
             self._tried = self._probs(teacher.model, inputs, named)
         self._is_tried = True
 
@@ -192,6 +194,26 @@ class SnapshotCriterion(Criterion):
 
     def _load_teacher(self, state: dict[str, Any]) -> None:
         self.teacher.load_state_dict(state.get("teacher", {"model": None}), self._student)
+
+
+@contextlib.contextmanager
+def _not_called(student: nn.Module) -> Iterator[None]:
+    """Raise ValueError if the student computes: its copy would then be no past of it."""
+
+    def refuse(module: nn.Module, inputs: object) -> None:
+        raise ValueError(
+            f"model: expected a copy that computes by itself, got one that calls the model's own "
+            f"{type(module).__name__}: a closure over the model, in its forward or a hook, is not "
+            "copied; make it a method, or take MemoryCriterion"
+        )
+
+    modules = (m for m in student.modules() if not isinstance(m, torch.jit.ScriptModule))
+    hooks = [module.register_forward_pre_hook(refuse) for module in modules]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _bare(model: nn.Module) -> nn.Module:

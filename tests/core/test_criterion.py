@@ -263,6 +263,18 @@ def test_the_trial_of_the_first_epoch_leaves_no_trace():
     assert not criterion.teacher.available
 
 
+def test_a_closure_over_the_model_is_refused_in_the_first_epoch():
+    model = net()
+    own = model.forward
+    model.forward = lambda inputs: 2.0 * own(inputs)  # which a copy would call the student by
+    criterion = snapshot_of(model)
+    criterion.begin_epoch(1)
+    with pytest.raises(ValueError, match="expected a copy that computes by itself.*own Linear"):
+        criterion(model(INPUTS), TARGET, INPUTS)
+    del model.forward
+    criterion(model(INPUTS), TARGET, INPUTS)  # the trial left no hook
+
+
 def test_the_snapshot_is_of_the_model_below_its_wrappers():
     model = net()
     criterion = snapshot_of(nn.DataParallel(torch.compile(model)))
