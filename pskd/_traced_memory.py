@@ -35,17 +35,24 @@ def handle_of(memory: PredictionMemory) -> Tensor:
     return torch.tensor(number, dtype=torch.int64, device="cpu")
 
 
-def read(memory: PredictionMemory, handle: Tensor, rows: Tensor) -> tuple[Tensor | TopK, Tensor]:
-    """As `PredictionMemory.read`, as one operator."""
+def read(
+    memory: PredictionMemory, handle: Tensor | None, rows: Tensor
+) -> tuple[Tensor | TopK, Tensor]:
+    """As `PredictionMemory.read`; in a graph as one operator."""
+    if handle is None or not torch.compiler.is_compiling():
+        return memory.read(rows)
     width = memory.num_classes if memory.top_k is None else memory.top_k
     sparse = memory.top_k is not None
     probs, indices, seen = torch.ops.pskd.memory_read(handle, rows, width, sparse)
     return TopK(indices, probs) if sparse else probs, seen
 
 
-def write(handle: Tensor, rows: Tensor, probs: Tensor) -> None:
-    """As `PredictionMemory.write`, as one operator."""
-    torch.ops.pskd.memory_write(handle, rows, probs)
+def write(memory: PredictionMemory, handle: Tensor | None, rows: Tensor, probs: Tensor) -> None:
+    """As `PredictionMemory.write`; in a graph as one operator."""
+    if handle is None or not torch.compiler.is_compiling():
+        memory.write(rows, probs)
+    else:
+        torch.ops.pskd.memory_write(handle, rows, probs)
 
 
 @torch.library.impl(_READ, "default")

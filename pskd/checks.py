@@ -174,7 +174,7 @@ def check_weights(alpha: float | Tensor, label_smoothing: float, rows: int) -> f
 
 
 def check_row_weights(alpha: float | Tensor) -> None:
-    """Raise ValueError unless each row's alpha lies in [0, 1]; looked at on the CPU only."""
+    """Raise ValueError unless each row's alpha lies in [0, 1]; checked on the CPU only."""
     if not isinstance(alpha, Tensor) or alpha.device.type != "cpu":
         return
     if not bool(((alpha >= 0) & (alpha <= 1)).all()):
@@ -218,7 +218,7 @@ def _holds_classes(tensor: Tensor) -> bool:
 
 
 def check_listed(name: str, indices: Tensor, num_classes: int) -> None:
-    """Raise ValueError unless the listed classes are of [0, C); looked at on the CPU only."""
+    """Raise ValueError unless the listed classes are in [0, C); checked on the CPU only."""
     if indices.device.type != "cpu" or not indices.numel():
         return
     low, high = (int(value) for value in indices.long().aminmax())

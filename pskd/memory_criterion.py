@@ -118,11 +118,8 @@ class MemoryCriterion(Criterion):
         check_distinct(rows)
         loss = self.loss(logits, target, rows)
         if self.memory is not None:
-            rows, probs = rows.to(logits.device), logits.detach().float().softmax(dim=1)
-            if self._handle is not None and torch.compiler.is_compiling():
-                _traced_memory.write(self._handle, rows, probs)
-            else:
-                self.memory.write(rows, probs)
+            probs = logits.detach().float().softmax(dim=1)
+            _traced_memory.write(self.memory, self._handle, rows.to(logits.device), probs)
         return loss
 
     def loss(
@@ -149,10 +146,7 @@ class MemoryCriterion(Criterion):
         rows = rows.to(logits.device)
         past, alpha = None, None
         if self.memory is not None and self.epoch > 1:
-            if self._handle is not None and torch.compiler.is_compiling():
-                past, seen = _traced_memory.read(self.memory, self._handle, rows)
-            else:
-                past, seen = self.memory.read(rows)
+            past, seen = _traced_memory.read(self.memory, self._handle, rows)
             alpha = row_alphas(self.alpha, seen)
         return self._loss(logits, target, past, alpha, rows, recorded=recorded)
 

@@ -7,7 +7,7 @@ DIR is a folder that translation/prepare.py made, or any other that fairseq-prep
 Translations (beam search, every sentence of the split) are detokenised and scored against the raw
 reference with sacreBLEU and chrF; beside them stands the tokenised BLEU that fairseq-generate
 prints. sacreBLEU's tokeniser is that of the target language. With unbabel-comet installed, and its
-model on this machine, COMET is told too.
+model on this machine, the COMET score is added.
 Without prepare.json there is no raw reference, and only the tokenised BLEU is told.
 Confidence is that of the next token when the reference is read along (teacher forcing): NLL, ECE
 and AURC over every target token, the end of the sentence included, as raw fractions. On the test

@@ -513,7 +513,7 @@ def check_records(
 
     Raises:
         ValueError: naming the image of an annotation that is not in Detectron2's format, of a class
-            that is none of K, of a crowd flag that is none, or of an annotation without the mask
+            outside [0, K), of a crowd flag other than 0 and 1, or of an annotation without the mask
             that it must have, or with one that pycocotools would crash on.
     """
     mended = Mended("training set")

@@ -51,7 +51,7 @@ def read_rgb(path: str | os.PathLike[str], file: BinaryIO | None = None) -> Imag
 def read_size(path: str | os.PathLike[str]) -> tuple[int, int]:
     """Return width and height in pixels of the image that `read_rgb` returns.
 
-    Only an image that lies on its side, or a PNG, is decoded.
+    Only PNGs and images stored sideways are decoded.
 
     Raises:
         ValueError: naming a file that cannot be read.

@@ -330,7 +330,7 @@ annotated(
     bbox=[60, 60, 90, 90],
 )
 annotated(
-    "a flag that is none",
+    "a flag other than 0 and 1",
     f"{WHERE}expected 'iscrowd' as 0 or 1, true or false, yes or no, got 'maybe'",
     iscrowd="maybe",
 )
