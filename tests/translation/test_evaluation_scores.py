@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from argparse import Namespace
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import numpy as np
@@ -213,6 +214,10 @@ def test_compare_refuses_what_cannot_be_compared(tmp_path, capsys, texts):
     other = evaluation(tmp_path / "other", second[:-1], reference[:-1])
     cased = evaluation(tmp_path / "cased", second, reference, lowercase=True)
     chinese = evaluation(tmp_path / "chinese", second, reference, language="zh")
+    unknown = [evaluation(tmp_path / name, first, reference) for name in ("U", "V")]
+    for folder in unknown:
+        numbers = Path(folder, "evaluation.json")
+        numbers.write_text(numbers.read_text().replace("tok:13a", "tok:mine"))
     bare = tmp_path / "bare"
     bare.mkdir()
     (bare / "evaluation.json").write_text('{"task": "translation", "bleu": 1.0}')
@@ -222,6 +227,7 @@ def test_compare_refuses_what_cannot_be_compared(tmp_path, capsys, texts):
         (a, other): f"{other}: expected the references of {a}, got others",
         (a, cased): "expected BLEU of {'case': 'mixed', 'tok': '13a'}",
         (a, chinese): "got {'case': 'mixed', 'tok': 'zh'}",
+        tuple(unknown): "expected a tokeniser of sacreBLEU's, got tok:mine",
         (a, str(bare)): f"{bare}: expected an evaluation with sentences.json",
         (str(bare), a): f"{bare}: expected an evaluation with sentences.json",
     }

@@ -76,9 +76,13 @@ def _metrics(run: Run) -> Iterator[sacrebleu.BLEU | sacrebleu.CHRF]:
     scoring = _scoring(run)
     lowercase = scoring["case"] == "lc"
     # Of ja-mecab the signature also names the dictionary.
-    known = (name for name in sacrebleu.BLEU.TOKENIZERS if scoring["tok"].startswith(name))
+    known = [name for name in sacrebleu.BLEU.TOKENIZERS if scoring["tok"].startswith(name)]
+    if not known:
+        raise UserError(
+            f"{run.folder}: expected a tokeniser of sacreBLEU's, got tok:{scoring['tok']}"
+        )
     try:
-        yield sacrebleu.BLEU(lowercase=lowercase, tokenize=next(known, "13a"))
+        yield sacrebleu.BLEU(lowercase=lowercase, tokenize=known[0])
     except (ImportError, RuntimeError) as error:
         raise UserError(f"{run.folder}: {' '.join(str(error).split())}") from error
     yield sacrebleu.CHRF(lowercase=lowercase)
