@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from _loss_forms import BASE
 
-from pskd._drawing import INK, RUN_COLORS, new_figure, save, style
+from pskd_tools.drawing import INK, RUN_COLORS, new_figure, save, style
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -26,7 +26,7 @@ from pskd_classification import build_model
 from torch import Tensor, nn
 
 from pskd import MemoryCriterion, SnapshotCriterion
-from pskd.run.files import write_json
+from pskd_tools.files import write_json
 
 ALPHA = 0.8  # the paper's, at the end of training
 LIMIT = 1.03  # of the memory's step over cross-entropy's

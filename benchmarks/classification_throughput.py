@@ -35,7 +35,7 @@ from torch.optim.lr_scheduler import MultiStepLR
 
 from pskd import MemoryCriterion
 from pskd.distributed import World
-from pskd.run.files import write_json
+from pskd_tools.files import write_json
 
 LIMIT = 1.05  # of a step with the images on the device over the bare network's
 BASE = "network"

@@ -26,7 +26,7 @@ from _timing import machine, medians, quartiles, ratios_to, seconds
 from torch import Tensor
 
 from pskd import LinearTeacher, pskd_cross_entropy, pskd_linear_cross_entropy
-from pskd.run.files import write_json
+from pskd_tools.files import write_json
 
 BASE = "cross-entropy"
 ALPHA = 0.7

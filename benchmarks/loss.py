@@ -48,7 +48,7 @@ from _loss_report import bandwidth_table, memory_table, plot, time_table
 from _timing import at_least, medians, new_file, quartiles, ratios_to, seconds
 
 from pskd.kernels import Rows, backend_of
-from pskd.run.files import write_json
+from pskd_tools.files import write_json
 
 SHAPES = ("128x100", "512x81", "256x1000", "4096x6000", "2048x32000", "1024x128000")
 CHECKED_ROWS = 8

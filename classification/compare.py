@@ -30,9 +30,9 @@ from pskd_classification.options import PUBLISHED_ALPHA, build_parser, check, pa
 from pskd_classification.results import write_confidence
 
 from pskd.distributed import World
-from pskd.presets import PRESETS
-from pskd.run.files import write_json
-from pskd.run.program import run_program
+from pskd_tools.files import write_json
+from pskd_tools.presets import PRESETS
+from pskd_tools.program import run_program
 
 PROGRAM = "compare"
 RECIPE = Path(__file__).parents[1] / "configs" / "classification" / "cifar100_published.yaml"

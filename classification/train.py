@@ -31,12 +31,12 @@ from pskd_classification.results import (
     write_test_pictures,
 )
 
+from pskd.calibration.temperature import fit_temperature
 from pskd.distributed import World
-from pskd.run.checkpoint import load_weights, read_checkpoint
-from pskd.run.files import write_json
-from pskd.run.log import MetricsLog
-from pskd.run.program import run_program
-from pskd.temperature import fit_temperature
+from pskd_tools.checkpoint import load_weights, read_checkpoint
+from pskd_tools.files import write_json
+from pskd_tools.log import MetricsLog
+from pskd_tools.program import run_program
 
 PROGRAM = "train"
 TEST = "test/"  # before a figure of the test set, in metrics.json

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from demo import classification, detection, translation
 from demo.steps import StepFailed
-from pskd.run.files import write_json
+from pskd_tools.files import write_json
 
 
 def main(argv: list[str] | None = None) -> int:

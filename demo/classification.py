@@ -24,7 +24,7 @@ from demo.steps import (
     metrics,
     run_all,
 )
-from pskd.run.files import write_json
+from pskd_tools.files import write_json
 
 OUT = Path("runs/demo/classification")
 CONFIGS = ROOT / "configs" / "classification"

@@ -41,8 +41,8 @@ from demo.steps import (
     metrics,
     run_all,
 )
-from pskd.plots import reliability_diagram, risk_coverage_plot
-from pskd.run.files import write_json
+from pskd_tools.files import write_json
+from pskd_tools.plots import reliability_diagram, risk_coverage_plot
 
 OUT = Path("runs/demo/detection")
 RUNS = ("baseline", "PS-KD")

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from pycocotools import mask as coco_mask
 
-from pskd.run.files import open_regular, parse_json, written_aside
-from pskd.run.images import read_rgb
+from pskd.files import open_regular, parse_json
+from pskd_tools.files import written_aside
+from pskd_tools.images import read_rgb
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from demo.digit_images import PARTS, draw_image
-from pskd.run.files import write_json
+from pskd_tools.files import write_json
 
 logger = logging.getLogger(__name__)
 

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from pskd.run.files import write_json
+from pskd_tools.files import write_json
 
 __all__ = ["misaligned", "with_wrong_classes"]
 

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from demo.steps import StepFailed
-from pskd.presets import PRESETS
-from pskd.report.compare import Comparison, compare
-from pskd.report.runs import read_run
-from pskd.report.tables import Table, make_tables
-from pskd.report.verdict import title_of
+from pskd_tools.presets import PRESETS
+from pskd_tools.report.compare import Comparison, compare
+from pskd_tools.report.runs import read_run
+from pskd_tools.report.tables import Table, make_tables
+from pskd_tools.report.verdict import title_of
 
 __all__ = ["Report", "show"]
 

@@ -30,8 +30,8 @@ from demo.steps import (
     fresh_folder,
     run_all,
 )
-from pskd.plots import reliability_diagram, risk_coverage_plot
-from pskd.run.files import write_json
+from pskd_tools.files import write_json
+from pskd_tools.plots import reliability_diagram, risk_coverage_plot
 
 OUT = Path("runs/demo/translation")
 RECIPES = {"baseline": "demo.sh", "PS-KD": "demo_pskd.sh"}

@@ -36,8 +36,8 @@ from torchvision_resnet import (
     torchvision_shapes,
 )
 
-from pskd.run.checkpoint import load_archive, write_archive
-from pskd.run.files import written_aside
+from pskd_tools.checkpoint import load_archive, write_archive
+from pskd_tools.files import written_aside
 
 COUNTER = ".num_batches_tracked"
 PREFIXES = ("module.", "_orig_mod.")  # of DataParallel and torch.compile, in any nesting

@@ -25,7 +25,7 @@ from pskd_torchvision.job import Job, build_trainer, prepare
 from pskd_torchvision.options import build_parser
 
 from pskd.distributed import World
-from pskd.run.program import run_program
+from pskd_tools.program import run_program
 
 PROGRAM = "train_torchvision"
 logger = logging.getLogger(PROGRAM)

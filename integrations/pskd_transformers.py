@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 
 from pskd.criterion import MemoryCriterion, make_criterion
 from pskd.rows import ROWS
-from pskd.run.checkpoint import read_checkpoint, write_checkpoint
+from pskd_tools.checkpoint import read_checkpoint, write_checkpoint
 
 __all__ = ["PSKDTrainerMixin"]
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from pskd.run.files import shown
+from pskd.files import shown
 from pskd.schedule import check_alpha
 
 if TYPE_CHECKING:

@@ -11,7 +11,8 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from pskd._linear_chunks import (
+from pskd.checks import check_ignore_index, check_label_form, check_tensors, check_weights
+from pskd.kernels.linear_chunks import (
     LinearCrossEntropy,
     LinearStats,
     LinearTeacher,
@@ -19,7 +20,6 @@ from pskd._linear_chunks import (
     Teacher,
     by_chunks,
 )
-from pskd.checks import check_ignore_index, check_label_form, check_tensors, check_weights
 from pskd.targets import TopK, check_teacher
 
 __all__ = ["LinearStats", "LinearTeacher", "pskd_linear_cross_entropy"]

@@ -11,12 +11,10 @@ from typing import TYPE_CHECKING, Any, TypedDict
 import torch
 from torch import Tensor
 
-from pskd import _traced_memory
 from pskd._criterion import Criterion, cross_entropy
-from pskd._traced_memory import handle_of
 from pskd.checks import check_batch
 from pskd.examples import ExampleStats
-from pskd.memory import PredictionMemory
+from pskd.memory import PredictionMemory, traced
 from pskd.rows import check_distinct, check_given, check_range
 from pskd.targets import row_alphas
 
@@ -91,11 +89,11 @@ class MemoryCriterion(Criterion):
         self.memory = (
             PredictionMemory(num_rows, num_classes, **memory) if self.alpha_final else None
         )
-        self._handle = None if self.memory is None else handle_of(self.memory)
+        self._handle = None if self.memory is None else traced.handle_of(self.memory)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        self._handle = None if self.memory is None else handle_of(self.memory)
+        self._handle = None if self.memory is None else traced.handle_of(self.memory)
 
     def __call__(self, logits: Tensor, target: Tensor, rows: Tensor | None = None) -> Tensor:
         """Return the mean loss of a batch, and keep its predictions for the next epoch.
@@ -119,7 +117,7 @@ class MemoryCriterion(Criterion):
         loss = self.loss(logits, target, rows)
         if self.memory is not None:
             probs = logits.detach().float().softmax(dim=1)
-            _traced_memory.write(self.memory, self._handle, rows.to(logits.device), probs)
+            traced.write(self.memory, self._handle, rows.to(logits.device), probs)
         return loss
 
     def loss(
@@ -146,7 +144,7 @@ class MemoryCriterion(Criterion):
         rows = rows.to(logits.device)
         past, alpha = None, None
         if self.memory is not None and self.epoch > 1:
-            past, seen = _traced_memory.read(self.memory, self._handle, rows)
+            past, seen = traced.read(self.memory, self._handle, rows)
             alpha = row_alphas(self.alpha, seen)
         return self._loss(logits, target, past, alpha, rows, recorded=recorded)
 

@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from typing import SupportsFloat
 
-from pskd.run.files import same_value, shown
+from pskd.files import same_value, shown
 
 __all__ = [
     "SCHEDULES",

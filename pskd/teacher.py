@@ -13,7 +13,7 @@ from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 
 from pskd.distributed import take_buffers_of_first_process
-from pskd.run.files import shown
+from pskd.files import shown
 
 __all__ = ["SnapshotTeacher", "load_into"]
 

@@ -36,8 +36,8 @@ from evaluation.significance import compare
 from evaluation.translations import detokenised, generate, raw_reference, score
 from fairseq import utils
 
-from pskd.plots import reliability_diagram, risk_coverage_plot
-from pskd.run.files import write_json, written_aside
+from pskd_tools.files import write_json, written_aside
+from pskd_tools.plots import reliability_diagram, risk_coverage_plot
 
 logger = logging.getLogger("evaluate")
 

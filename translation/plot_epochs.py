@@ -12,8 +12,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from pskd.plots import epoch_plot
-from pskd.report.epochs import fairseq_epochs
+from pskd_tools.plots import epoch_plot
+from pskd_tools.report.epochs import fairseq_epochs
 
 
 def main() -> None:

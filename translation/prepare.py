@@ -36,7 +36,7 @@ from preparation.job import (
 from preparation.pieces import CODES, MOSES, SEPARATOR, segment
 from preparation.text import read_parts
 
-from pskd.run.files import write_json
+from pskd_tools.files import write_json
 
 logger = logging.getLogger("prepare")
 

@@ -14,11 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
-from pskd import presets
 from pskd.distributed import World, gather
 from pskd_classification.data import Images
 from pskd_classification.on_device import DeviceImages, DeviceLoader
 from pskd_classification.precision import autocast
+from pskd_tools import presets
 
 __all__ = ["Rows", "measure", "predict", "rows_of"]
 
@@ -108,6 +108,6 @@ def rows_of(logits: Tensor, target: Tensor, temperature: float = 1.0) -> Rows:
 
 
 def measure(rows: Rows) -> dict[str, float | int]:
-    """Return `pskd.presets.measure` of the rows (ECE over 15 bins), and their count."""
+    """Return `pskd_tools.presets.measure` of the rows (ECE over 15 bins), and their count."""
     raw = presets.measure(rows.confidence, rows.correct, nll=rows.nll, in_top5=rows.in_top5)
     return raw | {"count": len(rows.correct)}

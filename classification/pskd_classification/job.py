@@ -15,8 +15,6 @@ from torch.optim import lr_scheduler
 
 from pskd import ExampleStats, MemoryCriterion, SnapshotCriterion
 from pskd.distributed import World
-from pskd.run import checkpoint
-from pskd.run.images import check_images
 from pskd_classification.data import Images, Splits, load_splits
 from pskd_classification.evaluation import predict
 from pskd_classification.label_noise import LabelNoise
@@ -27,6 +25,8 @@ from pskd_classification.on_device import DeviceImages, place
 from pskd_classification.options import check, recorded
 from pskd_classification.training import Trainer
 from pskd_classification.transforms import stats_of
+from pskd_tools import checkpoint
+from pskd_tools.images import check_images
 
 __all__ = [
     "BEST",

@@ -8,13 +8,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pskd.distributed import World
-from pskd.run.files import read_yaml, shown
-from pskd.run.options import TRAINING_RANGES, check_ranges
+from pskd.files import shown
 from pskd.schedule import SCHEDULES, check_alpha
 from pskd_classification.data import Splits
 from pskd_classification.label_noise import LabelNoise
 from pskd_classification.precision import AMP
 from pskd_classification.sources import DATASETS
+from pskd_tools.files import read_yaml
+from pskd_tools.options import TRAINING_RANGES, check_ranges
 
 __all__ = ["PUBLISHED_ALPHA", "build_parser", "check", "parse", "recorded"]
 

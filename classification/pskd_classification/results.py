@@ -13,9 +13,10 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from pskd.run.files import csv_text, parse_json, write_json, written_aside
+from pskd.files import parse_json
 from pskd_classification.data import Images, Splits
 from pskd_classification.evaluation import Rows
+from pskd_tools.files import csv_text, write_json, written_aside
 
 __all__ = [
     "read_epochs",

@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from pskd.run.images import named, read_rgb, to_rgb
+from pskd_tools.images import named, read_rgb, to_rgb
 
 __all__ = ["DATASETS", "Source", "check_source", "load_sources", "read_image"]
 
@@ -183,7 +183,7 @@ def _ids(source: Source) -> list[str]:
 
 
 def read_image(source: Source, row: int, name: str) -> Image.Image:
-    """Return an image of a source as `pskd.run.images.to_rgb` converts it.
+    """Return an image of a source as `pskd_tools.images.to_rgb` converts it.
 
     Args:
         source, row: where it is.

@@ -20,11 +20,11 @@ from tqdm import tqdm
 from pskd import WithRows
 from pskd.distributed import World, take_buffers_of_first_process
 from pskd.means import Means
-from pskd.run.seeding import seed_epoch
 from pskd_classification.data import Images
 from pskd_classification.objective import Objective
 from pskd_classification.on_device import DeviceImages, DeviceLoader
 from pskd_classification.precision import amp_dtype, autocast
+from pskd_tools.seeding import seed_epoch
 
 __all__ = ["Trainer"]
 

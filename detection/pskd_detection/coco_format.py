@@ -9,10 +9,10 @@ from collections.abc import Callable, Container
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pskd.run.files import read_json
-from pskd.run.images import read_size
 from pskd_detection.boxes import Mended, fitted, is_finite
 from pskd_detection.segmentation import segmentation_problem, with_three_points
+from pskd_tools.files import read_json
+from pskd_tools.images import read_size
 
 __all__ = ["RawAnnotations", "checked_coco", "flag", "raw_coco", "read_coco", "without_root"]
 

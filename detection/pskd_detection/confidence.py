@@ -85,7 +85,7 @@ class DetectionConfidence:
         score_threshold: the least score of a detection that is kept, in [0, 1]. 0.05 is what
             Detectron2 and torchvision keep by themselves.
         bins: the number of bins of both errors; 15 as everywhere in pskd, so that D-ECE is the
-            error that `pskd.plots.reliability_diagram` shows. LaECE was published with 25.
+            error that `pskd_tools.plots.reliability_diagram` shows. LaECE was published with 25.
 
     Raises:
         ValueError: a threshold or ``bins`` out of range.

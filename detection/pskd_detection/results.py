@@ -11,10 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from pskd.run.files import read_json, shown, write_json, written_aside
-from pskd.run.images import read_rgb
+from pskd.files import shown
 from pskd_detection.confidence import DetectionConfidence
 from pskd_detection.datasets import DetectionDataset
+from pskd_tools.files import read_json, write_json, written_aside
+from pskd_tools.images import read_rgb
 
 __all__ = ["format_table", "write_confidence", "write_detections", "write_results"]
 

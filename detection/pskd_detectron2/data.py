@@ -43,10 +43,10 @@ from pskd_detection.datasets import checked_dataset, voc_folder
 from pskd_detection.segmentation import segmentation_problem
 from pskd_detection.voc_format import read_voc
 
-from pskd.run.files import write_json
-from pskd.run.images import check_images, read_rgb
 from pskd_detectron2.fast_rcnn import ROW_FIELD
 from pskd_detectron2.files import local_path
+from pskd_tools.files import write_json
+from pskd_tools.images import check_images, read_rgb
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -184,7 +184,7 @@ def _read(name: str) -> Image:
 
 
 class ImageMapper(DatasetMapper):
-    """`DatasetMapper` whose images are those of `pskd.run.images.read_rgb`.
+    """`DatasetMapper` whose images are those of `pskd_tools.images.read_rgb`.
 
     The stock mapper clips 16-bit pixels, and does not name a damaged file.
 
@@ -448,7 +448,7 @@ def check_image_files(names: Iterable[str], workers: int) -> None:
     """Read every image of registered datasets once, for --check-images.
 
     Raises:
-        ValueError: as `pskd.run.images.check_images`.
+        ValueError: as `pskd_tools.images.check_images`.
     """
     records = [(record,) for name in names for record in DatasetCatalog.get(name)]
     logger.info("--check-images: read %d images", check_images(records, _check_image, workers))

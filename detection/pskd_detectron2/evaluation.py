@@ -28,10 +28,10 @@ from detectron2.utils.file_io import PathManager
 from pskd_detection import DetectionConfidence, DetectionDataset, Detections, write_detections
 from pskd_detection.voc_format import voc_class
 
-from pskd.plots import reliability_diagram, risk_coverage_plot
 from pskd_detectron2.data import BOXES, detection_dataset, evaluator_type, is_evaluated_as_coco
 from pskd_detectron2.files import output_folder
 from pskd_detectron2.scoring import class_probs, has_class_logits
+from pskd_tools.plots import reliability_diagram, risk_coverage_plot
 
 __all__ = [
     "ConfidenceEvaluator",

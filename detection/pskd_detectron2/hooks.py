@@ -16,12 +16,12 @@ from torch import nn
 
 from pskd.checks import check_keys
 from pskd.distributed import take_buffers_of_first_process
-from pskd.run.checkpoint import load_archive, write_archive
-from pskd.run.files import shown
+from pskd.files import shown
 from pskd.schedule import SCHEDULE_OPTIONS, AlphaSchedule, check_unchanged
 from pskd_detectron2.config import check_options
 from pskd_detectron2.memory import AnnotationMemory
 from pskd_detectron2.state import PSKDState
+from pskd_tools.checkpoint import load_archive, write_archive
 
 __all__ = ["PSKDHook"]
 

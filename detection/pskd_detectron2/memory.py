@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pskd.distributed import is_first, sum_over_processes
-from pskd.run.files import shown
+from pskd.files import shown
 
 __all__ = ["AnnotationMemory"]
 

@@ -20,7 +20,7 @@ from detectron2.data.samplers import TrainingSampler
 from detectron2.engine import HookBase
 from pskd_detection.coco_format import is_remote
 
-from pskd.run.files import written_aside
+from pskd_tools.files import written_aside
 
 __all__ = [
     "AsideCheckpointer",

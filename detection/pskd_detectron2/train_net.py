@@ -24,7 +24,6 @@ from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 from pskd_detection import add_dataset_arguments
 
-from pskd.run.program import exit_status
 from pskd_detectron2 import Trainer, load_config, register_spec
 from pskd_detectron2.config import recipe_path, set_class_count
 from pskd_detectron2.data import check_image_files, class_names_of
@@ -32,6 +31,7 @@ from pskd_detectron2.files import save_results
 from pskd_detectron2.lazy import run_lazy
 from pskd_detectron2.resume import EvaluationCheckpointer
 from pskd_detectron2.trainer import check_config
+from pskd_tools.program import exit_status
 
 PROGRAM = "train_net"
 logger = logging.getLogger("detectron2.pskd_detectron2.train_net")

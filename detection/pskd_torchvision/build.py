@@ -19,7 +19,7 @@ from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredic
 from torchvision.models.resnet import BasicBlock, ResNet
 from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign
 
-from pskd.run.checkpoint import load_archive
+from pskd_tools.checkpoint import load_archive
 
 __all__ = ["build_detector", "has_masks", "load_weights", "model_names"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from pskd.run.checkpoint import (
+from pskd_tools.checkpoint import (
     check_classes,
     check_same,
     load_optimizer,

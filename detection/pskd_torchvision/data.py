@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as F
 
-from pskd.run.images import read_rgb
+from pskd_tools.images import read_rgb
 
 __all__ = ["SMALLEST_SIDE", "DetectionImages", "collate", "read_image"]
 

@@ -24,8 +24,8 @@ from torch.utils.data import DataLoader, Subset
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 
 from pskd.distributed import World, gather, sum_over_processes
-from pskd.plots import reliability_diagram, risk_coverage_plot
-from pskd.run.files import write_json
+from pskd_tools.files import write_json
+from pskd_tools.plots import reliability_diagram, risk_coverage_plot
 from pskd_torchvision.capture import captured
 from pskd_torchvision.data import DetectionImages, collate
 from pskd_torchvision.roi_heads import class_logits

@@ -13,9 +13,9 @@ from pskd_detection import DetectionDataset, load_dataset
 from torch import nn
 
 from pskd.distributed import World
-from pskd.run.checkpoint import check_is_new
-from pskd.run.images import check_images
-from pskd.run.log import MetricsLog
+from pskd_tools.checkpoint import check_is_new
+from pskd_tools.images import check_images
+from pskd_tools.log import MetricsLog
 from pskd_torchvision import checkpoint
 from pskd_torchvision.build import build_detector, has_masks, load_weights
 from pskd_torchvision.data import DetectionImages, read_image

@@ -8,8 +8,8 @@ import math
 from pskd_detection import DetectionDataset, add_dataset_arguments
 
 from pskd.distributed import World
-from pskd.run.options import TRAINING_RANGES, check_ranges
 from pskd.schedule import SCHEDULES, check_alpha
+from pskd_tools.options import TRAINING_RANGES, check_ranges
 
 __all__ = ["build_parser", "check", "recorded"]
 

@@ -21,8 +21,8 @@ from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 
 from pskd.distributed import World, take_buffers_of_first_process
 from pskd.means import Means
-from pskd.run.log import MetricsLog
-from pskd.run.seeding import seed_epoch
+from pskd_tools.log import MetricsLog
+from pskd_tools.seeding import seed_epoch
 from pskd_torchvision.data import DetectionImages, collate
 from pskd_torchvision.epoch import PSKDEpochs
 

@@ -10,9 +10,9 @@ from bad_input import Part, check, every_case
 
 import pskd
 from pskd import calibration
+from pskd.calibration.temperature import fit_temperature
 from pskd.criterion import make_criterion
-from pskd.run.files import write_json
-from pskd.temperature import fit_temperature
+from pskd_tools.files import write_json
 
 N, C = 4, 3
 VALUES = torch.linspace(-1.0, 1.0, N * C).reshape(N, C)
@@ -490,7 +490,7 @@ METRICS.add(
     needs=("matplotlib",),
 )
 def _picture_format():
-    from pskd.plots import reliability_diagram
+    from pskd_tools.plots import reliability_diagram
 
     reliability_diagram({"a": (np.ones(2), np.ones(2, bool))}, "picture.docs")
 

@@ -196,7 +196,7 @@ def _no_room():
     made = in_second_epoch(memory())
     full = OSError(errno.ENOSPC, "No space left on device")
     yield made.state_dict
-    with mock.patch("pskd._table._allocate", side_effect=full):
+    with mock.patch("pskd.memory.table._allocate", side_effect=full):
         made.next_epoch()
 
 

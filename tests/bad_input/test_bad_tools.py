@@ -12,7 +12,7 @@ from unittest import mock
 import numpy as np
 from bad_input import ROOT, Part, as_command, check, every_case, loaded, toys
 
-from pskd.cli import main as pskd_command
+from pskd_tools.cli import main as pskd_command
 
 REPORT = Part(
     "`pskd report`",

@@ -31,7 +31,7 @@ CONSOLE = {
     "fairseq-hydra-train": "fairseq_cli.hydra_train:cli_main",
     "fairseq-preprocess": "fairseq_cli.preprocess:cli_main",
     "fairseq-train": "fairseq_cli.train:cli_main",
-    "pskd": "pskd.cli:main",
+    "pskd": "pskd_tools.cli:main",
     "sacrebleu": "sacrebleu.sacrebleu:main",
 }
 #: Modules without which a command is skipped, as they are no part of the core.

@@ -31,7 +31,7 @@ CLASSES = {
     "pskd.examples": ["ExampleStats"],
     "pskd.means": ["Means"],
 }
-BACKWARD = {"pskd.loss": "_CrossEntropy", "pskd._linear_chunks": "LinearCrossEntropy"}
+BACKWARD = {"pskd.loss": "_CrossEntropy", "pskd.kernels.linear_chunks": "LinearCrossEntropy"}
 
 
 def pytest_addoption(parser) -> None:

@@ -15,12 +15,12 @@ from pathlib import Path
 import pytest
 
 import pskd
-from pskd import cli, doctor
-from pskd.doctor import Attempt, Environment, Probe, Report, diagnose
-from pskd.doctor.environment import UNSAFE_LOAD
-from pskd.doctor.installs import INSTALL_FAIRSEQ
-from pskd.doctor.probes import installed_versions, run_probes
-from pskd.doctor.steps import STEPS
+from pskd_tools import cli, doctor
+from pskd_tools.doctor import Attempt, Environment, Probe, Report, diagnose
+from pskd_tools.doctor.environment import UNSAFE_LOAD
+from pskd_tools.doctor.installs import INSTALL_FAIRSEQ
+from pskd_tools.doctor.probes import installed_versions, run_probes
+from pskd_tools.doctor.steps import STEPS
 
 GOOD_VERSIONS = {
     "pskd": "0.1.0",
@@ -304,7 +304,7 @@ ABSENT = [
     ("integrations", ["lightning", "transformers"]),
     ("integrations", ["lightning", "pskd_transformers"]),
     ("plots", ["matplotlib"]),
-    ("plots", ["pskd.plots"]),
+    ("plots", ["pskd_tools.plots"]),
 ]
 
 
@@ -607,7 +607,7 @@ def test_real_run_that_times_out_calls_nothing_broken(capsys):
 
 def test_real_run_tries_the_core_and_imports_no_framework():
     code = (
-        "import sys; from pskd import cli; status = cli.main(['doctor', 'core', '--json']);"
+        "import sys; from pskd_tools import cli; status = cli.main(['doctor', 'core', '--json']);"
         "print(sorted({name.split('.')[0] for name in sys.modules}), file=sys.stderr);"
         "sys.exit(status)"
     )
@@ -620,7 +620,7 @@ def test_real_run_tries_the_core_and_imports_no_framework():
     modules = done.stderr.strip().splitlines()[-1]
     for framework in ("torch", "fairseq", "fairseq_cli", "detectron2", "torchvision", "omegaconf"):
         assert f"'{framework}'" not in modules
-    assert "'pskd'" in modules
+    assert "'pskd_tools'" in modules
 
 
 REAL = {
@@ -648,7 +648,7 @@ def test_torch_that_does_not_load_is_told_and_no_traceback(tmp_path):
     (tmp_path / "torch").mkdir()
     (tmp_path / "torch" / "__init__.py").write_text("raise ImportError('libcudart.so is gone')")
     done = subprocess.run(
-        [sys.executable, "-m", "pskd.cli", "doctor", "core"],
+        [sys.executable, "-m", "pskd_tools.cli", "doctor", "core"],
         capture_output=True,
         text=True,
         timeout=120,

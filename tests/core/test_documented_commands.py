@@ -92,7 +92,7 @@ def test_commands_are_found_wherever_they_may_stand():
     programs += documented.files("configs/*/*.sh")
     assert len(programs) > 20
     assert {str(path.relative_to(ROOT)) for path in programs} <= with_commands
-    assert {"README.md", "Makefile", "pskd/cli.py", "demo/__main__.py"} <= with_commands
+    assert {"README.md", "Makefile", "pskd_tools/cli.py", "demo/__main__.py"} <= with_commands
     assert len(COMMANDS) > 100
 
 

@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 import torch
 
-from pskd.run import files
-from pskd.run.checkpoint import load_archive, read_checkpoint, write_checkpoint
+from pskd_tools import files
+from pskd_tools.checkpoint import load_archive, read_checkpoint, write_checkpoint
 
 
 @pytest.fixture

@@ -14,9 +14,9 @@ import pytest
 import torch
 
 from pskd.distributed import join, leave
-from pskd.run.images import SHOWN, check_images, read_rgb, read_size, to_rgb
+from pskd_tools.images import SHOWN, check_images, read_rgb, read_size, to_rgb
 
-PRELOADED = ["torch", "pskd.run.images"]
+PRELOADED = ["torch", "pskd_tools.images"]
 Image = pytest.importorskip("PIL.Image")
 
 GRAY = np.arange(24, dtype=np.uint8).reshape(4, 6) * 10

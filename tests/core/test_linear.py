@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-import pskd._linear_chunks
+import pskd.kernels.linear_chunks
 from pskd import LinearTeacher, TopK, pskd_cross_entropy, pskd_linear_cross_entropy
 
 torch.set_num_threads(1)  # tiny tensors: more threads would only wait for each other
@@ -82,7 +82,7 @@ def whole(batch: Batch, form: str, alpha, **options) -> list[Tensor]:
 def fused(batch: Batch, form: str, alpha, **options) -> list[Tensor]:
     """Return the same without the logits."""
     hidden, weight, bias = tensors = [tensor.clone().requires_grad_() for tensor in batch.tensors]
-    with mock.patch.object(pskd._linear_chunks, "_CHUNK_ELEMENTS", batch.chunk):
+    with mock.patch.object(pskd.kernels.linear_chunks, "_CHUNK_ELEMENTS", batch.chunk):
         loss = pskd_linear_cross_entropy(
             hidden, weight, batch.target, batch.teacher(form), alpha, bias=bias, **options
         )
@@ -156,7 +156,7 @@ def test_statistics_are_those_of_the_logits(form, needs_grad):
     batch = make(9, 12, chunk=30)
     hidden, weight, bias = batch.tensors
     hidden.requires_grad_(needs_grad)
-    with mock.patch.object(pskd._linear_chunks, "_CHUNK_ELEMENTS", 30):
+    with mock.patch.object(pskd.kernels.linear_chunks, "_CHUNK_ELEMENTS", 30):
         loss, stats = pskd_linear_cross_entropy(
             hidden, weight, batch.target, batch.teacher(form), 0.5, bias=bias, stats_top_k=3
         )
@@ -213,7 +213,7 @@ def test_no_tensor_of_all_logits_is_made():
             return out
 
     hidden, weight, bias = (tensor.requires_grad_() for tensor in batch.tensors)
-    with Watch(), mock.patch.object(pskd._linear_chunks, "_CHUNK_ELEMENTS", batch.chunk):
+    with Watch(), mock.patch.object(pskd.kernels.linear_chunks, "_CHUNK_ELEMENTS", batch.chunk):
         pskd_linear_cross_entropy(hidden, weight, batch.target, batch.past, 0.5, bias=bias)
     assert 5000 in sizes  # the logits of a chunk are seen
     assert max(sizes) == 5000  # and nothing larger, of 20,000 in all

@@ -23,8 +23,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import pskd
-from pskd import _epoch_files, _table
-from pskd import _exchange as exchange_py
+from pskd.memory import epoch_files, table
+from pskd.memory import exchange as exchange_py
 
 PRELOADED = ["hypothesis", "pskd.memory", "pytest", "torch.distributed"]
 
@@ -406,10 +406,10 @@ def test_a_file_that_cannot_be_used_is_named(damage, message, tmp_path):
 
 def test_an_epoch_that_has_not_ended_is_not_read(tmp_path):
     state, file = saved(tmp_path)
-    header = _table._read_header(file)
+    header = table._read_header(file)
     del header["crc32"]
     with open(file, "r+b") as stream:
-        stream.write(_table._encode(header))
+        stream.write(table._encode(header))
     with pytest.raises(ValueError, match="expected a complete epoch"):
         resume(tmp_path, state)
 
@@ -424,7 +424,7 @@ def test_a_full_disk_is_an_error_and_the_last_epoch_stays(tmp_path, monkeypatch)
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(_table, "_allocate", full)
+        patch.setattr(table, "_allocate", full)
         with pytest.raises(OSError, match="no room for an epoch's predictions: expected 4,") as e:
             memory.next_epoch()
     assert e.value.errno == errno.ENOSPC and "epoch_00002" in str(e.value)
@@ -447,7 +447,7 @@ def test_an_epoch_that_could_not_end_ends_when_it_is_tried_again(fails, tmp_path
         epoch_of_writes(memory, epoch)
     past = memory.read(torch.arange(M))[0].probs
     with monkeypatch.context() as patch:
-        patch.setattr(_epoch_files, fails, mock.Mock(side_effect=OSError(errno.EIO, "broken")))
+        patch.setattr(epoch_files, fails, mock.Mock(side_effect=OSError(errno.EIO, "broken")))
         for _ in range(2):
             with pytest.raises(OSError, match="broken"):
                 memory.next_epoch()
@@ -465,7 +465,7 @@ def test_an_epoch_whose_new_file_could_not_be_opened_can_be_ended_again(tmp_path
     memory = pskd.PredictionMemory(M, C, top_k=3, path=tmp_path)
     memory.next_epoch()
     with monkeypatch.context() as patch:
-        patch.setattr(_epoch_files, "FileTable", mock.Mock(side_effect=PermissionError("no")))
+        patch.setattr(epoch_files, "FileTable", mock.Mock(side_effect=PermissionError("no")))
         with pytest.raises(PermissionError):
             memory.next_epoch()
     epoch_of_writes(memory, 1)  # after its checksum was computed
@@ -534,7 +534,7 @@ def test_a_state_whose_files_may_not_be_used_changes_nothing(name, tmp_path, mon
             raise PermissionError(errno.EACCES, "Permission denied", str(path))
         return real(path, mode, **options)
 
-    monkeypatch.setattr(_table, "open", no_permission, raising=False)
+    monkeypatch.setattr(table, "open", no_permission, raising=False)
     with pytest.raises(PermissionError, match=name):
         memory.load_state_dict(state)
     monkeypatch.undo()
@@ -642,7 +642,7 @@ def test_another_error_of_the_disk_is_told_as_it_is(tmp_path, monkeypatch):
     def broken(*_):
         raise OSError(errno.EIO, "Input/output error")
 
-    monkeypatch.setattr(_table, "_allocate", broken)
+    monkeypatch.setattr(table, "_allocate", broken)
     with pytest.raises(OSError, match="Input/output error"):
         pskd.PredictionMemory(M, C, path=tmp_path).next_epoch()
     assert not names(tmp_path)
@@ -666,13 +666,13 @@ def test_room_is_taken_before_an_epoch_begins(tmp_path):
 
 RESIDENT = """
 import resource, sys, torch, pskd
-from pskd import _table
+from pskd.memory import epoch_files, table
 torch.set_num_threads(1)
 probs = pskd.TopK(torch.arange(16).expand(64, 16), torch.full((64, 16), 0.01))
 def resident():
     return int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize() >> 20
 for limit in (1 << 22, 1 << 40):
-    _table._RESIDENT_BYTES = limit
+    table._RESIDENT_BYTES = limit
     memory = pskd.PredictionMemory(500_000, 1000, top_k=16, path=f"{sys.argv[1]}/{limit}")
     before = most = 0
     for epoch in range(2):

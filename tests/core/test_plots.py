@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from pskd.calibration import aurc, excess_aurc, reliability_bins
-from pskd.plots import epoch_plot, reliability_diagram, risk_coverage_plot
+from pskd_tools.plots import epoch_plot, reliability_diagram, risk_coverage_plot
 
 pytest.importorskip("matplotlib", reason="needs matplotlib: pip install matplotlib")
 
@@ -158,7 +158,7 @@ def test_missing_matplotlib_says_how_to_get_it(plot, tmp_path, monkeypatch):
 def test_importing_the_module_does_not_import_matplotlib(monkeypatch):
     for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib"]:
         monkeypatch.setitem(sys.modules, name, None)
-    spec = importlib.util.find_spec("pskd.plots")
+    spec = importlib.util.find_spec("pskd_tools.plots")
     spec.loader.exec_module(importlib.util.module_from_spec(spec))
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from pskd.calibration import ConfidenceAccumulator, aurc, excess_aurc, reliability_bins
-from pskd.presets import PRESETS, measure
+from pskd_tools.presets import PRESETS, measure
 
 # Three of four are right; the bins of both presets hold one row each.
 CONFIDENCE, CORRECT = [0.95, 0.85, 0.75, 0.55], [True, True, False, True]

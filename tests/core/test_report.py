@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from pskd.calibration import aurc, excess_aurc, reliability_bins
-from pskd.cli import main
-from pskd.report import write_report
+from pskd_tools.cli import main
+from pskd_tools.report import write_report
 
 pytest.importorskip("matplotlib", reason="needs matplotlib: pip install matplotlib")
 

@@ -8,9 +8,9 @@ import made_up_runs as made
 import numpy as np
 import pytest
 
-from pskd.presets import measure
-from pskd.report import bootstrap
-from pskd.report.bootstrap import (
+from pskd_tools.presets import measure
+from pskd_tools.report import bootstrap
+from pskd_tools.report.bootstrap import (
     RESAMPLES,
     RowMetrics,
     draws,
@@ -18,8 +18,8 @@ from pskd.report.bootstrap import (
     percentile_interval,
     resampled,
 )
-from pskd.report.seeds import interval_over_seeds
-from pskd.report.sentences import SentenceMetrics, bleu, chrf
+from pskd_tools.report.seeds import interval_over_seeds
+from pskd_tools.report.sentences import SentenceMetrics, bleu, chrf
 
 BINS = 10
 

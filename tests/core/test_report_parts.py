@@ -8,15 +8,15 @@ import made_up_runs as made
 import numpy as np
 import pytest
 
-from pskd.cli import _parser, main
-from pskd.presets import PRESETS
-from pskd.report import figures
-from pskd.report.columns import columns_of
-from pskd.report.epochs import fairseq_epochs, read_epochs
-from pskd.report.figures import hard_example_figures, teacher_figures
-from pskd.report.plots import grouped_quartiles, hard_example_plot, teacher_plot
-from pskd.report.runs import TASKS, read_run, read_runs
-from pskd.report.tables import make_tables
+from pskd_tools.cli import _parser, main
+from pskd_tools.presets import PRESETS
+from pskd_tools.report import figures
+from pskd_tools.report.columns import columns_of
+from pskd_tools.report.epochs import fairseq_epochs, read_epochs
+from pskd_tools.report.figures import hard_example_figures, teacher_figures
+from pskd_tools.report.plots import grouped_quartiles, hard_example_plot, teacher_plot
+from pskd_tools.report.runs import TASKS, read_run, read_runs
+from pskd_tools.report.tables import make_tables
 
 NEEDS_MATPLOTLIB = "needs matplotlib: pip install matplotlib"
 MAKERS = {task: getattr(made, task) for task in TASKS}

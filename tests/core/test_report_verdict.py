@@ -16,16 +16,16 @@ import numpy as np
 import pytest
 
 from pskd.calibration import reliability_bins
-from pskd.cli import main
-from pskd.presets import PRESETS
-from pskd.report import figures, write_report
-from pskd.report.changed import changed_boxes, changed_predictions, changed_sentences
-from pskd.report.compare import Difference, compare
-from pskd.report.runs import TASKS, read_runs
-from pskd.report.shared import shared_test_set
-from pskd.report.tables import make_tables
-from pskd.report.verdict import difference_html, sentences
-from pskd.report.where import by_class, by_confidence, most_changed
+from pskd_tools.cli import main
+from pskd_tools.presets import PRESETS
+from pskd_tools.report import figures, write_report
+from pskd_tools.report.changed import changed_boxes, changed_predictions, changed_sentences
+from pskd_tools.report.compare import Difference, compare
+from pskd_tools.report.runs import TASKS, read_runs
+from pskd_tools.report.shared import shared_test_set
+from pskd_tools.report.tables import make_tables
+from pskd_tools.report.verdict import difference_html, sentences
+from pskd_tools.report.where import by_class, by_confidence, most_changed
 
 PRESET = PRESETS["paper"]
 PLACES = {"classification": ".", "detection": "inference", "translation": "evaluation"}

@@ -13,11 +13,11 @@ import pytest
 import torch
 
 from pskd.distributed import World
-from pskd.run import checkpoint
-from pskd.run.log import MetricsLog
-from pskd.run.options import TRAINING_RANGES, check_ranges
-from pskd.run.program import exit_status, run_program
-from pskd.run.seeding import seed_epoch
+from pskd_tools import checkpoint
+from pskd_tools.log import MetricsLog
+from pskd_tools.options import TRAINING_RANGES, check_ranges
+from pskd_tools.program import exit_status, run_program
+from pskd_tools.seeding import seed_epoch
 
 OPTIONS = dict.fromkeys(TRAINING_RANGES, 1) | {"lr_steps": [2, 3], "weight_decay": None}
 

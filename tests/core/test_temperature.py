@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import cross_entropy
 
-from pskd import temperature as module
-from pskd.temperature import HIGHEST_TEMPERATURE, LOWEST_TEMPERATURE, fit_temperature
+from pskd.calibration import temperature as module
+from pskd.calibration.temperature import HIGHEST_TEMPERATURE, LOWEST_TEMPERATURE, fit_temperature
 
 
 def drawn(seed: int, rows: int, classes: int, spread: float) -> tuple[torch.Tensor, torch.Tensor]:

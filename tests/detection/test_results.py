@@ -19,8 +19,8 @@ from pskd_detection import (
     write_results,
 )
 
-from pskd.report.example_files import Box, read_boxes
-from pskd.run.files import write_json
+from pskd_tools.files import write_json
+from pskd_tools.report.example_files import Box, read_boxes
 
 
 def strict(path: Path) -> object:

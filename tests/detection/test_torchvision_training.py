@@ -27,7 +27,7 @@ from pskd_torchvision.training import Trainer
 from torch.utils.data import DistributedSampler
 from torchvision_toys import CLASSES, ROOT, same, write_images
 
-from pskd.run.seeding import seed_epoch
+from pskd_tools.seeding import seed_epoch
 
 import train_torchvision as program  # isort: skip
 

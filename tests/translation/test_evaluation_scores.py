@@ -23,7 +23,7 @@ from evaluation.inputs import UserError  # noqa: E402
 from evaluation.metrics import corpus_metrics, language_of  # noqa: E402
 from evaluation.translations import detokenised, score  # noqa: E402
 
-from pskd.report.sentences import SentenceMetrics  # noqa: E402
+from pskd_tools.report.sentences import SentenceMetrics  # noqa: E402
 
 CHINESE = ["我们今天去公园看花和树。", "这本书非常有意思，我读了两遍。"]
 TRANSLATED = ["我们今天去公园看花和草。", "这本书非常有趣，我读了两遍。"]

@@ -25,7 +25,7 @@ from fairseq_toys import MODEL, batch, build_criterion, continued_from, same  # 
 from pskd_fairseq.criterion import PSKDCriterion  # noqa: E402  with torch's allow-list
 from torch.nn.parallel import DistributedDataParallel  # noqa: E402
 
-import pskd._linear_chunks  # noqa: E402
+import pskd.kernels.linear_chunks  # noqa: E402
 
 FUSED = "--pskd-fused-linear"
 TO_THE_END = ["--max-epoch", "3"]
@@ -175,7 +175,7 @@ def test_loss_log_and_gradients_are_those_from_logits(
     task, models, tmp_path, monkeypatch, epoch, smoothing, prefix, rows_at_a_time
 ):
     if rows_at_a_time == "some":
-        monkeypatch.setattr(pskd._linear_chunks, "_CHUNK_ELEMENTS", 1)
+        monkeypatch.setattr(pskd.kernels.linear_chunks, "_CHUNK_ELEMENTS", 1)
     teacher, student = models
     options = {"label_smoothing": smoothing, "ignore_prefix_size": prefix, "sentence_avg": True}
     plain, fused = both(task, tmp_path, **options)

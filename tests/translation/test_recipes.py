@@ -15,7 +15,7 @@ pytest.importorskip("fairseq", reason="needs fairseq: pip install '.[translation
 from fairseq import options  # noqa: E402
 from fairseq_toys import EPOCHS, MODEL, PLUGIN, ROOT  # noqa: E402
 
-from pskd.report.epochs import fairseq_epochs  # noqa: E402
+from pskd_tools.report.epochs import fairseq_epochs  # noqa: E402
 
 RECIPES = ROOT / "configs" / "translation"
 BASELINES = sorted(

@@ -15,7 +15,7 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from pskd.calibration import ConfidenceAccumulator
-from pskd.temperature import fit_temperature
+from pskd.calibration.temperature import fit_temperature
 
 # Of a vocabulary of 32,000 types these are 0.5 GB of log-probabilities.
 _TEMPERATURE_TOKENS = 4096

@@ -12,7 +12,8 @@ from fairseq.tasks import FairseqTask
 from omegaconf import DictConfig
 from pskd_fairseq.evaluated import UnsafeArgumentError, check_arguments
 
-from pskd.run.files import read_json, shown
+from pskd.files import shown
+from pskd_tools.files import read_json
 
 # What is read of prepare.json.
 _PREPARED = {"source_lang", "target_lang", "lowercase"}

@@ -8,7 +8,7 @@ import sacrebleu
 from sacrebleu.significance import PairedTest
 
 from evaluation.inputs import UserError
-from pskd.report.runs import Run, read_runs
+from pskd_tools.report.runs import Run, read_runs
 
 
 def compare(words: Sequence[str]) -> str:

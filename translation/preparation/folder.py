@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from preparation.job import PrepareError
-from pskd.run.files import read_json
+from pskd_tools.files import read_json
 
 logger = logging.getLogger("prepare")
 

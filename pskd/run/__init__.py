@@ -1,1 +1,0 @@
-"""What the train scripts share: random states, logs, files that are never half written."""

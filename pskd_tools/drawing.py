@@ -1,0 +1,83 @@
+"""What all pictures share: a figure without a display, colours, and a file that is whole."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pskd_tools.files import written_aside
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.text import Text
+
+__all__ = ["INK", "RUN_COLORS", "literal", "new_figure", "save", "short", "style"]
+
+# Okabe and Ito's palette, which colour-blind readers can tell apart; its yellow is too pale here.
+RUN_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#555555")
+INK, GRID = "#333333", "#DDDDDD"
+_LONGEST_NAME = 28
+_DPI = 160
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """Return a figure in inches that belongs to no window and to no global state.
+
+    Raises:
+        ImportError: without matplotlib.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError(
+            "plots need matplotlib, which could not be imported: pip install matplotlib"
+        ) from error
+    figure = Figure(figsize=(width, height), dpi=_DPI, facecolor="white", layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def save(figure: Figure, path: str | os.PathLike[str]) -> Path:
+    """Write the figure under another name, then rename: ``path`` is old or whole, never half.
+
+    Raises:
+        ValueError: for a suffix that matplotlib does not write.
+        OSError: if the file cannot be written.
+    """
+    path = Path(path)
+    suffix = path.suffix[1:].lower()
+    known = figure.canvas.get_supported_filetypes()
+    if suffix not in known:
+        raise ValueError(
+            f"path: expected a name that ends in one of {', '.join(sorted(known))}, got {path}"
+        )
+    with written_aside(path) as aside:
+        figure.savefig(aside, format=suffix)
+    return path
+
+
+def short(name: str) -> str:
+    """Return a name that fits; a legend would drop one that starts with an underscore."""
+    name = str(name)
+    if len(name) > _LONGEST_NAME:
+        name = name[: _LONGEST_NAME - 1] + "…"
+    return f" {name}" if name.startswith("_") else name
+
+
+def literal(texts: Iterable[Text]) -> None:
+    # A run called "$lr$" is a name, not a formula.
+    for text in texts:
+        text.set_parse_math(False)
+
+
+def style(axes: Axes) -> None:
+    axes.set_axisbelow(True)
+    axes.grid(color=GRID, linewidth=0.6)
+    axes.tick_params(labelsize=9, color=GRID, labelcolor=INK)
+    for name, spine in axes.spines.items():
+        spine.set_visible(name in ("left", "bottom"))
+        spine.set_color("#999999")

@@ -1,0 +1,195 @@
+"""Each method against the baseline, the first of its task: differences and their 95 % intervals."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from pskd.calibration.inputs import Doubles
+from pskd_tools.presets import Preset
+from pskd_tools.report.bootstrap import (
+    RESAMPLES,
+    Measured,
+    RowMetrics,
+    percentile_interval,
+    resampled,
+)
+from pskd_tools.report.columns import Column
+from pskd_tools.report.runs import Run
+from pskd_tools.report.seeds import interval_over_seeds
+from pskd_tools.report.sentences import SentenceMetrics
+from pskd_tools.report.shared import SharedTestSet, shared_test_set
+from pskd_tools.report.tables import Row, Table
+
+__all__ = ["Comparison", "Difference", "compare"]
+
+# Of fewer a resample tells too little.
+_LEAST_UNITS = 10
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Of a method's mean from the baseline's, raw.
+
+    Attributes:
+        interval: of 95 %; None where there is none.
+    """
+
+    value: float
+    interval: tuple[float, float] | None
+
+    @property
+    def is_clear(self) -> bool:
+        """Whether the interval leaves 0 out."""
+        return self.interval is not None and not self.interval[0] <= 0.0 <= self.interval[1]
+
+    def effect(self, better: str) -> str:
+        """Return "better" or "worse" of a clear difference of a metric, or else ""."""
+        if not self.is_clear:
+            return ""
+        return "better" if (self.value < 0) == (better == "lower") else "worse"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A method against the baseline.
+
+    Attributes:
+        differences: by the keys of their columns.
+        basis: what the intervals are over, as sentences.
+        tests: the test set that the runs share; None if not known.
+        paired: whether the i-th runs of both have the same seed.
+    """
+
+    baseline: Row
+    method: Row
+    differences: dict[str, Difference]
+    basis: str
+    tests: SharedTestSet | None
+    paired: bool
+
+    @property
+    def over_seeds(self) -> bool:
+        """Whether intervals are over seeds, and not over test examples."""
+        return len(self.baseline.runs) > 1 and len(self.method.runs) > 1
+
+
+def compare(table: Table, preset: Preset) -> list[Comparison]:
+    """Compare every other row of a table with the first.
+
+    Raises:
+        ValueError: runs that were tested on different examples, naming the folder.
+    """
+    baseline, *others = table.rows
+    if len(baseline.runs) > 1:
+        shared_test_set(baseline.runs)  # refuses a seed of another test set, also without others
+    return [_compared(baseline, method, table.columns, preset) for method in others]
+
+
+def _compared(baseline: Row, method: Row, columns: Sequence[Column], preset: Preset) -> Comparison:
+    tests = shared_test_set([*baseline.runs, *method.runs])
+    paired = _seeds(baseline) == _seeds(method) is not None
+    bare = Comparison(baseline, method, {}, "", tests, paired)
+    redrawn = {} if bare.over_seeds else _redrawn(bare, preset)
+    differences = {}
+    for column in columns:
+        first, second = baseline.mean(column.key), method.mean(column.key)
+        if not column.metric.better or first is None or second is None:
+            continue
+        if len(_ways(bare, column.key)) > 1:
+            continue
+        interval = None
+        if bare.over_seeds:
+            values = [[v[column.key] for v in row.values] for row in (baseline, method)]
+            interval = interval_over_seeds(*values, paired=paired)
+        elif column.key in redrawn:
+            interval = percentile_interval(
+                second - first, redrawn[column.key], centred=column.key.endswith("ece")
+            )
+        differences[column.key] = Difference(second - first, interval)
+    apart = " ".join(
+        f"{column.metric.title} is not compared: it was computed in different ways, {ways}."
+        for column in columns
+        if len(found := _ways(bare, column.key)) > 1 and (ways := " and ".join(sorted(found)))
+    )
+    return replace(bare, differences=differences, basis=f"{_basis(bare)} {apart}".strip())
+
+
+def _ways(pair: Comparison, key: str) -> set[str]:
+    """Return how a score was computed, as sacreBLEU's signatures or COMET's models tell it."""
+    numbers = [run.numbers for run in (*pair.baseline.runs, *pair.method.runs)]
+    told = [n.get(f"{key}_signature", n.get(f"{key}_model")) for n in numbers]
+    # sacreBLEU keeps scores comparable from version to version.
+    return {str(way).partition("|version:")[0] for way in told if way is not None}
+
+
+def _seeds(row: Row) -> list[object] | None:
+    """Return the seeds of a row's runs, in order; None unless all are known and differ."""
+    seeds = [run.numbers.get("seed") for run in row.runs]
+    return None if None in seeds or len(set(map(str, seeds))) < len(seeds) else seeds
+
+
+def _basis(pair: Comparison) -> str:
+    counts, tests = (len(pair.baseline.runs), len(pair.method.runs)), pair.tests
+    if pair.over_seeds:
+        over = (
+            f"Student's t over {counts[0]} seeds, paired by seed"
+            if pair.paired
+            else f"Welch's t over {counts[0]} and {counts[1]} runs, not paired by seed"
+        )
+        return f"95 % intervals: {over}. They cover chance in the training, on this test set."
+    if tests is None:
+        return _why_none([*pair.baseline.runs, *pair.method.runs])
+    drawn = "paired bootstrap" if tests.joint else "bootstrap, not paired,"
+    size = " and ".join(f"{count:,}" for count in dict.fromkeys(tests.units))
+    if min(tests.units) < _LEAST_UNITS:
+        return f"No 95 % intervals: {size} {tests.name} are too few for a bootstrap."
+    text = (
+        f"95 % intervals: {drawn} over the {size} {tests.name}, {RESAMPLES:,} resamples. They "
+        "cover chance in the test set; another training seed may change more."
+    )
+    return f"{text} {tests.note}".strip()
+
+
+def _why_none(runs: Sequence[Run]) -> str:
+    without = [str(run.folder) for run in runs if not run.rows]
+    if without:
+        return f"No 95 % intervals: there is no confidence.npz with rows in {', '.join(without)}."
+    return (
+        "No 95 % intervals: the runs scored different numbers of tokens and do not say of which "
+        "sentences these are."
+    )
+
+
+def _redrawn(pair: Comparison, preset: Preset) -> dict[str, Doubles]:
+    """Return the difference of each metric in each resample, (R,) by key."""
+    tests = pair.tests
+    runs = [*pair.baseline.runs, *pair.method.runs]
+    if tests is None or min(tests.units) < _LEAST_UNITS:
+        return {}
+    parts = _sentence_metrics(runs, tests) or [[] for _ in runs]
+    if tests.matched or tests.name != "sentences":
+        for part, rows, unit, units in zip(parts, tests.rows, tests.unit, tests.units, strict=True):
+            part.append(RowMetrics(rows, unit, units, preset.bins))
+    if not parts[0]:
+        return {}
+    found = resampled(parts, tests.units, joint=tests.joint)
+    first, second = found[: len(pair.baseline.runs)], found[len(pair.baseline.runs) :]
+    keys = [key for key in found[0] if all(key in values for values in found)]
+    return {
+        key: np.mean([v[key] for v in second], axis=0) - np.mean([v[key] for v in first], axis=0)
+        for key in keys
+    }
+
+
+def _sentence_metrics(runs: Sequence[Run], tests: SharedTestSet) -> list[list[Measured]] | None:
+    """Return BLEU and chrF of each run, if the sentences that are drawn are those it translated."""
+    known = [run.sentences for run in runs if run.sentences is not None]
+    if len(known) < len(runs) or tests.name != "sentences":
+        return None
+    if any(np.unique(rows["ids"]).tolist() != list(range(len(s.translation)))
+           for rows, s in zip(tests.rows, known, strict=True)):  # fmt: skip
+        return None
+    return [[SentenceMetrics(s.bleu, s.chrf)] for s in known]

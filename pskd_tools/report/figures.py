@@ -1,0 +1,141 @@
+"""The figures of a report, as images that stand in the page itself."""
+
+from __future__ import annotations
+
+import base64
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from pskd_tools.plots import reliability_diagram, risk_coverage_plot
+from pskd_tools.presets import Preset
+from pskd_tools.report.plots import hard_example_plot, teacher_plot
+from pskd_tools.report.runs import Run
+from pskd_tools.report.tables import Row, Table
+
+__all__ = ["Figure", "confidence_figures", "hard_example_figures", "teacher_figures"]
+
+
+@dataclass(frozen=True)
+class Figure:
+    """An image and what it shows.
+
+    Attributes:
+        uri: the image as a data URI.
+        caption: as plain text.
+    """
+
+    uri: str
+    caption: str
+
+
+def confidence_figures(table: Table, preset: Preset) -> list[Figure]:
+    """Return a reliability diagram of each method, and the risk-coverage curves of all."""
+    runs = {_label(row): _rows(row.runs[0]) for row in table.rows if row.runs[0].rows}
+    if not runs:
+        return []
+    ece, area = preset.metrics["ece"], preset.metrics["aurc"]
+    unit = "" if ece.unit == "fraction" else f" {ece.unit}"
+    figures = [
+        Figure(
+            _drawn(
+                partial(
+                    reliability_diagram,
+                    {name: pair},
+                    bins=preset.bins,
+                    text=lambda value: ece.text(value) + unit,
+                )
+            ),
+            f"Reliability of {name}, {preset.bins} bins.",
+        )
+        for name, pair in runs.items()
+    ]
+    caption = (
+        "Risk against coverage: the error rate if only the most confident rows are kept. Dashed, "
+        "the best ranking of the same predictions; the area between is the E-AURC."
+    )
+    if area.unit != "fraction":
+        caption += f" Areas {area.unit}."
+    return [*figures, Figure(_drawn(partial(risk_coverage_plot, runs, text=area.text)), caption)]
+
+
+def _label(row: Row) -> str:
+    """Return the name of a row's first run, whose seed or place tells it from the others."""
+    if len(row.runs) == 1:
+        return row.name
+    seed = row.runs[0].numbers.get("seed")
+    return f"{row.name}, first run" if seed is None else f"{row.name}, seed {seed}"
+
+
+def _rows(run: Run) -> tuple[np.ndarray, np.ndarray]:
+    return run.rows["confidence"], run.rows["correct"]
+
+
+def teacher_figures(table: Table) -> list[Figure]:
+    """Return what the teachers of a task's runs did, over epochs or, for some, iterations."""
+    figures = []
+    for unit in ("epoch", "iteration"):
+        curves = {
+            row.name: [record for record in row.runs[0].epochs if unit in record]
+            for row in table.rows
+        }
+        taught = [name for name, records in curves.items() if _has_teacher(records)]
+        if not taught:
+            continue
+        drawn = {name: curves[name] if name in taught else [] for name in curves}
+        caption = (
+            "What PS-KD did in the course of the training: alpha, and the factor on the gradient "
+            "of the label's logit against plain cross-entropy, 1 without a teacher."
+        )
+        figures.append(Figure(_drawn(partial(teacher_plot, drawn)), caption))
+    return figures
+
+
+def _has_teacher(records: Sequence[Mapping[str, float]]) -> bool:
+    return any(record.get("alpha", 0.0) > 0.0 for record in records)
+
+
+def hard_example_figures(table: Table) -> list[Figure]:
+    """Return, for each PS-KD run with a baseline of the same examples, factor by difficulty."""
+    firsts = [row.runs[0] for row in table.rows if row.runs[0].examples]
+    baselines = [run for run in firsts if not run.has_teacher]
+    figures = []
+    for run in firsts:
+        baseline = next((other for other in baselines if _same_examples(run, other)), None)
+        if baseline is None:
+            continue
+        pair = _aligned(baseline, run)
+        if not np.isfinite(pair).all(axis=0).any():
+            continue
+        caption = (
+            f"How {run.name} rescaled the gradient of each training example, by how hard it was "
+            f"for {baseline.name}. At 1 (dotted) it is that of plain training, at 0 nothing is "
+            "left of it, below 0 the label's probability is pushed down."
+        )
+        figures.append(Figure(_drawn(partial(hard_example_plot, *pair)), caption))
+    return figures
+
+
+def _same_examples(run: Run, other: Run) -> bool:
+    return np.array_equal(np.sort(run.examples["ids"]), np.sort(other.examples["ids"]))
+
+
+def _aligned(baseline: Run, run: Run) -> tuple[np.ndarray, np.ndarray]:
+    """Return the baseline's difficulty and the run's factor of the same examples."""
+    first, second = np.argsort(baseline.examples["ids"]), np.argsort(run.examples["ids"])
+    return baseline.examples["difficulty"][first], run.examples["rescaling"][second]
+
+
+def _drawn(draw: Callable[[Path], object]) -> str:
+    """Return what a function draws into an SVG file, as a data URI.
+
+    An image of its own, not SVG among the page's elements: the ids in two drawings would clash.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "figure.svg"
+        draw(path)
+        return "data:image/svg+xml;base64," + base64.b64encode(path.read_bytes()).decode()
