@@ -19,8 +19,8 @@ With ``PSKDCallback(teacher="snapshot")`` the data set stays as it is and the lo
 
 from lightning.pytorch import Callback
 
-from pskd._criterion import cross_entropy
 from pskd.criterion import MemoryCriterion, SnapshotCriterion, make_criterion
+from pskd.criterion.base import cross_entropy
 
 __all__ = ["PSKDCallback"]
 

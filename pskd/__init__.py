@@ -6,15 +6,14 @@ The core needs torch and numpy only. Tools for train scripts and the ``pskd`` co
 
 from pskd import calibration as calibration
 from pskd.criterion import MemoryCriterion, SnapshotCriterion
-from pskd.effect import gradient_rescaling
-from pskd.examples import ExampleStats
 from pskd.linear import LinearStats, LinearTeacher, pskd_linear_cross_entropy
 from pskd.loss import PSKDStats, pskd_cross_entropy
 from pskd.memory import PredictionMemory
 from pskd.rows import WithRows
 from pskd.schedule import constant_alpha, cosine_alpha, linear_alpha
+from pskd.stats import ExampleStats, gradient_rescaling
 from pskd.targets import TopK, mix_targets
-from pskd.teacher import SnapshotTeacher
+from pskd.teachers import SnapshotTeacher
 from pskd.version import __version__ as __version__
 
 __all__ = [

@@ -248,10 +248,11 @@ def check_keys(name: str, state: object, keys: Iterable[str]) -> None:
         raise ValueError(f"expected {name} with {expected}, got {got}")
 
 
-def check_epoch(epoch: object, last: int) -> None:
-    """Raise ValueError unless a state's epoch is an integer from 0 to the last."""
-    if type(epoch) is not int or not 0 <= epoch <= last:
-        raise ValueError(f"epoch: expected a state of epoch 0 to {last}, got {shown(epoch)}")
+def check_epoch(epoch: object, last: int | None = None) -> None:
+    """Raise ValueError unless a state's epoch is an integer from 0 to the last, if there is one."""
+    if type(epoch) is not int or epoch < 0 or (last is not None and epoch > last):
+        end = "on" if last is None else f"to {last}"
+        raise ValueError(f"epoch: expected a state of epoch 0 {end}, got {shown(epoch)}")
 
 
 def rounding(dtype: torch.dtype | np.dtype[np.floating]) -> float:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from pskd.files import open_regular, same_value, shown
-from pskd.teacher import load_into
+from pskd.teachers import load_into
 from pskd_tools.files import written_aside
 
 __all__ = [

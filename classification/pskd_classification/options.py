@@ -10,6 +10,7 @@ from pathlib import Path
 from pskd.distributed import World
 from pskd.files import shown
 from pskd.schedule import SCHEDULES, check_alpha
+from pskd.teachers import TEACHERS
 from pskd_classification.data import Splits
 from pskd_classification.label_noise import LabelNoise
 from pskd_classification.precision import AMP
@@ -20,7 +21,6 @@ from pskd_tools.options import TRAINING_RANGES, check_ranges
 __all__ = ["PUBLISHED_ALPHA", "build_parser", "check", "parse", "recorded"]
 
 PUBLISHED_ALPHA = 0.8
-TEACHERS = ("memory", "snapshot")
 OPTIMIZERS = ("sgd", "adamw")
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 # name: (least, most), both allowed; of a list every entry.

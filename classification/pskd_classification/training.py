@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from pskd import WithRows
 from pskd.distributed import World, take_buffers_of_first_process
-from pskd.means import Means
+from pskd.stats import Means
 from pskd_classification.data import Images
 from pskd_classification.objective import Objective
 from pskd_classification.on_device import DeviceImages, DeviceLoader

@@ -12,9 +12,9 @@ from detectron2.modeling import META_ARCH_REGISTRY, ROI_HEADS_REGISTRY
 from detectron2.modeling.meta_arch import GeneralizedRCNN, RetinaNet
 
 from pskd.schedule import SCHEDULES, check_alpha
+from pskd.teachers import TEACHERS
 
 __all__ = [
-    "TEACHERS",
     "add_pskd_config",
     "check_label_smoothing",
     "check_options",
@@ -28,7 +28,6 @@ __all__ = [
 
 logger = logging.getLogger("detectron2." + __name__)
 
-TEACHERS = ("snapshot", "memory")
 HEADS = {
     "StandardROIHeads": "PSKDROIHeads",
     "Res5ROIHeads": "PSKDRes5ROIHeads",

@@ -17,7 +17,7 @@ from detectron2.utils.logger import log_first_n
 from torch import Tensor
 
 from pskd import PSKDStats, pskd_cross_entropy
-from pskd.effect import agreement, teacher_effect
+from pskd.stats import ratios, teacher_means
 from pskd.targets import row_alphas
 from pskd_detectron2.config import check_label_smoothing
 from pskd_detectron2.memory import AnnotationMemory
@@ -194,13 +194,5 @@ def _log_sigmoid(scores: Tensor, labels: Tensor, past: Tensor, alpha: Tensor) ->
 
 def _log(scores: Tensor, past: Tensor, alpha: Tensor, stats: PSKDStats) -> None:
     """Log what the teacher did, over the ROIs that have one."""
-    effect = teacher_effect(*stats, alpha)
-    agree = ((alpha > 0) & agreement(scores, past)).sum()
-    # One transfer from the device for all of them.
-    rows, nll, error, removed, agree = torch.stack([*effect, agree]).tolist()
-    figures = {}
-    if rows:
-        figures = {"pskd/teacher_nll": nll / rows, "pskd/teacher_agreement": agree / rows}
-    if error:
-        figures["pskd/gradient_rescaling"] = 1.0 - removed / error
-    get_event_storage().put_scalars(**figures)
+    means = teacher_means(scores, past, alpha, stats)
+    get_event_storage().put_scalars(**ratios(means, shared=False))

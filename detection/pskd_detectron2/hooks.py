@@ -11,17 +11,16 @@ from typing import TypedDict
 from detectron2.engine import HookBase
 from detectron2.modeling import ROIHeads
 from detectron2.utils import comm
-from pskd_detection.coco_format import is_remote
 from torch import nn
 
 from pskd.checks import check_keys
-from pskd.distributed import take_buffers_of_first_process
-from pskd.files import shown
+from pskd.driver import EpochDriver
 from pskd.schedule import SCHEDULE_OPTIONS, AlphaSchedule, check_unchanged
+from pskd.teachers import make_teacher
 from pskd_detectron2.config import check_options
 from pskd_detectron2.memory import AnnotationMemory
 from pskd_detectron2.state import PSKDState
-from pskd_tools.checkpoint import load_archive, write_archive
+from pskd_tools.checkpoint import load_archive, naming
 
 __all__ = ["PSKDHook"]
 
@@ -48,8 +47,8 @@ class PSKDHook(HookBase):
     """Drives PS-KD in a Detectron2 trainer of any kind; register it before a checkpoint is loaded.
 
     An epoch is ``epoch_iters`` iterations: Detectron2's stream of images has no epochs of its own.
-    At an epoch's last iteration the model in the checkpoint *is* the next teacher. Elsewhere the
-    snapshot travels in the checkpoint, under this hook's state, and the memory in a file beside it.
+    The teacher travels in the checkpoint, under this hook's state; at an epoch's last iteration the
+    model in the checkpoint *is* the next snapshot.
 
     Args:
         model: holds ``backbone`` and PSKD ``roi_heads``; may be wrapped in DDP.
@@ -57,8 +56,8 @@ class PSKDHook(HookBase):
         alpha_final: weight of the teacher at the end of training (the paper's alpha_T); 0 trains as
             Detectron2 does and keeps no teacher.
         alpha_schedule: ``"linear"``, ``"constant"`` or ``"cosine"``.
-        teacher: ``"snapshot"`` or ``"memory"``.
-        output_dir: where memory files are written.
+        teacher: one of `pskd.teachers.TEACHERS`.
+        output_dir: where older checkpoints have their memory, in a file of its own.
         num_annotations: of the training set, one memory row each; needed with the memory.
         fingerprint: names the training set; a checkpoint of another one is refused. Empty: unknown.
         checkpoint_period: iterations between checkpoints, before which the processes' parts of the
@@ -113,26 +112,18 @@ class PSKDHook(HookBase):
         self._allow_schedule_change = allow_schedule_change
         self._output_dir = Path(output_dir)
         self._checkpoint_period, self._log_period = checkpoint_period, log_period
-        self._epoch = 0  # none yet
-        if self._has_snapshot:
-            self._pskd.snapshot.check(self._student())
-        if teacher == "memory" and alpha_final:
-            if is_remote(output_dir):
-                raise ValueError(
-                    "OUTPUT_DIR: with the memory teacher, whose files are beside the checkpoints, "
-                    f"expected a local folder, got {os.fspath(output_dir)}"
-                )
-            self._pskd.memory = _new_memory(heads, num_annotations, fingerprint)
-            self._pskd.rows_per_stage = num_annotations
-
-    @property
-    def _has_snapshot(self) -> bool:
-        return bool(self._options["alpha_final"]) and self._options["teacher"] == "snapshot"
-
-    def _student(self) -> nn.ModuleDict:
         # The RPN and the losses of the teacher are never asked for.
         student = {name: self._model.get_submodule(name) for name in ("backbone", "roi_heads")}
-        return nn.ModuleDict(student)
+        self._student = nn.ModuleDict(student)
+        self._pskd.memory = None
+        if teacher != "memory":
+            self._pskd.snapshot = make_teacher(teacher)
+            if alpha_final:
+                self._pskd.snapshot.check(self._student)
+        elif alpha_final:
+            self._pskd.memory = _new_memory(heads, num_annotations, fingerprint)
+            self._pskd.rows_per_stage = num_annotations
+        self._driver: EpochDriver | None = None  # until the number of epochs is known
 
     def before_train(self) -> None:
         """Fix the number of epochs; refuse to go on without the teacher that there must be.
@@ -145,9 +136,9 @@ class PSKDHook(HookBase):
         num_epochs = math.ceil(self.trainer.max_iter / options["epoch_iters"])
         self._check_unchanged({"num_epochs": num_epochs})
         options["num_epochs"] = num_epochs
-        self._schedule = AlphaSchedule(
-            options["alpha_final"], num_epochs, options["alpha_schedule"]
-        )
+        schedule = AlphaSchedule(options["alpha_final"], num_epochs, options["alpha_schedule"])
+        teacher = self._pskd.memory or self._pskd.snapshot
+        self._driver = EpochDriver(schedule, teacher, self._student, {})
         logger.info("PS-KD: %s", ", ".join(f"{name} {value}" for name, value in options.items()))
         if num_epochs == 1:
             logger.warning("PS-KD: the training is one epoch long, and the first has no teacher")
@@ -166,25 +157,18 @@ class PSKDHook(HookBase):
         return start % self._options["epoch_iters"] == 0 or self._pskd.snapshot.available
 
     def before_step(self) -> None:
-        iteration, epoch_iters = self.trainer.iter, self._options["epoch_iters"]
-        epoch = iteration // epoch_iters + 1
-        if epoch == self._epoch:
+        past, inside = divmod(self.trainer.iter, self._options["epoch_iters"])
+        driver = self._driver
+        assert driver is not None  # before_train made it
+        if driver.epoch == past + 1:
             return
-        if iteration and iteration % epoch_iters == 0:
-            self._refresh()
-        self._epoch, self._pskd.alpha = epoch, self._schedule.at(epoch)
-        logger.info(
-            "PS-KD: epoch %d of %d, alpha %.4f", epoch, self._schedule.num_epochs, self._pskd.alpha
-        )
-
-    def _refresh(self) -> None:
-        if self._pskd.memory is not None:
-            self._pskd.memory.next_epoch()
-        elif self._has_snapshot:
-            self._pskd.snapshot.refresh(self._student())
-            # Detectron2 lets the students' statistics of batch norm drift apart, and saves the
-            # first's.
-            take_buffers_of_first_process(self._pskd.snapshot.model)
+        # A resumed run goes on after an epoch, or inside one with the teacher that was saved.
+        driver.enter(past + 1 if inside else past)
+        if not inside:
+            driver.begin_epoch(past + 1)
+        self._pskd.alpha = driver.alpha
+        total = driver.schedule.num_epochs
+        logger.info("PS-KD: epoch %d of %d, alpha %.4f", driver.epoch, total, driver.alpha)
 
     def after_step(self) -> None:
         if self._pskd.memory is not None and self._checkpoint_follows():
@@ -207,36 +191,40 @@ class PSKDHook(HookBase):
         return periodic or done == self.trainer.max_iter
 
     def state_dict(self) -> dict:
-        """Return what a run that is resumed after this iteration needs.
-
-        With a memory this also writes its file, which the returned state names.
-        """
+        """Return what a run that is resumed after this iteration needs."""
         state: dict = {"options": dict(self._options)}
+        ended = (self.trainer.iter + 1) % self._options["epoch_iters"] == 0
         if self._pskd.memory is not None:
-            state["memory_file"] = self._write_memory(self._pskd.memory)
-        elif self._has_snapshot and (self.trainer.iter + 1) % self._options["epoch_iters"]:
-            state["snapshot"] = self._pskd.snapshot.state_dict()
+            state["memory"] = self._pskd.memory.state_dict()
+        elif (snapshot := self._pskd.snapshot.state_dict(ended=ended))["model"] is not None:
+            state["snapshot"] = snapshot
         return state
-
-    def _write_memory(self, memory: AnnotationMemory) -> str:
-        name = f"pskd_memory_{self.trainer.iter:07d}.pt"
-        write_archive(self._output_dir / name, memory.state_dict())
-        return name
 
     def load_state_dict(self, state: dict) -> None:
         """Restore the teacher.
 
         Raises:
-            ValueError: if the options changed, the teacher is another model's, or the memory's file
-                is missing, damaged or that of another training set.
+            ValueError: if the options changed, the teacher is another model's, or the memory is
+                missing, damaged or that of another training set.
         """
         check_keys("the hook's state", state, ())
         self._loaded_options = state.get("options", {})
         self._check_unchanged(dict(self._options))
-        if self._pskd.memory is not None:
-            self._read_memory(self._pskd.memory, state.get("memory_file"))
-        elif self._has_snapshot and "snapshot" in state:
-            self._pskd.snapshot.load_state_dict(state["snapshot"], self._student())
+        memory = self._pskd.memory
+        if memory is None:
+            if self._options["alpha_final"] and "snapshot" in state:
+                self._pskd.snapshot.load_state_dict(state["snapshot"], self._student)
+            return
+        if "memory_file" in state:
+            self._read_memory(memory, state["memory_file"])
+        elif "memory" in state:
+            memory.load_state_dict(state["memory"])
+        else:
+            raise ValueError("expected a checkpoint with a memory, got one without")
+        self._memory_loaded = True
+        if not comm.is_main_process():
+            # The sums that were saved are those of all processes: they are added up once.
+            memory.forget_unfinished_epoch()
 
     def _check_unchanged(self, options: dict[str, object]) -> None:
         check_unchanged(
@@ -247,23 +235,11 @@ class PSKDHook(HookBase):
             allowed_by="MODEL.PSKD.ALLOW_SCHEDULE_CHANGE True",
         )
 
-    def _read_memory(self, memory: AnnotationMemory, name: str | None) -> None:
-        if not isinstance(name, str):
-            got = "one without" if name is None else shown(name)
-            raise ValueError(f"expected a checkpoint that names a memory file, got {got}")
-        path = self._output_dir / name
-        try:
-            memory.load_state_dict(load_archive(path, "a memory"))
-        except FileNotFoundError:
-            raise ValueError(
-                f"{path}: expected the memory of the checkpoint, got no file"
-            ) from None
-        except Exception as error:  # torch and pickle raise many kinds for a damaged file
-            raise ValueError(f"{path}: expected the memory of this run: {error}") from error
-        self._memory_loaded = True
-        if not comm.is_main_process():
-            # The sums in the file are those of all processes: they are added up once.
-            memory.forget_unfinished_epoch()
+    def _read_memory(self, memory: AnnotationMemory, name: object) -> None:
+        """Load the file in which older checkpoints have their memory."""
+        path = self._output_dir / str(name)
+        with naming(path):
+            memory.load_state_dict(load_archive(path, "the memory of the checkpoint"))
 
 
 def _new_memory(heads: ROIHeads, num_annotations: int, fingerprint: str) -> AnnotationMemory:

@@ -39,6 +39,16 @@ class AnnotationMemory:
         self._sums = torch.zeros(shape, dtype=torch.float32, device=device)
         self._counts = torch.zeros(num_rows, dtype=torch.int64, device=device)
 
+    @property
+    def available(self) -> bool:
+        """Whether an epoch has ended."""
+        return bool(self.seen.any())
+
+    def turn(self, ended: int, student: object = None) -> None:
+        """As `next_epoch`, for `pskd.driver`."""
+        if ended:
+            self.next_epoch()
+
     def read(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Return (R, C) past predictions and (R,) whether there is one; zeros where not.
 
@@ -91,14 +101,14 @@ class AnnotationMemory:
         self._sums = sum_over_processes(self._sums)
         self._counts = sum_over_processes(self._counts)
 
-    def state_dict(self) -> dict[str, str | int | Tensor]:
+    def state_dict(self, *, ended: bool = False) -> dict[str, str | int | Tensor]:
         """Return everything, this process's part of the unfinished epoch included, on the CPU."""
         tensors = {
             name: getattr(self, attribute).cpu().clone() for name, attribute in _TENSORS.items()
         }
         return {"fingerprint": self.fingerprint, "crc32": _checksum(tensors), **tensors}
 
-    def load_state_dict(self, state: dict[str, str | int | Tensor]) -> None:
+    def load_state_dict(self, state: dict[str, str | int | Tensor], student: object = None) -> None:
         """Restore what `state_dict` returned.
 
         Raises:

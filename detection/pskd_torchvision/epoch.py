@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import logging
-import sys
 
 from torch import nn
 
-from pskd.checks import check_epoch, check_keys
-from pskd.schedule import SCHEDULE_OPTIONS, AlphaSchedule, check_unchanged
+from pskd.driver import EpochDriver
+from pskd.schedule import AlphaSchedule
+from pskd.teachers import make_teacher
 from pskd_torchvision.state import PSKDState
 
 __all__ = ["PSKDEpochs"]
@@ -28,6 +28,7 @@ class PSKDEpochs:
         alpha_final: weight of the teacher at the end of training (the paper's alpha_T); 0 trains as
             torchvision does.
         alpha_schedule: ``"linear"``, ``"constant"`` or ``"cosine"``.
+        teacher: one of `pskd.teachers.MODEL_TEACHERS`.
         allow_schedule_change: resume with another alpha, schedule or length than the checkpoint's.
 
     Raises:
@@ -42,18 +43,27 @@ class PSKDEpochs:
         num_epochs: int,
         alpha_final: float = 0.7,
         alpha_schedule: str = "linear",
+        teacher: str = "snapshot",
         allow_schedule_change: bool = False,
     ) -> None:
         self._model = getattr(model, "module", model)
         heads = getattr(self._model, "roi_heads", None)
         if heads is None or not isinstance(getattr(heads, "pskd", None), PSKDState):
             raise ValueError("model: expected one that has gone through add_pskd, got another")
-        self._schedule = AlphaSchedule(alpha_final, num_epochs, alpha_schedule)
         self._pskd: PSKDState = heads.pskd
+        self._pskd.snapshot = make_teacher(teacher)
         self._allow_schedule_change = allow_schedule_change
-        self._epoch = 0  # none yet
-        if self._schedule.alpha_final:
-            self._pskd.snapshot.check(self._student())
+        options: dict[str, object] = {"label_smoothing": self._pskd.label_smoothing}
+        if alpha_final:
+            options["foreground_only"] = self._pskd.foreground_only
+            options |= {} if teacher == "snapshot" else {"teacher": teacher}
+        # The RPN of the teacher is never asked for.
+        parts = {name: self._model.get_submodule(name) for name in ("backbone", "roi_heads")}
+        student = nn.ModuleDict(parts)
+        schedule = AlphaSchedule(alpha_final, num_epochs, alpha_schedule)
+        self._driver = EpochDriver(schedule, self._pskd.snapshot, student, options)
+        if alpha_final:
+            self._pskd.snapshot.check(student)
 
     def begin_epoch(self, epoch: int) -> None:
         """Set alpha, and take the present weights as the teacher's; in every process of DDP.
@@ -64,21 +74,12 @@ class PSKDEpochs:
         Raises:
             ValueError: if it is none of them, or not the one after the last.
         """
-        schedule = self._schedule
-        schedule.check_next(epoch, self._epoch)
-        self._epoch, self._pskd.alpha = epoch, schedule.at(epoch)
-        if not schedule.alpha_final:
-            return
-        if epoch > 1:  # before the first epoch the weights are random
-            self._pskd.snapshot.refresh_in_all(self._student())
-        logger.info(
-            "PS-KD: epoch %d of %d, alpha %.4f", epoch, schedule.num_epochs, self._pskd.alpha
-        )
-
-    def _student(self) -> nn.ModuleDict:
-        # The RPN of the teacher is never asked for.
-        student = {name: self._model.get_submodule(name) for name in ("backbone", "roi_heads")}
-        return nn.ModuleDict(student)
+        driver = self._driver
+        driver.begin_epoch(epoch)
+        self._pskd.alpha = driver.alpha
+        if driver.teacher is not None:
+            total = driver.schedule.num_epochs
+            logger.info("PS-KD: epoch %d of %d, alpha %.4f", epoch, total, driver.alpha)
 
     def take_means(self) -> dict[str, float]:
         """Return ``pskd/alpha`` and what the teacher did since the last call, for a log.
@@ -87,20 +88,15 @@ class PSKDEpochs:
         ROIs that have a teacher, ``pskd/gradient_rescaling`` is the factor on their gradients. Of
         the baseline there is nothing to tell.
         """
-        if not self._schedule.alpha_final:
+        if self._driver.teacher is None:
             return {}
         return {"pskd/alpha": self._pskd.alpha} | self._pskd.means.take()
 
-    def _options(self) -> dict[str, object]:
-        """Return what makes two trainings different ones; of the baseline all but one is unused."""
-        options = self._schedule.options() | {"label_smoothing": self._pskd.label_smoothing}
-        if self._schedule.alpha_final:
-            options["foreground_only"] = self._pskd.foreground_only
-        return options
-
     def state_dict(self) -> dict:
         """Return what a run that is resumed after this epoch needs beside the model."""
-        return {"epoch": self._epoch, "options": self._options()}
+        teacher = self._pskd.snapshot.state_dict(ended=True)
+        kept = {} if teacher["model"] is None else {"teacher": teacher}
+        return self._driver.state_dict() | kept
 
     def load_state_dict(self, state: dict, *, allowed_by: str = "allow_schedule_change") -> None:
         """Go on after the epoch of the state; the model's weights must be loaded too.
@@ -112,13 +108,11 @@ class PSKDEpochs:
         Raises:
             ValueError: if the options changed, those of the schedule unless that is allowed.
         """
-        check_keys("the epochs' state", state, ("epoch", "options"))
-        check_unchanged(
-            state["options"],
-            self._options(),
-            changeable=SCHEDULE_OPTIONS,
+        self._driver.check_state_dict(
+            state,
+            "the epochs' state",
             allowed=self._allow_schedule_change,
             allowed_by=allowed_by,
         )
-        check_epoch(state["epoch"], sys.maxsize)  # a schedule that is changed may be shorter
-        self._epoch = state["epoch"]
+        self._driver.load_teacher(state)
+        self._driver.epoch = state["epoch"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from pskd import SnapshotTeacher
-from pskd.means import Means
+from pskd.stats import Means
 
 __all__ = ["PSKDState"]
 

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 
 from pskd.distributed import World, take_buffers_of_first_process
-from pskd.means import Means
+from pskd.stats import Means
 from pskd_tools.log import MetricsLog
 from pskd_tools.seeding import seed_epoch
 from pskd_torchvision.data import DetectionImages, collate

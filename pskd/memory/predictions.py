@@ -116,6 +116,15 @@ class PredictionMemory:
         return vars(self) | ({} if self.path is None else files)
 
     @property
+    def available(self) -> bool:
+        """Whether an epoch was written before the one that is written now."""
+        return self.epoch > 1
+
+    def turn(self, ended: int = 0, student: object = None) -> None:
+        """As `next_epoch`, for `pskd.driver`."""
+        self.next_epoch()
+
+    @property
     def bytes_per_row(self) -> int:
         """The size of a record; two epochs are kept, in files more as states need them."""
         return self._layout.record_bytes
@@ -254,10 +263,14 @@ class PredictionMemory:
             state[name] = None if table is None else table.records.cpu().clone()
         return state
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any], student: object = None) -> None:
         """Go on where `state_dict` was called, in the middle of an epoch or at its end.
 
         If it fails, the memory is as it was.
+
+        Args:
+            state: of `state_dict`.
+            student: is not asked.
 
         Raises:
             ValueError: if it is the state of a memory of other rows, classes or data, or a file is

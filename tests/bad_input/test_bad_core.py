@@ -413,7 +413,7 @@ CRITERIA.add(
 CRITERIA.add(
     "Lightning and Transformers: an unknown teacher",
     lambda: make_criterion(net(), [(1, 2)], C, num_epochs=3, teacher="oracle"),
-    "teacher: expected 'memory' or 'snapshot', got 'oracle'",
+    "teacher: expected 'memory' or 'snapshot'..., got 'oracle'",
 )
 
 

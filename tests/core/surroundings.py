@@ -20,16 +20,15 @@ FUNCTIONS = {
     "pskd.loss": ["pskd_cross_entropy"],
     "pskd.linear": ["pskd_linear_cross_entropy"],
     "pskd.targets": ["mix_targets"],
-    "pskd.effect": ["agreement", "gradient_rescaling", "teacher_effect"],
+    "pskd.stats": ["agreement", "gradient_rescaling", "teacher_effect"],
 }
 CLASSES = {
     "pskd.memory": ["PredictionMemory"],
-    "pskd.memory_criterion": ["MemoryCriterion"],
-    "pskd.snapshot_criterion": ["SnapshotCriterion"],
-    "pskd._criterion": ["Criterion"],
-    "pskd.teacher": ["SnapshotTeacher"],
-    "pskd.examples": ["ExampleStats"],
-    "pskd.means": ["Means"],
+    "pskd.criterion.memory": ["MemoryCriterion"],
+    "pskd.criterion.snapshot": ["SnapshotCriterion"],
+    "pskd.criterion.base": ["Criterion"],
+    "pskd.teachers": ["SnapshotTeacher"],
+    "pskd.stats": ["ExampleStats", "Means"],
 }
 BACKWARD = {"pskd.loss": "_CrossEntropy", "pskd.kernels.linear_chunks": "LinearCrossEntropy"}
 

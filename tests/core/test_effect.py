@@ -11,7 +11,7 @@ from hypothesis import assume, given
 from loss_cases import HALVES, batches, few, forms, loss_of, torch_loss, value_and_grad, weights
 
 from pskd import TopK, gradient_rescaling
-from pskd.effect import agreement, gradient_on_label, teacher_effect
+from pskd.stats import agreement, gradient_on_label, teacher_effect
 
 
 @given(batch=batches(min_rows=1, min_classes=2), form=forms, alpha=weights)

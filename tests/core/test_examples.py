@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 import pskd
 
-PRELOADED = ["pskd.examples", "pytest", "torch.distributed"]
+PRELOADED = ["pskd.stats", "pytest", "torch.distributed"]
 
 torch.set_num_threads(1)
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import pskd
-from pskd.means import Means
+from pskd.stats import Means
 
 
 def test_a_mean_is_the_ratio_of_two_sums_and_starts_anew():

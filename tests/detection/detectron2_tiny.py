@@ -155,6 +155,4 @@ def stopped_after(straight: Path, iterations: int, out: Path) -> Path:
     name = f"model_{iterations - 1:07d}.pth"
     shutil.copy(straight / name, out / name)
     (out / "last_checkpoint").write_text(name)
-    for memory in straight.glob(f"pskd_memory_{iterations - 1:07d}.pt"):
-        shutil.copy(memory, out)
     return out

@@ -60,7 +60,7 @@ def refused(kind: str, out, message: str, *opts: str, **specs) -> None:
         ("ALPHA_FINAL 1.5", r"MODEL.PSKD.ALPHA_FINAL: expected a number in \[0, 1\], got 1.5"),
         ("ALPHA_FINAL float('nan')", "MODEL.PSKD.ALPHA_FINAL"),
         ("ALPHA_SCHEDULE step", "ALPHA_SCHEDULE: expected one of linear, constant, cosine.*'step'"),
-        ("TEACHER ema", "TEACHER: expected one of snapshot, memory, got 'ema'"),
+        ("TEACHER mine", "TEACHER: expected one of memory, snapshot.*, got 'mine'"),
         ("EPOCH_ITERS -1", "EPOCH_ITERS: expected 0 or more, got -1"),
         ("LABEL_SMOOTHING 2.0", r"LABEL_SMOOTHING: expected a number in \[0, 1\], got 2.0"),
     ],

@@ -47,8 +47,12 @@ def two_processes(forkserver, spec, tmp_path_factory) -> Path:
     return out
 
 
+def remembered(checkpoint: Path) -> dict:
+    return torch.load(checkpoint, weights_only=True)["trainer"]["hooks"]["PSKDHook"]["memory"]
+
+
 def test_two_processes_remember_together(two_processes):
-    memory = torch.load(two_processes / "pskd_memory_0000005.pt", weights_only=True)
+    memory = remembered(two_processes / "model_0000005.pth")
     # Four batches of two are the eight images of an epoch, half of them seen by each process.
     assert memory["seen"].all() and memory["counts"].sum() > 0
     assert torch.allclose(memory["probs"].sum(1), torch.ones(len(memory["probs"])), atol=1e-5)
@@ -71,11 +75,9 @@ def test_two_processes_evaluate_every_image_once(two_processes, spec, tmp_path):
 def test_two_processes_resume(two_processes, spec, tmp_path):
     out = stopped_after(two_processes, 6, tmp_path / "stopped")
     launch(["--resume", *tiny.arguments("fpn", out, MEMORY, train=spec)])
-    counts = [
-        torch.load(folder / "pskd_memory_0000007.pt", weights_only=True)["counts"].sum()
-        for folder in (out, two_processes)
-    ]
-    # The sums of the file are added up once and not once a process; ROIs are sampled anew.
+    last = "model_0000007.pth"
+    counts = [remembered(folder / last)["counts"].sum() for folder in (out, two_processes)]
+    # The sums that were saved are added up once and not once a process; ROIs are sampled anew.
     assert 0.7 < counts[0] / counts[1] < 1.4
 
 
@@ -113,10 +115,9 @@ def whole(spec, tmp_path_factory) -> dict:
     return tiny.checkpoint(tiny.run("fpn", tmp_path_factory.mktemp("whole"), MEMORY, train=spec))
 
 
-@pytest.mark.parametrize("name", ["model_0000005", "pskd_memory_0000005"])
-def test_a_run_that_is_killed_goes_on_where_it_stood(name, forkserver, whole, spec, tmp_path):
+def test_a_run_that_is_killed_goes_on_where_it_stood(forkserver, whole, spec, tmp_path):
     words = tiny.arguments("fpn", tmp_path, MEMORY, "SOLVER.CHECKPOINT_PERIOD 1", train=spec)
-    process = forkserver.Process(target=killed_while_it_writes, args=(name, words))
+    process = forkserver.Process(target=killed_while_it_writes, args=("model_0000005", words))
     process.start()
     process.join(TIMEOUT_S)
     assert process.exitcode == -signal.SIGKILL

@@ -10,6 +10,7 @@ from fairseq.dataclass import ChoiceEnum
 from omegaconf import II
 
 from pskd.schedule import SCHEDULES
+from pskd.teachers import TEACHERS
 
 
 @dataclass
@@ -26,7 +27,7 @@ class PSKDCriterionConfig(LabelSmoothedCrossEntropyCriterionConfig):
             "alone, with the updates)"
         },
     )
-    pskd_teacher: ChoiceEnum(["snapshot", "memory"]) = field(  # type: ignore[valid-type]  # as above
+    pskd_teacher: ChoiceEnum(list(TEACHERS)) = field(  # type: ignore[valid-type]  # as above
         default="snapshot",
         metadata={
             "help": "where last epoch's predictions come from; snapshot: a frozen copy of "

@@ -19,9 +19,10 @@ from fairseq.models import BaseFairseqModel
 from fairseq.tasks import FairseqTask
 from torch import nn
 
-from pskd import SnapshotTeacher
 from pskd.distributed import is_first
+from pskd.driver import EpochDriver
 from pskd.schedule import AlphaSchedule, check_alpha
+from pskd.teachers import make_teacher
 from pskd_fairseq import checkpoint
 from pskd_fairseq.memory import TokenMemory
 from pskd_fairseq.resume import kept_memories
@@ -63,11 +64,6 @@ class Schedule:
             f"got --max-epoch {max_epoch} --max-update {max_update} (no end)"
         )
 
-    def alpha(self, progress: int, epoch: int) -> float:
-        """Return alpha for an epoch or update, counted from 1; past the end it stays final."""
-        # A finished run that is started again makes one more step before fairseq stops it.
-        return self.alphas.at(epoch, min(progress, self.alphas.num_epochs))
-
     def options(self) -> dict[str, object]:
         """Return what a checkpoint keeps of it, and a resumed run is compared with."""
         return {
@@ -96,14 +92,13 @@ class EpochState:
         memory: TokenMemory | None = None,
         options: Mapping[str, object] | None = None,
     ) -> None:
-        self.schedule = schedule
-        self.teacher = SnapshotTeacher()
-        self.memory = memory
-        self.alpha = 0.0
+        self.schedule, self.memory = schedule, memory
         self.is_dummy = False  # a batch that stands in where a process has none left
-        self._epoch = 0
-        self._checkpoint_bytes = 0
         self._train_subset, self._options = train_subset, dict(options or {})
+        name = str(self._options.get("--pskd-teacher", "snapshot"))
+        self.teacher = make_teacher("snapshot" if memory is not None else name)
+        self._driver = EpochDriver(schedule.alphas, memory or self.teacher, None, self._options)
+        self._checkpoint_bytes = 0
         self._restored: dict | None = None
         self._parts: dict[int, str] = {}
 
@@ -117,30 +112,39 @@ class EpochState:
         task.get_checkpoint_dict = lambda: self._get_checkpoint_dict(task, plan, original())
 
     @property
+    def alpha(self) -> float:
+        """Weight of the teacher in this step."""
+        return self._driver.alpha
+
+    @property
     def has_teacher(self) -> bool:
         """Whether any epoch of the training has a teacher."""
-        return self.schedule.alphas.alpha_final > 0.0
+        return self._driver.teacher is not None
 
     @property
     def active(self) -> bool:
         """Whether this step has a teacher to learn from."""
-        teacher = self.teacher if self.memory is None else self.memory
-        return teacher.available and self.alpha > 0.0
+        teacher = self._driver.teacher
+        return teacher is not None and teacher.available and self.alpha > 0.0
 
     @property
     def records(self) -> bool:
         """Whether this step's predictions are kept for the next epoch."""
         return self.memory is not None and self.has_teacher and not self.is_dummy
 
+    def _enter(self, unit: str, epoch: int, progress: int) -> None:
+        if self.schedule.unit == unit:
+            # A finished run that is started again makes one more step before fairseq stops it.
+            self._driver.enter(epoch, min(progress, self.schedule.alphas.num_epochs))
+
     def _begin_epoch(
         self, task: FairseqTask, plan: checkpoint.SavePlan, epoch: int, model: BaseFairseqModel
     ) -> None:
         restored, self._restored = self._restored, None
-        self._epoch = epoch
         # fairseq saves the model, and Adam its two averages, in float32.
         self._checkpoint_bytes = 3 * 4 * sum(p.numel() for p in model.parameters())
-        if self.schedule.unit == "epoch":
-            self.alpha = self.schedule.alpha(epoch, epoch)
+        self._driver.epoch = epoch
+        self._enter("epoch", epoch, epoch)
         if not self.has_teacher:
             return
         if self.memory is not None:
@@ -152,10 +156,10 @@ class EpochState:
             self.memory.begin_epoch(epoch, task.dataset(self._train_subset), kept)
             return
         self._parts = {id(part): name for name, part in model.named_modules()}
-        if restored is not None and restored["epoch"] == epoch:
-            # In the middle of an epoch the model is no longer the one that ended the last.
+        if restored is not None:
             self.teacher.load_state_dict(restored["teacher"], student=model)
-            if self.teacher.available:
+            # In the middle of an epoch the model is no longer the one that ended the last.
+            if self.teacher.available and restored["epoch"] == epoch:
                 logger.info("PS-KD: restored the teacher of epoch %d", epoch)
                 return
         if epoch > 1:
@@ -194,20 +198,19 @@ class EpochState:
         self, sample, model, criterion, optimizer, update_num, ignore_grad=False, **_
     ) -> None:
         self.is_dummy = ignore_grad
-        if self.schedule.unit == "update":
-            self.alpha = self.schedule.alpha(update_num + 1, self._epoch)
+        self._enter("update", self._driver.epoch, update_num + 1)
 
     def _get_checkpoint_dict(
         self, task: FairseqTask, plan: checkpoint.SavePlan, state: dict
     ) -> dict:
         # At an epoch's end the model in the checkpoint is the next teacher.
         at_end = self._at_end_of_epoch(task)
-        teacher = {"model": None} if at_end else self.teacher.state_dict()
+        teacher = self.teacher.state_dict(ended=at_end)
         checkpoint.check_free_space(
             plan, first=self._checkpoint_bytes, growth=checkpoint.size_of(teacher)
         )
         entry = checkpoint.make_entry(
-            epoch=self._epoch,
+            epoch=self._driver.epoch,
             schedule=self.schedule.options(),
             options=self._options,
             vocabulary=checkpoint.vocabulary_sizes(task),

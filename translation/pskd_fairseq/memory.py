@@ -122,7 +122,10 @@ class TokenMemory:
         # A shard that this run has not come to since it was resumed is as it was.
         return self._restored | {str(index): state(s) for index, s in self._shards.items()}
 
-    def load_state_dict(self, state: dict[str, dict]) -> None:
+    def turn(self, ended: int, student: object = None) -> None:
+        """Do nothing: the data set, which `begin_epoch` needs, is not the driver's to know."""
+
+    def load_state_dict(self, state: dict[str, dict], student: object = None) -> None:
         """Go on, from the next `begin_epoch`, where `state_dict` was called."""
         self._restored = dict(state)
 

@@ -11,7 +11,7 @@ from fairseq import utils
 from fairseq.logging import metrics
 from torch import Tensor
 
-from pskd.effect import teacher_effect
+from pskd.stats import rescaling, teacher_effect
 from pskd.targets import row_alphas
 
 #: Finding the largest of V scores costs as much as a softmax: every eighth token tells enough.
@@ -111,4 +111,4 @@ def log_statistics(logging_outputs: list[dict]) -> None:
 
 def _log_rescaling(name: str, error: float, removed: float) -> None:
     if error > 0:
-        metrics.log_scalar(name, 1.0 - removed / error, error, round=4)
+        metrics.log_scalar(name, rescaling(error, removed), error, round=4)

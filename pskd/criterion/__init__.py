@@ -6,9 +6,10 @@ from typing import Any
 
 from torch import nn
 
-from pskd.memory_criterion import MemoryCriterion
+from pskd.criterion.memory import MemoryCriterion
+from pskd.criterion.snapshot import SnapshotCriterion
 from pskd.rows import WithRows
-from pskd.snapshot_criterion import SnapshotCriterion
+from pskd.teachers import MODEL_TEACHERS, TEACHERS
 
 __all__ = ["MemoryCriterion", "SnapshotCriterion", "make_criterion"]
 
@@ -27,16 +28,17 @@ def make_criterion(
         model: the student.
         dataset: of the training; a memory needs a `pskd.WithRows`.
         num_classes: C; a snapshot does not ask.
-        teacher: ``"memory"`` or ``"snapshot"``.
+        teacher: one of `pskd.teachers.TEACHERS`.
         options: of the criterion.
 
     Raises:
         ValueError: for an unknown teacher, data without row numbers, an option out of range.
     """
-    if teacher == "snapshot":
-        return SnapshotCriterion(model, **options)
-    if teacher != "memory":
-        raise ValueError(f"teacher: expected 'memory' or 'snapshot', got {teacher!r}")
+    if teacher in MODEL_TEACHERS:
+        return SnapshotCriterion(model, teacher=teacher, **options)
+    if teacher not in TEACHERS:
+        expected = " or ".join(map(repr, TEACHERS))
+        raise ValueError(f"teacher: expected {expected}, got {teacher!r}")
     if not isinstance(dataset, WithRows):
         name = type(dataset).__name__
         raise ValueError(f"training data: expected pskd.WithRows(dataset), got {name}")

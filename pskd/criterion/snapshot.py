@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pskd._criterion import Criterion, cross_entropy
 from pskd.checks import check_batch
-from pskd.examples import ExampleStats
+from pskd.criterion.base import Criterion, cross_entropy
 from pskd.rows import check_given, check_range
+from pskd.stats import ExampleStats
 from pskd.targets import check_teacher, row_alphas
-from pskd.teacher import SnapshotTeacher
+from pskd.teachers import SnapshotTeacher, make_teacher
 
 __all__ = ["SnapshotCriterion"]
 
@@ -49,6 +49,7 @@ class SnapshotCriterion(Criterion):
         logits_of: takes what the model returns and gives its (N, C) logits; if not given, they are
             what it returns or the attribute or key ``logits`` of it. A function of a module can
             be pickled, a lambda cannot.
+        teacher: one of `pskd.teachers.MODEL_TEACHERS`.
 
     Raises:
         ValueError: for an option out of range, or a model that cannot be copied.
@@ -67,13 +68,16 @@ class SnapshotCriterion(Criterion):
         weight: Tensor | None = None,
         examples: ExampleStats | None = None,
         logits_of: Callable[[Any], Tensor] = _logits_of,
+        teacher: str = "snapshot",
     ) -> None:
         super().__init__(num_epochs, alpha_final, alpha_schedule, label_smoothing, examples, weight)
         self._student = _bare(model)
         self._logits_of = logits_of
-        self.teacher = SnapshotTeacher()
+        self.teacher = make_teacher(teacher)
         self._tried: Tensor | None = None  # what the first epoch's copy said of the first batch
         self._is_tried = not self.alpha_final
+        other = {} if teacher == "snapshot" or not self.alpha_final else {"teacher": teacher}
+        self._drive(self.teacher, self._student, **other)
         if self.alpha_final:
             self.teacher.check(self._student)
 
@@ -183,14 +187,10 @@ class SnapshotCriterion(Criterion):
                 check_range(rows, self.examples.num_rows)
         return self._loss(logits, target, past, alpha, rows, recorded=recorded)
 
-    def _turn(self) -> None:
-        if self.epoch:  # the weights that an epoch left; before the first they are random
-            self.teacher.refresh_in_all(self._student)
-
     def state_dict(self, *, inside_epoch: bool = False) -> dict[str, Any]:
         state = super().state_dict(inside_epoch=inside_epoch)
-        # At an epoch's end the model is the next teacher.
-        return state | ({"teacher": self.teacher.state_dict()} if inside_epoch else {})
+        teacher = self.teacher.state_dict(ended=not inside_epoch)
+        return state if teacher["model"] is None else state | {"teacher": teacher}
 
     def _load_teacher(self, state: dict[str, Any]) -> None:
         self.teacher.load_state_dict(state.get("teacher", {"model": None}), self._student)

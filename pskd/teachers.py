@@ -1,11 +1,15 @@
-"""The snapshot teacher: the model as the previous epoch left it."""
+"""The teachers: what an `EpochDriver` asks of one, and those that are past weights.
+
+A teacher is a model, which an adapter calls on the student's batch, or a memory, which it reads and
+writes by row. The driver sees neither: it turns the teacher at an epoch's end and saves its state.
+"""
 
 from __future__ import annotations
 
 import copy
 import itertools
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +19,36 @@ from torch.overrides import TorchFunctionMode
 from pskd.distributed import take_buffers_of_first_process
 from pskd.files import shown
 
-__all__ = ["SnapshotTeacher", "load_into"]
+__all__ = [
+    "MODEL_TEACHERS",
+    "TEACHERS",
+    "SnapshotTeacher",
+    "Teacher",
+    "load_into",
+    "make_teacher",
+]
+
+
+class Teacher(Protocol):
+    """What a training asks of a teacher, whatever it is."""
+
+    @property
+    def available(self) -> bool:
+        """Whether there is a past to learn from; in the first epoch there is none."""
+
+    def turn(self, ended: int, student: nn.Module | None) -> None:
+        """Make what an epoch left the past; a collective of all processes.
+
+        Args:
+            ended: the epoch that ended, 0 before the first.
+            student: the bare module, as that epoch left it.
+        """
+
+    def state_dict(self, *, ended: bool = False) -> dict[str, Any]:
+        """Return what a checkpoint needs; ``ended`` tells that `turn` comes next."""
+
+    def load_state_dict(self, state_dict: dict[str, Any], student: nn.Module | None) -> None:
+        """Restore what `state_dict` returned, or change nothing and raise ValueError."""
 
 
 class SnapshotTeacher:
@@ -28,6 +61,9 @@ class SnapshotTeacher:
     Source: Kim et al. 2021, section 3.1, the form that keeps last epoch's weights in place of all
     of last epoch's predictions.
     """
+
+    #: Whether the teacher is the student of one moment, and not a mean over several.
+    _model_is_copy = True
 
     def __init__(self) -> None:
         self._model: nn.Module | None = None
@@ -76,18 +112,23 @@ class SnapshotTeacher:
         for own, new in zip(self._model.buffers(), student.buffers(), strict=True):
             own.copy_(new)  # a state dict leaves out those that are not persistent
 
-    def refresh_in_all(self, student: nn.Module) -> None:
-        """As `refresh`, in every process of a training; a collective.
+    def turn(self, ended: int, student: nn.Module | None) -> None:
+        """As `refresh` after each epoch, with one teacher in all processes; a collective.
 
-        The statistics of batch norm differ between processes, and one teacher is the same in all:
-        teacher and student get those of the first process.
+        The statistics of batch norm differ between processes: the teacher's are the first's.
         """
-        take_buffers_of_first_process(student)
-        self.refresh(student)
+        if ended and student is not None:  # before the first epoch the weights are random
+            self.refresh(student)
+            take_buffers_of_first_process(self.model)
 
-    def state_dict(self) -> dict[str, dict[str, Tensor] | None]:
-        """Return the weights on the CPU, in their own dtype; None in their place if none."""
-        if self._model is None:
+    def state_dict(self, *, ended: bool = False) -> dict[str, dict[str, Tensor] | None]:
+        """Return the weights on the CPU, in their own dtype; None in their place if none.
+
+        Args:
+            ended: whether the epoch is over: the student's weights, which a checkpoint has anyway,
+                are the next teacher's then, and None is returned.
+        """
+        if self._model is None or (ended and self._model_is_copy):
             return {"model": None}
         state = self._model.state_dict()
         return {
@@ -132,7 +173,7 @@ class SnapshotTeacher:
     @torch.no_grad()  # TorchScript copies by operators
     def _frozen_copy(self, student: nn.Module) -> nn.Module:
         # A student that carries this teacher does not take the old copy into the new one.
-        memo: dict[int, Any] = {id(self): SnapshotTeacher()}
+        memo: dict[int, Any] = {id(self): type(self)()}
         try:
             with _CopiesComputed():
                 model = copy.deepcopy(student, memo)
@@ -224,3 +265,18 @@ def _kinds(module: nn.Module) -> list[tuple[str, torch.dtype, torch.device, torc
         (name, tensor.dtype, tensor.device, None if is_lazy(tensor) else tensor.shape)
         for name, tensor in tensors
     ]
+
+
+#: The teachers that are past weights, by the name that configs and flags use.
+MODEL_TEACHERS: dict[str, type[SnapshotTeacher]] = {"snapshot": SnapshotTeacher}
+
+#: All of them.
+TEACHERS = ("memory", *MODEL_TEACHERS)
+
+
+def make_teacher(name: str) -> SnapshotTeacher:
+    """Return a teacher of `MODEL_TEACHERS`; raise ValueError for another name."""
+    if name not in MODEL_TEACHERS:
+        expected = ", ".join(map(repr, MODEL_TEACHERS))
+        raise ValueError(f"teacher: expected one of {expected}, got {name!r}")
+    return MODEL_TEACHERS[name]()

@@ -10,23 +10,22 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from pskd.checks import (
     check_batch,
     check_class_weights,
-    check_epoch,
-    check_keys,
     check_labels,
     is_soft,
     is_traced,
 )
-from pskd.examples import ExampleStats
+from pskd.driver import EpochDriver
 from pskd.kernels import sum_dtype
 from pskd.loss import pskd_cross_entropy
-from pskd.means import Means
-from pskd.schedule import AlphaSchedule, check_unchanged
+from pskd.schedule import AlphaSchedule
+from pskd.stats import ExampleStats, Means
 from pskd.targets import TopK
+from pskd.teachers import Teacher
 
 __all__ = ["Criterion", "cross_entropy"]
 
@@ -48,19 +47,33 @@ class Criterion(ABC):
         self._schedule = AlphaSchedule(alpha_final, num_epochs, alpha_schedule)
         if not 0.0 <= label_smoothing <= 1.0:
             raise ValueError(f"label_smoothing: expected a number in [0, 1], got {label_smoothing}")
+        if weight is not None and label_smoothing:
+            raise ValueError("weight: expected labels without smoothing, got label_smoothing")
         self.num_epochs, self.alpha_schedule = num_epochs, alpha_schedule
         self.alpha_final = self._schedule.alpha_final
         self.label_smoothing = float(label_smoothing)
-        if weight is not None and label_smoothing:
-            raise ValueError("weight: expected labels without smoothing, got label_smoothing")
-        self.weight = weight
-        self.examples = examples
-        #: The epoch that is trained, from 1; 0 before the first.
-        self.epoch = 0
-        #: Weight of the teacher in this epoch; 0 in the first, which has none.
-        self.alpha = 0.0
+        self.weight, self.examples = weight, examples
         #: What the teacher did, under names ``pskd/...``, until they are taken.
         self.means = Means()
+
+    def _drive(self, teacher: Teacher | None, student: nn.Module | None, **options: object) -> None:
+        """Make the driver, whose options tell this training from others."""
+        options["label_smoothing"] = self.label_smoothing
+        if self.weight is not None:
+            options["weight"] = self.weight.tolist()
+        if self.alpha_final:
+            options["criterion"] = type(self).__name__
+        self._driver = EpochDriver(self._schedule, teacher, student, options)
+
+    @property
+    def epoch(self) -> int:
+        """The epoch that is trained, from 1; 0 before the first."""
+        return self._driver.epoch
+
+    @property
+    def alpha(self) -> float:
+        """Weight of the teacher in this epoch; 0 in the first, which has none."""
+        return self._driver.alpha
 
     def begin_epoch(self, epoch: int) -> None:
         """Set alpha, and make the epoch that ended the teacher's; in every process.
@@ -73,17 +86,7 @@ class Criterion(ABC):
                 `PredictionMemory.next_epoch`.
             OSError: as `PredictionMemory.next_epoch`.
         """
-        self._schedule.check_next(epoch, self.epoch)
-        if self.alpha_final:
-            self._turn()
-        self._set_epoch(epoch)
-
-    def _set_epoch(self, epoch: int) -> None:
-        self.epoch, self.alpha = epoch, self._schedule.at(epoch)
-
-    @abstractmethod
-    def _turn(self) -> None:
-        """Make what the epoch that ended left the teacher's."""
+        self._driver.begin_epoch(epoch)
 
     def take_means(self) -> dict[str, float]:
         """Return ``pskd/alpha`` and the means since the last call, for a log; a collective.
@@ -126,13 +129,6 @@ class Criterion(ABC):
                 self.examples.add(rows, stats.nll, stats.teacher_probs_at_label, alpha)
         return loss
 
-    def _options(self) -> dict[str, object]:
-        """Return what makes two trainings different ones."""
-        options = self._schedule.options() | {"label_smoothing": self.label_smoothing}
-        if self.weight is not None:
-            options["weight"] = self.weight.tolist()
-        return options | ({"criterion": type(self).__name__} if self.alpha_final else {})
-
     def state_dict(self, *, inside_epoch: bool = False) -> dict[str, Any]:
         """Return what a run that goes on after this epoch needs beside the model.
 
@@ -142,7 +138,7 @@ class Criterion(ABC):
             inside_epoch: for a run that goes on with the batches that are left of this epoch, and
                 not with `begin_epoch`. A snapshot teacher's weights are in the state then.
         """
-        state: dict[str, Any] = {"epoch": self.epoch, "options": self._options()}
+        state = self._driver.state_dict()
         if self.examples is not None:
             state["examples"] = self.examples.state_dict()
         return state
@@ -153,15 +149,13 @@ class Criterion(ABC):
         Raises:
             ValueError: if the options or the data changed; nothing is changed then.
         """
-        check_keys("a criterion's state", state, ("epoch", "options"))
-        check_unchanged(state["options"], self._options())
-        check_epoch(state["epoch"], self.num_epochs)
+        self._driver.check_state_dict(state, "a criterion's state")
         if self.examples is not None and "examples" in state:
             self.examples.check_state_dict(state["examples"])  # nothing may fail after the teacher
         self._load_teacher(state)
         if self.examples is not None and "examples" in state:
             self.examples.load_state_dict(state["examples"])
-        self._set_epoch(state["epoch"])
+        self._driver.enter(state["epoch"])
 
     @abstractmethod
     def _load_teacher(self, state: dict[str, Any]) -> None:

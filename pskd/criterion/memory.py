@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any, TypedDict
 import torch
 from torch import Tensor
 
-from pskd._criterion import Criterion, cross_entropy
 from pskd.checks import check_batch
-from pskd.examples import ExampleStats
+from pskd.criterion.base import Criterion, cross_entropy
 from pskd.memory import PredictionMemory, traced
 from pskd.rows import check_distinct, check_given, check_range
+from pskd.stats import ExampleStats
 from pskd.targets import row_alphas
 
 if TYPE_CHECKING:
@@ -90,6 +90,7 @@ class MemoryCriterion(Criterion):
             PredictionMemory(num_rows, num_classes, **memory) if self.alpha_final else None
         )
         self._handle = None if self.memory is None else traced.handle_of(self.memory)
+        self._drive(self.memory, None)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
@@ -161,10 +162,6 @@ class MemoryCriterion(Criterion):
         """
         if self.memory is not None:
             self.memory.carry_over(rows)
-
-    def _turn(self) -> None:
-        if self.memory is not None:
-            self.memory.next_epoch()
 
     def state_dict(self, *, inside_epoch: bool = False) -> dict[str, Any]:
         memory = None if self.memory is None else self.memory.state_dict(ended=not inside_epoch)
