@@ -56,13 +56,15 @@ class Criterion(ABC):
         #: What the teacher did, under names ``pskd/...``, until they are taken.
         self.means = Means()
 
-    def _drive(self, teacher: Teacher | None, student: nn.Module | None, **options: object) -> None:
+    def _drive(
+        self, teacher: Teacher | None, student: nn.Module | None, kind: str | None = None
+    ) -> None:
         """Make the driver, whose options tell this training from others."""
-        options["label_smoothing"] = self.label_smoothing
+        options: dict[str, object] = {"label_smoothing": self.label_smoothing}
         if self.weight is not None:
             options["weight"] = self.weight.tolist()
         if self.alpha_final:
-            options["criterion"] = type(self).__name__
+            options["criterion"] = kind or type(self).__name__
         self._driver = EpochDriver(self._schedule, teacher, student, options)
 
     @property

@@ -197,7 +197,7 @@ def test_a_framework_is_given_the_criterion_of_the_teacher_that_it_names():
     assert (memory.num_rows, memory.memory.num_classes, memory.alpha_final) == (M, C, 0.5)
     snapshot = make_criterion(model, data, C, teacher="snapshot", num_epochs=EPOCHS)
     assert isinstance(snapshot, pskd.SnapshotCriterion)
-    with pytest.raises(ValueError, match="teacher: expected 'memory' or 'snapshot'.*, got 'oracle'"):
+    with pytest.raises(ValueError, match="teacher: expected 'memory' or .*, got 'oracle'"):
         make_criterion(model, data, C, teacher="oracle", num_epochs=EPOCHS)
     with pytest.raises(ValueError, match=r"expected pskd.WithRows\(dataset\), got list"):
         make_criterion(model, [(1.0, 0)], C, num_epochs=EPOCHS)
