@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.overrides import TorchFunctionMode
 
 from pskd.distributed import take_buffers_of_first_process
@@ -22,6 +23,7 @@ from pskd.files import shown
 __all__ = [
     "MODEL_TEACHERS",
     "TEACHERS",
+    "EMATeacher",
     "SnapshotTeacher",
     "Teacher",
     "load_into",
@@ -267,8 +269,33 @@ def _kinds(module: nn.Module) -> list[tuple[str, torch.dtype, torch.device, torc
     ]
 
 
+class EMATeacher(SnapshotTeacher):
+    """The exponential mean of the weights that the epochs ended with: half the last, half the mean.
+
+    Steadier than the last epoch's weights alone where these jump, as at a high learning rate.
+    Statistics of batch norm are the last epoch's.
+
+    Source: Tarvainen and Valpola 2017 (mean teacher), by the epoch in place of the step.
+    """
+
+    _model_is_copy = False
+    decay = 0.5
+
+    @torch.no_grad()
+    def refresh(self, student: nn.Module) -> None:
+        if self._model is None or _kinds(self._model) != _kinds(student):
+            return super().refresh(student)
+        average = get_ema_multi_avg_fn(self.decay)
+        average(list(self._model.parameters()), list(student.parameters()), 1)
+        for own, new in zip(self._model.buffers(), student.buffers(), strict=True):
+            own.copy_(new)
+
+
 #: The teachers that are past weights, by the name that configs and flags use.
-MODEL_TEACHERS: dict[str, type[SnapshotTeacher]] = {"snapshot": SnapshotTeacher}
+MODEL_TEACHERS: dict[str, type[SnapshotTeacher]] = {
+    "snapshot": SnapshotTeacher,
+    "ema": EMATeacher,
+}
 
 #: All of them.
 TEACHERS = ("memory", *MODEL_TEACHERS)

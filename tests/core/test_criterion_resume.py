@@ -32,7 +32,11 @@ from criterion_runs import (
 import pskd
 
 
-@FORMS
+def ema_of(model, **options):
+    return snapshot_of(model, teacher="ema", **options)
+
+
+@pytest.mark.parametrize("form", [memory_of, snapshot_of, ema_of])
 @pytest.mark.parametrize("stop", [1, 2])
 @pytest.mark.parametrize("in_file", [False, True], ids=["ram", "file"])
 def test_a_resumed_run_is_the_straight_one(form, stop, in_file, tmp_path):

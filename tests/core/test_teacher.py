@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.utils import prune, spectral_norm, weight_norm
 
 from pskd import SnapshotTeacher
+from pskd.teachers import MODEL_TEACHERS, EMATeacher, make_teacher
 
 torch.set_num_threads(1)  # tiny tensors: more threads would only wait for each other
 
@@ -485,3 +486,28 @@ def test_without_an_architecture_a_state_is_refused(student):
     state = refreshed(student).state_dict()
     with pytest.raises(ValueError, match="expected a student .*, got none"):
         SnapshotTeacher().load_state_dict(state)
+
+
+# ---- the mean over epochs ------------------------------------------------------------------------
+
+
+def test_an_ema_teacher_is_the_mean_that_halves_with_each_epoch(student):
+    teacher, past = EMATeacher(), []
+    for _ in range(3):
+        train_a_step(student)
+        teacher.refresh(student)
+        past.append(everything(student))
+    now = everything(teacher.model)
+    buffers = {name for name, _ in student.named_buffers()}
+    for name, tensor in now.items():
+        mean = 0.25 * past[0][name] + 0.25 * past[1][name] + 0.5 * past[2][name]
+        torch.testing.assert_close(tensor, past[2][name] if name in buffers else mean, msg=name)
+    # Unlike a snapshot it cannot be made anew of the student that a checkpoint has.
+    assert teacher.state_dict(ended=True)["model"] is not None
+    assert refreshed(student).state_dict(ended=True)["model"] is None
+
+
+def test_a_teacher_is_made_by_its_name():
+    assert {name: type(make_teacher(name)) for name in MODEL_TEACHERS} == MODEL_TEACHERS
+    with pytest.raises(ValueError, match="teacher: expected one of 'snapshot', 'ema', got 'me'"):
+        make_teacher("me")
