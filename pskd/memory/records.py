@@ -9,7 +9,9 @@ Shapes: N rows of a call, C classes, k kept classes, B bytes a record.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -57,14 +59,19 @@ class RecordLayout:
         return torch.int16 if self.num_classes <= 1 << 16 else torch.int32
 
     @property
-    def index_bytes(self) -> int:
-        """The size of a record's indices."""
-        return 0 if self.top_k is None else self.width * self.index_dtype.itemsize
+    def record(self) -> np.dtype[np.void]:
+        """A record's fields, as which numpy reads one: indices of a sparse one, probs, written."""
+        probs = np.dtype(str(self.dtype).removeprefix("torch."))
+        fields: list[tuple[Any, ...]] = [("probs", probs, self.width), ("written", np.uint8)]
+        if self.top_k is not None:
+            index = np.uint16 if self.index_dtype is torch.int16 else np.int32
+            fields.insert(0, ("indices", index, self.width))
+        return np.dtype(fields)
 
     @property
     def record_bytes(self) -> int:
         """B."""
-        return self.index_bytes + self.width * self.dtype.itemsize + 1
+        return self.record.itemsize
 
     def kept_form(self, probs: Tensor | TopK, rows: int) -> Tensor | TopK:
         """Return predictions with as many classes as are kept, float32.
@@ -132,7 +139,7 @@ class RecordLayout:
     def decode(self, records: Tensor) -> tuple[Tensor | TopK, Tensor]:
         """Return the predictions of (N, B) uint8 records and whether there are any, else zeros."""
         seen = records[:, -1] != 0
-        start = self.index_bytes
+        start = self.record_bytes - 1 - self.width * self.dtype.itemsize
         values = bytes_as(records[:, start:-1], self.dtype).float()
         values.masked_fill_(~seen[:, None], 0.0)  # may be torn, or not finite
         # Rounded to half precision the parts of a whole may be a little more than that.
