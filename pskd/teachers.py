@@ -114,14 +114,18 @@ class SnapshotTeacher:
         for own, new in zip(self._model.buffers(), student.buffers(), strict=True):
             own.copy_(new)  # a state dict leaves out those that are not persistent
 
-    def turn(self, ended: int, student: nn.Module | None) -> None:
-        """As `refresh` after each epoch, with one teacher in all processes; a collective.
+    def refresh_in_all(self, student: nn.Module) -> None:
+        """As `refresh`, with the same teacher in every process of a training; a collective.
 
         The statistics of batch norm differ between processes: the teacher's are the first's.
         """
+        self.refresh(student)
+        take_buffers_of_first_process(self.model)
+
+    def turn(self, ended: int, student: nn.Module | None) -> None:
+        """As `refresh_in_all` after each epoch."""
         if ended and student is not None:  # before the first epoch the weights are random
-            self.refresh(student)
-            take_buffers_of_first_process(self.model)
+            self.refresh_in_all(student)
 
     def state_dict(self, *, ended: bool = False) -> dict[str, dict[str, Tensor] | None]:
         """Return the weights on the CPU, in their own dtype; None in their place if none.
