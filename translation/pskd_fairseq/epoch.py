@@ -64,6 +64,11 @@ class Schedule:
             f"got --max-epoch {max_epoch} --max-update {max_update} (no end)"
         )
 
+    def within(self, progress: int) -> float:
+        """Return the progress, at most that of the end, past which alpha stays final."""
+        # A finished run that is started again makes one more step before fairseq stops it.
+        return min(progress, self.alphas.num_epochs)
+
     def options(self) -> dict[str, object]:
         """Return what a checkpoint keeps of it, and a resumed run is compared with."""
         return {
@@ -134,8 +139,7 @@ class EpochState:
 
     def _enter(self, unit: str, epoch: int, progress: int) -> None:
         if self.schedule.unit == unit:
-            # A finished run that is started again makes one more step before fairseq stops it.
-            self._driver.enter(epoch, min(progress, self.schedule.alphas.num_epochs))
+            self._driver.enter(epoch, self.schedule.within(progress))
 
     def _begin_epoch(
         self, task: FairseqTask, plan: checkpoint.SavePlan, epoch: int, model: BaseFairseqModel
