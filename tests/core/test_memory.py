@@ -349,23 +349,35 @@ def saved(tmp_path, **changes) -> tuple[dict, Path]:
     return memory.state_dict(), tmp_path / "epoch_00001.pskd"
 
 
-def resume(tmp_path, state, rows: int = M, **changes) -> None:
-    options = {"top_k": 3, "fingerprint": "data"} | changes
-    pskd.PredictionMemory(rows, C, path=tmp_path, **options).load_state_dict(state)
+def resume(tmp_path, state, rows: int = M, classes: int = C, **changes) -> None:
+    """Load a state, which changes nothing if it is refused."""
+    options = {"top_k": 3, "fingerprint": "data", "path": tmp_path} | changes
+    memory = pskd.PredictionMemory(rows, classes, **options)
+    files = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    try:
+        memory.load_state_dict(state)
+    except ValueError:
+        assert memory.epoch == 0 and not memory.read(torch.arange(rows))[1].any()
+        assert {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == files
+        raise
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"rows": M + 1}, "expected rows 21, got 20"),
+        ({"classes": C + 1}, "expected classes 8, got 7"),
+        ({"path": None}, "path: expected the folder of the state's files, got none"),
+        ({"path": "elsewhere"}, "elsewhere/epoch_00001.pskd: expected the predictions of epoch 1"),
         ({"top_k": 2}, "expected top_k 2, got 3"),
         ({"top_k": None}, "expected top_k None, got 3"),
         ({"dtype": torch.float32}, "expected dtype 'float32', got 'float16'"),
         ({"fingerprint": "other"}, "expected fingerprint 'other', got 'data'"),
     ],
 )
-def test_the_state_of_another_memory_is_refused(changes, message, tmp_path):
+def test_the_state_of_another_memory_is_refused(changes, message, tmp_path, monkeypatch):
     state, _ = saved(tmp_path)
+    monkeypatch.chdir(tmp_path.parent)
     with pytest.raises(ValueError, match=message):
         resume(tmp_path, state, **changes)
 
@@ -374,6 +386,15 @@ def damage_byte(file: Path) -> None:
     content = bytearray(file.read_bytes())
     content[-2] ^= 1
     file.write_bytes(content)
+
+
+def later_version(file: Path) -> None:
+    file.write_bytes(file.read_bytes().replace(b"pskd memory 1", b"pskd memory 2", 1))
+
+
+def replace_by_folder(file: Path) -> None:
+    file.unlink()
+    file.mkdir()
 
 
 def of_another_run(file: Path) -> None:
@@ -391,6 +412,8 @@ def of_another_run(file: Path) -> None:
         (lambda file: file.write_bytes(b"\x80\x02" * 4000), "expected a file of 'pskd memory 1'"),
         (lambda file: file.write_text("[1]"), "expected a file of 'pskd memory 1'"),
         (damage_byte, "damaged: expected CRC-32"),
+        (later_version, "expected a file of 'pskd memory 1', got 'pskd memory 2'"),
+        (replace_by_folder, "expected the predictions of epoch 1, got a folder"),
         (of_another_run, "expected run "),
         (lambda file: file.with_suffix(".pskd").write_bytes(
             (file.parent / "epoch_00002.pskd.part").read_bytes()), "expected epoch 1, got 2"),
@@ -402,6 +425,21 @@ def test_a_file_that_cannot_be_used_is_named(damage, message, tmp_path):
     with pytest.raises(ValueError, match=message) as caught:
         resume(tmp_path, state)
     assert str(file) in str(caught.value)
+
+
+def test_the_running_epochs_file_is_looked_at_too(tmp_path):
+    state, file = saved(tmp_path)
+    os.truncate(file.parent / "epoch_00002.pskd.part", 4100)
+    with pytest.raises(ValueError, match="epoch_00002.pskd.part: expected 4,.* cut off"):
+        resume(tmp_path, state)
+
+
+def test_two_memories_of_a_process_do_not_write_to_one_folder(tmp_path):
+    first, second = (pskd.PredictionMemory(M, C, path=tmp_path) for _ in range(2))
+    for memory in (first, second):
+        memory.next_epoch()
+    with pytest.raises(ValueError, match="epoch_00001.pskd.part: expected run .*another training"):
+        first.next_epoch()
 
 
 def test_an_epoch_that_has_not_ended_is_not_read(tmp_path):
@@ -842,12 +880,6 @@ def test_nothing_is_carried_over_before_there_is_a_past():
     memory.carry_over(torch.arange(M))
     memory.next_epoch()
     assert not memory.read(torch.arange(M))[1].any()
-
-
-def test_the_state_of_files_is_no_state_of_ram(tmp_path):
-    state, _ = saved(tmp_path)
-    with pytest.raises(ValueError, match="path: expected the folder of the state's files, got no"):
-        pskd.PredictionMemory(M, C, top_k=3, fingerprint="data").load_state_dict(state)
 
 
 @pytest.mark.parametrize(
