@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from pskd.kernels.rows import Rows, RowValues, check_values, sum_dtype
-from pskd.targets import TopK
 
 __all__ = ["torch_rows"]
 
@@ -46,7 +45,7 @@ def torch_rows(rows: Rows, scale: Tensor | float, grad: Tensor | None) -> RowVal
     step = max(1, _CHUNK_ELEMENTS // max(1, classes))
     for start in range(0, len(logits), step):
         part = slice(start, start + step)
-        chunk = _Chunk(rows, part)
+        chunk = _Chunk(rows.part(part))
         for whole, made in zip(values, chunk.values(), strict=True):
             whole[part] = made
         if grad is not None:
@@ -60,15 +59,15 @@ class _Chunk:
     Log-probabilities and not logits: with large logits the terms of the loss would cancel.
     """
 
-    def __init__(self, rows: Rows, part: slice) -> None:
+    def __init__(self, rows: Rows) -> None:
         dtype = sum_dtype(rows.logits)
         self.classes, self.smoothing = rows.logits.size(1), rows.label_smoothing
-        self.valid = rows.target[part] != rows.ignore_index
-        self.label = torch.where(self.valid, rows.target[part], 0)[:, None]
+        self.valid = rows.target != rows.ignore_index
+        self.label = torch.where(self.valid, rows.target, 0)[:, None]
         alpha = torch.as_tensor(rows.alpha, dtype=dtype, device=self.label.device)
-        self.alpha = alpha.expand(len(rows.target))[part]
-        self.lprobs = rows.logits[part].to(dtype).log_softmax(dim=1)
-        self.past = _past(rows, part, self.lprobs)
+        self.alpha = alpha.expand(len(rows.target))
+        self.lprobs = rows.logits.to(dtype).log_softmax(dim=1)
+        self.past = rows.past()
 
     def values(self) -> tuple[Tensor, Tensor, Tensor]:
         """Return loss, NLL and the teacher's probability of the label, (n,) each."""
@@ -106,18 +105,6 @@ class _Chunk:
             # Such a row may hold anything, NaN included: filled, not multiplied by 0.
             g.masked_fill_(~self.valid[:, None], 0.0)
         grad.copy_(g.mul_(scale))
-
-
-def _past(rows: Rows, part: slice, lprobs: Tensor) -> Tensor | None:
-    """Return the past prediction of some rows as (n, C) probabilities."""
-    if rows.teacher_logits is not None:
-        return rows.teacher_logits[part].to(lprobs.dtype).softmax(dim=1)
-    if rows.probs is None:
-        return None
-    probs = rows.probs[part].to(lprobs.dtype)
-    if rows.indices is None:
-        return probs
-    return TopK(rows.indices[part], probs).dense(lprobs.size(1), lprobs != -torch.inf)
 
 
 def _times(weight: Tensor | float, value: Tensor) -> Tensor:
