@@ -1,6 +1,7 @@
 # make setup   make .venv with everything, as constraints.txt pins it
 # make demo    train baselines and PS-KD, translation and detection; print a table, write pictures
 # make test    run the tests
+# make test-fast  run the core and bad input, the slow files aside: before each commit, 2 minutes
 # make lint    run ruff and mypy
 # make coverage  run the tests (some 15 minutes) and list the lines that none of them ran
 #
@@ -24,7 +25,9 @@ export OMP_NUM_THREADS ?= 1
 
 TESTS := pytest -n 2 --dist loadfile --no-loadscope-reorder  # in pyproject's order
 
-.PHONY: demo test coverage lint setup
+SLOW := criterion_compiled doctor surroundings triton wheel
+
+.PHONY: demo test test-fast coverage lint setup
 .DELETE_ON_ERROR:
 
 demo: setup
@@ -32,6 +35,9 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m $(TESTS)
+
+test-fast: setup
+	$(BIN)/python -m $(TESTS) tests/core tests/bad_input $(SLOW:%=--ignore=tests/core/test_%.py)
 
 coverage: setup
 	$(BIN)/coverage erase

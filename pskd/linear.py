@@ -169,11 +169,6 @@ def _check_linear(owner: str, hidden: Tensor, weight: Tensor, bias: Tensor | Non
                 f"{name}: expected a floating-point matrix, got {tensor.dtype} of shape "
                 f"{tuple(tensor.shape)}"
             )
-    if hidden.size(1) != weight.size(1):
-        raise ValueError(
-            f"{owner}weight: expected {hidden.size(1)} columns as {owner}hidden has, got "
-            f"{weight.size(1)}"
-        )
     if bias is None:
         return
     check_tensors(**{f"{owner}bias": bias})

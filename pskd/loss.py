@@ -18,16 +18,14 @@ from pskd.checks import (
     check_batch,
     check_class_weights,
     check_ignore_index,
-    check_listed,
     check_listed_once,
-    check_row_weights,
     check_weights,
     is_soft,
     is_traced,
 )
 from pskd.kernels import Rows, gradient_is_of_mean, sum_dtype
 from pskd.kernels.gradient import scaled, values_and_gradient, values_only
-from pskd.kernels.rows import readable
+from pskd.kernels.rows import check_values, readable
 from pskd.targets import TopK, check_teacher, mixture
 
 __all__ = ["PSKDStats", "pskd_cross_entropy"]
@@ -210,7 +208,7 @@ def pskd_cross_entropy(
         loss = _weighted(loss, rows, weight, reduction)
     elif is_soft(target):
         rows = _checked_values(rows)
-        past = _past(rows)
+        past = rows.past()
         stats = None
         if return_stats and past is not None:
             stats = _expected_stats(rows, past)  # before logits are written over
@@ -253,9 +251,8 @@ def _checked_values(rows: Rows) -> Rows:
     if is_traced(rows.logits):
         return rows
     rows = readable(rows)
-    check_row_weights(rows.alpha)
+    check_values(rows)
     if rows.indices is not None:
-        check_listed("teacher_probs", rows.indices, rows.logits.size(1))
         check_listed_once("teacher_probs", rows.indices, rows.alpha)
     return rows
 
@@ -265,15 +262,6 @@ def _mixed(rows: Rows, past: Tensor | None) -> Rows:
     mixed = mixture(rows.target, past, rows.alpha, rows.logits.size(1), rows.label_smoothing)
     no_label = rows.target.new_zeros(len(rows.target), dtype=torch.int64)
     return Rows(rows.logits, no_label, mixed, None, None, 1.0, -100, 0.0)
-
-
-def _past(rows: Rows) -> Tensor | None:
-    """Return the past prediction as (N, C) probabilities."""
-    if rows.teacher_logits is not None:
-        return rows.teacher_logits.to(sum_dtype(rows.teacher_logits)).softmax(dim=1)
-    if rows.probs is None or rows.indices is None:
-        return rows.probs
-    return TopK(rows.indices, rows.probs).dense(rows.logits.size(1), rows.logits != -torch.inf)
 
 
 def _expected_stats(rows: Rows, past: Tensor) -> PSKDStats:

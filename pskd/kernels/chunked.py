@@ -6,14 +6,13 @@ With z the logits, y the label, p the teacher's distribution, eps the label smoo
     -(1 - alpha) * <hard, log_softmax(z)> - alpha * <p, log_softmax(z)>
 
 and its gradient on z ``mass * softmax(z) - (1 - alpha) * hard - alpha * p`` with
-``mass = 1 - alpha + alpha * sum(p)``: neither a one-hot nor a mixture is built.
+``mass = 1 - alpha + alpha * sum(p)``: neither a one-hot nor a mixture is built. A sparse prediction
+is made dense a chunk at a time.
 
-Shapes: N rows, n of them in a chunk, C classes, k kept classes of a sparse prediction.
+Shapes: N rows, n of them in a chunk, C classes.
 """
 
 from __future__ import annotations
-
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -46,7 +45,7 @@ def torch_rows(rows: Rows, scale: Tensor | float, grad: Tensor | None) -> RowVal
     step = max(1, _CHUNK_ELEMENTS // max(1, classes))
     for start in range(0, len(logits), step):
         part = slice(start, start + step)
-        chunk = _Chunk(rows, part)
+        chunk = _Chunk(rows.part(part))
         for whole, made in zip(values, chunk.values(), strict=True):
             whole[part] = made
         if grad is not None:
@@ -55,20 +54,20 @@ def torch_rows(rows: Rows, scale: Tensor | float, grad: Tensor | None) -> RowVal
 
 
 class _Chunk:
-    """Some of the rows, with their log-probabilities.
+    """Some of the rows, with their log-probabilities, and the past prediction as (n, C).
 
     Log-probabilities and not logits: with large logits the terms of the loss would cancel.
     """
 
-    def __init__(self, rows: Rows, part: slice) -> None:
+    def __init__(self, rows: Rows) -> None:
         dtype = sum_dtype(rows.logits)
         self.classes, self.smoothing = rows.logits.size(1), rows.label_smoothing
-        self.valid = rows.target[part] != rows.ignore_index
-        self.label = torch.where(self.valid, rows.target[part], 0)[:, None]
+        self.valid = rows.target != rows.ignore_index
+        self.label = torch.where(self.valid, rows.target, 0)[:, None]
         alpha = torch.as_tensor(rows.alpha, dtype=dtype, device=self.label.device)
-        self.alpha = alpha.expand(len(rows.target))[part]
-        self.lprobs = rows.logits[part].to(dtype).log_softmax(dim=1)
-        self.past = _past(rows, part, self.lprobs)
+        self.alpha = alpha.expand(len(rows.target))
+        self.lprobs = rows.logits.to(dtype).log_softmax(dim=1)
+        self.past = rows.past()
 
     def values(self) -> tuple[Tensor, Tensor, Tensor]:
         """Return loss, NLL and the teacher's probability of the label, (n,) each."""
@@ -80,8 +79,9 @@ class _Chunk:
         loss = -_times(1.0 - self.alpha, hard)
         teacher = torch.zeros_like(loss)
         if self.past is not None:
-            loss = loss - _times(self.alpha, _expectation(self.past, self.lprobs))
-            teacher = _at_label(self.past, self.label)
+            # Not a dot product: in autocast that would be of half precision.
+            loss = loss - _times(self.alpha, _times(self.past, self.lprobs).sum(dim=1))
+            teacher = self.past.gather(1, self.label).squeeze(1)
         ignored = ~self.valid
         return (
             loss.masked_fill_(ignored, 0.0),
@@ -91,15 +91,13 @@ class _Chunk:
 
     def write_gradient(self, scale: Tensor | float, grad: Tensor) -> None:
         """Write ``scale`` times the gradient of the rows; the log-probabilities are lost."""
-        past, alpha = self.past, self.alpha[:, None]
-        masked = self.lprobs == -torch.inf if isinstance(past, _Sparse) else None
-        g = self.lprobs.exp_()
+        alpha, g = self.alpha[:, None], self.lprobs.exp_()
         hard = 1.0 - alpha
-        if past is None:
+        if self.past is None:
             g.mul_(hard)
         else:
-            g.mul_(hard + _times(alpha, _mass(past)[:, None]))
-            _subtract(g, past, alpha, masked)
+            g.mul_(hard + _times(alpha, self.past.sum(dim=1, keepdim=True)))
+            g.sub_(_times(alpha, self.past))
         if self.smoothing:
             g.sub_(hard * (self.smoothing / self.classes))
         g.scatter_add_(1, self.label, hard * (self.smoothing - 1.0))
@@ -109,93 +107,11 @@ class _Chunk:
         grad.copy_(g.mul_(scale))
 
 
-class _Sparse(NamedTuple):
-    """The k listed classes of a past prediction, and what each of the others has.
-
-    Attributes:
-        indices, probs: (n, k) of a `pskd.TopK`.
-        tail: (n,) probability of each class that is not listed and whose logit is not -inf.
-        others: (n,) how many these are.
-    """
-
-    indices: Tensor
-    probs: Tensor
-    tail: Tensor
-    others: Tensor
-
-
-def _past(rows: Rows, part: slice, lprobs: Tensor) -> Tensor | _Sparse | None:
-    """Return the past prediction of some rows as probabilities, dense or sparse."""
-    if rows.teacher_logits is not None:
-        return rows.teacher_logits[part].to(lprobs.dtype).softmax(dim=1)
-    if rows.probs is None:
-        return None
-    probs = rows.probs[part].to(lprobs.dtype)
-    if rows.indices is None:
-        return probs
-    indices = rows.indices[part].long()
-    others = _finite(lprobs) - _finite(lprobs.gather(1, indices))
-    rest = (1.0 - probs.sum(dim=1)).clamp_min(0.0)
-    tail = torch.where(others > 0, rest / others.clamp_min(1), 0.0)
-    return _Sparse(indices, probs, tail, others)
-
-
 def _times(weight: Tensor | float, value: Tensor) -> Tensor:
     """Return ``weight * value``, 0 where the weight is 0, whatever the value is."""
     if isinstance(weight, Tensor):
         return torch.where(weight == 0, 0.0, weight * value)
     return weight * value if weight else torch.zeros_like(value)
-
-
-def _mass(p: Tensor | _Sparse) -> Tensor:
-    """Return ``sum(p)`` a row: what is given as probabilities may sum to a little off 1."""
-    if isinstance(p, Tensor):
-        return p.sum(dim=1)
-    return p.probs.sum(dim=1) + p.tail * p.others
-
-
-def _expectation(p: Tensor | _Sparse, lprobs: Tensor) -> Tensor:
-    """Return ``<p, lprobs>`` a row; of a sparse p from its classes and the sum over all."""
-    if isinstance(p, Tensor):
-        return _times(p, lprobs).sum(dim=1)  # a dot product would be of half precision in autocast
-    listed = lprobs.gather(1, p.indices)
-    rest = _finite_sum(lprobs) - _finite_sum(listed)
-    return _times(p.probs, listed).sum(dim=1) + _times(p.tail, rest)
-
-
-def _finite_sum(lprobs: Tensor) -> Tensor:
-    return lprobs.masked_fill(lprobs == -torch.inf, 0.0).sum(dim=1)
-
-
-def _finite(lprobs: Tensor) -> Tensor:
-    return (lprobs != -torch.inf).sum(dim=1)
-
-
-def _at_label(p: Tensor | _Sparse, label: Tensor) -> Tensor:
-    """Return ``p[y]`` a row; ``label`` is (n, 1)."""
-    if isinstance(p, Tensor):
-        return p.gather(1, label).squeeze(1)
-    hit = p.indices == label
-    return torch.where(hit.any(dim=1), (p.probs * hit).sum(dim=1), p.tail)
-
-
-def _subtract(grad: Tensor, p: Tensor | _Sparse, alpha: Tensor, masked: Tensor | None) -> None:
-    """Subtract ``alpha * p`` from ``grad`` in place.
-
-    Args:
-        grad: (n, C).
-        p: the past prediction of the rows.
-        alpha: (n, 1).
-        masked: (n, C) which classes the student's logits exclude; of a sparse p.
-    """
-    if isinstance(p, Tensor):
-        grad.sub_(_times(alpha, p))
-        return
-    assert masked is not None
-    share = _times(alpha, p.tail[:, None])
-    grad.sub_(torch.where(masked, 0.0, share))
-    share = torch.where(masked.gather(1, p.indices), 0.0, share)
-    grad.scatter_add_(1, p.indices, share - _times(alpha, p.probs))
 
 
 def _may_be_ignored(valid: Tensor) -> bool:

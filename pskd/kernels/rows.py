@@ -16,7 +16,9 @@ from pskd.checks import (
     check_listed,
     check_memory,
     check_row_weights,
+    is_soft,
 )
+from pskd.targets import TopK
 
 __all__ = ["RowValues", "Rows", "check_values", "readable", "sum_dtype"]
 
@@ -44,6 +46,24 @@ class Rows(NamedTuple):
     alpha: Tensor | float
     ignore_index: int
     label_smoothing: float
+
+    def part(self, some: slice) -> Rows:
+        """Return some of the rows."""
+        fields = zip(self._fields, self, strict=True)
+        cut: dict[str, Any] = {n: value[some] for n, value in fields if isinstance(value, Tensor)}
+        return self._replace(**cut)
+
+    def past(self) -> Tensor | None:
+        """Return the past prediction as (N, C) probabilities, in `sum_dtype` of the logits."""
+        dtype = sum_dtype(self.logits)
+        if self.teacher_logits is not None:
+            return self.teacher_logits.to(dtype).softmax(dim=1)
+        if self.probs is None:
+            return None
+        probs = self.probs.to(dtype)
+        if self.indices is None:
+            return probs
+        return TopK(self.indices, probs).dense(self.logits.size(1), self.logits != -torch.inf)
 
 
 class RowValues(NamedTuple):
@@ -94,8 +114,9 @@ def check_values(rows: Rows) -> None:
     """
     if rows.logits.device.type != "cpu" or not len(rows.target):
         return
-    last = rows.logits.size(1) - 1
-    check_labels(rows.target, last + 1, rows.ignore_index)
+    classes = rows.logits.size(1)
+    if not is_soft(rows.target):
+        check_labels(rows.target, classes, rows.ignore_index)
     check_row_weights(rows.alpha)
     if rows.indices is not None:
-        check_listed("teacher_probs", rows.indices, last + 1)
+        check_listed("teacher_probs", rows.indices, classes)

@@ -44,15 +44,15 @@ def _weigh(weight, value):
 
 
 @triton.jit
-def _read(logits, teacher, cols, classes, valid, soft, FORM: tl.constexpr, ACC: tl.constexpr):
+def _read(logits, teacher, cols, classes, valid, soft, FORM: tl.constexpr):
     """Return a block of the student's row and one of the teacher's, where that is dense."""
     inside = cols < classes
-    z = tl.load(logits + cols, mask=inside & valid, other=float("-inf")).to(ACC)
+    z = tl.load(logits + cols, mask=inside & valid, other=float("-inf")).to(tl.float32)
     t = z
     if FORM == "probs":
-        t = tl.load(teacher + cols, mask=inside & soft, other=0.0).to(ACC)
+        t = tl.load(teacher + cols, mask=inside & soft, other=0.0).to(tl.float32)
     if FORM == "logits":
-        t = tl.load(teacher + cols, mask=inside & soft, other=float("-inf")).to(ACC)
+        t = tl.load(teacher + cols, mask=inside & soft, other=float("-inf")).to(tl.float32)
     return z, t
 
 
@@ -125,23 +125,23 @@ def _add_total(z, old, m, total, finite):
 
 
 @triton.jit
-def _read_listed(indices, probs, logits, ks, kept, classes, soft, ACC: tl.constexpr):
+def _read_listed(indices, probs, logits, ks, kept, classes, soft):
     """Return the listed classes, their p and z, and which are real; -1, 0 and -inf in padding."""
     listed = (ks < kept) & soft
     index = tl.load(indices + ks, mask=listed, other=-1)
     is_class = (index >= 0) & (index < classes)
     index = tl.where(is_class, index, -1).to(tl.int32)
-    p = tl.load(probs + ks, mask=listed, other=0.0).to(ACC)
+    p = tl.load(probs + ks, mask=listed, other=0.0).to(tl.float32)
     p = tl.where(listed & (is_class == 0), float("nan"), p)  # an index out of range is not read
-    z = tl.load(logits + index, mask=is_class, other=float("-inf")).to(ACC)
+    z = tl.load(logits + index, mask=is_class, other=float("-inf")).to(tl.float32)
     return index, p, z, is_class
 
 
 @triton.jit
-def _sum_listed(p, z, m, total, finite, ACC: tl.constexpr):
+def _sum_listed(p, z, m, total, finite):
     """Return the tail of each other class at a finite logit, ``sum(p)`` and ``<p, z - m>``."""
     is_finite = z != float("-inf")
-    others = tl.cast(finite - tl.sum(tl.where(is_finite, 1, 0), 0), ACC)
+    others = (finite - tl.sum(tl.where(is_finite, 1, 0), 0)).to(tl.float32)
     listed_mass = tl.sum(p, 0)
     tail = tl.where(others > 0, tl.maximum(1.0 - listed_mass, 0.0) / others, 0.0)
     rest = total - tl.sum(tl.where(is_finite, z - m, 0.0), 0)
@@ -189,7 +189,6 @@ def rows_kernel(
     ignore_index,
     FORM: tl.constexpr,
     SMOOTHING: tl.constexpr,
-    ACC: tl.constexpr,
     BLOCK: tl.constexpr,
     IS_ONE_BLOCK: tl.constexpr,
     KEPT_BLOCK: tl.constexpr,
@@ -202,27 +201,27 @@ def rows_kernel(
     label = tl.where(is_class, label, -1).to(tl.int32)
     # Weights are 0 in ignored rows, and NaN where the label is no class: a GPU cannot raise without
     # being waited for, and this must not go unnoticed.
-    w_soft = tl.where(valid, tl.load(alpha + row * alpha_stride).to(ACC), 0.0)
+    w_soft = tl.where(valid, tl.load(alpha + row * alpha_stride).to(tl.float32), 0.0)
     w_hard = tl.where(valid, tl.where(is_class, 1.0 - w_soft, float("nan")), 0.0)
     w_label = w_hard * (1.0 - SMOOTHING)
-    w_each = w_hard * SMOOTHING / tl.cast(classes, ACC)
+    w_each = w_hard * SMOOTHING / tl.cast(classes, tl.float32)
     soft = valid & (w_soft != 0)
 
     if FORM != "none":
         teacher += row * teacher_stride
     NEEDS_TOTAL: tl.constexpr = FORM == "top_k" or SMOOTHING > 0
     span = tl.arange(0, BLOCK)
-    z = tl.full((BLOCK,), float("-inf"), ACC)
+    z = tl.full((BLOCK,), float("-inf"), tl.float32)
     t = z
-    m = tl.full((), _LOWEST, ACC)
+    m = tl.full((), _LOWEST, tl.float32)
     top = m
-    s = tl.full((), 0.0, ACC)
+    s = tl.full((), 0.0, tl.float32)
     total = s
     mass = s
     cross = s
     finite = tl.full((), 0, tl.int32)
     for start in range(0, BLOCK if IS_ONE_BLOCK else classes, BLOCK):
-        z, t = _read(logits, teacher, start + span, classes, valid, soft, FORM, ACC)
+        z, t = _read(logits, teacher, start + span, classes, valid, soft, FORM)
         old = m
         if FORM == "probs" or FORM == "logits":
             m, s, top, mass, cross = _add_dense(z, t, m, s, top, mass, cross, FORM)
@@ -232,23 +231,23 @@ def rows_kernel(
             total, finite = _add_total(z, old, m, total, finite)
 
     # Single classes are read now, which are at hand; the gradient may be written over them.
-    z_label = tl.load(logits + label, mask=is_class, other=float("nan")).to(ACC)
-    at_label = tl.full((), 0.0, ACC)
+    z_label = tl.load(logits + label, mask=is_class, other=float("nan")).to(tl.float32)
+    at_label = tl.full((), 0.0, tl.float32)
     if FORM == "probs" or FORM == "logits":
-        at_label = tl.load(teacher + label, mask=is_class & soft, other=0.0).to(ACC)
-    tail = tl.full((), 0.0, ACC)
-    per_mass = tl.where(soft, 1.0, 0.0).to(ACC)
+        at_label = tl.load(teacher + label, mask=is_class & soft, other=0.0).to(tl.float32)
+    tail = tl.full((), 0.0, tl.float32)
+    per_mass = tl.where(soft, 1.0, 0.0).to(tl.float32)
     if FORM == "logits":
         per_mass = tl.where(soft, 1.0 / mass, 0.0)
-        mass = tl.where(soft, 1.0, 0.0).to(ACC)
+        mass = tl.where(soft, 1.0, 0.0).to(tl.float32)
         cross *= per_mass
         at_label = tl.exp(at_label - top) * per_mass
     if FORM == "top_k":
         ks = tl.arange(0, KEPT_BLOCK)
         index, p_listed, z_listed, is_listed = _read_listed(
-            indices + row * indices_stride, teacher, logits, ks, kept, classes, soft, ACC
+            indices + row * indices_stride, teacher, logits, ks, kept, classes, soft
         )
-        tail, mass, cross = _sum_listed(p_listed, z_listed, m, total, finite, ACC)
+        tail, mass, cross = _sum_listed(p_listed, z_listed, m, total, finite)
         is_label = index == label
         at_label = tl.sum(tl.where(is_label, p_listed, 0.0), 0)
         at_label = tl.where(tl.max(is_label.to(tl.int32), 0) > 0, at_label, tail)
@@ -265,7 +264,7 @@ def rows_kernel(
 
     if grad is not None:
         grad += row * grad_stride
-        scaled = tl.where(valid, tl.load(scale).to(ACC), 0.0)
+        scaled = tl.where(valid, tl.load(scale).to(tl.float32), 0.0)
         factor = tl.where(valid, scaled * (w_hard + w_soft * mass) / s, 0.0)
         w_soft *= scaled
         w_past = w_soft * per_mass
@@ -280,7 +279,7 @@ def rows_kernel(
         if not IS_ONE_BLOCK:
             for _ in range(1, tl.cdiv(classes, BLOCK)):
                 cols -= BLOCK
-                z, t = _read(logits, teacher, cols, classes, valid, soft, FORM, ACC)
+                z, t = _read(logits, teacher, cols, classes, valid, soft, FORM)
                 _write(grad, cols, classes, z, t, m, top, factor, w_past, share, w_tail, FORM)
         # Single classes are written over what they have been given as one of all.
         if FORM == "top_k":

@@ -7,15 +7,12 @@ from __future__ import annotations
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
-from pskd.kernels.rows import Rows, RowValues, sum_dtype
+from pskd.kernels.rows import Rows, RowValues
 from pskd.kernels.triton_kernels import rows_kernel, scale_kernel
 
 __all__ = ["triton_rows", "triton_scale"]
-
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 # The most of a row that is held in registers, and what a thread holds of it: the fastest of those
 # tried on an H200. With sums in float32 no dense form spills registers there.
@@ -28,7 +25,7 @@ def _on_device(value: Tensor | float, like: Tensor) -> Tensor:
     """Return a tensor as it is, and a number as one on the device, which is not waited for."""
     if isinstance(value, Tensor):
         return value
-    return torch.full((), value, dtype=sum_dtype(like), device=like.device)
+    return torch.full((), value, dtype=torch.float32, device=like.device)
 
 
 def _unit_stride(tensor: Tensor) -> Tensor:
@@ -46,13 +43,14 @@ def _form(rows: Rows) -> str:
 def triton_rows(rows: Rows, scale: Tensor | float, grad: Tensor | None) -> RowValues:
     """Return the values of each row, and write ``scale * dloss/dlogits`` into ``grad``.
 
-    Sums are made in float32, of float64 logits in float64; the past prediction may have another
-    dtype than the logits. Nothing here waits for the device.
+    Sums are made in float32; the past prediction may have another dtype than the logits. Nothing
+    here waits for the device.
 
     Args:
-        rows: N rows of any C; strides of rows are honoured, classes that do not lie side by side
-            are copied. Labels and listed classes are not checked: one that is not in [0, C) makes
-            the loss and the gradient of its row NaN, and nothing is read or written for it.
+        rows: N rows of any C, logits of float16, bfloat16 or float32; strides of rows are honoured,
+            classes that do not lie side by side are copied. Labels and listed classes are not
+            checked: one that is not in [0, C) makes the loss and the gradient of its row NaN, and
+            nothing is read or written for it.
         scale: a number, or a tensor of one element on the device.
         grad: (N, C) of the dtype of the logits, with classes side by side; may be the logits. None
             if no gradient is wanted.
@@ -60,37 +58,14 @@ def triton_rows(rows: Rows, scale: Tensor | float, grad: Tensor | None) -> RowVa
     Returns:
         Loss, NLL and the past prediction's probability of the label a row. The last is 0 in rows
         whose alpha is 0, as their past prediction is not read, and where there is none.
-
-    Raises:
-        TypeError: if the logits are not float16, bfloat16, float32 or float64.
-        ValueError: if ``grad`` has another shape or dtype than the logits, or its classes do not
-            lie side by side.
     """
-    _check(rows.logits, grad)
     count = rows.logits.size(0)
-    values = RowValues(
-        *(rows.logits.new_empty(count, dtype=sum_dtype(rows.logits)) for _ in range(3))
-    )
+    values = RowValues(*(rows.logits.new_empty(count, dtype=torch.float32) for _ in range(3)))
     if count:
         # Triton launches on the current device.
         with torch.cuda.device_of(rows.logits):
             _launch(rows, scale, grad, values)
     return values
-
-
-def _check(logits: Tensor, grad: Tensor | None) -> None:
-    if logits.dtype not in _DTYPES:
-        expected = ", ".join(str(dtype) for dtype in _DTYPES)
-        raise TypeError(f"logits: expected one of {expected}, got {logits.dtype}")
-    if grad is None:
-        return
-    if grad.shape != logits.shape or grad.dtype != logits.dtype:
-        raise ValueError(
-            f"grad: expected {logits.dtype} of shape {tuple(logits.shape)} as the logits, got "
-            f"{grad.dtype} of shape {tuple(grad.shape)}"
-        )
-    if grad.size(1) > 1 and grad.stride(1) != 1:
-        raise ValueError(f"grad: expected a stride of 1 over classes, got {grad.stride(1)}")
 
 
 def _launch(rows: Rows, scale: Tensor | float, grad: Tensor | None, values: RowValues) -> None:
@@ -122,7 +97,6 @@ def _launch(rows: Rows, scale: Tensor | float, grad: Tensor | None, values: RowV
         rows.ignore_index,
         FORM=form,
         SMOOTHING=float(rows.label_smoothing),
-        ACC=tl.float64 if values.loss.dtype == torch.float64 else tl.float32,
         BLOCK=block,
         IS_ONE_BLOCK=classes <= block,
         KEPT_BLOCK=triton.next_power_of_2(max(kept, 1)),

@@ -6,6 +6,7 @@ import copy
 import importlib
 import json
 import multiprocessing
+import re
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
@@ -269,3 +270,32 @@ def test_memory_that_was_not_measured_misses_no_limit(benchmark):
 def test_refuses_what_it_cannot_measure(benchmark, flags):
     with pytest.raises(SystemExit):
         benchmark.main(flags)
+
+
+# -- The page --------------------------------------------------------------------------------------
+
+
+def numbers(table: str) -> list[list[str]]:
+    """Return the numbers of each line of a table, but for the head and the first column."""
+    lines = [line.strip("| ").split("|")[1:] for line in table.strip().splitlines()[2:]]
+    return [re.findall(r"[\d,]+\.\d+", " ".join(line)) for line in lines]
+
+
+@pytest.mark.parametrize(
+    ("start", "name"),
+    [
+        ("**One thread.**", "loss.json"),
+        ("**float32.**", "loss_gpu_float32.json"),
+        ("**bfloat16.**", "loss_gpu_bfloat16.json"),
+    ],
+)
+def test_the_tables_of_the_page_are_those_of_its_file(benchmark, start, name):
+    docs = FOLDER.parent / "docs"
+    figures = json.loads((docs / name).read_text(encoding="utf-8"))
+    shapes = figures["shapes"]
+    expected = [benchmark.time_table(shapes, threads) for threads in shapes[0]["threads"]]
+    on_gpu = figures["device"] == "cuda"
+    expected += [benchmark.bandwidth_table(shapes) if on_gpu else benchmark.memory_table(shapes)]
+    text = (docs / "loss.md").read_text(encoding="utf-8").partition(start)[2]
+    shown = re.findall(r"(?:^\|.*\n)+", text, flags=re.MULTILINE)[: len(expected)]
+    assert [numbers(table) for table in shown] == [numbers(table) for table in expected]

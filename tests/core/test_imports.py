@@ -22,13 +22,14 @@ import pytest
 import pskd
 
 FRAMEWORKS = {"detectron2", "fairseq", "hydra", "matplotlib", "omegaconf", "torchvision"}
-FRAMEWORKS |= {"lightning", "transformers"}
+FRAMEWORKS |= {"lightning", "torchmetrics", "transformers"}
 ADAPTERS = {
     "pskd_classification",
     "pskd_detection",
     "pskd_detectron2",
     "pskd_fairseq",
     "pskd_lightning",
+    "pskd_torchmetrics",
     "pskd_torchvision",
     "pskd_transformers",
 }
@@ -42,7 +43,11 @@ OTHERS = {
     "pskd_detectron2": {"detectron2", "hydra", "omegaconf"},
 }
 #: The adapters that are one module, and the framework of each.
-MODULES = {"pskd_lightning": "lightning", "pskd_transformers": "transformers"}
+MODULES = {
+    "pskd_lightning": "lightning",
+    "pskd_torchmetrics": "torchmetrics",
+    "pskd_transformers": "transformers",
+}
 FRAMEWORKS_OF = {"pskd_fairseq": {"fairseq"}} | OTHERS | {n: {f} for n, f in MODULES.items()}
 #: How to get a framework, where pip does not know it by its name.
 INSTALL = {

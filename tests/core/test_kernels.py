@@ -7,7 +7,6 @@ mixture, which exists, in float64; what is allowed is the rounding of the dtype.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from importlib.machinery import EXTENSION_SUFFIXES
 from unittest import mock
 
@@ -29,16 +28,6 @@ HALVES = (torch.bfloat16, torch.float16)
 DTYPES = (torch.float32, *HALVES)
 FORMS = ("hard", "probs", "logits", "top_k")
 few = settings(max_examples=25, deadline=None, derandomize=True)
-
-
-@pytest.fixture(scope="module", params=["native", "torch"])
-def backend(request) -> Iterator[str]:
-    if request.param == "native" and not native.is_built():
-        pytest.skip("the compiled form was not built: it needs a C++ compiler at install")
-    with pytest.MonkeyPatch.context() as patch:
-        if request.param == "torch":
-            patch.setattr(native, "is_built", lambda: False)
-        yield request.param
 
 
 def teacher_of(form: str, scores: Tensor, dtype: torch.dtype) -> dict[str, object]:

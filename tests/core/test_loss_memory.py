@@ -15,7 +15,6 @@ from torch.utils._pytree import tree_leaves
 import pskd.checks
 import pskd.kernels.gradient
 from pskd import mix_targets
-from pskd.kernels import native
 
 
 class Allocations(TorchDispatchMode):
@@ -62,24 +61,18 @@ def allocations(loss, logits: Tensor) -> tuple[list[int], list[int], int]:
     return log.bytes[:made], log.bytes[made:], sum(saved)
 
 
-@pytest.fixture(params=["native", "torch"])
-def backend(request, monkeypatch) -> str:
-    """Each form of the loss for CPUs, with what it allocates in the open."""
-    if request.param == "torch":
-        monkeypatch.setattr(native, "is_built", lambda: False)
-    elif not native.is_built():
-        pytest.skip("the compiled form was not built: it needs a C++ compiler at install")
-    # A mode that watches allocations is no tracer.
+@pytest.fixture(autouse=True)
+def watched_as_it_is(monkeypatch, backend) -> None:
+    """A mode that watches allocations is no tracer."""
     monkeypatch.setattr(pskd.checks, "is_in_torch_dispatch_mode", lambda: False)
-    return request.param
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("inplace", [False, True])
 @every_form
-def test_nothing_of_the_logits_size_is_made_but_the_gradient(form, inplace, dtype, backend):
+def test_nothing_of_the_logits_size_is_made_but_the_gradient(form, inplace, dtype):
     rows, classes, chunk = 64, 500, 2000
-    batch = make(rows, classes, chunk=chunk)._replace(kept=8)
+    batch = make(rows, classes, chunk=chunk)._replace(kept=8, dtype=torch.float32)
     leaf = batch.logits.to(dtype).requires_grad_()
     logits = leaf * 1
     matrix = logits.numel() * logits.element_size()
@@ -94,8 +87,8 @@ def test_nothing_of_the_logits_size_is_made_but_the_gradient(form, inplace, dtyp
 
 
 @every_form
-def test_without_a_gradient_nothing_of_the_logits_size_is_made(form, backend):
-    batch = make(64, 500, chunk=2000)._replace(kept=8)
+def test_without_a_gradient_nothing_of_the_logits_size_is_made(form):
+    batch = make(64, 500, chunk=2000)._replace(kept=8, dtype=torch.float32)
     forward, _, saved = allocations(loss_of(batch, form, 0.5), batch.logits.float())
     assert max(forward) <= 4 * 2000
     assert saved == 0

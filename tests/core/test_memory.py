@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import gc
 import json
@@ -10,8 +11,7 @@ import re
 import shutil
 import signal
 import socket
-import subprocess
-import sys
+import threading
 import time
 from pathlib import Path
 from unittest import mock
@@ -226,12 +226,8 @@ def test_a_resumed_memory_is_that_of_the_run_that_was_not_stopped(stop, further,
     the_same(resumed, straight)
 
 
-KILLED = """
-import os, pathlib, signal, sys, time
-import torch, pskd
-torch.set_num_threads(1)
-rows = torch.arange(50)
-def train(folder):
+def train_until_killed(folder: Path) -> None:
+    rows = torch.arange(50)
     memory = pskd.PredictionMemory(50, 200, top_k=64, path=folder / "memory")
     while True:
         memory.next_epoch()
@@ -241,22 +237,19 @@ def train(folder):
             # All of a row's values tell the epoch: of a torn row they would not.
             probs = torch.full((50, 64), 1 / (64 + memory.epoch))
             memory.write(rows, pskd.TopK(torch.arange(64).expand(50, 64), probs))
-for moment in range(10):
-    folder = pathlib.Path(sys.argv[1]) / str(moment)
-    folder.mkdir()
-    child = os.fork()
-    if child == 0:
-        train(folder)
-    while not (folder / "state_2.pt").exists():
-        time.sleep(0.001)
-    time.sleep(0.013 * moment)
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-"""
 
 
-def test_a_kill_at_any_moment_loses_nothing_that_was_saved(tmp_path):
-    subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], check=True, timeout=120)
+def test_a_kill_at_any_moment_loses_nothing_that_was_saved(tmp_path, forkserver):
+    for moment in range(10):
+        folder = tmp_path / str(moment)
+        folder.mkdir()
+        child = forkserver.Process(target=train_until_killed, args=(folder,))
+        child.start()
+        while not (folder / "state_2.pt").exists():
+            time.sleep(0.001)
+        time.sleep(0.013 * moment)
+        child.kill()
+        child.join()
     for folder in sorted(tmp_path.iterdir()):
         last = max(int(path.stem[6:]) for path in folder.glob("state_*.pt"))
         memory = pskd.PredictionMemory(50, 200, top_k=64, path=folder / "memory")
@@ -349,23 +342,35 @@ def saved(tmp_path, **changes) -> tuple[dict, Path]:
     return memory.state_dict(), tmp_path / "epoch_00001.pskd"
 
 
-def resume(tmp_path, state, rows: int = M, **changes) -> None:
-    options = {"top_k": 3, "fingerprint": "data"} | changes
-    pskd.PredictionMemory(rows, C, path=tmp_path, **options).load_state_dict(state)
+def resume(tmp_path, state, rows: int = M, classes: int = C, **changes) -> None:
+    """Load a state, which changes nothing if it is refused."""
+    options = {"top_k": 3, "fingerprint": "data", "path": tmp_path} | changes
+    memory = pskd.PredictionMemory(rows, classes, **options)
+    files = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    try:
+        memory.load_state_dict(state)
+    except ValueError:
+        assert memory.epoch == 0 and not memory.read(torch.arange(rows))[1].any()
+        assert {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == files
+        raise
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"rows": M + 1}, "expected rows 21, got 20"),
+        ({"classes": C + 1}, "expected classes 8, got 7"),
+        ({"path": None}, "path: expected the folder of the state's files, got none"),
+        ({"path": "elsewhere"}, "elsewhere/epoch_00001.pskd: expected the predictions of epoch 1"),
         ({"top_k": 2}, "expected top_k 2, got 3"),
         ({"top_k": None}, "expected top_k None, got 3"),
         ({"dtype": torch.float32}, "expected dtype 'float32', got 'float16'"),
         ({"fingerprint": "other"}, "expected fingerprint 'other', got 'data'"),
     ],
 )
-def test_the_state_of_another_memory_is_refused(changes, message, tmp_path):
+def test_the_state_of_another_memory_is_refused(changes, message, tmp_path, monkeypatch):
     state, _ = saved(tmp_path)
+    monkeypatch.chdir(tmp_path.parent)
     with pytest.raises(ValueError, match=message):
         resume(tmp_path, state, **changes)
 
@@ -374,6 +379,15 @@ def damage_byte(file: Path) -> None:
     content = bytearray(file.read_bytes())
     content[-2] ^= 1
     file.write_bytes(content)
+
+
+def later_version(file: Path) -> None:
+    file.write_bytes(file.read_bytes().replace(b"pskd memory 1", b"pskd memory 2", 1))
+
+
+def replace_by_folder(file: Path) -> None:
+    file.unlink()
+    file.mkdir()
 
 
 def of_another_run(file: Path) -> None:
@@ -391,6 +405,8 @@ def of_another_run(file: Path) -> None:
         (lambda file: file.write_bytes(b"\x80\x02" * 4000), "expected a file of 'pskd memory 1'"),
         (lambda file: file.write_text("[1]"), "expected a file of 'pskd memory 1'"),
         (damage_byte, "damaged: expected CRC-32"),
+        (later_version, "expected a file of 'pskd memory 1', got 'pskd memory 2'"),
+        (replace_by_folder, "expected the predictions of epoch 1, got a folder"),
         (of_another_run, "expected run "),
         (lambda file: file.with_suffix(".pskd").write_bytes(
             (file.parent / "epoch_00002.pskd.part").read_bytes()), "expected epoch 1, got 2"),
@@ -402,6 +418,21 @@ def test_a_file_that_cannot_be_used_is_named(damage, message, tmp_path):
     with pytest.raises(ValueError, match=message) as caught:
         resume(tmp_path, state)
     assert str(file) in str(caught.value)
+
+
+def test_the_running_epochs_file_is_looked_at_too(tmp_path):
+    state, file = saved(tmp_path)
+    os.truncate(file.parent / "epoch_00002.pskd.part", 4100)
+    with pytest.raises(ValueError, match="epoch_00002.pskd.part: expected 4,.* cut off"):
+        resume(tmp_path, state)
+
+
+def test_two_memories_of_a_process_do_not_write_to_one_folder(tmp_path):
+    first, second = (pskd.PredictionMemory(M, C, path=tmp_path) for _ in range(2))
+    for memory in (first, second):
+        memory.next_epoch()
+    with pytest.raises(ValueError, match="epoch_00001.pskd.part: expected run .*another training"):
+        first.next_epoch()
 
 
 def test_an_epoch_that_has_not_ended_is_not_read(tmp_path):
@@ -558,25 +589,30 @@ def test_a_folder_that_may_not_be_renamed_in_leaves_the_memory_as_it_was(tmp_pat
 
 # ---- two trainings -----------------------------------------------------------------------------
 
-TRAINS = """
-import sys, time
-import pskd
 
-memory = pskd.PredictionMemory(20, 7, top_k=3, path=sys.argv[1])
-memory.next_epoch()
-print("began", flush=True)
-time.sleep(600)
-"""
+def train(folder: Path, began: threading.Event) -> None:
+    memory = pskd.PredictionMemory(20, 7, top_k=3, path=folder)
+    memory.next_epoch()
+    began.set()
+    time.sleep(600)
+
+
+def try_to_train(rank: int, size: int, folder: Path, error: str | None) -> None:
+    memory = pskd.PredictionMemory(20, 7, top_k=3, path=folder)
+    with pytest.raises(ValueError, match=error) if error else contextlib.nullcontext():
+        memory.next_epoch()
 
 
 @pytest.fixture
-def training(tmp_path):
+def training(tmp_path, forkserver):
     """Another process that trains in the folder."""
-    child = subprocess.Popen([sys.executable, "-c", TRAINS, str(tmp_path)], stdout=subprocess.PIPE)
-    with child:
-        assert child.stdout.readline() == b"began\n"
-        yield child
-        child.kill()
+    began = forkserver.Event()
+    child = forkserver.Process(target=train, args=(tmp_path, began))
+    child.start()
+    assert began.wait(120)
+    yield child
+    child.kill()
+    child.join()
 
 
 def test_a_second_training_in_a_folder_is_refused_until_the_first_dies(training, tmp_path):
@@ -588,7 +624,7 @@ def test_a_second_training_in_a_folder_is_refused_until_the_first_dies(training,
     assert {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == files
     assert memory.epoch == 0
     training.kill()
-    training.wait()
+    training.join()
     memory.next_epoch()
     assert memory.epoch == 1
 
@@ -603,18 +639,17 @@ def test_a_training_that_runs_on_is_not_resumed_by_another(training, tmp_path):
     assert memory.epoch == 0
 
 
-def test_a_folder_that_was_made_anew_is_locked_too(tmp_path):
+def test_a_folder_that_was_made_anew_is_locked_too(tmp_path, in_processes):
     old = pskd.PredictionMemory(M, C, path=tmp_path / "memory")
     old.next_epoch()
     shutil.rmtree(tmp_path / "memory")
     memory = pskd.PredictionMemory(M, C, path=tmp_path / "memory")
     memory.next_epoch()
-    command = [sys.executable, "-c", TRAINS, str(tmp_path / "memory")]
-    other = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    assert "one that another training writes to" in other.stderr
+    error = "one that another training writes to"
+    in_processes(try_to_train, 1, tmp_path / "memory", error)
 
 
-def test_a_worker_of_the_loader_does_not_hold_the_folder(tmp_path):
+def test_a_worker_of_the_loader_does_not_hold_the_folder(tmp_path, in_processes):
     memory = pskd.PredictionMemory(M, C, path=tmp_path)
     memory.next_epoch()
     child = os.fork()
@@ -622,8 +657,7 @@ def test_a_worker_of_the_loader_does_not_hold_the_folder(tmp_path):
         time.sleep(600)
     try:
         memory.close()
-        command = TRAINS.replace("time.sleep(600)", "")
-        subprocess.run([sys.executable, "-c", command, str(tmp_path)], check=True)
+        in_processes(try_to_train, 1, tmp_path, None)
     finally:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
@@ -664,36 +698,34 @@ def test_room_is_taken_before_an_epoch_begins(tmp_path):
     assert file.stat().st_blocks * 512 >= memory.bytes_per_row << 16
 
 
-RESIDENT = """
-import resource, sys, torch, pskd
-from pskd.memory import epoch_files, table
-torch.set_num_threads(1)
-probs = pskd.TopK(torch.arange(16).expand(64, 16), torch.full((64, 16), 0.01))
-def resident():
-    return int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize() >> 20
-for limit in (1 << 22, 1 << 40):
-    table._RESIDENT_BYTES = limit
-    memory = pskd.PredictionMemory(500_000, 1000, top_k=16, path=f"{sys.argv[1]}/{limit}")
-    before = most = 0
-    for epoch in range(2):
-        memory.next_epoch()
-        before = before or resident()
-        for rows in torch.randint(memory.num_rows, (200, 64)):
-            memory.read(rows)
-            memory.write(rows, probs)
-            most = max(most, resident())
-    print(most - before)
-    memory.close()
-"""
+def measure_resident(rank: int, size: int, folder: Path) -> None:
+    def resident() -> int:
+        return (
+            int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE") >> 20
+        )
+
+    probs, grown = pskd.TopK(torch.arange(16).expand(64, 16), torch.full((64, 16), 0.01)), []
+    for limit in (1 << 22, 1 << 40):
+        table._RESIDENT_BYTES = limit
+        memory = pskd.PredictionMemory(500_000, 1000, top_k=16, path=folder / str(limit))
+        before = most = 0
+        for _ in range(2):
+            memory.next_epoch()
+            before = before or resident()
+            for rows in torch.randint(memory.num_rows, (200, 64)):
+                memory.read(rows)
+                memory.write(rows, probs)
+                most = max(most, resident())
+        grown.append(most - before)
+        memory.close()
+    bounded, unbounded = grown
+    assert bounded < 24 < 48 < unbounded
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="needs Linux's /proc")
-def test_resident_memory_does_not_grow_with_the_rows_of_a_file(tmp_path):
+def test_resident_memory_does_not_grow_with_the_rows_of_a_file(tmp_path, in_processes):
     """12,800 random rows touch nearly all of two files of 32 MB."""
-    line = [sys.executable, "-c", RESIDENT, str(tmp_path)]
-    done = subprocess.run(line, capture_output=True, text=True, check=True)
-    bounded, unbounded = map(int, done.stdout.split())
-    assert bounded < 24 < 48 < unbounded
+    in_processes(measure_resident, 1, tmp_path)
 
 
 # ---- processes ---------------------------------------------------------------------------------
@@ -842,12 +874,6 @@ def test_nothing_is_carried_over_before_there_is_a_past():
     memory.carry_over(torch.arange(M))
     memory.next_epoch()
     assert not memory.read(torch.arange(M))[1].any()
-
-
-def test_the_state_of_files_is_no_state_of_ram(tmp_path):
-    state, _ = saved(tmp_path)
-    with pytest.raises(ValueError, match="path: expected the folder of the state's files, got no"):
-        pskd.PredictionMemory(M, C, top_k=3, fingerprint="data").load_state_dict(state)
 
 
 @pytest.mark.parametrize(

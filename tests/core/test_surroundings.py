@@ -10,11 +10,10 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
-LOSSES = ["test_kernels", "test_linear"]
+LOSSES = ["test_linear", "test_loss_gradient"]
 ALL = [
     *LOSSES,
     "test_loss",
-    "test_loss_gradient",
     "test_criterion",
     "test_effect",
     "test_examples",
@@ -27,13 +26,14 @@ ALL = [
 
 @pytest.mark.parametrize(
     ("dtype", "device", "files"),
-    [("bfloat16", "meta", ALL), ("float64", "meta", LOSSES), ("float16", "cpu", LOSSES)],
+    [("bfloat16", "meta", ALL), ("float64", "cpu", LOSSES)],
 )
 def test_defaults_of_torch_change_nothing(dtype, device, files):
     paths = [str(HERE / f"{name}.py") for name in files]
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "surroundings", "-p", "no:xdist"]
     # What is compiled is not called through the plugin; processes of a test have no plugin.
-    command += ["-p", "no:cacheprovider", "-k", "not compiled and not process and not kill"]
+    others = "compiled process kill training folder resident hold".replace(" ", " or ")
+    command += ["-p", "no:cacheprovider", "-k", f"not ({others})"]
     done = subprocess.run(
         [*command, "--dtype", dtype, "--device", device, *paths],
         env=os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE), os.getenv("PYTHONPATH", "")])},

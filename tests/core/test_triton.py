@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from pskd import TopK, mix_targets
-from pskd.kernels.rows import Rows, RowValues, sum_dtype
+from pskd.kernels.rows import Rows, RowValues
 
 pytest.importorskip("triton", reason="needs Triton, which torch brings along on Linux with CUDA")
 
@@ -34,12 +34,13 @@ torch.set_num_threads(1)  # tiny tensors: more threads would only wait for each 
 
 FORMS = ("probs", "logits", "top_k", "none")
 WITH_TEACHER = FORMS[:3]
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+PAST_DTYPES = (*DTYPES, torch.float64)  # of teacher, alpha and scale
 every_form = pytest.mark.parametrize("form", FORMS)
 every_teacher = pytest.mark.parametrize("form", WITH_TEACHER)
 # Rows that are one block of classes, and rows that are read in several.
 every_block = pytest.mark.parametrize("block", [None, 32])
-few = settings(max_examples=16, deadline=None, derandomize=True)
+few = settings(max_examples=12, deadline=None, derandomize=True)
 
 Kernel = Callable[..., tuple[RowValues, Tensor | None]]
 
@@ -182,12 +183,11 @@ def reference(rows: Rows, scale: float = 1.0) -> tuple[RowValues, Tensor]:
 def assert_is(got: tuple[RowValues, Tensor], expected: tuple[RowValues, Tensor]) -> None:
     """Assert equality up to the rounding of sums, and of the gradient's dtype."""
     (values, grad), (true_values, true_grad) = got, expected
-    close = 1e-12 if sum_dtype(grad) == torch.float64 else 3e-6
     for value, true in zip(values, true_values, strict=True):
-        assert value.dtype == sum_dtype(grad)
-        torch.testing.assert_close(value.double(), true.double(), rtol=close, atol=close)
-    rtol = max(close, torch.finfo(grad.dtype).eps)
-    torch.testing.assert_close(grad.double(), true_grad.double(), rtol=rtol, atol=close)
+        assert value.dtype == torch.float32
+        torch.testing.assert_close(value.double(), true.double(), rtol=3e-6, atol=3e-6)
+    rtol = max(3e-6, torch.finfo(grad.dtype).eps)
+    torch.testing.assert_close(grad.double(), true_grad.double(), rtol=rtol, atol=3e-6)
 
 
 @st.composite
@@ -199,7 +199,7 @@ def many_rows(draw, form: str) -> Rows:
         count,
         classes,
         draw(st.sampled_from(DTYPES)),
-        draw(st.sampled_from(DTYPES)),
+        draw(st.sampled_from(PAST_DTYPES)),
         draw(st.integers(1, classes)),
         draw(st.integers(0, 2**20)),
         label_smoothing=draw(st.sampled_from([0.0, 0.1, 1.0])),
@@ -210,7 +210,7 @@ def many_rows(draw, form: str) -> Rows:
     alpha = draw(weights)
     if draw(st.booleans()):
         alpha = torch.tensor(draw(st.lists(weights, min_size=count, max_size=count)))
-        alpha = alpha.to(draw(st.sampled_from(DTYPES)))
+        alpha = alpha.to(draw(st.sampled_from(PAST_DTYPES)))
     return rows._replace(target=rows.target.masked_fill(ignored, rows.ignore_index), alpha=alpha)
 
 
@@ -227,16 +227,16 @@ def test_it_is_cross_entropy_against_the_mixture(kernel, form, data):
         "in_place": data.draw(st.booleans()),
         "block": data.draw(st.sampled_from([None, 16])),
     }
-    given_scale = torch.tensor(scale, dtype=data.draw(st.sampled_from(DTYPES)))
+    given_scale = torch.tensor(scale, dtype=data.draw(st.sampled_from(PAST_DTYPES)))
     got = kernel(rows, data.draw(st.sampled_from([scale, given_scale])), **options)
     assert_is(got, reference(rows, scale))
 
 
 @every_form
-@pytest.mark.parametrize("classes", [16384, 16391])
-def test_rows_as_long_as_a_block_and_longer(kernel, form, classes):
+@pytest.mark.parametrize("classes", [32, 39, 64, 71])
+def test_rows_as_long_as_blocks_and_longer(kernel, form, classes):
     rows = make(form, 1, classes, torch.bfloat16, torch.float16, label_smoothing=0.1)
-    assert_is(kernel(rows), reference(rows))
+    assert_is(kernel(rows, block=32), reference(rows))
 
 
 @every_block
@@ -514,17 +514,6 @@ def test_no_rows_and_no_classes(kernel, form):
     assert values.loss.tolist() == [0.0, 0.0]
 
 
-def test_what_is_refused(kernel):
-    rows = make("none")
-    with pytest.raises(TypeError, match=r"logits: expected one of torch\.float16, .* torch\.int64"):
-        kernel(rows._replace(logits=rows.logits.long()), grad=None)
-    for grad in (torch.empty(4, 38), torch.empty(4, 37, dtype=torch.float16)):
-        with pytest.raises(ValueError, match=r"grad: expected torch\.float32 of shape \(4, 37\)"):
-            kernel(rows, grad=grad)
-    with pytest.raises(ValueError, match="grad: expected a stride of 1"):
-        kernel(rows, grad=torch.empty(37, 4).t())
-
-
 # -- Compiled --------------------------------------------------------------------------------------
 
 
@@ -564,7 +553,7 @@ def _type_of(argument: Tensor | int) -> str:
     return f"*{kinds.get(argument.dtype, 'fp32')}" if isinstance(argument, Tensor) else "i32"
 
 
-@pytest.mark.parametrize("dtype", DTYPES[:3])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("factor", [torch.tensor(2e5), torch.tensor([0.5, 1.0, 0.0])])
 def test_the_gradient_is_scaled_in_the_precision_of_the_factor(interpreter, dtype, factor):
     grad = torch.linspace(-1e-4, 1e-4, 3 * 70).reshape(3, 70).to(dtype)  # 2e5 exceeds float16
