@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import subprocess
@@ -11,17 +10,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-__all__ = [
-    "ROOT",
-    "Step",
-    "StepFailed",
-    "check_folder",
-    "environment",
-    "folder_of",
-    "fresh_folder",
-    "metrics",
-    "run_all",
-]
+__all__ = ["ROOT", "Step", "StepFailed", "check_folder", "fresh_folder", "run_all"]
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -30,7 +19,7 @@ class StepFailed(Exception):
     """A command of the demo ended with an error; its log is named."""
 
 
-def environment() -> dict[str, str]:
+def _environment() -> dict[str, str]:
     """Return the environment of the trainings: one thread each, and freed memory kept.
 
     Without the two allocator settings glibc gives every large tensor back to the system and maps it
@@ -45,12 +34,11 @@ def environment() -> dict[str, str]:
     }
 
 
-def check_folder(path: Path, log_name: str = "train.log") -> None:
+def check_folder(path: Path) -> None:
     """Refuse a folder whose files are not the demo's own to delete.
 
     Args:
         path: where a step of the demo will write; absent and empty are fine.
-        log_name: the file by which a folder of the demo is known.
 
     Raises:
         ValueError: if it holds other files, or is none.
@@ -59,36 +47,24 @@ def check_folder(path: Path, log_name: str = "train.log") -> None:
         return
     if path.is_symlink() or not path.is_dir():
         raise ValueError(f"{path}: expected a folder, got something else; choose another --out")
-    if any(path.iterdir()) and not (path / log_name).is_file():
+    if any(path.iterdir()) and not (path / "train.log").is_file():
         raise ValueError(
-            f"{path}: expected a folder that the demo made (with {log_name}), got other files, "
+            f"{path}: expected a folder that the demo made (with train.log), got other files, "
             "which it would delete; choose another --out"
         )
 
 
-def fresh_folder(path: Path, log_name: str = "train.log") -> Path:
+def fresh_folder(path: Path) -> Path:
     """Delete what an earlier run of the demo left in a folder, and return the folder, empty.
 
     Raises:
         ValueError: as `check_folder`; nothing was deleted.
     """
-    check_folder(path, log_name)
+    check_folder(path)
     if path.exists():
         shutil.rmtree(path)
     path.mkdir(parents=True)
     return path
-
-
-def folder_of(out: Path, run: str) -> Path:
-    """Return the folder of a run of the demo."""
-    return out / run.lower().replace("-", "")
-
-
-def metrics(run: Path) -> list[dict]:
-    """Return the whole lines of a run's metrics.json, which may still be written."""
-    path = run / "metrics.json"
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
-    return [json.loads(line) for line in lines]
 
 
 class Step:
@@ -101,7 +77,7 @@ class Step:
         self._process = subprocess.Popen(
             [str(word) for word in command],
             cwd=ROOT,
-            env=environment(),
+            env=_environment(),
             stdin=subprocess.DEVNULL,
             stdout=self._output,
             stderr=subprocess.STDOUT,
