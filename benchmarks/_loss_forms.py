@@ -16,8 +16,6 @@ from torch import Tensor
 
 from pskd import TopK, mix_targets, pskd_cross_entropy
 
-__all__ = ["ALPHA", "BASE", "COMPILED", "IN_PLACE", "KEPT", "Case", "check", "forms_of", "steps_of"]
-
 ALPHA = 0.8  # the paper's, at the end of training
 KEPT = 16  # classes of a sparse teacher
 BASE, COMPILED = "cross-entropy", "compiled"

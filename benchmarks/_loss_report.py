@@ -13,8 +13,6 @@ from pskd_tools.drawing import INK, RUN_COLORS, new_figure, save, style
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["plot", "told"]
-
 SPREAD = 0.3  # of the points of one shape
 LOOK: dict[str, Any] = {"marker": "o", "linewidth": 1.4, "markersize": 4, "elinewidth": 1.0}
 

@@ -1,7 +1,9 @@
 """What the benchmarks share: options, the clock, memory, and how figures are shown.
 
 A figure belongs to a form, one of what is compared. Forms take turns, so that a machine whose speed
-drifts slows all.
+drifts slows all. Options of the same name mean the same everywhere:
+
+    python benchmarks/linear_loss.py --device cuda --dtype bfloat16 --rounds 9 --json loss.json
 """
 
 from __future__ import annotations
@@ -21,23 +23,7 @@ from typing import Any
 
 import torch
 
-__all__ = [
-    "alone",
-    "at_least",
-    "extra_peak",
-    "hardware",
-    "in_fresh_process",
-    "is_gpu",
-    "machine",
-    "markdown",
-    "measure",
-    "options",
-    "ratio",
-    "repeat",
-    "resident_bytes",
-    "seconds",
-    "verdict",
-]
+from pskd_tools.files import write_json
 
 Step = Callable[[], object]
 
@@ -107,6 +93,12 @@ def hardware(device: torch.device | str) -> str:
 def machine(device: torch.device | str) -> str:
     """Return what a figure was taken on."""
     return f"{hardware(device)}, {torch.get_num_threads()} thread(s)"
+
+
+def conditions(args: argparse.Namespace, device: torch.device | str, *settings: str) -> dict:
+    """Return what is told with figures: the machine, torch, and some of the options."""
+    told = {"machine": machine(device), "torch": torch.__version__}
+    return told | {name: getattr(args, name) for name in settings}
 
 
 def seconds(function: Step, device: torch.device | str) -> float:
@@ -246,6 +238,11 @@ def ratio(found: dict[str, dict], name: str, digits: int = 2) -> str:
     return f"{found['ratio_median'][name]:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
 
 
-def verdict(what: str, ratio: float, limit: float) -> str:
-    """Return a sentence on a ratio and its limit."""
-    return f"{what}: {ratio:.3f}, {'within' if ratio <= limit else 'ABOVE'} the limit of {limit}"
+def judged(what: str, ratio: float, result: dict, file: Path | None) -> int:
+    """Print whether a ratio keeps the limit of a result, write all, and return the exit status."""
+    result["within_limit"] = ratio <= result["limit"]
+    verdict = "within" if result["within_limit"] else "ABOVE"
+    print(f"{what}: {ratio:.3f}, {verdict} the limit of {result['limit']}")
+    if file:
+        write_json(file, result, indent=2)
+    return 0 if result["within_limit"] else 1

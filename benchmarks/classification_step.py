@@ -21,12 +21,11 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from _measuring import at_least, machine, markdown, measure, options, ratio, verdict
+from _measuring import at_least, conditions, judged, markdown, measure, options, ratio
 from pskd_classification import build_model
 from torch import Tensor, nn
 
 from pskd import MemoryCriterion, SnapshotCriterion
-from pskd_tools.files import write_json
 
 ALPHA = 0.8  # the paper's, at the end of training
 LIMIT = 1.03  # of the memory's step over cross-entropy's
@@ -149,9 +148,8 @@ def run(args: argparse.Namespace) -> dict:
     images = torch.randn(args.batch_size, 3, 32, 32, device=device)
     bench = Bench(model, images, args.classes, args.rows)
     result = {
-        "machine": machine(device),
-        "torch": torch.__version__,
-        **{name: getattr(args, name) for name in SETTINGS},
+        **conditions(args, device, *SETTINGS),
+        "limit": LIMIT,
         "teacher_bytes": bench.teacher_bytes(),
         "step": bench.measure(args.rounds, args.steps),
     }
@@ -159,8 +157,6 @@ def run(args: argparse.Namespace) -> dict:
         logits = torch.randn(batch_size, classes, device=device).requires_grad_()
         part = Bench(nn.Identity(), logits, classes, args.rows)
         result[f"alone_{batch_size}x{classes}"] = part.measure(args.rounds, PART_CALLS)
-    result["limit"] = LIMIT
-    result["within_limit"] = result["step"]["ratio_median"]["memory"] <= LIMIT
     return result
 
 
@@ -196,10 +192,7 @@ def main(argv: list[str] | None = None) -> int:
     sizes = (f"{name} {size / 1e6:.1f}" for name, size in result["teacher_bytes"].items())
     print(f"MB of the teacher: {', '.join(sizes)}")
     of_memory = result["step"]["ratio_median"]["memory"]
-    print(verdict(f"memory over {BASE}, a step", of_memory, LIMIT))
-    if args.json:
-        write_json(args.json, result, indent=2)
-    return 0 if result["within_limit"] else 1
+    return judged(f"memory over {BASE}, a step", of_memory, result, args.json)
 
 
 if __name__ == "__main__":

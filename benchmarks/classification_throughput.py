@@ -19,24 +19,22 @@ import itertools
 import sys
 import time
 from collections.abc import Callable
-from functools import partial
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from _measuring import at_least, machine, markdown, measure, options, ratio, seconds, verdict
+from _measuring import at_least, conditions, judged, markdown, measure, options, ratio, seconds
 from PIL import Image
 from pskd_classification import Images, Mixer, Objective, Trainer, build_model
 from pskd_classification.on_device import DeviceImages, DeviceLoader
 from pskd_classification.precision import AMP, autocast
 from pskd_classification.transforms import View, train_transform
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import MultiStepLR
 
 from pskd import MemoryCriterion
 from pskd.distributed import World
-from pskd_tools.files import write_json
 
 LIMIT = 1.05  # of a step with the images on the device over the bare network's
 BASE = "network"
@@ -106,32 +104,30 @@ def trainings(args: argparse.Namespace) -> dict[str, Callable[[], object]]:
     return {
         "loader": epochs(images),
         "on device": epochs(placed),
-        BASE: partial(bare_epoch, args, *bare(args, model), batch[1], batch[2]),
+        BASE: bare_epochs(args, copy.deepcopy(model), batch[1], batch[2]),
     }
 
 
-def bare(args: argparse.Namespace, model: nn.Module) -> tuple[Callable, Optimizer]:
-    """Return a network and its optimizer, set up as a `Trainer` does."""
-    memory_format = torch.channels_last if args.channels_last else torch.contiguous_format
-    network = copy.deepcopy(model).train().to(memory_format=memory_format)
-    optimizer = sgd(network, torch.device(args.device))
-    if args.compile_mode is None:
-        return network, optimizer
-    return torch.compile(network, mode=args.compile_mode), optimizer
-
-
-def bare_epoch(args, network, optimizer, images, target) -> None:
-    """Make as many steps as an epoch has, all on one batch."""
+def bare_epochs(
+    args: argparse.Namespace, network: nn.Module, images: Tensor, target: Tensor
+) -> Callable[[], None]:
+    """Return what makes as many steps as an epoch has, all on one batch, as a `Trainer` does."""
     if args.channels_last:
-        images = images.to(memory_format=torch.channels_last)
+        network, images = (x.to(memory_format=torch.channels_last) for x in (network, images))
+    optimizer = sgd(network.train(), images.device)
     scaler = torch.amp.GradScaler(images.device.type, enabled=args.amp == "fp16")
-    for _ in range(args.steps):
-        optimizer.zero_grad()
-        with autocast(args.amp, images.device):
-            loss = F.cross_entropy(network(images), target)
-        scaler.scale(loss).backward()
-        scaler.step(optimizer)
-        scaler.update()
+    run = network if args.compile_mode is None else torch.compile(network, mode=args.compile_mode)
+
+    def epoch() -> None:
+        for _ in range(args.steps):
+            optimizer.zero_grad()
+            with autocast(args.amp, images.device):
+                loss = F.cross_entropy(run(images), target)
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+
+    return epoch
 
 
 def cpu_seconds(function: Callable[[], object], _device: object) -> float:
@@ -149,14 +145,11 @@ def run(args: argparse.Namespace) -> dict:
     found = measure(trainings(args), BASE, args.rounds, args.device, clock=clock)
     taken, count = found.pop("seconds"), args.batch_size * args.steps
     return {
-        "machine": machine(args.device),
-        "torch": torch.__version__,
-        **{name: getattr(args, name) for name in SETTINGS},
+        **conditions(args, args.device, *SETTINGS),
+        "limit": LIMIT,
         "images_per_second": {name: count / epoch for name, epoch in taken.items()},
         "ms_per_step": {name: 1e3 * epoch / args.steps for name, epoch in taken.items()},
         **found,
-        "limit": LIMIT,
-        "within_limit": found["ratio_median"]["on device"] <= LIMIT,
     }
 
 
@@ -190,10 +183,8 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(str(error))
     print(f"{result['machine']}, torch {result['torch']}, {args.model}, {args.batch_size} images\n")
     print(table(result), end="\n\n")
-    print(verdict(f"on device over the {BASE}, a step", result["ratio_median"]["on device"], LIMIT))
-    if args.json:
-        write_json(args.json, result, indent=2)
-    return 0 if result["within_limit"] else 1
+    ratio_on_device = result["ratio_median"]["on device"]
+    return judged(f"on device over the {BASE}, a step", ratio_on_device, result, args.json)
 
 
 if __name__ == "__main__":

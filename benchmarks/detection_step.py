@@ -16,7 +16,7 @@ import json
 from collections.abc import Callable
 
 import torch
-from _measuring import at_least, machine, measure, options
+from _measuring import at_least, conditions, measure, options
 from detectron2.config import CfgNode
 from detectron2.engine import DefaultTrainer
 from detectron2.structures import Boxes, Instances
@@ -79,25 +79,19 @@ def updates(cfg: CfgNode, model: nn.Module, batch: list[dict]) -> Callable[[], N
     return update
 
 
-def run(cfg: CfgNode, iterations: int, warmup: int, boxes_an_image: int) -> dict:
+def run(args: argparse.Namespace, cfg: CfgNode) -> dict:
     torch.manual_seed(1)
-    batch = made_batch(cfg, boxes_an_image)
-    rows = boxes_an_image * len(batch)
+    batch = made_batch(cfg, args.boxes)
+    rows = args.boxes * len(batch)
     teachers = {"stock": None, "snapshot": "snapshot", "memory": "memory"}
     models = {name: build(cfg, teacher, rows) for name, teacher in teachers.items()}
     steps = {name: updates(cfg, model, batch) for name, model in models.items()}
     with EventStorage(0):
         steps["memory"]()
         models["memory"].roi_heads.pskd.memory.next_epoch()  # what is read from now on
-        found = measure(steps, "stock", iterations, cfg.MODEL.DEVICE, warmup=warmup)
-    return {
-        "machine": machine(cfg.MODEL.DEVICE),
-        "torch": torch.__version__,
-        "images": len(batch),
-        "size": list(batch[0]["image"].shape[1:]),
-        "iterations": iterations,
-        **found,
-    }
+        found = measure(steps, "stock", args.iterations, cfg.MODEL.DEVICE, warmup=args.warmup)
+    told = conditions(args, cfg.MODEL.DEVICE, "iterations")
+    return {**told, "images": len(batch), "size": list(batch[0]["image"].shape[1:]), **found}
 
 
 def main() -> None:
@@ -115,7 +109,7 @@ def main() -> None:
         cfg = load_config(args.config_file, args.opts)
     except ValueError as error:
         parser.error(str(error))
-    print(json.dumps(run(cfg, args.iterations, args.warmup, args.boxes), indent=2))
+    print(json.dumps(run(args, cfg), indent=2))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,16 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from _measuring import alone, at_least, extra_peak, machine, markdown, measure, options, ratio
+from _measuring import (
+    alone,
+    at_least,
+    conditions,
+    extra_peak,
+    markdown,
+    measure,
+    options,
+    ratio,
+)
 from torch import Tensor
 
 from pskd import LinearTeacher, pskd_cross_entropy, pskd_linear_cross_entropy
@@ -105,8 +114,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--classes", type=at_least(1), default=32000, help="of the vocabulary")
     parser.add_argument("--hidden", type=at_least(1), default=512, help="units of the decoder")
     args = parser.parse_args(argv)
-    result = {name: getattr(args, name) for name in SETTINGS}
-    result |= {"machine": machine(args.device), **times(args)}
+    result = conditions(args, args.device, *SETTINGS) | times(args)
     result["memory"] = alone(torch.get_num_threads(), args.device, memory, args)
     print(result["machine"], told(result), sep="\n\n")
     if args.json:

@@ -20,18 +20,12 @@ from collections.abc import Iterable
 from functools import partial
 
 import torch
-from _measuring import (
-    at_least,
-    in_fresh_process,
-    machine,
-    measure,
-    options,
-    resident_bytes,
-)
-from fairseq import models, tasks, utils
-from fairseq.data import Dictionary, FairseqDataset
+from _measuring import at_least, conditions, in_fresh_process, measure, options, resident_bytes
+from fairseq import models, utils
+from fairseq.data import Dictionary, LanguagePairDataset
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from fairseq.options import get_training_parser, parse_args_and_arch
+from fairseq.tasks.translation import TranslationTask
 
 #: The flags of --arch small.
 SMALL = "--arch transformer".split()
@@ -46,13 +40,6 @@ CRITERIONS = {
 }
 
 
-class Sentences(FairseqDataset):
-    """What the memory asks of a data set: the lengths of its targets."""
-
-    def __init__(self, count: int, length: int) -> None:
-        self.tgt_sizes = [length] * count
-
-
 def training_config(args: argparse.Namespace, criterion: list[str], save_dir: str):
     """Return fairseq's complete configuration of a run with a criterion."""
     flags = ["unused", "--user-dir", args.user_dir, "--share-all-embeddings"]
@@ -64,29 +51,17 @@ def training_config(args: argparse.Namespace, criterion: list[str], save_dir: st
     return convert_namespace_to_omegaconf(given)
 
 
-def made_dictionary(size: int) -> Dictionary:
+def made_up(args: argparse.Namespace) -> LanguagePairDataset:
+    """Return ``--tokens`` target tokens in sentences of ``--length``, each its own translation."""
     words = Dictionary()
-    for index in range(size - len(words)):
+    for index in range(args.vocabulary - len(words)):
         words.add_symbol(f"w{index}")
-    return words
-
-
-def made_batch(task, length: int, tokens: int) -> dict:
-    """Return a batch of ``tokens`` target tokens in sentences of ``length``, as fairseq's own."""
-    size = len(task.target_dictionary)
-    lines = torch.randint(4, size, (max(1, tokens // length), length))
-    lines[:, -1] = task.target_dictionary.eos()
-    return {
-        "id": torch.arange(len(lines)),
-        "nsentences": len(lines),
-        "ntokens": lines.numel(),
-        "net_input": {
-            "src_tokens": lines.flip(1),
-            "src_lengths": torch.full((len(lines),), length),
-            "prev_output_tokens": lines.roll(1, dims=1),
-        },
-        "target": lines,
-    }
+    lines = torch.randint(
+        words.nspecial, len(words), (args.tokens // args.length or 1, args.length)
+    )
+    lines[:, -1] = words.eos()
+    sizes = [args.length] * len(lines)
+    return LanguagePairDataset(lines, sizes, words, lines, sizes, words, shuffle=False)
 
 
 class Bench:
@@ -100,21 +75,20 @@ class Bench:
         torch.set_num_threads(args.threads)
         utils.import_user_module(Namespace(user_dir=args.user_dir))
         configs = {name: training_config(args, CRITERIONS[name], save_dir) for name in names}
-        words = made_dictionary(args.vocabulary)
+        data = made_up(args)
         self.tasks = {
-            name: tasks.translation.TranslationTask(cfg.task, words, words)
+            name: TranslationTask(cfg.task, data.src_dict, data.tgt_dict)
             for name, cfg in configs.items()
         }
         first = next(iter(configs))
         self.device = torch.device("cuda" if torch.cuda.is_available() and not args.cpu else "cpu")
-        model = models.build_model(configs[first].model, self.tasks[first])
-        self.model = model.to(self.device)
-        batch = made_batch(self.tasks[first], args.length, args.tokens)
+        self.model = models.build_model(configs[first].model, self.tasks[first]).to(self.device)
+        batch = data.collater(list(data))
         self.batch = utils.move_to_cuda(batch) if self.device.type == "cuda" else batch
         self.optimizer = _Adam(self.model.parameters(), lr=1e-4)
         self.criterions = {}
         for name, task in self.tasks.items():
-            task.datasets["train"] = Sentences(len(batch["id"]), args.length)
+            task.datasets["train"] = data
             self.criterions[name] = task.build_criterion(configs[name].criterion)
             task.begin_epoch(1, self.model)
             self.update(name)
@@ -143,15 +117,8 @@ def run(args: argparse.Namespace, save_dir: str) -> dict:
     bench = Bench(args, CRITERIONS, save_dir)
     steps = {name: partial(bench.update, name) for name in CRITERIONS}
     found = measure(steps, "stock", args.updates, bench.device, warmup=args.warmup)
-    result = {
-        "machine": machine(bench.device),
-        "torch": torch.__version__,
-        "arch": args.arch,
-        "vocabulary": args.vocabulary,
-        "tokens": bench.batch["ntokens"],
-        "updates": args.updates,
-        "seconds": found["seconds"],
-    }
+    result = conditions(args, bench.device, "arch", "vocabulary", "updates")
+    result |= {"tokens": bench.batch["ntokens"], "seconds": found["seconds"]}
     for name, ratio in found["ratio_median"].items():
         result[f"{name}_ratio"] = ratio
         result[f"{name}_ratio_quartiles"] = found["ratio_quartiles"][name]

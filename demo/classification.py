@@ -13,18 +13,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from demo.part import (
-    Printer,
-    Report,
-    folder_of,
-    output_folder,
-    parser_of,
-    read_metrics,
-    read_results,
-    show,
-    train,
-    write_results,
-)
+from demo import part
 from demo.steps import ROOT
 
 CONFIGS = ROOT / "configs" / "classification"
@@ -57,10 +46,10 @@ def progress(record: dict, _last: dict) -> str | None:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     flags = "flags for all trainings, such as --epochs 10"
-    return parser_of("classification", __doc__, flags).parse_args(argv)
+    return part.parser_of("classification", __doc__, flags).parse_args(argv)
 
 
-def run(args: argparse.Namespace) -> Report:
+def run(args: argparse.Namespace) -> part.Report:
     """Train and evaluate all three from the same seed, and write all files.
 
     Raises:
@@ -68,26 +57,26 @@ def run(args: argparse.Namespace) -> Report:
         OSError: if the output folder cannot be made or written.
         ValueError: if the output folder holds what the demo would delete.
     """
-    out = output_folder(args.out, list(RUNS))
+    out = part.output_folder(args.out, list(RUNS))
     script = [sys.executable, ROOT / "classification" / "train.py"]
     commands = {
-        name: [*script, *flags, "--output-dir", folder_of(out, name), *args.train_flags]
+        name: [*script, *flags, "--output-dir", part.folder_of(out, name), *args.train_flags]
         for name, flags in RUNS.items()
     }
-    head = "[classification 1/1] training side by side"
-    train(head, out, commands, Printer(read_metrics, progress))
-    runs = read_results(out, list(RUNS))
+    printer = part.Printer(part.read_metrics, progress)
+    part.train("classification 1/1", "training side by side", out, commands, printer)
+    runs = part.read_results(out, list(RUNS))
     results = {}
     for found in runs:
         scaled = {f"scaled_{key}": found.numbers["scaled"][key] for key in ("nll", "ece")}
         results[found.name] = found.numbers["last"] | scaled
-    write_results(out, runs, results)
+    part.write_results(out, runs, results)
     title = "classification, digits of which 40 % of the training labels are wrong"
-    return Report(title, COLUMNS, results, NOTE, runs)
+    return part.Report(title, COLUMNS, results, NOTE, runs)
 
 
 def main(argv: list[str] | None = None) -> int:
-    return show(run, parse(argv))
+    return part.show(run, parse(argv))
 
 
 if __name__ == "__main__":

@@ -20,23 +20,10 @@ from pathlib import Path
 
 from pskd_detection import add_dataset_arguments, load_dataset
 
+from demo import part
 from demo.detection_picture import detections_picture
 from demo.digits import write_digits
 from demo.noise import with_wrong_classes
-from demo.part import (
-    Printer,
-    Report,
-    folder_of,
-    output_folder,
-    parse_checked,
-    parser_of,
-    read_metrics,
-    read_results,
-    say,
-    show,
-    train,
-    write_results,
-)
 from demo.steps import ROOT
 from pskd_tools.files import write_json
 
@@ -86,15 +73,15 @@ def default_framework() -> str:
 def prepare(args: argparse.Namespace, out: Path) -> dict[str, str]:
     """Return the training and the test set, the user's or handwritten digits made here."""
     if args.train:
-        say("detection 1/3", f"data sets {args.train} and {args.test}")
+        part.say("detection 1/3", f"data sets {args.train} and {args.test}")
         # The trainings would refuse them only after those of an earlier demo are deleted.
         classes = load_dataset(args.train, strict=args.strict_data).class_names
         load_dataset(args.test, classes, strict=args.strict_data)
         return {"train": args.train, "test": args.test}
     images = f"{args.num_train} + {args.num_test} images of handwritten digits"
-    say("detection 1/3", f"{images} in {out / 'images'}")
+    part.say("detection 1/3", f"{images} in {out / 'images'}")
     files = write_digits(out / "images", num_train=args.num_train, num_test=args.num_test)
-    specs = {part: f"coco:{path}:{path.with_suffix('')}" for part, path in files.items()}
+    specs = {name: f"coco:{path}:{path.with_suffix('')}" for name, path in files.items()}
     noisy = with_wrong_classes(load_dataset(specs["train"]).coco, WRONG, seed=0)
     path = write_json(out / "wrong_classes.json", noisy)
     return specs | {"train": f"coco:{path}:{files['train'].with_suffix('')}"}
@@ -117,7 +104,7 @@ def training(args: argparse.Namespace, run: str, specs: dict[str, str], out: Pat
 
 
 def iteration_records(log: Path) -> list[dict]:
-    return [record for record in read_metrics(log) if "total_loss" in record]
+    return [record for record in part.read_metrics(log) if "total_loss" in record]
 
 
 def progress(record: dict, last: dict) -> str | None:
@@ -131,7 +118,7 @@ def progress(record: dict, last: dict) -> str | None:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     flags = "words for both trainings, such as SOLVER.MAX_ITER 100"
-    parser = parser_of("detection", __doc__, flags)
+    parser = part.parser_of("detection", __doc__, flags)
     add_dataset_arguments(parser, required=False)
     parser.add_argument(
         "--framework",
@@ -142,10 +129,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     for option, number in (("--num-train", 100), ("--num-test", 200)):
         text = "images of digits (default: %(default)s)"
         parser.add_argument(option, type=int, default=number, help=text)
-    return parse_checked(parser, argv, ("train", "test"), ("num_train", "num_test"))
+    return part.parse_checked(parser, argv, ("train", "test"), ("num_train", "num_test"))
 
 
-def run(args: argparse.Namespace) -> Report:
+def run(args: argparse.Namespace) -> part.Report:
     """Prepare, train, evaluate, and write all files.
 
     Raises:
@@ -154,25 +141,25 @@ def run(args: argparse.Namespace) -> Report:
         ValueError: for a data set that cannot be used, or an output folder that holds what the demo
             would delete.
     """
-    out = output_folder(args.out, RUNS)
+    out = part.output_folder(args.out, RUNS)
     specs = prepare(args, out)
-    commands = {name: training(args, name, specs, folder_of(out, name)) for name in RUNS}
-    head = f"[detection 2/3] training both side by side in {NAMES[args.framework]}"
-    train(head, out, commands, Printer(iteration_records, progress))
-    say("detection 3/3", f"pictures and {out / 'results.json'}")
-    runs = read_results(out, RUNS)
+    commands = {name: training(args, name, specs, part.folder_of(out, name)) for name in RUNS}
+    text = f"training both side by side in {NAMES[args.framework]}"
+    part.train("detection 2/3", text, out, commands, part.Printer(iteration_records, progress))
+    part.say("detection 3/3", f"pictures and {out / 'results.json'}")
+    runs = part.read_results(out, RUNS)
     detections_picture(runs, out / "detections.png")
-    write_results(out, runs, {found.name: found.numbers for found in runs})
+    part.write_results(out, runs, {found.name: found.numbers for found in runs})
     flat = {
         found.name: found.numbers["bbox"] | found.numbers["confidence"] | found.numbers
         for found in runs
     }
     note = NOTE.format_map(flat["baseline"])
-    return Report(f"detection, {NAMES[args.framework]}", COLUMNS, flat, note, runs)
+    return part.Report(f"detection, {NAMES[args.framework]}", COLUMNS, flat, note, runs)
 
 
 def main(argv: list[str] | None = None) -> int:
-    return show(run, parse(argv))
+    return part.show(run, parse(argv))
 
 
 if __name__ == "__main__":

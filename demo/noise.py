@@ -21,8 +21,6 @@ from typing import TypeVar
 
 from pskd_tools.files import write_json
 
-__all__ = ["misaligned", "with_wrong_classes", "write_lines"]
-
 Item = TypeVar("Item")
 
 

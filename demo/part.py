@@ -1,4 +1,9 @@
-"""What the demo's parts share: options, trainings side by side, pictures, a table, a verdict."""
+"""What the demo's parts share: options, trainings side by side, pictures, a table, a verdict.
+
+Every part takes a folder, and flags for its trainings after two dashes:
+
+    python -m demo.classification --out runs/short -- --epochs 10
+"""
 
 from __future__ import annotations
 
@@ -9,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from demo.steps import Step, StepFailed, check_folder, fresh_folder, run_all
+from demo.steps import StepFailed, check_folder, fresh_folder, run_all
 from pskd_tools.files import write_json
 from pskd_tools.plots import reliability_diagram, risk_coverage_plot
 from pskd_tools.presets import PRESETS
@@ -18,21 +23,7 @@ from pskd_tools.report.runs import Run, read_run
 from pskd_tools.report.tables import Table, make_tables
 from pskd_tools.report.verdict import title_of
 
-__all__ = [
-    "Printer",
-    "Report",
-    "folder_of",
-    "output_folder",
-    "parse_checked",
-    "parser_of",
-    "read_metrics",
-    "read_results",
-    "say",
-    "show",
-    "train",
-    "write_results",
-]
-
+Commands = Mapping[str, Sequence[str | Path]]  # command lines by run
 _WIDTH, _NAME_WIDTH = 10, 15  # of the table's columns
 
 # ---- options -------------------------------------------------------------------------------------
@@ -70,6 +61,12 @@ def say(head: str, text: str) -> None:
     print(f"[{head}] {text}", flush=True)
 
 
+def run_steps(head: str, text: str, commands: Commands, logs: Mapping[str, Path], *watch) -> None:
+    """Say what is done and where its logs are, and do it, as `demo.steps.run_all`."""
+    say(head, f"{text}, log file{'s' * (len(logs) > 1)} {', '.join(map(str, logs.values()))}")
+    run_all(commands, logs, *watch)
+
+
 def folder_of(out: Path, run: str) -> Path:
     """Return the folder of a run of the demo."""
     return out / run.lower().replace("-", "")
@@ -89,20 +86,10 @@ def output_folder(out: Path, runs: Sequence[str]) -> Path:
     return out
 
 
-def train(
-    head: str, out: Path, commands: Mapping[str, Sequence[str | Path]], watch: Callable
-) -> None:
-    """Train all runs side by side, each in a fresh folder with its log.
-
-    Args:
-        head: what is printed of the step, before its logs.
-        out: of `output_folder`.
-        commands: run -> its command line.
-        watch: called with each `Step` while it runs.
-    """
+def train(head: str, text: str, out: Path, commands: Commands, printer: Printer) -> None:
+    """Train all runs side by side, each in a fresh folder of ``out`` with its log."""
     logs = {run: fresh_folder(folder_of(out, run)) / "train.log" for run in commands}
-    print(f"{head}, log files {', '.join(map(str, logs.values()))}", flush=True)
-    run_all([Step(run, command, logs[run]) for run, command in commands.items()], watch)
+    run_steps(head, text, commands, logs, printer)
 
 
 class Printer:
@@ -120,13 +107,13 @@ class Printer:
         self._read, self._line = read, line
         self._seen: dict[str, int] = {}
 
-    def __call__(self, step: Step) -> None:
-        records = [{}, *self._read(step.log)]
-        seen = self._seen.get(step.name, 0)
+    def __call__(self, name: str, log: Path) -> None:
+        records = [{}, *self._read(log)]
+        seen = self._seen.get(name, 0)
         for last, record in zip(records[seen:], records[seen + 1 :], strict=False):
             if text := self._line(record, last):
-                print(f"    {step.name:<13} {text}", flush=True)
-        self._seen[step.name] = len(records) - 1
+                print(f"    {name:<13} {text}", flush=True)
+        self._seen[name] = len(records) - 1
 
 
 def read_metrics(log: Path) -> list[dict]:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-
-__all__ = ["ROOT", "Step", "StepFailed", "check_folder", "fresh_folder", "run_all"]
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -67,58 +66,44 @@ def fresh_folder(path: Path) -> Path:
     return path
 
 
-class Step:
-    """One command in the background, its output in a log file."""
+def run_all(
+    commands: Mapping[str, Sequence[str | Path]],
+    logs: Mapping[str, Path],
+    watch: Callable[[str, Path], None] = lambda name, log: None,
+) -> None:
+    """Run commands side by side; if one fails, stop the others.
 
-    def __init__(self, name: str, command: list[str | Path], log: Path) -> None:
-        self.name, self.log = name, log
-        log.parent.mkdir(parents=True, exist_ok=True)
-        self._output = log.open("w", encoding="utf-8")
-        self._process = subprocess.Popen(
-            [str(word) for word in command],
-            cwd=ROOT,
-            env=_environment(),
-            stdin=subprocess.DEVNULL,
-            stdout=self._output,
-            stderr=subprocess.STDOUT,
-        )
-
-    def running(self) -> bool:
-        return self._process.poll() is None
-
-    def finish(self) -> None:
-        """Wait for the end.
-
-        Raises:
-            StepFailed: if the command failed, with its last line and its log file.
-        """
-        code = self._process.wait()
-        self._output.close()
-        if code:
-            lines = self.log.read_text(encoding="utf-8").strip().split("\n")
-            raise StepFailed(f"{self.name} failed ({code}), see {self.log}: {lines[-1]}")
-
-    def stop(self) -> None:
-        self._process.kill()
-        self._process.wait()
-
-
-def run_all(steps: list[Step], watch: Callable[[Step], None] = lambda step: None) -> None:
-    """Wait for all steps, calling ``watch`` on each meanwhile; if one fails, stop the others.
+    Args:
+        commands: the command line of each, by name.
+        logs: the file for the output of each.
+        watch: called with name and log of each while they run, and once more at the end.
 
     Raises:
-        StepFailed: for the first that failed.
+        StepFailed: for the first that failed, with its last line and its log file.
     """
-    try:
+    with contextlib.ExitStack() as at_end:
+        running: dict[str, subprocess.Popen] = {}
+        for name, command in commands.items():
+            logs[name].parent.mkdir(parents=True, exist_ok=True)
+            output = at_end.enter_context(logs[name].open("w", encoding="utf-8"))
+            running[name] = subprocess.Popen(
+                [str(word) for word in command],
+                cwd=ROOT,
+                env=_environment(),
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+            )
+            at_end.callback(running[name].wait)
+            at_end.callback(running[name].kill)
         while True:
-            ended = [step for step in steps if not step.running()]
-            for step in steps:
-                watch(step)
-            for step in ended:
-                step.finish()
-            if len(ended) == len(steps):
+            ended = [name for name, process in running.items() if process.poll() is not None]
+            for name in running:
+                watch(name, logs[name])
+            for name in ended:
+                if code := running[name].returncode:
+                    last = logs[name].read_text(encoding="utf-8").strip().split("\n")[-1]
+                    raise StepFailed(f"{name} failed ({code}), see {logs[name]}: {last}")
+            if len(ended) == len(running):
                 return
             time.sleep(0.5)
-    finally:
-        for step in steps:
-            step.stop()

@@ -19,22 +19,10 @@ from pathlib import Path
 
 import numpy as np
 
+from demo import part
 from demo.locale_pairs import write_pairs
 from demo.noise import misaligned, write_lines
-from demo.part import (
-    Printer,
-    Report,
-    folder_of,
-    output_folder,
-    parse_checked,
-    parser_of,
-    read_results,
-    say,
-    show,
-    train,
-    write_results,
-)
-from demo.steps import ROOT, Step, run_all
+from demo.steps import ROOT
 from pskd_tools.report.epochs import fairseq_epochs
 
 RECIPES = {"baseline": "demo.sh", "PS-KD": "demo_pskd.sh"}
@@ -72,8 +60,8 @@ def prepare(args: argparse.Namespace, out: Path) -> Path:
             command += [out / "text" / f"{split}.en", out / "text" / f"{split}.de"]
     command += ["--source-lang", args.source_lang, "--target-lang", args.target_lang]
     command += ["--bpe-size", str(args.bpe_size), "--out", data, "--overwrite"]
-    say("translation 1/4", f"text to fairseq data, log file {out / 'prepare.log'}")
-    run_all([Step("prepare.py", command, out / "prepare.log")])
+    log = {"prepare.py": out / "prepare.log"}
+    part.run_steps("translation 1/4", "text to fairseq data", {"prepare.py": command}, log)
     return data
 
 
@@ -103,15 +91,15 @@ def progress(record: dict, _last: dict) -> str | None:
 
 def evaluate(data: Path, out: Path) -> None:
     """Measure both last checkpoints on the test set."""
-    steps = []
-    for name in RECIPES:
-        run = folder_of(out, name)
-        command: list[str | Path] = [sys.executable, ROOT / "translation" / "evaluate.py"]
-        command += [run / "checkpoint_last.pt", "--data", data, "--out", run / "evaluation"]
-        steps.append(Step(name, [*command, "--name", name], run / "evaluate.log"))
-    logs = ", ".join(str(step.log) for step in steps)
-    say("translation 3/4", f"translating and scoring the test set, log files {logs}")
-    run_all(steps)
+    runs = {name: part.folder_of(out, name) for name in RECIPES}
+    script = [sys.executable, ROOT / "translation" / "evaluate.py"]
+    commands = {
+        name: [*script, run / "checkpoint_last.pt", "--data", data, "--out", run / "evaluation",
+               "--name", name]
+        for name, run in runs.items()
+    }  # fmt: skip
+    logs = {name: run / "evaluate.log" for name, run in runs.items()}
+    part.run_steps("translation 3/4", "translating and scoring the test set", commands, logs)
 
 
 def seconds_per_epoch(records: Sequence[dict]) -> float:
@@ -127,7 +115,7 @@ def seconds_per_epoch(records: Sequence[dict]) -> float:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     flags = "flags for both fairseq-train calls, such as --max-epoch 3"
-    parser = parser_of("translation", __doc__, flags)
+    parser = part.parser_of("translation", __doc__, flags)
     parser.add_argument("--src", type=Path, help="your source text, a sentence a line")
     parser.add_argument("--tgt", type=Path, help="its translation, line by line")
     parser.add_argument("--source-lang", default="en", help="code of the source (default: en)")
@@ -136,10 +124,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     for option, what in (("--pairs", "training"), ("--held-out", "validation and test")):
         text = f"{what} pairs of the embedded corpus (default: %(default)s)"
         parser.add_argument(option, type=int, default=1000, help=text)
-    return parse_checked(parser, argv, ("src", "tgt"), ("bpe_size", "pairs", "held_out"))
+    return part.parse_checked(parser, argv, ("src", "tgt"), ("bpe_size", "pairs", "held_out"))
 
 
-def run(args: argparse.Namespace) -> Report:
+def run(args: argparse.Namespace) -> part.Report:
     """Prepare, train, evaluate, and write all files.
 
     Raises:
@@ -148,25 +136,25 @@ def run(args: argparse.Namespace) -> Report:
         ValueError: if the output folder holds what the demo would delete, or the embedded corpus
             is too small.
     """
-    out = output_folder(args.out, list(RECIPES))
+    out = part.output_folder(args.out, list(RECIPES))
     data = prepare(args, out)
-    commands = {name: training(args, name, data, folder_of(out, name)) for name in RECIPES}
-    head = "[translation 2/4] training both side by side, one thread each"
-    train(head, out, commands, Printer(epoch_records, progress))
+    commands = {name: training(args, name, data, part.folder_of(out, name)) for name in RECIPES}
+    text = "training both side by side, one thread each"
+    part.train("translation 2/4", text, out, commands, part.Printer(epoch_records, progress))
     evaluate(data, out)
-    say("translation 4/4", f"plots and {out / 'results.json'}")
-    runs = read_results(out, list(RECIPES))
+    part.say("translation 4/4", f"plots and {out / 'results.json'}")
+    runs = part.read_results(out, list(RECIPES))
     results = {}
     for found in runs:
         seconds = seconds_per_epoch(epoch_records(found.folder / "train.log"))
         results[found.name] = found.numbers | {"seconds_per_epoch": seconds}
-    write_results(out, runs, results)
+    part.write_results(out, runs, results)
     note = NOTE.format_map(results["baseline"])
-    return Report("translation, fairseq", COLUMNS, results, note, runs)
+    return part.Report("translation, fairseq", COLUMNS, results, note, runs)
 
 
 def main(argv: list[str] | None = None) -> int:
-    return show(run, parse(argv))
+    return part.show(run, parse(argv))
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import re
 import sys
 import time
@@ -19,53 +20,55 @@ sys.path.insert(0, str(ROOT))
 
 from demo import translation  # noqa: E402
 from demo.part import Printer, Report, read_metrics  # noqa: E402
-from demo.steps import Step, StepFailed, check_folder, fresh_folder, run_all  # noqa: E402
+from demo.steps import StepFailed, check_folder, fresh_folder, run_all  # noqa: E402
 
 both = importlib.import_module("demo.__main__")
 PARTS = ("classification", "translation", "detection")
 
 
-def step(name: str, code: str, folder: Path) -> Step:
-    return Step(name, [sys.executable, "-c", code], folder / f"{name}.log")
-
-
 # --- steps ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("failing", [0, 1])
-def test_a_step_that_fails_stops_the_others_at_once(tmp_path, failing):
-    code = ["import time; time.sleep(60)"] * 2
-    code[failing] = "print('begun'); raise SystemExit('no such word')"
-    steps = [step(f"step{number}", line, tmp_path) for number, line in enumerate(code)]
+def run(folder: Path, code: dict[str, str], *watch) -> None:
+    """Run lines of Python as steps."""
+    commands = {name: [sys.executable, "-c", line] for name, line in code.items()}
+    run_all(commands, {name: folder / f"{name}.log" for name in code}, *watch)
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_step_that_fails_stops_the_others_at_once(tmp_path, order):
+    log = str(tmp_path / "waiting.log")
+    code = {
+        "waiting": "import os, time; print(os.getpid(), flush=True); time.sleep(60)",
+        "failing": f"import os\nwhile not (os.path.exists({log!r}) and os.path.getsize({log!r})):\n"
+        "    pass\nraise SystemExit('no such word')",
+    }
     start = time.monotonic()
-    with pytest.raises(StepFailed, match=rf"step{failing} failed \(1\), see .*: no such word"):
-        run_all(steps)
+    with pytest.raises(StepFailed, match=r"failing failed \(1\), see .*: no such word"):
+        run(tmp_path, dict(list(code.items())[::order]))
     assert time.monotonic() - start < 30
-    assert not any(each.running() for each in steps)
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "waiting.log").read_text()), 0)
 
 
 def test_steps_that_end_at_different_times_are_all_watched_to_their_end(tmp_path):
     seen = {}
     code = {"short": "print('a')", "long": "import time; time.sleep(1); print('b')"}
-    run_all(
-        [step(name, line, tmp_path) for name, line in code.items()],
-        lambda watched: seen.update({watched.name: watched.log.read_text()}),
-    )
+    run(tmp_path, code, lambda name, log: seen.update({name: log.read_text()}))
     assert seen == {"short": "a\n", "long": "b\n"}
 
 
 def test_a_record_is_printed_once_when_its_line_is_whole(tmp_path, capsys):
-    watched = step("run", "", tmp_path)
-    run_all([watched])
+    log = tmp_path / "train.log"
     printer = Printer(read_metrics, lambda record, last: f"{last.get('epoch')} {record['epoch']}")
     for text in ('{"epoch": 1}\n{"epo', '{"epoch": 1}\n{"epoch": 2}\n'):
         (tmp_path / "metrics.json").write_text(text)
-        printer(watched)
+        printer("run", log)
     assert capsys.readouterr().out == "    run           None 1\n    run           1 2\n"
     line = '2026-01-01 | INFO | train | {"epoch": 1}\n'
     for text, found in ((line[:-3], []), (line, [{"epoch": 1}])):
-        watched.log.write_text(text)
-        assert translation.epoch_records(watched.log) == found
+        log.write_text(text)
+        assert translation.epoch_records(log) == found
 
 
 # --- folders ----------------------------------------------------------------------------------
