@@ -5,7 +5,7 @@ Shapes: N rows (samples, tokens or boxes), C classes.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from importlib.util import find_spec
 from typing import NamedTuple
@@ -16,23 +16,10 @@ from torch import Tensor
 
 from pskd import TopK, mix_targets, pskd_cross_entropy
 
-__all__ = [
-    "ALPHA",
-    "BASE",
-    "COMPILED",
-    "KEPT",
-    "Case",
-    "Form",
-    "Step",
-    "check",
-    "forms_of",
-    "peers_of",
-    "steps_of",
-]
-
 ALPHA = 0.8  # the paper's, at the end of training
 KEPT = 16  # classes of a sparse teacher
 BASE, COMPILED = "cross-entropy", "compiled"
+IN_PLACE = " in place"  # ends the names of forms that leave the gradient in the logits
 # Forms that leave sums to half precision are off by that much.
 TOLERANCES = {
     torch.float32: {"rtol": 1e-4, "atol": 1e-6},
@@ -40,14 +27,8 @@ TOLERANCES = {
     torch.bfloat16: {"rtol": 5e-2, "atol": 5e-3},
 }
 
+Form = Callable[[Tensor], Tensor]  # from (N, C) logits to the loss
 Step = Callable[[], tuple[Tensor, Tensor]]  # to the loss and its gradient on the logits
-
-
-class Form(NamedTuple):
-    """A way to the loss, from (N, C) logits; ``in_place`` ones leave the gradient in them."""
-
-    loss: Callable[[Tensor], Tensor]
-    in_place: bool = False
 
 
 class Case(NamedTuple):
@@ -68,9 +49,10 @@ class Case(NamedTuple):
     top_k: TopK
 
     @classmethod
-    def made_up(cls, rows: int, classes: int, dtype: torch.dtype, device: str) -> Case:
+    def made_up(cls, rows: int, classes: int, dtype: str, device: str) -> Case:
         values, teacher = (
-            torch.randn(rows, classes, device=device).mul_(3.0).to(dtype) for _ in range(2)
+            torch.randn(rows, classes, device=device).mul_(3.0).to(getattr(torch, dtype))
+            for _ in range(2)
         )
         target = torch.randint(classes, (rows,), device=device)
         probs = teacher.float().softmax(dim=1)
@@ -82,28 +64,38 @@ class Case(NamedTuple):
         dense = (part[:rows] for part in self[:4])
         return Case(*dense, TopK(*(part[:rows] for part in self.top_k)))
 
+    def least_bytes(self, name: str) -> int:
+        """Return the bytes of scores and past prediction, read once, and of the gradient, written.
+
+        Args:
+            name: of a form of pskd.
+        """
+        past = self.teacher_logits.nbytes if "logits" in name else self.probs.nbytes
+        if "top-k" in name:
+            past = sum(part.nbytes for part in self.top_k)
+        return 2 * self.values.nbytes + past
+
 
 def forms_of(case: Case, *, compiled: bool) -> dict[str, Form]:
     """Return all forms by name; in what ``compiled`` adds nothing is kept of earlier shapes."""
-    target, probs = case.target, case.probs
+    given = {"target": case.target, "probs": case.probs}
     found = {
-        BASE: Form(partial(F.cross_entropy, target=target)),
-        "mixed target": Form(partial(_mixed, target=target, probs=probs)),
-        "published": Form(partial(_published, target=target, probs=probs)),
+        BASE: partial(F.cross_entropy, target=case.target),
+        "mixed target": partial(_mixed, **given),
+        "published": partial(_published, **given),
     }
     if compiled:
         torch.compiler.reset()
-        plain = torch.compile(_plain, dynamic=False)
-        found[COMPILED] = Form(partial(plain, target=target, probs=probs))
+        found[COMPILED] = partial(torch.compile(_plain, dynamic=False), **given)
     teachers = {
-        "dense": {"teacher_probs": probs},
+        "dense": {"teacher_probs": case.probs},
         "logits": {"teacher_probs": None, "teacher_logits": case.teacher_logits},
         "top-k": {"teacher_probs": case.top_k},
     }
     for name, teacher in teachers.items():
-        ours = partial(pskd_cross_entropy, target=target, alpha=ALPHA, **teacher)
-        found[f"pskd {name}"] = Form(ours)
-        found[f"pskd {name} in place"] = Form(partial(ours, inplace=True), in_place=True)
+        ours = partial(pskd_cross_entropy, target=case.target, alpha=ALPHA, **teacher)
+        found[f"pskd {name}"] = ours
+        found[f"pskd {name}{IN_PLACE}"] = partial(ours, inplace=True)
     return found
 
 
@@ -144,22 +136,20 @@ def peers_of(case: Case) -> dict[str, Form]:
     def jsd(logits: Tensor) -> Tensor:
         return LigerJSDFunction.apply(logits.log_softmax(dim=1, dtype=torch.float32), log_probs)
 
-    return {"Liger KL": Form(kl), "Liger JSD": Form(jsd)}
+    return {"Liger KL": kl, "Liger JSD": jsd}
 
 
-def steps_of(case: Case, forms: dict[str, Form]) -> dict[str, Step]:
-    """Return what computes each form's loss and gradient.
+def steps_of(case: Case, *, compiled: bool, names: Iterable[str] | None = None) -> dict[str, Step]:
+    """Return what computes the loss and gradient of each form, or of those that are named.
 
     The forms in place share logits of their own, which hold the last gradient from the first step
     on: what a loss costs does not depend on their values, and to restore them would cost a copy.
     """
-    logits = _as_activations(case.values)
-    scratch = None
-    if any(form.in_place for form in forms.values()):
-        scratch = _as_activations(case.values)
+    forms = forms_of(case, compiled=compiled) | peers_of(case)
+    logits, scratch = _as_activations(case.values), _as_activations(case.values)
     return {
-        name: partial(_step, form, scratch if form.in_place else logits)
-        for name, form in forms.items()
+        name: partial(_step, forms[name], scratch if name.endswith(IN_PLACE) else logits)
+        for name in names or forms
     }
 
 
@@ -169,7 +159,7 @@ def _as_activations(values: Tensor) -> Tensor:
 
 
 def _step(form: Form, logits: Tensor) -> tuple[Tensor, Tensor]:
-    loss = form.loss(logits)
+    loss = form(logits)
     # backward() might copy the gradient into a leaf's .grad, which is none of the loss.
     (grad,) = torch.autograd.grad(loss, logits)
     return loss.detach(), grad
@@ -183,9 +173,8 @@ def check(case: Case, forms: dict[str, Form]) -> None:
     classes, tolerance = case.probs.size(1), TOLERANCES[case.values.dtype]
     for name, form in forms.items():
         probs = case.top_k.dense(classes) if "top-k" in name else case.probs
-        alpha = 0.0 if name == BASE else ALPHA
-        mixed = mix_targets(case.target, probs.double(), alpha)
-        exact = _step(Form(partial(F.cross_entropy, target=mixed)), _leaf(case.values.double()))
+        mixed = mix_targets(case.target, probs.double(), 0.0 if name == BASE else ALPHA)
+        exact = _step(partial(F.cross_entropy, target=mixed), _as_activations(case.values.double()))
         found = _step(form, _as_activations(case.values))
         for what, value, wanted in zip(("loss", "gradient"), found, exact, strict=True):
             torch.testing.assert_close(
@@ -194,7 +183,3 @@ def check(case: Case, forms: dict[str, Form]) -> None:
                 **tolerance,
                 msg=lambda text, name=name, what=what: f"{what} of {name}: {text}",
             )
-
-
-def _leaf(values: Tensor) -> Tensor:
-    return values.detach().requires_grad_()

@@ -15,18 +15,17 @@ from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import sys
-from collections.abc import Callable
 from functools import partial
 
 import torch
 import torch.nn.functional as F
-from _timing import at_least, machine, medians, new_file, quartiles, ratios_to, seconds
+from _measuring import at_least, conditions, judged, markdown, measure, options, ratio
 from pskd_classification import build_model
 from torch import Tensor, nn
 
 from pskd import MemoryCriterion, SnapshotCriterion
-from pskd_tools.files import write_json
 
 ALPHA = 0.8  # the paper's, at the end of training
 LIMIT = 1.03  # of the memory's step over cross-entropy's
@@ -35,8 +34,6 @@ FORMS = (BASE, "memory", "snapshot", "published")
 PARTS = ((128, 100), (256, 1000))  # images and classes of CIFAR-100 and ImageNet
 PART_CALLS = 25  # a round
 SETTINGS = ("model", "classes", "batch_size", "rows", "steps", "rounds")  # told with the figures
-
-Calls = dict[str, Callable[[int], Tensor]]  # of each form, from the number of a step to its loss
 
 
 class Published:
@@ -68,7 +65,7 @@ class Bench:
     its repetitions, at random, and no row twice before all were shown.
 
     Args:
-        model: gives (N, C) logits; is copied.
+        model: gives (N, C) logits; is copied. Of one without weights, loss and gradient are a step.
         images: a batch that it takes.
         classes: C; the labels are made up.
         num_rows: M, of the data set; at least N.
@@ -79,10 +76,18 @@ class Bench:
         self.images, self.target = images, torch.randint(classes, (count,), device=device)
         repetitions = torch.rand(num_rows // count, count).argsort(dim=0)
         self.rows = repetitions * count + torch.arange(count)
+        self.next_rows = {name: itertools.cycle(self.rows) for name in FORMS}
         self.models = {name: copy.deepcopy(model).train() for name in FORMS}
-        options = {"num_epochs": 2, "alpha_final": ALPHA}
-        self.memory = MemoryCriterion(num_rows, classes, device=device, **options)
-        self.snapshot = SnapshotCriterion(self.models["snapshot"], **options)
+        # The paper's for CIFAR.
+        recipe = {"lr": 0.1, "momentum": 0.9, "weight_decay": 5e-4, "nesterov": True}
+        self.optimizers = {
+            name: torch.optim.SGD(own.parameters(), **recipe)
+            for name, own in self.models.items()
+            if list(own.parameters())
+        }
+        given = {"num_epochs": 2, "alpha_final": ALPHA}
+        self.memory = MemoryCriterion(num_rows, classes, device=device, **given)
+        self.snapshot = SnapshotCriterion(self.models["snapshot"], **given)
         labels = self.target.cpu().repeat(num_rows // count + 1)[:num_rows]
         self.published = Published(F.one_hot(labels, classes).float(), device)
         for criterion in (self.memory, self.snapshot):
@@ -99,9 +104,19 @@ class Bench:
         for criterion in (self.memory, self.snapshot):
             criterion.begin_epoch(2)
 
-    def loss(self, name: str, number: int) -> Tensor:
-        """Return a form's loss in the step of a number."""
-        rows, logits = self.rows[number % len(self.rows)], self.models[name](self.images)
+    def step(self, name: str) -> Tensor:
+        """Make the next training step of a form and return its loss."""
+        self.images.grad = None
+        if name in self.optimizers:
+            self.optimizers[name].zero_grad()
+        loss = self.loss(name, next(self.next_rows[name]))
+        loss.backward()
+        if name in self.optimizers:
+            self.optimizers[name].step()
+        return loss.detach()
+
+    def loss(self, name: str, rows: Tensor) -> Tensor:
+        logits = self.models[name](self.images)
         if name == BASE:
             return F.cross_entropy(logits, self.target)
         if name == "memory":
@@ -109,6 +124,12 @@ class Bench:
         if name == "snapshot":
             return self.snapshot(logits, self.target, self.images)
         return self.published(logits, self.target, rows)
+
+    def measure(self, rounds: int, calls: int) -> dict:
+        """Return what `measure` says of steps of the second epoch."""
+        self.begin_second_epoch()
+        steps = {name: partial(self.step, name) for name in FORMS}
+        return measure(steps, BASE, rounds, self.images.device, calls=calls)
 
     def teacher_bytes(self) -> dict[str, int]:
         """Return the size of each form's teacher."""
@@ -120,127 +141,58 @@ class Bench:
         }
 
 
-def training_steps(bench: Bench) -> Calls:
-    """Return what makes a training step of each form, with the paper's optimizer for CIFAR."""
-
-    recipe = {"lr": 0.1, "momentum": 0.9, "weight_decay": 5e-4, "nesterov": True}
-    optimizers = {
-        name: torch.optim.SGD(model.parameters(), **recipe) for name, model in bench.models.items()
-    }
-
-    def step(name: str, number: int) -> Tensor:
-        optimizers[name].zero_grad()
-        loss = bench.loss(name, number)
-        loss.backward()
-        optimizers[name].step()
-        return loss.detach()
-
-    return {name: partial(step, name) for name in FORMS}
-
-
-def parts(batch_size: int, classes: int, num_rows: int, device: torch.device) -> Calls:
-    """Return what computes each form's loss and its gradient on logits, which are all there is."""
-    logits = torch.randn(batch_size, classes, device=device).requires_grad_()
-    bench = Bench(nn.Identity(), logits, classes, num_rows)
-    bench.begin_second_epoch()
-
-    def part(name: str, number: int) -> Tensor:
-        logits.grad = None
-        loss = bench.loss(name, number)
-        loss.backward()
-        return loss.detach()
-
-    return {name: partial(part, name) for name in FORMS}
-
-
-def measure(calls: Calls, count: int, rounds: int, device: torch.device) -> dict:
-    """Return seconds a call of each form and ratios to cross-entropy: over rounds of some calls.
-
-    One call of each is not counted. The order is turned round after each, so that no form always
-    comes after the same other.
-    """
-    found = {name: [0.0] * rounds for name in calls}
-    order = list(calls)
-    for number in range(1 + rounds * count):
-        for name in order:
-            taken = seconds(partial(calls[name], number), device)
-            if number:
-                found[name][(number - 1) // count] += taken / count
-        order.reverse()
-    ratios = ratios_to(BASE, found)
-    return {
-        "seconds": medians(found),
-        "ratio_median": medians(ratios),
-        "ratio_quartiles": quartiles(ratios),
-    }
-
-
 def run(args: argparse.Namespace) -> dict:
     torch.manual_seed(1)
     device = torch.device(args.device)
     model = build_model(args.model, args.classes).to(device)
     images = torch.randn(args.batch_size, 3, 32, 32, device=device)
     bench = Bench(model, images, args.classes, args.rows)
-    bench.begin_second_epoch()
     result = {
-        "machine": machine(device),
-        "torch": torch.__version__,
-        **{name: value for name, value in vars(args).items() if name in SETTINGS},
+        **conditions(args, device, *SETTINGS),
+        "limit": LIMIT,
         "teacher_bytes": bench.teacher_bytes(),
-        "step": measure(training_steps(bench), args.steps, args.rounds, device),
+        "step": bench.measure(args.rounds, args.steps),
     }
-    for shape in PARTS:
-        calls = parts(*shape, args.rows, device)
-        result[f"alone_{shape[0]}x{shape[1]}"] = measure(calls, PART_CALLS, args.rounds, device)
-    result["limit"] = LIMIT
-    result["within_limit"] = result["step"]["ratio_median"]["memory"] <= LIMIT
+    for batch_size, classes in PARTS:
+        logits = torch.randn(batch_size, classes, device=device).requires_grad_()
+        part = Bench(nn.Identity(), logits, classes, args.rows)
+        result[f"alone_{batch_size}x{classes}"] = part.measure(args.rounds, PART_CALLS)
     return result
 
 
 def table(title: str, found: dict) -> str:
-    lines = [f"{title}: milliseconds, ratio to {BASE} (quartiles over the rounds)"]
-    for name in FORMS:
-        line = f"  {name:<14}{found['seconds'][name] * 1e3:11.3f}"
-        if name != BASE:
-            low, high = found["ratio_quartiles"][name]
-            line += f"{found['ratio_median'][name]:9.3f}  ({low:.3f} to {high:.3f})"
-        lines.append(line)
-    return "\n".join(lines)
+    lines = [
+        [name, f"{taken * 1e3:.3f}", ratio(found, name, 3)]
+        for name, taken in found["seconds"].items()
+    ]
+    return f"{title}\n\n{markdown(['form', 'ms', f'over {BASE} (quartiles)'], lines)}\n"
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = options(__doc__, "device", "threads", "json", rounds=7)
     parser.add_argument("--model", default="preact_resnet18", help="any of train.py's")
     parser.add_argument("--classes", type=at_least(1), default=100, help="C")
     parser.add_argument("--batch-size", type=at_least(2), default=128, help="images of 32x32")
     parser.add_argument("--rows", type=int, default=50_000, help="M, images in the data set")
     parser.add_argument("--steps", type=at_least(1), default=2, help="of each form in a round")
-    parser.add_argument("--rounds", type=int, default=7, help="2 or more")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    parser.add_argument("--threads", type=at_least(1), default=1, help="CPU threads")
-    parser.add_argument("--json", type=new_file, help="a file for the figures")
     args = parser.parse_args(argv)
     least = max(args.batch_size, *(batch_size for batch_size, _ in PARTS))
-    if args.rows < least or args.rounds < 2:
+    if args.rows < least:
         parser.error(f"expected --rows {least} or more, which is a batch, and --rounds 2 or more")
     torch.set_num_threads(args.threads)
     try:
         result = run(args)
     except ValueError as error:  # of the model's name
         parser.error(str(error))
-    print(f"{result['machine']}, torch {result['torch']}, {args.rows:,} rows")
+    print(f"{result['machine']}, torch {result['torch']}, {args.rows:,} rows\n")
     print(table(f"step of {args.model}, {args.batch_size} images", result["step"]))
     for batch_size, classes in PARTS:
         found = result[f"alone_{batch_size}x{classes}"]
         print(table(f"loss and teacher alone, ({batch_size}, {classes})", found))
     sizes = (f"{name} {size / 1e6:.1f}" for name, size in result["teacher_bytes"].items())
     print(f"MB of the teacher: {', '.join(sizes)}")
-    verdict = "within" if result["within_limit"] else "ABOVE"
-    ratio = result["step"]["ratio_median"]["memory"]
-    print(f"memory over {BASE}, a step: {ratio:.3f}, {verdict} the limit of {LIMIT}")
-    if args.json:
-        write_json(args.json, result, indent=2)
-    return 0 if result["within_limit"] else 1
+    of_memory = result["step"]["ratio_median"]["memory"]
+    return judged(f"memory over {BASE}, a step", of_memory, result, args.json)
 
 
 if __name__ == "__main__":

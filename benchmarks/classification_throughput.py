@@ -15,31 +15,29 @@ from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import sys
 import time
 from collections.abc import Callable
-from functools import partial
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from _timing import at_least, machine, medians, new_file, quartiles, ratios_to, seconds
+from _measuring import at_least, conditions, judged, markdown, measure, options, ratio, seconds
 from PIL import Image
 from pskd_classification import Images, Mixer, Objective, Trainer, build_model
 from pskd_classification.on_device import DeviceImages, DeviceLoader
 from pskd_classification.precision import AMP, autocast
 from pskd_classification.transforms import View, train_transform
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import MultiStepLR
 
 from pskd import MemoryCriterion
 from pskd.distributed import World
-from pskd_tools.files import write_json
 
 LIMIT = 1.05  # of a step with the images on the device over the bare network's
 BASE = "network"
-FORMS = ("loader", "on device", BASE)
 SIDE, CLASSES = 32, 100
 VIEW = View("crop", SIDE, 0.5, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
 #: Told with the figures.
@@ -72,8 +70,8 @@ def sgd(model: nn.Module, device: torch.device) -> Optimizer:
     return SGD(model.parameters(), 0.1, fused=device.type == "cuda" or None, **recipe)
 
 
-def trainings(args: argparse.Namespace) -> dict[str, Callable[[int], object]]:
-    """Return what trains an epoch of each form, given its number from 1."""
+def trainings(args: argparse.Namespace) -> dict[str, Callable[[], object]]:
+    """Return what trains the next epoch of each form."""
     device = torch.device(args.device)
     count = args.batch_size * args.steps
     source = MadeUp(count)
@@ -81,11 +79,11 @@ def trainings(args: argparse.Namespace) -> dict[str, Callable[[int], object]]:
     placed = DeviceImages(images, VIEW, device, augmented=True)
     model = build_model(args.model, CLASSES).to(device)
 
-    def trainer(data: Images | DeviceImages) -> Trainer:
+    def epochs(data: Images | DeviceImages) -> Callable[[], object]:
         own = copy.deepcopy(model)
         optimizer = sgd(own, device)
         criterion = MemoryCriterion(count, CLASSES, num_epochs=args.rounds + 1, alpha_final=0)
-        return Trainer(
+        trainer = Trainer(
             own,
             data,
             Objective(criterion, Mixer()),
@@ -99,40 +97,40 @@ def trainings(args: argparse.Namespace) -> dict[str, Callable[[int], object]]:
             compile_mode=args.compile_mode,
             channels_last=args.channels_last,
         )
+        numbers = itertools.count(1)
+        return lambda: trainer.train_epoch(next(numbers))
 
     (batch,) = DeviceLoader(placed, batch_size=args.batch_size, sampler=range(args.batch_size))
     return {
-        "loader": trainer(images).train_epoch,
-        "on device": trainer(placed).train_epoch,
-        BASE: partial(bare_epoch, args, *bare(args, model), batch[1], batch[2]),
+        "loader": epochs(images),
+        "on device": epochs(placed),
+        BASE: bare_epochs(args, copy.deepcopy(model), batch[1], batch[2]),
     }
 
 
-def bare(args: argparse.Namespace, model: nn.Module) -> tuple[Callable, Optimizer]:
-    """Return a network and its optimizer, set up as a `Trainer` does."""
-    memory_format = torch.channels_last if args.channels_last else torch.contiguous_format
-    network = copy.deepcopy(model).train().to(memory_format=memory_format)
-    optimizer = sgd(network, torch.device(args.device))
-    if args.compile_mode is None:
-        return network, optimizer
-    return torch.compile(network, mode=args.compile_mode), optimizer
-
-
-def bare_epoch(args, network, optimizer, images, target, _number) -> None:
-    """Make as many steps as an epoch has, all on one batch."""
+def bare_epochs(
+    args: argparse.Namespace, network: nn.Module, images: Tensor, target: Tensor
+) -> Callable[[], None]:
+    """Return what makes as many steps as an epoch has, all on one batch, as a `Trainer` does."""
     if args.channels_last:
-        images = images.to(memory_format=torch.channels_last)
+        network, images = (x.to(memory_format=torch.channels_last) for x in (network, images))
+    optimizer = sgd(network.train(), images.device)
     scaler = torch.amp.GradScaler(images.device.type, enabled=args.amp == "fp16")
-    for _ in range(args.steps):
-        optimizer.zero_grad()
-        with autocast(args.amp, images.device):
-            loss = F.cross_entropy(network(images), target)
-        scaler.scale(loss).backward()
-        scaler.step(optimizer)
-        scaler.update()
+    run = network if args.compile_mode is None else torch.compile(network, mode=args.compile_mode)
+
+    def epoch() -> None:
+        for _ in range(args.steps):
+            optimizer.zero_grad()
+            with autocast(args.amp, images.device):
+                loss = F.cross_entropy(run(images), target)
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+
+    return epoch
 
 
-def cpu_seconds(function: Callable[[], object], _device: str) -> float:
+def cpu_seconds(function: Callable[[], object], _device: object) -> float:
     """Return the seconds that this process computes, whatever else the machine does."""
     start = time.process_time()
     function()
@@ -143,58 +141,38 @@ def run(args: argparse.Namespace) -> dict:
     torch.manual_seed(1)
     if args.device.startswith("cuda"):
         torch.backends.cudnn.benchmark = True
-    calls = trainings(args)
-    found: dict[str, list[float]] = {name: [] for name in calls}
-    order, clock = list(calls), cpu_seconds if args.cpu_time else seconds
-    for number in range(1, args.rounds + 2):  # the first is not counted
-        for name in order:
-            taken = clock(partial(calls[name], number), args.device)
-            if number > 1:
-                found[name].append(taken)
-        order.reverse()
-    ratios, count = ratios_to(BASE, found), args.batch_size * args.steps
-    ratio = medians(ratios)
+    clock = cpu_seconds if args.cpu_time else seconds
+    found = measure(trainings(args), BASE, args.rounds, args.device, clock=clock)
+    taken, count = found.pop("seconds"), args.batch_size * args.steps
     return {
-        "machine": machine(args.device),
-        "torch": torch.__version__,
-        **{name: getattr(args, name) for name in SETTINGS},
-        "images_per_second": {name: count / taken for name, taken in medians(found).items()},
-        "ms_per_step": {name: 1e3 * taken / args.steps for name, taken in medians(found).items()},
-        "ratio_median": ratio,
-        "ratio_quartiles": quartiles(ratios),
+        **conditions(args, args.device, *SETTINGS),
         "limit": LIMIT,
-        "within_limit": ratio["on device"] <= LIMIT,
+        "images_per_second": {name: count / epoch for name, epoch in taken.items()},
+        "ms_per_step": {name: 1e3 * epoch / args.steps for name, epoch in taken.items()},
+        **found,
     }
 
 
 def table(result: dict) -> str:
-    lines = ["               images/s     ms a step   time over the network's (quartiles)"]
-    for name in FORMS:
-        rate, step = result["images_per_second"][name], result["ms_per_step"][name]
-        line = f"  {name:<12}{rate:9,.0f}{step:14.2f}"
-        if name != BASE:
-            low, high = result["ratio_quartiles"][name]
-            line += f"{result['ratio_median'][name]:14.3f}  ({low:.3f} to {high:.3f})"
-        lines.append(line)
-    return "\n".join(lines)
+    lines = [
+        [name, f"{rate:,.0f}", f"{result['ms_per_step'][name]:.2f}", ratio(result, name, 3)]
+        for name, rate in result["images_per_second"].items()
+    ]
+    return markdown(["form", "images/s", "ms a step", f"over the {BASE}'s (quartiles)"], lines)
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = options(__doc__, "device", "threads", "json", rounds=7)
     parser.add_argument("--model", default="preact_resnet10_tiny", help="any of train.py's")
     parser.add_argument("--batch-size", type=at_least(2), default=128, help="images of 32x32")
     parser.add_argument("--steps", type=at_least(1), default=10, help="of each form in a round")
-    parser.add_argument("--rounds", type=at_least(2), default=7)
     parser.add_argument("--workers", type=at_least(0), default=0, help="of the DataLoader")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    parser.add_argument("--threads", type=at_least(1), default=1, help="CPU threads")
     parser.add_argument("--amp", choices=list(AMP), default=False, help="mixed precision")
     parser.add_argument("--channels-last", action="store_true")
     parser.add_argument("--compile-mode", help="of torch.compile; default: not compiled")
     parser.add_argument(
         "--cpu-time", action="store_true", help="time this process alone, on a shared machine"
     )
-    parser.add_argument("--json", type=new_file, help="a file for the figures")
     args = parser.parse_args(argv)
     if args.cpu_time and (args.workers or args.device != "cpu"):
         parser.error("--cpu-time: expected --device cpu and --workers 0, which are this process")
@@ -203,14 +181,10 @@ def main(argv: list[str] | None = None) -> int:
         result = run(args)
     except ValueError as error:  # of the model's name
         parser.error(str(error))
-    print(f"{result['machine']}, torch {result['torch']}, {args.model}, {args.batch_size} images")
-    print(table(result))
-    verdict = "within" if result["within_limit"] else "ABOVE"
-    ratio = result["ratio_median"]["on device"]
-    print(f"on device over the {BASE}, a step: {ratio:.3f}, {verdict} the limit of {LIMIT}")
-    if args.json:
-        write_json(args.json, result, indent=2)
-    return 0 if result["within_limit"] else 1
+    print(f"{result['machine']}, torch {result['torch']}, {args.model}, {args.batch_size} images\n")
+    print(table(result), end="\n\n")
+    ratio_on_device = result["ratio_median"]["on device"]
+    return judged(f"on device over the {BASE}, a step", ratio_on_device, result, args.json)
 
 
 if __name__ == "__main__":

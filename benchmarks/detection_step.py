@@ -16,7 +16,7 @@ import json
 from collections.abc import Callable
 
 import torch
-from _timing import at_least, machine, medians, quartiles, ratios_to, seconds
+from _measuring import at_least, conditions, measure, options
 from detectron2.config import CfgNode
 from detectron2.engine import DefaultTrainer
 from detectron2.structures import Boxes, Instances
@@ -67,8 +67,8 @@ def build(cfg: CfgNode, teacher: str | None, rows: int) -> nn.Module:
     return model
 
 
-def updates(cfg: CfgNode, model: nn.Module, batch: list[dict]) -> Callable[[], float]:
-    """Return a function that makes one iteration and returns its seconds."""
+def updates(cfg: CfgNode, model: nn.Module, batch: list[dict]) -> Callable[[], None]:
+    """Return a function that makes one iteration."""
     optimizer = DefaultTrainer.build_optimizer(cfg, model)
 
     def update() -> None:
@@ -76,55 +76,32 @@ def updates(cfg: CfgNode, model: nn.Module, batch: list[dict]) -> Callable[[], f
         sum(model(batch).values()).backward()
         optimizer.step()
 
-    return lambda: seconds(update, cfg.MODEL.DEVICE)
+    return update
 
 
-def remember(model: nn.Module) -> None:
-    """Let the memory's next reads find what was written, as at an epoch's end."""
-    memory = model.roi_heads.pskd.memory
-    if memory is not None:
-        memory.next_epoch()
-
-
-def run(cfg: CfgNode, iterations: int, warmup: int, boxes_an_image: int) -> dict:
+def run(args: argparse.Namespace, cfg: CfgNode) -> dict:
     torch.manual_seed(1)
-    batch = made_batch(cfg, boxes_an_image)
-    rows = boxes_an_image * len(batch)
-    models = {
-        name: build(cfg, teacher, rows)
-        for name, teacher in (("stock", None), ("snapshot", "snapshot"), ("memory", "memory"))
-    }
+    batch = made_batch(cfg, args.boxes)
+    rows = args.boxes * len(batch)
+    teachers = {"stock": None, "snapshot": "snapshot", "memory": "memory"}
+    models = {name: build(cfg, teacher, rows) for name, teacher in teachers.items()}
     steps = {name: updates(cfg, model, batch) for name, model in models.items()}
-    found: dict[str, list[float]] = {name: [] for name in steps}
     with EventStorage(0):
-        for iteration in range(warmup + iterations):
-            for name, step in steps.items():
-                found[name].append(step())
-            if iteration < warmup:
-                remember(models["memory"])
-    found = {name: times[warmup:] for name, times in found.items()}
-    ratios = ratios_to("stock", found)
-    return {
-        "machine": machine(cfg.MODEL.DEVICE),
-        "torch": torch.__version__,
-        "images": len(batch),
-        "size": list(batch[0]["image"].shape[1:]),
-        "iterations": iterations,
-        "seconds": medians(found),
-        "ratio_median": medians(ratios),
-        "ratio_quartiles": quartiles(ratios),
-    }
+        steps["memory"]()
+        models["memory"].roi_heads.pskd.memory.next_epoch()  # what is read from now on
+        found = measure(steps, "stock", args.iterations, cfg.MODEL.DEVICE, warmup=args.warmup)
+    told = conditions(args, cfg.MODEL.DEVICE, "iterations")
+    return {**told, "images": len(batch), "size": list(batch[0]["image"].shape[1:]), **found}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = options(__doc__, "threads")
     parser.add_argument(
         "--config-file", default="configs/detection/bccd_pskd.yaml", help="default: %(default)s"
     )
     parser.add_argument("--iterations", type=at_least(2), default=20, help="timed, of each model")
     parser.add_argument("--warmup", type=at_least(1), default=3, help="that are not counted")
     parser.add_argument("--boxes", type=at_least(1), default=12, help="annotations an image")
-    parser.add_argument("--threads", type=at_least(1), default=1, help="CPU threads")
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE pairs for the config")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -132,7 +109,7 @@ def main() -> None:
         cfg = load_config(args.config_file, args.opts)
     except ValueError as error:
         parser.error(str(error))
-    print(json.dumps(run(cfg, args.iterations, args.warmup, args.boxes), indent=2))
+    print(json.dumps(run(args, cfg), indent=2))
 
 
 if __name__ == "__main__":

@@ -12,17 +12,21 @@ a step adds to the memory in use before it, over the size of the logits; the gra
 from __future__ import annotations
 
 import argparse
-import multiprocessing
 import sys
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from _loss_memory import extra_peak, start_measuring
-from _loss_report import markdown, ratio
-from _timing import machine, medians, quartiles, ratios_to, seconds
+from _measuring import (
+    alone,
+    at_least,
+    conditions,
+    extra_peak,
+    markdown,
+    measure,
+    options,
+    ratio,
+)
 from torch import Tensor
 
 from pskd import LinearTeacher, pskd_cross_entropy, pskd_linear_cross_entropy
@@ -69,36 +73,24 @@ class Case:
         }
         return {name: partial(self._step, form) for name, form in forms.items()}
 
-    def _step(self, form) -> list[Tensor]:
-        return list(torch.autograd.grad(form(), self.student))
-
-
-def check(case: Case) -> None:
-    """Raise AssertionError unless both forms of PS-KD give the same."""
-    for form in (case.from_logits, case.from_hidden):
-        assert form().isfinite()
-    torch.testing.assert_close(case.from_logits(), case.from_hidden(), rtol=1e-3, atol=1e-3)
+    def _step(self, form) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(form(), self.student)
 
 
 def times(args: argparse.Namespace) -> dict:
+    """Return the figures of `measure`.
+
+    Raises:
+        AssertionError: unless both forms of PS-KD give the same.
+    """
     case = Case(args)
-    check(case)
-    steps = case.steps()
-    found: dict[str, list[float]] = {name: [] for name in steps}
-    for turn in range(args.rounds + 1):
-        for name, step in steps.items():
-            taken = seconds(step, args.device)
-            if turn:  # the first warms up
-                found[name].append(taken)
-    ratios = ratios_to(BASE, found)
-    return {
-        "seconds": medians(found),
-        "ratio_median": medians(ratios),
-        "ratio_quartiles": quartiles(ratios),
-    }
+    loss = case.from_logits()
+    assert loss.isfinite()
+    torch.testing.assert_close(loss, case.from_hidden(), rtol=1e-3, atol=1e-3)
+    return measure(case.steps(), BASE, args.rounds, args.device)
 
 
-def peaks(args: argparse.Namespace) -> dict[str, float | None]:
+def memory(args: argparse.Namespace) -> dict[str, float | None]:
     """Return the extra peak memory of each form over the logits' size."""
     case = Case(args)
     size = args.rows * args.classes * case.student[0].element_size()
@@ -106,40 +98,24 @@ def peaks(args: argparse.Namespace) -> dict[str, float | None]:
     return {name: None if peak is None else peak / size for name, peak in found.items()}
 
 
-def memory(args: argparse.Namespace) -> dict[str, float | None]:
-    if torch.device(args.device).type == "cuda":
-        return peaks(args)
-    fresh = multiprocessing.get_context("spawn")
-    start = partial(start_measuring, torch.get_num_threads())
-    with ProcessPoolExecutor(1, mp_context=fresh, initializer=start) as process:
-        return process.submit(peaks, args).result()
-
-
 def told(result: dict) -> str:
-    head = ["form", "ms", "time over cross-entropy's", "memory over the logits'"]
     lines = []
     for name, taken in result["seconds"].items():
         peak = result["memory"][name]
         held = "-" if peak is None else f"{peak:.2f}"
         over_base = "1" if name == BASE else ratio(result, name)
         lines.append([name, f"{taken * 1e3:,.0f}", over_base, held])
-    return markdown(head, lines)
+    return markdown(["form", "ms", "time over cross-entropy's", "memory over the logits'"], lines)
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--rows", type=int, default=1024, help="target tokens")
-    parser.add_argument("--classes", type=int, default=32000, help="types of the vocabulary")
-    parser.add_argument("--hidden", type=int, default=512, help="units of the decoder")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--rounds", type=int, default=7, help="2 or more")
-    parser.add_argument("--json", type=Path, help="a file for the figures")
+    parser = options(__doc__, "dtype", "device", "json", rounds=7)
+    parser.add_argument("--rows", type=at_least(1), default=1024, help="target tokens")
+    parser.add_argument("--classes", type=at_least(1), default=32000, help="of the vocabulary")
+    parser.add_argument("--hidden", type=at_least(1), default=512, help="units of the decoder")
     args = parser.parse_args(argv)
-    if min(args.rows, args.classes, args.hidden) < 1 or args.rounds < 2:
-        parser.error("expected sizes of 1 or more, and --rounds 2 or more")
-    result = {name: getattr(args, name) for name in SETTINGS}
-    result |= {"machine": machine(args.device), **times(args), "memory": memory(args)}
+    result = conditions(args, args.device, *SETTINGS) | times(args)
+    result["memory"] = alone(torch.get_num_threads(), args.device, memory, args)
     print(result["machine"], told(result), sep="\n\n")
     if args.json:
         write_json(args.json, result, indent=2)

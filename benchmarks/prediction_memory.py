@@ -9,16 +9,12 @@ bytes, the target tokens of WMT14 English-German, are 8.5 GB an epoch.
 
 from __future__ import annotations
 
-import argparse
-import platform
-import resource
 import statistics
 import tempfile
-import time
 from pathlib import Path
 
 import torch
-from _timing import at_least
+from _measuring import at_least, machine, options, resident_bytes, seconds
 
 from pskd import PredictionMemory, TopK
 
@@ -48,22 +44,11 @@ def predictions(classes: int, k: int | None) -> torch.Tensor | TopK:
     return TopK(indices.repeat(BATCH // 64, 1), probs.sort(dim=1, descending=True).values)
 
 
-def seconds(function, batches: int) -> float:
-    """Return the median seconds of a call."""
-    found = []
-    for _ in range(batches):
-        start = time.perf_counter()
-        function()
-        found.append(time.perf_counter() - start)
-    return statistics.median(found)
+def median_seconds(function, calls: int) -> float:
+    return statistics.median(seconds(function, "cpu") for _ in range(calls))
 
 
-def resident_bytes() -> int:
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * resource.getpagesize()
-
-
-def measure(rows: int, form: str, folder: str, batches: int) -> str:
+def row_of(rows: int, form: str, folder: str, batches: int) -> str:
     classes, k, dtype, in_file = FORMS[form]
     with tempfile.TemporaryDirectory(dir=folder) as path:
         memory = PredictionMemory(
@@ -71,11 +56,9 @@ def measure(rows: int, form: str, folder: str, batches: int) -> str:
         )
         probs, before = predictions(classes, k), resident_bytes()
         memory.next_epoch()
-        written = seconds(lambda: memory.write(random_rows(rows), probs), batches)
-        start = time.perf_counter()
-        memory.next_epoch()
-        turned = time.perf_counter() - start
-        read = seconds(lambda: memory.read(random_rows(rows)), batches)
+        written = median_seconds(lambda: memory.write(random_rows(rows), probs), batches)
+        turned = seconds(memory.next_epoch, "cpu")
+        read = median_seconds(lambda: memory.read(random_rows(rows)), batches)
         grown = resident_bytes() - before
         memory.close()
     cells = [
@@ -87,7 +70,7 @@ def measure(rows: int, form: str, folder: str, batches: int) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = options(__doc__)
     parser.add_argument(
         "--rows", type=at_least(RUN + 1), nargs="+", default=[1_000_000, 130_000_000]
     )
@@ -97,10 +80,7 @@ def main() -> None:
     if not Path(args.folder).is_dir():
         parser.error(f"--folder: expected a folder that is there, got {args.folder}")
     torch.manual_seed(1)
-    print(
-        f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, "
-        f"torch {torch.__version__}, batches of {BATCH:,} rows"
-    )
+    print(f"{machine('cpu')}, torch {torch.__version__}, batches of {BATCH:,} rows")
     print(
         "| rows | form | bytes a row | GB an epoch | M rows/s written | M rows/s read "
         "| s between epochs | MB of RAM added |"
@@ -109,7 +89,7 @@ def main() -> None:
     for rows in args.rows:
         for form in FORMS:
             if rows < LARGE or form == "top 16 of 32,768, float16, file":
-                print(measure(rows, form, args.folder, args.batches), flush=True)
+                print(row_of(rows, form, args.folder, args.batches), flush=True)
 
 
 if __name__ == "__main__":

@@ -14,30 +14,24 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import tempfile
 from argparse import Namespace
 from collections.abc import Iterable
 from functools import partial
 
 import torch
-from _timing import at_least, machine, medians, quartiles, ratios_to, seconds
-from fairseq import models, options, tasks, utils
-from fairseq.data import Dictionary, FairseqDataset
+from _measuring import at_least, conditions, in_fresh_process, measure, options, resident_bytes
+from fairseq import models, utils
+from fairseq.data import Dictionary, LanguagePairDataset
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
+from fairseq.options import get_training_parser, parse_args_and_arch
+from fairseq.tasks.translation import TranslationTask
 
-SMALL = {
-    "encoder_layers": 2,
-    "decoder_layers": 2,
-    "encoder_embed_dim": 96,
-    "decoder_embed_dim": 96,
-    "encoder_ffn_embed_dim": 384,
-    "decoder_ffn_embed_dim": 384,
-    "encoder_attention_heads": 4,
-    "decoder_attention_heads": 4,
-}
-
-
+#: The flags of --arch small.
+SMALL = "--arch transformer".split()
+for side in ("encoder", "decoder"):
+    SMALL += f"--{side}-layers 2 --{side}-embed-dim 96 --{side}-ffn-embed-dim 384".split()
+    SMALL += f"--{side}-attention-heads 4".split()
 #: The flags of what is compared.
 CRITERIONS = {
     "stock": ["--criterion", "label_smoothed_cross_entropy"],
@@ -46,50 +40,28 @@ CRITERIONS = {
 }
 
 
-class Sentences(FairseqDataset):
-    """What the memory asks of a data set: the lengths of its targets."""
-
-    def __init__(self, count: int, length: int) -> None:
-        self.tgt_sizes = [length] * count
-
-
 def training_config(args: argparse.Namespace, criterion: list[str], save_dir: str):
     """Return fairseq's complete configuration of a run with a criterion."""
-    sizes = SMALL if args.arch == "small" else {}
-    arch = "transformer" if args.arch == "small" else args.arch
-    flags = ["unused", "--user-dir", args.user_dir, "--arch", arch, "--share-all-embeddings"]
+    flags = ["unused", "--user-dir", args.user_dir, "--share-all-embeddings"]
+    flags += SMALL if args.arch == "small" else ["--arch", args.arch]
     flags += [*criterion, "--label-smoothing", "0.1", "--max-epoch", "10"]
     flags += ["--optimizer", "adam", "--max-tokens", str(args.tokens), "--dropout", "0.1"]
     flags += ["--save-dir", save_dir]
-    for name, value in sizes.items():
-        flags += [f"--{name.replace('_', '-')}", str(value)]
-    parser = options.get_training_parser()
-    return convert_namespace_to_omegaconf(options.parse_args_and_arch(parser, input_args=flags))
+    given = parse_args_and_arch(get_training_parser(), input_args=flags)
+    return convert_namespace_to_omegaconf(given)
 
 
-def made_dictionary(size: int) -> Dictionary:
+def made_up(args: argparse.Namespace) -> LanguagePairDataset:
+    """Return ``--tokens`` target tokens in sentences of ``--length``, each its own translation."""
     words = Dictionary()
-    for index in range(size - len(words)):
+    for index in range(args.vocabulary - len(words)):
         words.add_symbol(f"w{index}")
-    return words
-
-
-def made_batch(task, length: int, tokens: int) -> dict:
-    """Return a batch of ``tokens`` target tokens in sentences of ``length``, as fairseq's own."""
-    size = len(task.target_dictionary)
-    lines = torch.randint(4, size, (max(1, tokens // length), length))
-    lines[:, -1] = task.target_dictionary.eos()
-    return {
-        "id": torch.arange(len(lines)),
-        "nsentences": len(lines),
-        "ntokens": lines.numel(),
-        "net_input": {
-            "src_tokens": lines.flip(1),
-            "src_lengths": torch.full((len(lines),), length),
-            "prev_output_tokens": lines.roll(1, dims=1),
-        },
-        "target": lines,
-    }
+    lines = torch.randint(
+        words.nspecial, len(words), (args.tokens // args.length or 1, args.length)
+    )
+    lines[:, -1] = words.eos()
+    sizes = [args.length] * len(lines)
+    return LanguagePairDataset(lines, sizes, words, lines, sizes, words, shuffle=False)
 
 
 class Bench:
@@ -103,21 +75,20 @@ class Bench:
         torch.set_num_threads(args.threads)
         utils.import_user_module(Namespace(user_dir=args.user_dir))
         configs = {name: training_config(args, CRITERIONS[name], save_dir) for name in names}
-        words = made_dictionary(args.vocabulary)
+        data = made_up(args)
         self.tasks = {
-            name: tasks.translation.TranslationTask(cfg.task, words, words)
+            name: TranslationTask(cfg.task, data.src_dict, data.tgt_dict)
             for name, cfg in configs.items()
         }
         first = next(iter(configs))
         self.device = torch.device("cuda" if torch.cuda.is_available() and not args.cpu else "cpu")
-        model = models.build_model(configs[first].model, self.tasks[first])
-        self.model = model.to(self.device)
-        batch = made_batch(self.tasks[first], args.length, args.tokens)
+        self.model = models.build_model(configs[first].model, self.tasks[first]).to(self.device)
+        batch = data.collater(list(data))
         self.batch = utils.move_to_cuda(batch) if self.device.type == "cuda" else batch
         self.optimizer = _Adam(self.model.parameters(), lr=1e-4)
         self.criterions = {}
         for name, task in self.tasks.items():
-            task.datasets["train"] = Sentences(len(batch["id"]), args.length)
+            task.datasets["train"] = data
             self.criterions[name] = task.build_criterion(configs[name].criterion)
             task.begin_epoch(1, self.model)
             self.update(name)
@@ -132,48 +103,27 @@ class Bench:
 
 def peak_bytes(args: argparse.Namespace, name: str) -> int:
     """Return the peak memory that this process adds to its imports in updates with a criterion."""
-    imported = memory_bytes("VmRSS")
+    imported = resident_bytes()
     with tempfile.TemporaryDirectory() as save_dir:
         bench = Bench(args, [name], save_dir)
         for _ in range(3):
             bench.update(name)
     if bench.device.type == "cuda":
         return torch.cuda.max_memory_allocated()
-    return memory_bytes("VmHWM") - imported
-
-
-def memory_bytes(name: str) -> int:
-    """Return one of Linux's figures of this process; getrusage's would have the parent's peak."""
-    with open("/proc/self/status") as status:
-        return next(int(line.split()[1]) * 1024 for line in status if line.startswith(name))
+    return resident_bytes("VmHWM") - imported
 
 
 def run(args: argparse.Namespace, save_dir: str) -> dict:
     bench = Bench(args, CRITERIONS, save_dir)
-    found: dict[str, list[float]] = {name: [] for name in CRITERIONS}
-    for _ in range(args.warmup + args.updates):
-        for name, times in found.items():
-            times.append(seconds(partial(bench.update, name), bench.device))
-    found = {name: times[args.warmup :] for name, times in found.items()}
-    result = {
-        "machine": machine(bench.device),
-        "torch": torch.__version__,
-        "arch": args.arch,
-        "vocabulary": args.vocabulary,
-        "tokens": bench.batch["ntokens"],
-        "updates": args.updates,
-        "seconds": medians(found),
-    }
-    ratios = ratios_to("stock", found)
-    for name in ratios:
-        result[f"{name}_ratio"] = medians(ratios)[name]
-        result[f"{name}_ratio_quartiles"] = quartiles(ratios)[name]
-    fresh = multiprocessing.get_context("spawn")
-    result["peak_mb"] = {}
-    for name in CRITERIONS:
-        with fresh.Pool(1) as process:
-            result["peak_mb"][name] = process.apply(peak_bytes, (args, name)) // 1_000_000
-    return result
+    steps = {name: partial(bench.update, name) for name in CRITERIONS}
+    found = measure(steps, "stock", args.updates, bench.device, warmup=args.warmup)
+    result = conditions(args, bench.device, "arch", "vocabulary", "updates")
+    result |= {"tokens": bench.batch["ntokens"], "seconds": found["seconds"]}
+    for name, ratio in found["ratio_median"].items():
+        result[f"{name}_ratio"] = ratio
+        result[f"{name}_ratio_quartiles"] = found["ratio_quartiles"][name]
+    peaks = {name: in_fresh_process(peak_bytes, args, name) for name in CRITERIONS}
+    return result | {"peak_mb": {name: peak // 1_000_000 for name, peak in peaks.items()}}
 
 
 class _Adam(torch.optim.Adam):
@@ -184,7 +134,7 @@ class _Adam(torch.optim.Adam):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = options(__doc__, "threads")
     parser.add_argument(
         "--arch", default="small", help="a fairseq architecture, or small (2 + 2 layers of 96)"
     )
@@ -195,7 +145,6 @@ def main() -> None:
     parser.add_argument("--length", type=at_least(1), default=16, help="tokens in a sentence")
     parser.add_argument("--updates", type=at_least(2), default=30, help="timed, of each criterion")
     parser.add_argument("--warmup", type=at_least(0), default=3, help="that are not counted")
-    parser.add_argument("--threads", type=at_least(1), default=1, help="CPU threads")
     parser.add_argument("--cpu", action="store_true", help="do not use a GPU")
     parser.add_argument("--user-dir", default="translation/pskd_fairseq")
     args = parser.parse_args()

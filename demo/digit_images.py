@@ -21,34 +21,30 @@ PLACING_TRIES = 50
 _ENLARGED = 8  # a scan is turned at this many times its size
 
 
+Box = tuple[int, int, int, int]  # x, y, width, height in pixels
+
+
 class Digit(NamedTuple):
-    """A pasted digit: its class and its box, (x, y, width, height) in whole pixels."""
+    """A pasted digit: its class and its box."""
 
     label: int
-    box: tuple[int, int, int, int]
+    box: Box
 
 
 # ---- source scans ------------------------------------------------------------------------------
 
 
 @functools.cache
-def split_scans() -> dict[str, np.ndarray]:
-    """The indices into scikit-learn's scans that each part may use, (n,) int, ascending."""
-    target = load_digits().target
-    parts: dict[str, list[np.ndarray]] = {part: [] for part in PARTS}
-    for label in range(10):
-        scans = np.flatnonzero(target == label)
-        first_test = len(scans) - round(TEST_SHARE * len(scans))
-        parts["train"].append(scans[:first_test])
-        parts["test"].append(scans[first_test:])
-    return {part: np.sort(np.concatenate(scans)) for part, scans in parts.items()}
-
-
-@functools.cache
-def _scans() -> tuple[np.ndarray, np.ndarray]:
-    """All scans as (1797, 8, 8) float in [0, 1], and their classes."""
+def scans_of(part: str) -> tuple[np.ndarray, np.ndarray]:
+    """Return the scans that a part may use, (n, 8, 8) float in [0, 1], and their classes."""
     data = load_digits()
-    return data.images / 16.0, data.target
+    chosen: list[int] = []
+    for label in range(10):
+        scans = np.flatnonzero(data.target == label)
+        first_test = len(scans) - round(TEST_SHARE * len(scans))
+        chosen += (scans[:first_test] if part == "train" else scans[first_test:]).tolist()
+    chosen.sort()
+    return data.images[chosen] / 16.0, data.target[chosen]
 
 
 # ---- ink ---------------------------------------------------------------------------------------
@@ -143,24 +139,24 @@ def _finish(rng: np.random.Generator, canvas: np.ndarray) -> Image.Image:
 # ---- images ------------------------------------------------------------------------------------
 
 
-def _overlap(a: Sequence[int], b: Sequence[int]) -> float:
-    """The area that two (x, y, width, height) boxes share, as a fraction of the smaller one."""
+def _overlap(a: Box, b: Box) -> float:
+    """The area that two boxes share, as a fraction of the smaller one."""
     width = min(a[0] + a[2], b[0] + b[2]) - max(a[0], b[0])
     height = min(a[1] + a[3], b[1] + b[3]) - max(a[1], b[1])
     return max(0, width) * max(0, height) / min(a[2] * a[3], b[2] * b[3])
 
 
 def _place(
-    rng: np.random.Generator, ink: np.ndarray, taken: Sequence[tuple], size: int
-) -> tuple[int, int, int, int] | None:
-    """A box for the ink that hardly overlaps those taken; None if there is no room."""
+    rng: np.random.Generator, ink: np.ndarray, taken: Sequence[Box], size: int
+) -> tuple[int, int, Box] | None:
+    """Where the ink goes, and its box, which hardly overlaps those taken; None without room."""
     top, left, bottom, right = _extent(ink)
     for _ in range(PLACING_TRIES):
         x = int(rng.integers(0, size - ink.shape[1] + 1))
         y = int(rng.integers(0, size - ink.shape[0] + 1))
         box = (x + int(left), y + int(top), int(right - left), int(bottom - top))
         if all(_overlap(box, other) <= MAX_OVERLAP for other in taken):
-            return box
+            return x, y, box
     return None
 
 
@@ -174,23 +170,22 @@ def draw_image(part: str, index: int, *, size: int, seed: int) -> tuple[Image.Im
         seed: of the whole set.
     """
     rng = np.random.default_rng([seed, PARTS.index(part), index])
-    scans, labels = _scans()
-    own = split_scans()[part]
+    scans, labels = scans_of(part)
     canvas = draw_canvas(rng, size)
     digits: list[Digit] = []
-    taken: list[tuple[int, int, int, int]] = []
+    taken: list[Box] = []
     num_digits = int(rng.integers(1, MAX_DIGITS + 1))
     for number in range(num_digits + int(rng.integers(0, MAX_SCRAMBLED + 1))):
-        chosen = int(rng.choice(own))
+        chosen = int(rng.choice(len(scans)))
         is_digit = number < num_digits
         # Log-uniform: as many digits between 24 and 34 pixels as between 34 and 48.
         height = round(float(np.exp(rng.uniform(*np.log(HEIGHTS)))))
         ink = enlarge(rng, scans[chosen] if is_digit else scramble(rng, scans[chosen]), height)
-        box = _place(rng, ink, taken, size)
-        if box is None:
+        place = _place(rng, ink, taken, size)
+        if place is None:
             continue
-        top, left = _extent(ink)[:2]
-        _paste(rng, canvas, ink, box[0] - int(left), box[1] - int(top))
+        x, y, box = place
+        _paste(rng, canvas, ink, x, y)
         taken.append(box)
         if is_digit:
             digits.append(Digit(int(labels[chosen]), box))

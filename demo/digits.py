@@ -56,22 +56,19 @@ def write_digits(
             annotations of another origin.
     """
     folder = Path(folder)
-    counts = {"train": num_train, "test": num_test}
-    for name, value, least in (
-        *((f"num_{part}", count, 1) for part, count in counts.items()),
-        ("size", size, SMALLEST_SIZE),
-        ("seed", seed, 0),
-    ):
-        if value < least:
-            raise ValueError(f"{name}: expected at least {least}, got {value}")
+    counts = {"num_train": num_train, "num_test": num_test}
+    least = dict.fromkeys(counts, 1) | {"size": SMALLEST_SIZE, "seed": 0}
+    for name, value in (counts | {"size": size, "seed": seed}).items():
+        if value < least[name]:
+            raise ValueError(f"{name}: expected at least {least[name]}, got {value}")
     files = {part: folder / f"{part}.json" for part in PARTS}
     for path in files.values():
         _check_own(path)
     for path in files.values():
         path.unlink(missing_ok=True)  # it would not describe the images that replace its own
     for part, path in files.items():
-        write_json(path, _write_part(folder, part, counts[part], size, seed))
-        logger.info("%s: %d images", path, counts[part])
+        write_json(path, _write_part(folder, part, counts[f"num_{part}"], size, seed))
+        logger.info("%s: %d images", path, counts[f"num_{part}"])
     return files
 
 
@@ -98,17 +95,10 @@ def _write_part(folder: Path, part: str, count: int, size: int, seed: int) -> di
         name = f"{index:05d}.png"
         image.save(folder / part / name)
         images.append({"id": index + 1, "file_name": name, "width": size, "height": size})
-        for digit in digits:
-            annotations.append(
-                {
-                    "id": len(annotations) + 1,
-                    "image_id": index + 1,
-                    "category_id": digit.label + 1,
-                    "bbox": [float(value) for value in digit.box],
-                    "area": float(digit.box[2] * digit.box[3]),
-                    "iscrowd": 0,
-                }
-            )
+        for label, box in digits:
+            entry = {"id": len(annotations) + 1, "image_id": index + 1, "category_id": label + 1}
+            shape = {"bbox": [float(value) for value in box], "area": float(box[2] * box[3])}
+            annotations.append(entry | shape | {"iscrowd": 0})
     return {
         "info": {"description": DESCRIPTION, "part": part, "seed": seed},
         "licenses": [],
@@ -121,25 +111,20 @@ def _write_part(folder: Path, part: str, count: int, size: int, seed: int) -> di
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status."""
     parser = argparse.ArgumentParser(
-        prog="python -m demo.digits", description="Write a COCO-format set of handwritten digits."
+        prog="python -m demo.digits", description=__doc__.split("\n")[0]
     )
-    parser.add_argument(
-        "--out", type=Path, default=Path("data/digits"), help="default: %(default)s"
-    )
-    parser.add_argument("--num-train", type=int, default=800, help="default: %(default)s")
-    parser.add_argument("--num-test", type=int, default=200, help="default: %(default)s")
-    parser.add_argument("--size", type=int, default=SIZE, help="pixels; default: %(default)s")
-    parser.add_argument("--seed", type=int, default=1, help="default: %(default)s")
-    args = parser.parse_args(argv)
+    for name, kind, default in (
+        ("out", Path, Path("data/digits")),
+        ("num-train", int, 800),
+        ("num-test", int, 200),
+        ("size", int, SIZE),
+        ("seed", int, 1),
+    ):
+        parser.add_argument(f"--{name}", type=kind, default=default, help="default: %(default)s")
+    args = vars(parser.parse_args(argv))
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
-        write_digits(
-            args.out,
-            num_train=args.num_train,
-            num_test=args.num_test,
-            size=args.size,
-            seed=args.seed,
-        )
+        write_digits(args.pop("out"), **args)
     except (OSError, ValueError) as error:
         print(f"demo.digits: {error}", file=sys.stderr)
         return 1

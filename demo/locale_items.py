@@ -12,6 +12,7 @@ import functools
 import hashlib
 import random
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 from babel import Locale
@@ -34,8 +35,7 @@ SOME_DAY = (2000, 1, 1)  # under times that show no date: Babel would otherwise 
 
 WIDTHS = ("short", "medium", "long", "full")
 LENGTHS = ("short", "long")  # German has no narrow patterns of its own for most units
-DATE_SKELETONS = ("yMMMd", "yMMMEd", "MMMd", "yMd")
-TIME_SKELETONS = ("Hm", "hm")
+SKELETONS = {"date": ("yMMMd", "yMMMEd", "MMMd", "yMd"), "time": ("Hm", "hm")}  # of intervals
 # Numbers stay below the next larger unit, which Babel would round to.
 RELATIVE = {
     "second": (1, 59),
@@ -46,26 +46,21 @@ RELATIVE = {
     "month": (30 * 86400, 11),
     "year": (365 * 86400, 99),
 }
-UNITS = """
-    acceleration-g-force angle-degree area-acre area-hectare area-square-centimeter area-square-foot
-    area-square-kilometer area-square-meter area-square-mile consumption-liter-per-100-kilometer
-    consumption-mile-per-gallon digital-bit digital-byte digital-gigabyte digital-kilobyte
-    digital-megabyte digital-terabyte duration-century duration-day duration-decade duration-hour
-    duration-millisecond duration-minute duration-month duration-second duration-week duration-year
-    electric-ampere electric-ohm electric-volt energy-calorie energy-joule energy-kilocalorie
-    energy-kilojoule energy-kilowatt-hour force-newton frequency-gigahertz frequency-hertz
-    frequency-kilohertz frequency-megahertz graphics-megapixel graphics-pixel length-centimeter
-    length-fathom length-foot length-furlong length-inch length-kilometer length-light-year
-    length-meter length-micrometer length-mile length-millimeter length-nanometer
-    length-nautical-mile length-yard light-lumen light-lux mass-carat mass-gram mass-kilogram
-    mass-milligram mass-ounce mass-pound mass-stone mass-tonne power-horsepower power-kilowatt
-    power-megawatt power-watt pressure-bar pressure-hectopascal pressure-pascal
-    speed-kilometer-per-hour speed-knot speed-meter-per-second speed-mile-per-hour
-    temperature-celsius temperature-fahrenheit temperature-kelvin volume-barrel volume-centiliter
-    volume-cubic-centimeter volume-cubic-foot volume-cubic-kilometer volume-cubic-meter volume-cup
-    volume-drop volume-fluid-ounce volume-gallon volume-hectoliter volume-liter volume-milliliter
-    volume-pint volume-quart volume-tablespoon volume-teaspoon
-""".split()
+_UNITS = """
+    acceleration g-force | angle degree | area acre hectare square-centimeter square-foot
+    square-kilometer square-meter square-mile | consumption liter-per-100-kilometer mile-per-gallon
+    | digital bit byte gigabyte kilobyte megabyte terabyte | duration century day decade hour
+    millisecond minute month second week year | electric ampere ohm volt | energy calorie joule
+    kilocalorie kilojoule kilowatt-hour | force newton | frequency gigahertz hertz kilohertz
+    megahertz | graphics megapixel pixel | length centimeter fathom foot furlong inch kilometer
+    light-year meter micrometer mile millimeter nanometer nautical-mile yard | light lumen lux |
+    mass carat gram kilogram milligram ounce pound stone tonne | power horsepower kilowatt megawatt
+    watt | pressure bar hectopascal pascal | speed kilometer-per-hour knot meter-per-second
+    mile-per-hour | temperature celsius fahrenheit kelvin | volume barrel centiliter
+    cubic-centimeter cubic-foot cubic-kilometer cubic-meter cup drop fluid-ounce gallon hectoliter
+    liter milliliter pint quart tablespoon teaspoon
+"""
+UNITS = [f"{kind}-{unit}" for kind, *units in map(str.split, _UNITS.split("|")) for unit in units]
 CURRENCIES = """
     AED ARS AUD BGN BRL CAD CHF CLP CNY COP CZK DKK EGP EUR GBP HKD HUF IDR ILS INR ISK JPY KES KRW
     MAD MXN MYR NGN NOK NZD PEN PHP PLN RON RSD RUB SAR SEK SGD THB TRY TWD UAH USD VND ZAR
@@ -120,18 +115,19 @@ LANGUAGES = shared_names("languages", NOT_LANGUAGES)
 
 
 @functools.cache
-def days_of(split: str) -> list[tuple[int, int]]:
-    """The (month, day) combinations of one part of the corpus, in order."""
-    leap_year = [datetime.date(2000, 1, 1) + datetime.timedelta(days=n) for n in range(366)]
-    days = [(day.month, day.day) for day in leap_year]
-    return [day for day in days if split_of(("date", *day)) == split]
+def parts_of(kind: str, split: str) -> list[tuple[int, int]]:
+    """Return the combinations of a kind in one part of the corpus, in order.
 
-
-@functools.cache
-def times_of(split: str) -> list[tuple[int, int]]:
-    """The (hour, minute) combinations of one part of the corpus, in order."""
-    times = [divmod(minute, 60) for minute in range(24 * 60)]
-    return [time for time in times if split_of(("time", *time)) == split]
+    Args:
+        kind: ``date`` for (month, day), ``time`` for (hour, minute).
+        split: train, valid or test.
+    """
+    if kind == "time":
+        all_of = [divmod(minute, 60) for minute in range(24 * 60)]
+    else:
+        days = (datetime.date(2000, 1, 1) + datetime.timedelta(days=n) for n in range(366))
+        all_of = [(day.month, day.day) for day in days]
+    return [part for part in all_of if split_of((kind, *part)) == split]
 
 
 def draw_year(rng: random.Random, *days: tuple[int, int]) -> int:
@@ -139,53 +135,38 @@ def draw_year(rng: random.Random, *days: tuple[int, int]) -> int:
     return rng.choice([year for year in YEARS if calendar.isleap(year) or (2, 29) not in days])
 
 
-def draw_date(rng: random.Random, split: str) -> Item:
-    """A date in one of the four CLDR widths."""
-    day = rng.choice(days_of(split))
-    date = datetime.date(draw_year(rng, day), *day)
+def draw_moment(rng: random.Random, split: str, kinds: Sequence[str]) -> Item:
+    """A date, a time of day or both, in a CLDR width; the long ones name the time zone, UTC."""
+    parts = {kind: rng.choice(parts_of(kind, split)) for kind in kinds}
+    day = SOME_DAY
+    if "date" in parts:
+        day = (draw_year(rng, parts["date"]), *parts["date"])
+    moment = datetime.datetime(*day)
+    if "time" in parts:
+        moment = datetime.datetime(*day, *parts["time"], rng.randrange(60))
     width = rng.choice(WIDTHS)
-    return Item((("date", *day),), lambda locale: [format_date(date, width, locale)])
+
+    def write(locale: Locale) -> list[str]:
+        if "time" not in parts:
+            return [format_date(moment.date(), width, locale)]
+        form = format_datetime if "date" in parts else format_time
+        return [form(moment, width, UTC, locale)]
+
+    return Item(tuple((kind, *part) for kind, part in parts.items()), write)
 
 
-def draw_time(rng: random.Random, split: str) -> Item:
-    """A time of day; the long widths name the time zone, always UTC."""
-    minute = rng.choice(times_of(split))
-    time = datetime.datetime(*SOME_DAY, *minute, rng.randrange(60))
-    width = rng.choice(WIDTHS)
-    return Item((("time", *minute),), lambda locale: [format_time(time, width, UTC, locale)])
-
-
-def draw_datetime(rng: random.Random, split: str) -> Item:
-    """A date with a time of day."""
-    day, minute = rng.choice(days_of(split)), rng.choice(times_of(split))
-    moment = datetime.datetime(draw_year(rng, day), *day, *minute, rng.randrange(60))
-    width = rng.choice(WIDTHS)
+def draw_interval(rng: random.Random, split: str, kind: str) -> Item:
+    """From one day to a later one of the same year, or from one time of a day to a later one."""
+    parts = sorted(rng.sample(parts_of(kind, split), 2))
+    if kind == "date":
+        year = draw_year(rng, *parts)
+        ends = [datetime.date(year, *day) for day in parts]
+    else:
+        ends = [datetime.datetime(*SOME_DAY, *minute) for minute in parts]
+    skeleton = rng.choice(SKELETONS[kind])
     return Item(
-        (("date", *day), ("time", *minute)),
-        lambda locale: [format_datetime(moment, width, UTC, locale)],
-    )
-
-
-def draw_date_interval(rng: random.Random, split: str) -> Item:
-    """From one day to a later one of the same year."""
-    days = sorted(rng.sample(days_of(split), 2))
-    year = draw_year(rng, *days)
-    dates = [datetime.date(year, *day) for day in days]
-    skeleton = rng.choice(DATE_SKELETONS)
-    return Item(
-        tuple(("date", *day) for day in days),
-        lambda locale: [format_interval(*dates, skeleton, UTC, locale=locale)],
-    )
-
-
-def draw_time_interval(rng: random.Random, split: str) -> Item:
-    """From one time to a later one of the same day."""
-    minutes = sorted(rng.sample(times_of(split), 2))
-    times = [datetime.datetime(*SOME_DAY, *minute) for minute in minutes]
-    skeleton = rng.choice(TIME_SKELETONS)
-    return Item(
-        tuple(("time", *minute) for minute in minutes),
-        lambda locale: [format_interval(*times, skeleton, UTC, locale=locale)],
+        tuple((kind, *part) for part in parts),
+        lambda locale: [format_interval(*ends, skeleton, UTC, locale=locale)],
     )
 
 
@@ -250,17 +231,18 @@ def draw_names(rng: random.Random, split: str) -> Item:
     )
 
 
-DRAWS = {
-    draw_date: 3,
-    draw_time: 1,
-    draw_datetime: 2,
-    draw_date_interval: 2,
-    draw_time_interval: 1,
-    draw_relative: 2,
-    draw_quantity: 4,
-    draw_money: 3,
-    draw_names: 4,
-}
+#: What is drawn, and how often.
+DRAWS: list[tuple[Callable[[random.Random, str], Item], int]] = [
+    (partial(draw_moment, kinds=("date",)), 3),
+    (partial(draw_moment, kinds=("time",)), 1),
+    (partial(draw_moment, kinds=("date", "time")), 2),
+    (partial(draw_interval, kind="date"), 2),
+    (partial(draw_interval, kind="time"), 1),
+    (draw_relative, 2),
+    (draw_quantity, 4),
+    (draw_money, 3),
+    (draw_names, 4),
+]
 
 
 def draw_item(rng: random.Random, split: str, room: int) -> Item:
@@ -271,8 +253,8 @@ def draw_item(rng: random.Random, split: str, room: int) -> Item:
         split: train, valid or test.
         room: list entries that are left; names need two.
     """
-    draws = [draw for draw in DRAWS if room > 1 or draw is not draw_names]
-    draw = rng.choices(draws, [DRAWS[draw] for draw in draws])[0]
+    draws = [(draw, often) for draw, often in DRAWS if room > 1 or draw is not draw_names]
+    draw = rng.choices(*zip(*draws, strict=True))[0]
     while True:
         item = draw(rng, split)
         if all(split_of(combination) == split for combination in item.combinations):

@@ -135,25 +135,14 @@ def write_pairs(
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m demo.locale_pairs",
-        description="Write an English-German parallel corpus of CLDR locale data.",
+        prog="python -m demo.locale_pairs", description=__doc__.split("\n")[0]
     )
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder to fill")
-    for split, size in zip(SPLITS, (30_000, 1000, 1000), strict=True):
-        parser.add_argument(
-            f"--num-{split}",
-            type=int,
-            default=size,
-            metavar="N",
-            help=f"{split} pairs (default: %(default)s)",
-        )
-    parser.add_argument("--seed", type=int, default=1, metavar="N", help="default: %(default)s")
+    sizes = {"num-train": 30_000, "num-valid": 1000, "num-test": 1000}
+    for name, number in (sizes | {"seed": 1}).items():
+        parser.add_argument(f"--{name}", type=int, default=number, help="default: %(default)s")
     args = vars(parser.parse_args(argv))
-    logging.basicConfig(
-        stream=sys.stderr,
-        level=logging.INFO,
-        format="%(asctime)s | %(levelname)s | %(name)s | %(message)s",
-    )
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         write_pairs(args.pop("out"), **args)
     except (ValueError, OSError) as error:

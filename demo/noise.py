@@ -21,8 +21,6 @@ from typing import TypeVar
 
 from pskd_tools.files import write_json
 
-__all__ = ["misaligned", "with_wrong_classes"]
-
 Item = TypeVar("Item")
 
 
@@ -68,15 +66,18 @@ def _chosen(count: int, share: float, seed: int) -> list[int]:
     return random.Random(seed).sample(range(count), round(share * count))
 
 
-def _write_lines(args: argparse.Namespace) -> None:
+def write_lines(path: Path, lines: Sequence[str]) -> None:
+    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8", newline="\n")
+
+
+def _lines(args: argparse.Namespace) -> None:
     opener = gzip.open if Path(args.file).suffix == ".gz" else open
     with opener(args.file, "rt", encoding="utf-8", newline="\n") as file:
         lines = [line.removesuffix("\n") for line in file]
-    text = "".join(f"{line}\n" for line in misaligned(lines, args.share, args.seed))
-    Path(args.out).write_text(text, encoding="utf-8", newline="\n")
+    write_lines(Path(args.out), misaligned(lines, args.share, args.seed))
 
 
-def _write_boxes(args: argparse.Namespace) -> None:
+def _boxes(args: argparse.Namespace) -> None:
     from pskd_detection import load_dataset  # which text does not need
 
     noisy = with_wrong_classes(load_dataset(args.spec).coco, args.share, args.seed)
@@ -90,10 +91,10 @@ def main(argv: list[str] | None = None) -> int:
     kinds = parser.add_subparsers(required=True)
     lines = kinds.add_parser("lines", help="misalign a text file")
     lines.add_argument("file", help="a sentence a line, plain or .gz")
-    lines.set_defaults(write=_write_lines)
     boxes = kinds.add_parser("boxes", help="give boxes a wrong class")
     boxes.add_argument("spec", help="coco:ANNOTATIONS.json:IMAGE_DIR or voc:ROOT[:SPLIT]")
-    boxes.set_defaults(write=_write_boxes)
+    lines.set_defaults(write=_lines)
+    boxes.set_defaults(write=_boxes)
     for kind in (lines, boxes):
         kind.add_argument("--share", type=float, required=True, help="of what is made wrong")
         kind.add_argument("--seed", type=int, default=0, help="default: %(default)s")

@@ -2,26 +2,14 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
 import os
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-
-__all__ = [
-    "ROOT",
-    "Step",
-    "StepFailed",
-    "check_folder",
-    "environment",
-    "folder_of",
-    "fresh_folder",
-    "metrics",
-    "run_all",
-]
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -30,7 +18,7 @@ class StepFailed(Exception):
     """A command of the demo ended with an error; its log is named."""
 
 
-def environment() -> dict[str, str]:
+def _environment() -> dict[str, str]:
     """Return the environment of the trainings: one thread each, and freed memory kept.
 
     Without the two allocator settings glibc gives every large tensor back to the system and maps it
@@ -45,12 +33,11 @@ def environment() -> dict[str, str]:
     }
 
 
-def check_folder(path: Path, log_name: str = "train.log") -> None:
+def check_folder(path: Path) -> None:
     """Refuse a folder whose files are not the demo's own to delete.
 
     Args:
         path: where a step of the demo will write; absent and empty are fine.
-        log_name: the file by which a folder of the demo is known.
 
     Raises:
         ValueError: if it holds other files, or is none.
@@ -59,90 +46,64 @@ def check_folder(path: Path, log_name: str = "train.log") -> None:
         return
     if path.is_symlink() or not path.is_dir():
         raise ValueError(f"{path}: expected a folder, got something else; choose another --out")
-    if any(path.iterdir()) and not (path / log_name).is_file():
+    if any(path.iterdir()) and not (path / "train.log").is_file():
         raise ValueError(
-            f"{path}: expected a folder that the demo made (with {log_name}), got other files, "
+            f"{path}: expected a folder that the demo made (with train.log), got other files, "
             "which it would delete; choose another --out"
         )
 
 
-def fresh_folder(path: Path, log_name: str = "train.log") -> Path:
+def fresh_folder(path: Path) -> Path:
     """Delete what an earlier run of the demo left in a folder, and return the folder, empty.
 
     Raises:
         ValueError: as `check_folder`; nothing was deleted.
     """
-    check_folder(path, log_name)
+    check_folder(path)
     if path.exists():
         shutil.rmtree(path)
     path.mkdir(parents=True)
     return path
 
 
-def folder_of(out: Path, run: str) -> Path:
-    """Return the folder of a run of the demo."""
-    return out / run.lower().replace("-", "")
+def run_all(
+    commands: Mapping[str, Sequence[str | Path]],
+    logs: Mapping[str, Path],
+    watch: Callable[[str, Path], None] = lambda name, log: None,
+) -> None:
+    """Run commands side by side; if one fails, stop the others.
 
-
-def metrics(run: Path) -> list[dict]:
-    """Return the whole lines of a run's metrics.json, which may still be written."""
-    path = run / "metrics.json"
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
-    return [json.loads(line) for line in lines]
-
-
-class Step:
-    """One command in the background, its output in a log file."""
-
-    def __init__(self, name: str, command: list[str | Path], log: Path) -> None:
-        self.name, self.log = name, log
-        log.parent.mkdir(parents=True, exist_ok=True)
-        self._output = log.open("w", encoding="utf-8")
-        self._process = subprocess.Popen(
-            [str(word) for word in command],
-            cwd=ROOT,
-            env=environment(),
-            stdin=subprocess.DEVNULL,
-            stdout=self._output,
-            stderr=subprocess.STDOUT,
-        )
-
-    def running(self) -> bool:
-        return self._process.poll() is None
-
-    def finish(self) -> None:
-        """Wait for the end.
-
-        Raises:
-            StepFailed: if the command failed, with its last line and its log file.
-        """
-        code = self._process.wait()
-        self._output.close()
-        if code:
-            lines = self.log.read_text(encoding="utf-8").strip().split("\n")
-            raise StepFailed(f"{self.name} failed ({code}), see {self.log}: {lines[-1]}")
-
-    def stop(self) -> None:
-        self._process.kill()
-        self._process.wait()
-
-
-def run_all(steps: list[Step], watch: Callable[[Step], None] = lambda step: None) -> None:
-    """Wait for all steps, calling ``watch`` on each meanwhile; if one fails, stop the others.
+    Args:
+        commands: the command line of each, by name.
+        logs: the file for the output of each.
+        watch: called with name and log of each while they run, and once more at the end.
 
     Raises:
-        StepFailed: for the first that failed.
+        StepFailed: for the first that failed, with its last line and its log file.
     """
-    try:
+    with contextlib.ExitStack() as at_end:
+        running: dict[str, subprocess.Popen] = {}
+        for name, command in commands.items():
+            logs[name].parent.mkdir(parents=True, exist_ok=True)
+            output = at_end.enter_context(logs[name].open("w", encoding="utf-8"))
+            running[name] = subprocess.Popen(
+                [str(word) for word in command],
+                cwd=ROOT,
+                env=_environment(),
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+            )
+            at_end.callback(running[name].wait)
+            at_end.callback(running[name].kill)
         while True:
-            ended = [step for step in steps if not step.running()]
-            for step in steps:
-                watch(step)
-            for step in ended:
-                step.finish()
-            if len(ended) == len(steps):
+            ended = [name for name, process in running.items() if process.poll() is not None]
+            for name in running:
+                watch(name, logs[name])
+            for name in ended:
+                if code := running[name].returncode:
+                    last = logs[name].read_text(encoding="utf-8").strip().split("\n")[-1]
+                    raise StepFailed(f"{name} failed ({code}), see {logs[name]}: {last}")
+            if len(ended) == len(running):
                 return
             time.sleep(0.5)
-    finally:
-        for step in steps:
-            step.stop()

@@ -13,27 +13,18 @@ and evaluations, results.json, reliability.png and risk_coverage.png.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
+from demo import part
 from demo.locale_pairs import write_pairs
-from demo.noise import misaligned
-from demo.report import Report, show
-from demo.steps import (
-    ROOT,
-    Step,
-    check_folder,
-    folder_of,
-    fresh_folder,
-    run_all,
-)
-from pskd_tools.files import write_json
-from pskd_tools.plots import reliability_diagram, risk_coverage_plot
+from demo.noise import misaligned, write_lines
+from demo.steps import ROOT
+from pskd_tools.report.epochs import fairseq_epochs
 
-OUT = Path("runs/demo/translation")
 RECIPES = {"baseline": "demo.sh", "PS-KD": "demo_pskd.sh"}
 MISALIGNED = 1 / 3
 # Of the embedded corpus; your own text is trained on as the recipes say.
@@ -46,6 +37,10 @@ COLUMNS = {
     "aurc": ("AURC", ".4f"),
     "seconds_per_epoch": ("s/epoch", ".1f"),
 }
+NOTE = (
+    "BLEU: sacreBLEU {bleu_signature}.\nNLL (nats), ECE (15 bins) and AURC: of every reference "
+    "token under teacher forcing. Lower is better, except for BLEU."
+)
 
 
 def prepare(args: argparse.Namespace, out: Path) -> Path:
@@ -58,159 +53,81 @@ def prepare(args: argparse.Namespace, out: Path) -> Path:
         held_out = {"num_valid": args.held_out, "num_test": args.held_out}
         write_pairs(out / "text", num_train=args.pairs, **held_out)
         targets = out / "text" / "train.de"
-        mixed = misaligned(targets.read_text(encoding="utf-8").splitlines(), MISALIGNED, seed=0)
-        targets.write_text("".join(f"{line}\n" for line in mixed), encoding="utf-8")
+        lines = targets.read_text(encoding="utf-8").splitlines()
+        write_lines(targets, misaligned(lines, MISALIGNED, seed=0))
         for split in ("train", "valid", "test"):
             command += [f"--{split}"] if split != "train" else []
             command += [out / "text" / f"{split}.en", out / "text" / f"{split}.de"]
     command += ["--source-lang", args.source_lang, "--target-lang", args.target_lang]
     command += ["--bpe-size", str(args.bpe_size), "--out", data, "--overwrite"]
-    say(1, f"text to fairseq data, log file {out / 'prepare.log'}")
-    run_all([Step("prepare.py", command, out / "prepare.log")])
+    log = {"prepare.py": out / "prepare.log"}
+    part.run_steps("translation 1/4", "text to fairseq data", {"prepare.py": command}, log)
     return data
 
 
+def training(args: argparse.Namespace, name: str, data: Path, run: Path) -> list[str | Path]:
+    """Return the command line of one of the two trainings."""
+    command = [ROOT / "configs" / "translation" / RECIPES[name], data, run]
+    if not args.src:
+        command += EPOCHS + (AGAINST_NOISE if name == "PS-KD" else [])
+    return [*command, *args.train_flags]
+
+
 def epoch_records(log: Path) -> list[dict]:
-    """Return the end-of-epoch lines of a fairseq json log, which may still be written."""
-    records = []
-    for line in log.read_text(encoding="utf-8").split("\n")[:-1]:
-        _, mark, record = line.partition("| train | ")
-        if mark and record.startswith("{"):
-            records.append(json.loads(record))
-    return records
+    """Return what fairseq's log says of each epoch; it may still be written."""
+    return fairseq_epochs(log.read_text(encoding="utf-8").rpartition("\n")[0])
 
 
-class EpochPrinter:
-    """Prints a line for each epoch, or each tenth of many, that a training has finished."""
-
-    def __init__(self) -> None:
-        self._seen: dict[str, int] = {}
-
-    def __call__(self, step: Step) -> None:
-        records = epoch_records(step.log)
-        for record in records[self._seen.get(step.name, 0) :]:
-            if record["epoch"] > 10 and record["epoch"] % 10:
-                continue
-            alpha = f"  alpha {record['train_alpha']}" if "train_alpha" in record else ""
-            print(
-                f"    {step.name:<9} epoch {record['epoch']}  training NLL "
-                f"{record['train_nll_loss']} bits  {float(record['train_wall']):.0f} s{alpha}",
-                flush=True,
-            )
-        self._seen[step.name] = len(records)
+def progress(record: dict, _last: dict) -> str | None:
+    """Return a line for each epoch, or each tenth of many."""
+    if record["epoch"] > 10 and record["epoch"] % 10:
+        return None
+    alpha = f"  alpha {record['alpha']:g}" if "alpha" in record else ""
+    return (
+        f"epoch {record['epoch']}  training NLL {record['nll_loss']:.3f} bits  "
+        f"{record['wall']:.0f} s{alpha}"
+    )
 
 
-def train(args: argparse.Namespace, data: Path, out: Path) -> None:
-    """Train baseline and PS-KD side by side, from the same seed."""
-    steps = []
-    runs = {name: fresh_folder(folder_of(out, name)) for name in RECIPES}
-    for name, run in runs.items():
-        command = [ROOT / "configs" / "translation" / RECIPES[name], data, run]
-        if not args.src:
-            command += EPOCHS + (AGAINST_NOISE if name == "PS-KD" else [])
-        steps.append(Step(name, [*command, *args.train_flags], run / "train.log"))
-    logs = " and ".join(str(step.log) for step in steps)
-    say(2, f"training both side by side, one thread each, log files {logs}")
-    run_all(steps, EpochPrinter())
-
-
-def evaluate(args: argparse.Namespace, data: Path, out: Path) -> dict[str, dict]:
+def evaluate(data: Path, out: Path) -> None:
     """Measure both last checkpoints on the test set."""
-    steps = []
-    for name in RECIPES:
-        run = folder_of(out, name)
-        command: list[str | Path] = [sys.executable, ROOT / "translation" / "evaluate.py"]
-        command += [run / "checkpoint_last.pt", "--data", data, "--out", run / "evaluation"]
-        steps.append(Step(name, [*command, "--name", name], run / "evaluate.log"))
-    logs = " and ".join(str(step.log) for step in steps)
-    say(3, f"translating and scoring the test set, log files {logs}")
-    run_all(steps)
-    results = {}
-    for name in RECIPES:
-        run = folder_of(out, name)
-        results[name] = json.loads((run / "evaluation" / "evaluation.json").read_text())
-        results[name]["seconds_per_epoch"] = seconds_per_epoch(epoch_records(run / "train.log"))
-    return results
+    runs = {name: part.folder_of(out, name) for name in RECIPES}
+    script = [sys.executable, ROOT / "translation" / "evaluate.py"]
+    commands = {
+        name: [*script, run / "checkpoint_last.pt", "--data", data, "--out", run / "evaluation",
+               "--name", name]
+        for name, run in runs.items()
+    }  # fmt: skip
+    logs = {name: run / "evaluate.log" for name, run in runs.items()}
+    part.run_steps("translation 3/4", "translating and scoring the test set", commands, logs)
 
 
-def seconds_per_epoch(records: list[dict]) -> float:
+def seconds_per_epoch(records: Sequence[dict]) -> float:
     """Return the mean training time of an epoch, without validation.
 
     The first epoch has no teacher and is left out if there are others. fairseq rounds its wall
     times to seconds, so the time comes from its updates per second.
     """
-    updates = [0, *(int(record["train_num_updates"]) for record in records)]
-    seconds = [
-        (end - start) / float(record["train_ups"])
-        for start, end, record in zip(updates, updates[1:], records, strict=False)
-    ]
-    return float(np.mean(seconds[1:] or seconds))
-
-
-def write_results(results: dict[str, dict], out: Path) -> None:
-    """Write results.json and the two plots, both runs in each."""
-    runs = {}
-    for name in RECIPES:
-        tokens = np.load(folder_of(out, name) / "evaluation" / "confidence.npz")
-        runs[name] = (tokens["confidence"], tokens["correct"])
-    say(4, f"plots and {out / 'results.json'}")
-    reliability_diagram(runs, out / "reliability.png")
-    risk_coverage_plot(runs, out / "risk_coverage.png")
-    write_json(out / "results.json", results, indent=2)
-
-
-def report(results: dict[str, dict], out: Path) -> Report:
-    signature = next(iter(results.values()))["bleu_signature"]
-    note = (
-        f"BLEU: sacreBLEU {signature}.\nNLL (nats), ECE (15 bins) and AURC: of every reference "
-        "token under teacher forcing. Lower is better, except for BLEU."
-    )
-    folders = {name: folder_of(out, name) / "evaluation" for name in RECIPES}
-    return Report("translation, fairseq", COLUMNS, results, note, folders)
-
-
-def say(number: int, text: str) -> None:
-    print(f"[translation {number}/4] {text}", flush=True)
+    updates = np.diff([0.0, *(record["num_updates"] for record in records)])
+    seconds = updates / [record["ups"] for record in records]
+    return float(np.mean(seconds[1:] if len(seconds) > 1 else seconds))
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m demo.translation", description=__doc__.split("\n")[0]
-    )
+    flags = "flags for both fairseq-train calls, such as --max-epoch 3"
+    parser = part.parser_of("translation", __doc__, flags)
     parser.add_argument("--src", type=Path, help="your source text, a sentence a line")
     parser.add_argument("--tgt", type=Path, help="its translation, line by line")
     parser.add_argument("--source-lang", default="en", help="code of the source (default: en)")
     parser.add_argument("--target-lang", default="de", help="code of the target (default: de)")
     parser.add_argument("--bpe-size", type=int, default=2000, help="joint BPE merges")
-    parser.add_argument(
-        "--pairs",
-        type=int,
-        default=1000,
-        help="training pairs of the embedded corpus (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--held-out",
-        type=int,
-        default=1000,
-        help="validation and test pairs of it, each (default: %(default)s)",
-    )
-    parser.add_argument("--out", type=Path, default=OUT, help="default: %(default)s")
-    parser.add_argument(
-        "train_flags",
-        nargs="*",
-        metavar="-- FLAG ...",
-        help="after --: flags for both fairseq-train calls, such as --max-epoch 3",
-    )
-    args = parser.parse_args(argv)
-    if bool(args.src) != bool(args.tgt):
-        parser.error("expected --src and --tgt together, got one of them")
-    for option in ("bpe_size", "pairs", "held_out"):
-        if (number := getattr(args, option)) < 1:
-            parser.error(f"--{option.replace('_', '-')}: expected at least 1, got {number}")
-    return args
+    for option, what in (("--pairs", "training"), ("--held-out", "validation and test")):
+        text = f"{what} pairs of the embedded corpus (default: %(default)s)"
+        parser.add_argument(option, type=int, default=1000, help=text)
+    return part.parse_checked(parser, argv, ("src", "tgt"), ("bpe_size", "pairs", "held_out"))
 
 
-def run(args: argparse.Namespace) -> Report:
+def run(args: argparse.Namespace) -> part.Report:
     """Prepare, train, evaluate, and write all files.
 
     Raises:
@@ -219,19 +136,25 @@ def run(args: argparse.Namespace) -> Report:
         ValueError: if the output folder holds what the demo would delete, or the embedded corpus
             is too small.
     """
-    out = args.out.resolve()
-    for name in RECIPES:
-        check_folder(folder_of(out, name))
-    out.mkdir(parents=True, exist_ok=True)
+    out = part.output_folder(args.out, list(RECIPES))
     data = prepare(args, out)
-    train(args, data, out)
-    results = evaluate(args, data, out)
-    write_results(results, out)
-    return report(results, out)
+    commands = {name: training(args, name, data, part.folder_of(out, name)) for name in RECIPES}
+    text = "training both side by side, one thread each"
+    part.train("translation 2/4", text, out, commands, part.Printer(epoch_records, progress))
+    evaluate(data, out)
+    part.say("translation 4/4", f"plots and {out / 'results.json'}")
+    runs = part.read_results(out, list(RECIPES))
+    results = {}
+    for found in runs:
+        seconds = seconds_per_epoch(epoch_records(found.folder / "train.log"))
+        results[found.name] = found.numbers | {"seconds_per_epoch": seconds}
+    part.write_results(out, runs, results)
+    note = NOTE.format_map(results["baseline"])
+    return part.Report("translation, fairseq", COLUMNS, results, note, runs)
 
 
 def main(argv: list[str] | None = None) -> int:
-    return show(run, parse(argv))
+    return part.show(run, parse(argv))
 
 
 if __name__ == "__main__":

@@ -6,18 +6,12 @@ import runpy
 import sys
 from pathlib import Path
 
-import pytest
-
 FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
 
 
-@pytest.fixture
-def benchmark(monkeypatch):
+def test_the_benchmark_tells_all_figures(monkeypatch, capsys, tmp_path):
     monkeypatch.syspath_prepend(FOLDER)
-    return runpy.run_path(str(FOLDER / "prediction_memory.py"))
-
-
-def test_the_benchmark_tells_all_figures(benchmark, monkeypatch, capsys, tmp_path):
+    benchmark = runpy.run_path(str(FOLDER / "prediction_memory.py"))
     flags = ["--rows", "300", "5000", "--batches", "2", "--folder", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", ["prediction_memory.py", *flags])
     benchmark["main"]()

@@ -1,9 +1,10 @@
-"""The demo's steps in the background, the folders it may delete, and its command lines."""
+"""The demo's steps in the background, the folders it may delete, and its command line."""
 
 from __future__ import annotations
 
 import importlib
 import json
+import os
 import re
 import sys
 import time
@@ -18,64 +19,69 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from demo import translation  # noqa: E402
-from demo.report import Report  # noqa: E402
-from demo.steps import Step, StepFailed, check_folder, fresh_folder, run_all  # noqa: E402
+from demo.part import Printer, Report, read_metrics  # noqa: E402
+from demo.steps import StepFailed, check_folder, fresh_folder, run_all  # noqa: E402
 
 both = importlib.import_module("demo.__main__")
-
-
-def step(name: str, code: str, folder: Path) -> Step:
-    return Step(name, [sys.executable, "-c", code], folder / f"{name}.log")
+PARTS = ("classification", "translation", "detection")
 
 
 # --- steps ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("failing", [0, 1])
-def test_a_step_that_fails_stops_the_others_at_once(tmp_path, failing):
-    code = ["import time; time.sleep(60)"] * 2
-    code[failing] = "print('begun'); raise SystemExit('no such word')"
-    steps = [step(f"step{number}", line, tmp_path) for number, line in enumerate(code)]
+def run(folder: Path, code: dict[str, str], *watch) -> None:
+    """Run lines of Python as steps."""
+    commands = {name: [sys.executable, "-c", line] for name, line in code.items()}
+    run_all(commands, {name: folder / f"{name}.log" for name in code}, *watch)
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_step_that_fails_stops_the_others_at_once(tmp_path, order):
+    log = str(tmp_path / "waiting.log")
+    code = {
+        "waiting": "import os, time; print(os.getpid(), flush=True); time.sleep(60)",
+        "failing": f"import os\nwhile not (os.path.exists({log!r}) and os.path.getsize({log!r})):\n"
+        "    pass\nraise SystemExit('no such word')",
+    }
     start = time.monotonic()
-    with pytest.raises(StepFailed, match=rf"step{failing} failed \(1\), see .*: no such word"):
-        run_all(steps)
+    with pytest.raises(StepFailed, match=r"failing failed \(1\), see .*: no such word"):
+        run(tmp_path, dict(list(code.items())[::order]))
     assert time.monotonic() - start < 30
-    assert not any(each.running() for each in steps)
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "waiting.log").read_text()), 0)
 
 
 def test_steps_that_end_at_different_times_are_all_watched_to_their_end(tmp_path):
     seen = {}
     code = {"short": "print('a')", "long": "import time; time.sleep(1); print('b')"}
-    run_all(
-        [step(name, line, tmp_path) for name, line in code.items()],
-        lambda watched: seen.update({watched.name: watched.log.read_text()}),
-    )
+    run(tmp_path, code, lambda name, log: seen.update({name: log.read_text()}))
     assert seen == {"short": "a\n", "long": "b\n"}
 
 
-def test_half_a_line_of_a_log_is_read_once_it_is_whole(tmp_path):
-    line = '2026-01-01 | INFO | train | {"epoch": 1}'
+def test_a_record_is_printed_once_when_its_line_is_whole(tmp_path, capsys):
     log = tmp_path / "train.log"
-    log.write_text(line[:-3])
-    assert translation.epoch_records(log) == []
-    log.write_text(line + "\n")
-    assert translation.epoch_records(log) == [{"epoch": 1}]
+    printer = Printer(read_metrics, lambda record, last: f"{last.get('epoch')} {record['epoch']}")
+    for text in ('{"epoch": 1}\n{"epo', '{"epoch": 1}\n{"epoch": 2}\n'):
+        (tmp_path / "metrics.json").write_text(text)
+        printer("run", log)
+    assert capsys.readouterr().out == "    run           None 1\n    run           1 2\n"
+    line = '2026-01-01 | INFO | train | {"epoch": 1}\n'
+    for text, found in ((line[:-3], []), (line, [{"epoch": 1}])):
+        log.write_text(text)
+        assert translation.epoch_records(log) == found
 
 
 # --- folders ----------------------------------------------------------------------------------
 
 
-def test_an_absent_and_an_empty_folder_are_made_fresh(tmp_path):
-    for name in ("absent", "empty"):
-        (tmp_path / "empty").mkdir(exist_ok=True)
+def test_a_folder_that_is_absent_empty_or_of_an_earlier_run_is_made_fresh(tmp_path):
+    for name in ("empty", "earlier"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "earlier" / "inner").mkdir()
+    (tmp_path / "earlier" / "inner" / "checkpoint_last.pt").write_text("old")
+    (tmp_path / "earlier" / "train.log").write_text("old")
+    for name in ("absent", "empty", "earlier"):
         assert list(fresh_folder(tmp_path / name).iterdir()) == []
-
-
-def test_what_an_earlier_run_left_is_deleted(tmp_path):
-    (tmp_path / "inner").mkdir()
-    (tmp_path / "inner" / "checkpoint_last.pt").write_text("old")
-    (tmp_path / "train.log").write_text("old")
-    assert list(fresh_folder(tmp_path).iterdir()) == []
 
 
 @pytest.mark.parametrize("kind", ["folder", "file", "link"])
@@ -96,39 +102,23 @@ def test_what_the_demo_did_not_make_is_left_and_named(tmp_path, kind):
     assert "mine" in {p.read_text() for p in (path, *tmp_path.glob("*/loss.py")) if p.is_file()}
 
 
-def test_a_demo_that_would_delete_a_package_stops_before_it_writes(tmp_path, capsys):
+@pytest.mark.parametrize("part", PARTS)
+def test_a_part_that_would_delete_a_package_stops_before_it_writes(tmp_path, capsys, part):
     """--out . in a clone, where pskd is the core."""
     package = tmp_path / "pskd"
     package.mkdir()
     (package / "__init__.py").write_text("core")
-    assert translation.main(["--pairs", "20", "--held-out", "5", "--out", str(tmp_path)]) == 1
-    assert (
-        f"demo: error: {package}: expected a folder that the demo made" in capsys.readouterr().err
-    )
+    assert getattr(both, part).main(["--out", str(tmp_path)]) == 1
+    told = f"demo: error: {package}: expected a folder that the demo made"
+    assert told in capsys.readouterr().err
     assert [path.name for path in tmp_path.rglob("*")] == ["pskd", "__init__.py"]
 
 
-# --- command lines ----------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("option", ["--held-out", "--pairs", "--bpe-size"])
-@pytest.mark.parametrize("number", ["-1", "0"])
-def test_numbers_below_1_are_refused_before_anything_is_written(tmp_path, capsys, option, number):
-    with pytest.raises(SystemExit) as ended:
-        translation.main(["--out", str(tmp_path / "out"), option, number])
-    assert ended.value.code == 2
-    assert f"{option}: expected at least 1, got {number}" in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
+# --- all of it --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("word, code", [("--help", 0), ("--no-such-flag", 2), ("translation", 2)])
 def test_the_whole_demo_reads_its_command_line(monkeypatch, capsys, word, code):
-    def trains(args):
-        raise AssertionError("the demo has begun")
-
-    monkeypatch.setattr(both.classification, "run", trains)
-    monkeypatch.setattr(both.translation, "run", trains)
-    monkeypatch.setattr(both.detection, "run", trains)
     monkeypatch.setattr(sys, "argv", ["demo", word])
     with pytest.raises(SystemExit) as ended:
         both.main()
@@ -137,31 +127,28 @@ def test_the_whole_demo_reads_its_command_line(monkeypatch, capsys, word, code):
     assert "python -m demo" in (shown.out if code == 0 else shown.err)
 
 
-def test_the_whole_demo_names_a_folder_that_it_may_not_delete(monkeypatch, capsys):
+def test_the_whole_demo_tells_of_both_halves(monkeypatch, capsys, tmp_path):
+    """As `make demo` runs it; the parts have tests of their own from end to end."""
+    results = {"baseline": {"nll": 1}, "PS-KD": {"nll": 2}}
+    for name in PARTS:
+        told = Report(name, {"nll": ("NLL", ".2f")}, results, "", [])
+        monkeypatch.setattr(getattr(both, name), "run", lambda args, told=told: told)
+    monkeypatch.setattr(Report, "verdict", lambda report: f"verdict on {report.title}")
+    (tmp_path / "runs/demo").mkdir(parents=True)  # by the parts
+    monkeypatch.chdir(tmp_path)
+    assert both.main([]) == 0
+    written = json.loads((tmp_path / "runs/demo/results.json").read_text())
+    assert written == dict.fromkeys(PARTS, results)
+    printed = capsys.readouterr().out
+    order = [printed.index(f"verdict on {name}") for name in PARTS]
+    assert order == sorted(order)
+    assert printed.count("PS-KD      2.00") == 3 and str(tmp_path / "runs/demo") in printed
+    makefile = (ROOT / "Makefile").read_text()
+    assert re.search(r"^demo: .*\n\t\$\(BIN\)/python -m demo$", makefile, flags=re.MULTILINE)
+
     def refuses(args):
         raise ValueError("runs/demo/translation/pskd: expected a folder")
 
     monkeypatch.setattr(both.classification, "run", refuses)
     assert both.main([]) == 1
     assert "demo: error: runs/demo/translation/pskd" in capsys.readouterr().err
-
-
-def test_the_whole_demo_tells_of_both_halves(monkeypatch, capsys, tmp_path):
-    """As `make demo` runs it; the halves have tests of their own from end to end."""
-    for name in ("classification", "translation", "detection"):
-        results = {"baseline": {"nll": 1}, "PS-KD": {"nll": 2}}
-        told = Report(name, {"nll": ("NLL", ".2f")}, results, "", {})
-        monkeypatch.setattr(getattr(both, name), "run", lambda args, told=told: told)
-    monkeypatch.setattr(Report, "verdict", lambda report: f"verdict on {report.title}")
-    (tmp_path / "runs/demo").mkdir(parents=True)  # by the halves
-    monkeypatch.chdir(tmp_path)
-    assert both.main([]) == 0
-    results = {"baseline": {"nll": 1}, "PS-KD": {"nll": 2}}
-    written = json.loads((tmp_path / "runs/demo/results.json").read_text())
-    assert written == {name: results for name in ("classification", "translation", "detection")}
-    printed = capsys.readouterr().out
-    order = [printed.index(f"verdict on {name}") for name in written]
-    assert order == sorted(order)
-    assert printed.count("PS-KD      2.00") == 3 and str(tmp_path / "runs/demo") in printed
-    makefile = (ROOT / "Makefile").read_text()
-    assert re.search(r"^demo: .*\n\t\$\(BIN\)/python -m demo$", makefile, flags=re.MULTILINE)
