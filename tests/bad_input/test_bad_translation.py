@@ -340,8 +340,9 @@ def prepared(tried: str, line: str, says: str, spoil=lambda: None) -> None:
             write_text(name)
         spoil()
         yield None
-        words = f"--source-lang de --target-lang en --out data {line}".split()
-        return as_command(loaded("translation/prepare.py").main, "prepare.py", *words)
+        with mock.patch("logging.basicConfig"):  # which would take pytest's handlers away
+            words = f"--source-lang de --target-lang en --out data {line}".split()
+            return as_command(loaded("translation/prepare.py").main, "prepare.py", *words)
 
     PREPARATION.add(tried, run, f"prepare.py: error: {says}", ends=2)
 
@@ -424,7 +425,7 @@ def evaluated(tried: str, line: str, says: str, spoil=lambda: None) -> None:
         torch.save({"model": {}}, "model.pt")
         spoil()
         yield None
-        with mock.patch("logging.basicConfig"):  # which would take pytest's handlers away
+        with mock.patch("logging.basicConfig"):
             words = ["--data", "data", "--out", "out", *line.split()]
             return as_command(loaded("translation/evaluate.py").main, "evaluate.py", *words)
 

@@ -32,6 +32,8 @@ CONSOLE = {
     "fairseq-preprocess": "fairseq_cli.preprocess:cli_main",
     "fairseq-train": "fairseq_cli.train:cli_main",
     "pskd": "pskd_tools.cli:main",
+    "pskd-evaluate": "pskd_fairseq.evaluate:main",
+    "pskd-prepare": "pskd_fairseq.prepare:main",
     "sacrebleu": "sacrebleu.sacrebleu:main",
 }
 #: Modules without which a command is skipped, as they are no part of the core.

@@ -43,7 +43,9 @@ OTHERS = {
 }
 #: The adapters that are one module, and the framework of each.
 MODULES = {"pskd_lightning": "lightning", "pskd_transformers": "transformers"}
-FRAMEWORKS_OF = {"pskd_fairseq": {"fairseq"}} | OTHERS | {n: {f} for n, f in MODULES.items()}
+FRAMEWORKS_OF = (
+    {"pskd_fairseq": {"fairseq", "sacremoses"}} | OTHERS | {n: {f} for n, f in MODULES.items()}
+)
 #: How to get a framework, where pip does not know it by its name.
 INSTALL = {
     "detectron2": "https://detectron2.readthedocs.io",

@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+import logging
+
 import pytest
 from fairseq_toys import EPOCHS, STOCK, Fairseq, write_corpus
+
+
+@pytest.fixture(autouse=True)
+def _keeps_the_log(monkeypatch):
+    """prepare.py and evaluate.py would take pytest's handlers away."""
+    monkeypatch.setattr(logging, "basicConfig", lambda **_: None)
 
 
 @pytest.fixture(scope="session")

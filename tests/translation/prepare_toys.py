@@ -20,7 +20,7 @@ for _module, _package in (
 
 SCRIPT = Path(__file__).resolve().parents[2] / "translation" / "prepare.py"
 
-import prepare  # noqa: E402
+from pskd_fairseq import prepare  # noqa: E402
 
 NOUNS = [
     ("Hund", "dog"),

@@ -12,10 +12,10 @@ import time
 from pathlib import Path
 
 import pytest
-from preparation.binaries import run_quietly
-from preparation.job import ToolError
-from preparation.pieces import encode_lines
 from prepare_toys import LANGUAGES, SCRIPT, bitext, cli, run_main, sentences, write
+from pskd_fairseq.preparation.binaries import run_quietly
+from pskd_fairseq.preparation.pieces import encode_lines
+from pskd_fairseq.programs import ToolError
 
 
 def spoil_utf8(path):

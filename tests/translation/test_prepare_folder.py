@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from preparation.folder import staging
-from preparation.job import PrepareError, ToolError
-from preparation.pieces import moses_encoder
-from preparation.text import EMPTY, hold_out, read_lines, sentence_key, source_keys
 from prepare_toys import LANGUAGES, bitext, prepare, raw, run_main, sentences, write
+from pskd_fairseq.preparation.folder import staging
+from pskd_fairseq.preparation.pieces import moses_encoder
+from pskd_fairseq.preparation.text import EMPTY, hold_out, read_lines, sentence_key, source_keys
+from pskd_fairseq.programs import ToolError, UserError
 
 
 @pytest.fixture
@@ -128,7 +128,7 @@ def test_held_out_parts_are_disjoint_whatever_the_text(pairs, seed, valid, test)
     taken = {sentence_key(pairs[0][0])}
     free = source_keys(pairs) - taken
     if len(free) <= valid + test:
-        with pytest.raises(PrepareError, match="too few pairs"):
+        with pytest.raises(UserError, match="too few pairs"):
             hold_out(pairs, sizes, seed, taken)
         return
     parts, rest = hold_out(pairs, sizes, seed, taken)

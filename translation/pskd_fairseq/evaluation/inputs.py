@@ -10,17 +10,14 @@ from fairseq.data import Dictionary
 from fairseq.models import BaseFairseqModel
 from fairseq.tasks import FairseqTask
 from omegaconf import DictConfig
-from pskd_fairseq.evaluated import UnsafeArgumentError, check_arguments
 
 from pskd.files import shown
+from pskd_fairseq.evaluated import UnsafeArgumentError, check_arguments
+from pskd_fairseq.programs import UserError
 from pskd_tools.files import read_json
 
 # What is read of prepare.json.
 _PREPARED = {"source_lang", "target_lang", "lowercase"}
-
-
-class UserError(ValueError):
-    """Something the user gave is wrong; shown without a traceback."""
 
 
 def read_preparation(data: Path) -> dict | None:
@@ -80,13 +77,13 @@ def languages(args: argparse.Namespace, config: DictConfig, task: FairseqTask) -
         UserError: if the task is not one that translates from one language to another.
     """
     own = getattr(task, "cfg", None) or config.task
-    found = getattr(own, "source_lang", None), getattr(own, "target_lang", None)
-    if not all(found):
+    source, target = getattr(own, "source_lang", None), getattr(own, "target_lang", None)
+    if not source or not target:
         raise UserError(
             f"{args.checkpoint}: expected a model of one source and one target language, got the "
             f"task {type(task).__name__}"
         )
-    return found
+    return source, target
 
 
 def subwords_of(dictionary: Dictionary) -> str | None:

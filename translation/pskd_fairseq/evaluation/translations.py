@@ -11,8 +11,8 @@ from pathlib import Path
 
 from sacremoses import MosesDetokenizer
 
-from evaluation.inputs import UserError
-from evaluation.metrics import comet_score, corpus_metrics, language_of
+from pskd_fairseq.evaluation.metrics import comet_score, corpus_metrics, language_of
+from pskd_fairseq.programs import UserError
 
 logger = logging.getLogger("evaluate")
 

@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from preparation.job import PrepareError
+from pskd_fairseq.programs import UserError
 from pskd_tools.files import read_json
 
 logger = logging.getLogger("prepare")
@@ -34,20 +34,20 @@ def check_out(out: Path, overwrite: bool) -> None:
     """Refuse an output folder that holds anything but what `overwrite` allows to go.
 
     Raises:
-        PrepareError: it holds a prepared set and `overwrite` is off, or files of somebody else.
+        UserError: it holds a prepared set and `overwrite` is off, or files of somebody else.
     """
     if not out.exists():
         return
     if not out.is_dir():
-        raise PrepareError(f"{out}: is a file, not a folder")
+        raise UserError(f"{out}: is a file, not a folder")
     if not any(out.iterdir()):
         return
     if not (out / RECORD).is_file():
-        raise PrepareError(
+        raise UserError(
             f"{out}: is not empty, and without {RECORD} not a prepared set; choose another --out"
         )
     if not overwrite:
-        raise PrepareError(
+        raise UserError(
             f"{out}: already holds a prepared set; choose another --out, or pass "
             "--overwrite to replace it"
         )
@@ -55,12 +55,12 @@ def check_out(out: Path, overwrite: bool) -> None:
         files = read_json(out / RECORD)["files"]
         foreign = sorted(set(list_files(out)) - set(files))
     except (ValueError, KeyError, TypeError):
-        raise PrepareError(
+        raise UserError(
             f"{out / RECORD}: cannot be read as a record of this program, so "
             "nothing is overwritten; remove the folder yourself"
         ) from None
     if foreign:
-        raise PrepareError(
+        raise UserError(
             f"{out}: holds files that are not part of the prepared set, such as "
             f"{foreign[0]}; --overwrite would delete them, move them away first"
         )

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import sacrebleu
 import torch
 
-from evaluation.inputs import UserError
+from pskd_fairseq.programs import UserError
 
 logger = logging.getLogger("evaluate")
 

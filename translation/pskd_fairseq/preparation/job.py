@@ -11,41 +11,22 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from pskd_fairseq.programs import UserError
+
 HELD_OUT = ("valid", "test")
+#: The package of each module that is imported only when it is used.
 PACKAGES = {
-    "sacremoses": ("sacremoses",),
-    "subword_nmt": ("subword-nmt",),
-    "fairseq_cli": ("fairseq-fixed", "fairseq"),
+    "sacremoses": "sacremoses",
+    "subword_nmt": "subword-nmt",
 }
-
-
-class PrepareError(ValueError):
-    """What the user gave cannot be prepared; the message names the file and the line."""
-
-
-class ToolError(RuntimeError):
-    """A process that we started failed; the message ends with what it said last."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """What to prepare, from what, and where to.
+    """What to prepare, from what, and where to; ``prepare.py --help`` explains each field.
 
-    Args:
-        texts: training texts, source and target in turn.
-        source_lang: language code of the source side, as Moses and the file names use it.
-        target_lang: language code of the target side.
-        out: the folder to make.
-        valid: raw source and target text of the valid part; None draws it from the training text.
-        test: likewise the test part.
-        valid_size: sentence pairs to draw; None is 5 % of the text, at most 1000.
-        test_size: likewise for the test part.
-        seed: of the drawing.
-        bpe_size: merges to learn, jointly over both languages.
-        lowercase: lower-case the raw text before the tokeniser.
-        max_train: keep only the first so many training pairs, after the held-out parts are drawn.
-        workers: processes.
-        overwrite: replace a folder that an earlier run made.
+    ``texts`` holds training texts, source and target in turn; of ``valid`` and ``test`` None means
+    that they are drawn from these.
     """
 
     texts: Sequence[Path]
@@ -77,40 +58,39 @@ def check_job(job: Job) -> None:
     """Refuse what can be refused before a text is read.
 
     Raises:
-        PrepareError: an option or the installation does not fit.
+        UserError: an option or the installation does not fit.
     """
     if not job.texts or len(job.texts) % 2:
-        raise PrepareError(
+        raise UserError(
             f"texts come in pairs SRC_TEXT TGT_TEXT, but {len(job.texts)} "
             f"{'was' if len(job.texts) == 1 else 'were'} given"
         )
     for language in job.languages:
         if not re.fullmatch(r"[A-Za-z0-9_]+", language):
-            raise PrepareError(
+            raise UserError(
                 f"language code {language!r} must be letters, digits and _ only: "
                 "fairseq builds file names from it"
             )
     if job.source_lang == job.target_lang:
-        raise PrepareError(f"source and target language are both {job.source_lang!r}")
+        raise UserError(f"source and target language are both {job.source_lang!r}")
     for option in ("bpe_size", "workers", "max_train", "valid_size", "test_size"):
         value = getattr(job, option)
         if value is not None and value < 1:
-            raise PrepareError(f"--{option.replace('_', '-')} must be at least 1, not {value}")
+            raise UserError(f"--{option.replace('_', '-')} must be at least 1, not {value}")
     for part in HELD_OUT:
         if job.given(part) and getattr(job, f"{part}_size") is not None:
-            raise PrepareError(f"--{part}-size has no meaning beside --{part}")
-    for module, packages in PACKAGES.items():
+            raise UserError(f"--{part}-size has no meaning beside --{part}")
+    for module, package in PACKAGES.items():
         if importlib.util.find_spec(module) is None:
-            raise PrepareError(
-                f"the package {packages[0]} is not installed: "
-                f"{sys.executable} -m pip install {packages[0]}"
+            raise UserError(
+                f"the package {package} is not installed: {sys.executable} -m pip install {package}"
             )
 
 
 def installed_versions() -> dict[str, str]:
     """The versions of the packages that made the data, by distribution name."""
     versions = {}
-    for package in sum(PACKAGES.values(), ()):
+    for package in (*PACKAGES.values(), "fairseq-fixed", "fairseq"):
         with suppress(importlib.metadata.PackageNotFoundError):
             versions[package] = importlib.metadata.version(package)
     return versions

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import sacrebleu
 from sacrebleu.significance import PairedTest
 
-from evaluation.inputs import UserError
+from pskd_fairseq.programs import UserError
 from pskd_tools.report.runs import Run, read_runs
 
 

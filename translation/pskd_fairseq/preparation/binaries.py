@@ -9,7 +9,8 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from preparation.job import Job, ToolError
+from pskd_fairseq.preparation.job import Job
+from pskd_fairseq.programs import ToolError
 
 # <s> <pad> </s> <unk>: in the dictionary, but not in dict.*.txt
 SPECIALS = 4

@@ -13,9 +13,10 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import redirect_stderr
 from pathlib import Path
 
-from preparation.folder import write_lines
-from preparation.job import Job, PrepareError, ToolError
-from preparation.text import Bitext
+from pskd_fairseq.preparation.folder import write_lines
+from pskd_fairseq.preparation.job import Job
+from pskd_fairseq.preparation.text import Bitext
+from pskd_fairseq.programs import ToolError, UserError
 
 logger = logging.getLogger("prepare")
 
@@ -88,7 +89,7 @@ def learn_codes(lines: Iterable[str], size: int, path: Path) -> int:
         How many merges the text gave; fewer than `size` where no pair of symbols is left twice.
 
     Raises:
-        PrepareError: it gave none.
+        UserError: it gave none.
     """
     from subword_nmt.learn_bpe import learn_bpe
 
@@ -104,7 +105,7 @@ def learn_codes(lines: Iterable[str], size: int, path: Path) -> int:
             learn_bpe(counted, codes, size, is_dict=True)
         learned = path.read_text(encoding="utf-8").count("\n") - 1
     if learned == 0:
-        raise PrepareError("the training text is too small for BPE: no two symbols meet twice")
+        raise UserError("the training text is too small for BPE: no two symbols meet twice")
     if learned < size:
         logger.warning("the training text gives only %d of %d BPE merges", learned, size)
     return learned
@@ -123,7 +124,7 @@ def segment(job: Job, parts: dict[str, Bitext], text: Path, data: Path) -> int:
         The number of BPE merges learned.
 
     Raises:
-        PrepareError: the training part is too small for BPE.
+        UserError: the training part is too small for BPE.
     """
     tokens: dict[tuple[str, str], list[str]] = {}
     for side, language in enumerate(job.languages):
