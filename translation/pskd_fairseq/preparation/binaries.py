@@ -47,40 +47,22 @@ def binarise(job: Job, text: Path, data: Path) -> None:
     Raises:
         ToolError: fairseq-preprocess failed.
     """
+    command = [sys.executable, "-m", "fairseq_cli.preprocess", "--joined-dictionary"]
+    command += ["--source-lang", job.source_lang, "--target-lang", job.target_lang]
     # Relative paths: fairseq splits --validpref at commas, and the log shows no temporary folder.
-    run_quietly(
-        [
-            sys.executable,
-            "-m",
-            "fairseq_cli.preprocess",
-            "--source-lang",
-            job.source_lang,
-            "--target-lang",
-            job.target_lang,
-            "--trainpref",
-            "train",
-            "--validpref",
-            "valid",
-            "--testpref",
-            "test",
-            "--destdir",
-            os.path.relpath(data, text),
-            "--joined-dictionary",
-            "--workers",
-            str(job.workers),
-        ],
-        cwd=text,
-    )
+    command += ["--trainpref", "train", "--validpref", "valid", "--testpref", "test"]
+    command += ["--destdir", os.path.relpath(data, text), "--workers", str(job.workers)]
+    run_quietly(command, cwd=text)
 
 
 def read_dictionary(path: Path) -> set[str]:
-    """The pieces listed in a fairseq dictionary file."""
+    """Return the pieces listed in a fairseq dictionary file."""
     with path.open(encoding="utf-8") as stream:
         return {line.rsplit(" ", 1)[0] for line in stream}
 
 
 def count_pieces(text: Path, part: str, languages: Iterable[str], known: set[str]) -> dict:
-    """Pairs, pieces, and pieces that the dictionary does not know, of one part.
+    """Return pairs, pieces, and pieces that the dictionary does not know, of one part.
 
     Returns:
         `{"pairs": int, "pieces": {language: int}, "unknown": {language: int}}`; the end-of-sentence

@@ -26,7 +26,7 @@ def write_lines(path: Path, lines: Iterable[str]) -> None:
 
 
 def list_files(folder: Path) -> list[str]:
-    """The files below a folder, as sorted relative paths with slashes."""
+    """Return the files below a folder, as sorted relative paths with slashes."""
     return sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if not p.is_dir())
 
 
@@ -68,10 +68,9 @@ def check_out(out: Path, overwrite: bool) -> None:
 
 @contextlib.contextmanager
 def staging(out: Path) -> Iterator[Path]:
-    """A temporary folder beside `out` whose subfolder `data` becomes `out` if all goes well.
+    """Give a temporary folder beside `out` whose subfolder `data` becomes `out` if all goes well.
 
-    Args:
-        out: the folder to make, or to replace (the old one stays until the new one is complete).
+    An old `out` stays until the new one is complete.
     """
     out.parent.mkdir(parents=True, exist_ok=True)
     for left in out.parent.glob(f".{glob.escape(out.name)}.*.partial"):

@@ -50,7 +50,7 @@ class Job:
         return self.source_lang, self.target_lang
 
     def given(self, part: str) -> Sequence[Path] | None:
-        """The texts that the user gave for `valid` or `test`, or None."""
+        """Return the texts that the user gave for `valid` or `test`, or None."""
         return getattr(self, part)
 
 
@@ -88,7 +88,7 @@ def check_job(job: Job) -> None:
 
 
 def installed_versions() -> dict[str, str]:
-    """The versions of the packages that made the data, by distribution name."""
+    """Return the versions of the packages that made the data, by distribution name."""
     versions = {}
     for package in (*PACKAGES.values(), "fairseq-fixed", "fairseq"):
         with suppress(importlib.metadata.PackageNotFoundError):

@@ -26,51 +26,47 @@ SEPARATOR = "@@"
 MOSES = {"aggressive_dash_splits": True, "escape": True}
 
 
-def moses_encoder(language: str, lowercase: bool) -> Callable[[str], str]:
-    """A function from a raw sentence to Moses tokens joined by spaces."""
+# Each process makes its own tokenisers: they do not travel by pickle.
+@functools.cache
+def _moses(language: str):
     from sacremoses import MosesTokenizer
 
-    tokenize = functools.partial(MosesTokenizer(language).tokenize, return_str=True, **MOSES)
-    # Lower-casing comes first, since Moses knows abbreviations by their case.
-    return (lambda sentence: tokenize(sentence.lower())) if lowercase else tokenize
+    return MosesTokenizer(language)
 
 
-def bpe_encoder(codes: Path) -> Callable[[str], str]:
-    """A function from Moses tokens to BPE pieces, both joined by spaces."""
+@functools.lru_cache(maxsize=1)
+def _bpe(codes: Path):
     from subword_nmt.apply_bpe import BPE
 
     with codes.open(encoding="utf-8") as stream:
-        return BPE(stream, separator=SEPARATOR).process_line
+        return BPE(stream, separator=SEPARATOR)
 
 
-# In a worker process, `_start_worker` puts its encoder here: closures do not travel by pickle.
-_encode: Callable[[str], str]
+def moses_tokens(language: str, lowercase: bool, sentence: str) -> str:
+    """Return the Moses tokens of a raw sentence, joined by spaces."""
+    # Lower-casing comes first, since Moses knows abbreviations by their case.
+    sentence = sentence.lower() if lowercase else sentence
+    return _moses(language).tokenize(sentence, return_str=True, **MOSES)
 
 
-def _start_worker(make: Callable[..., Callable[[str], str]], args: tuple) -> None:
-    global _encode
-    # A forked worker inherits our handler, which is there to clean up and not for it to run.
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    _encode = make(*args)
+def bpe_pieces(codes: Path, tokens: str) -> str:
+    """Return the BPE pieces of Moses tokens, both joined by spaces."""
+    return _bpe(codes).process_line(tokens)
 
 
-def _work(line: str) -> str:
-    return _encode(line)
-
-
-def encode_lines(
-    lines: Sequence[str], make: Callable[..., Callable[[str], str]], args: tuple, workers: int
-) -> list[str]:
-    """`make(*args)` applied to every line, in order, on so many processes.
+def encode_lines(lines: Sequence[str], encode: Callable[[str], str], workers: int = 1) -> list[str]:
+    """Apply a function to every line, in order, on so many processes.
 
     Raises:
         ToolError: a worker process was killed.
     """
     if workers == 1:
-        return [*map(make(*args), lines)]
+        return [*map(encode, lines)]
+    # A forked worker inherits our handler, which is there to clean up and not for it to run.
+    default = signal.SIGTERM, signal.SIG_DFL
     try:
-        with ProcessPoolExecutor(workers, initializer=_start_worker, initargs=(make, args)) as pool:
-            return [*pool.map(_work, lines, chunksize=1000)]
+        with ProcessPoolExecutor(workers, initializer=signal.signal, initargs=default) as pool:
+            return [*pool.map(encode, lines, chunksize=1000)]
     except BrokenProcessPool:
         raise ToolError(
             "a worker process was killed; is there memory for so many --workers?"
@@ -78,18 +74,12 @@ def encode_lines(
 
 
 def learn_codes(lines: Iterable[str], size: int, path: Path) -> int:
-    """Learn BPE merges and write them to a file.
+    """Learn BPE merges of tokenised lines, write them to a file and return how many there are.
 
-    Args:
-        lines: tokenised training text of both languages.
-        size: merges to learn.
-        path: the file to write.
-
-    Returns:
-        How many merges the text gave; fewer than `size` where no pair of symbols is left twice.
+    These are fewer than ``size`` where no pair of symbols is left twice.
 
     Raises:
-        UserError: it gave none.
+        UserError: the text gave none.
     """
     from subword_nmt.learn_bpe import learn_bpe
 
@@ -128,19 +118,16 @@ def segment(job: Job, parts: dict[str, Bitext], text: Path, data: Path) -> int:
     """
     tokens: dict[tuple[str, str], list[str]] = {}
     for side, language in enumerate(job.languages):
+        encode = functools.partial(moses_tokens, language, job.lowercase)
         for part, pairs in parts.items():
-            tokens[part, language] = encode_lines(
-                [pair[side] for pair in pairs],
-                moses_encoder,
-                (language, job.lowercase),
-                job.workers,
-            )
+            lines = [pair[side] for pair in pairs]
+            tokens[part, language] = encode_lines(lines, encode, job.workers)
     logger.info("tokenised %d sentences", sum(map(len, tokens.values())))
     train = (line for language in job.languages for line in tokens["train", language])
     learned = learn_codes(train, job.bpe_size, data / CODES)
     logger.info("learned %d BPE merges on the training part", learned)
     for (part, language), lines in tokens.items():
-        pieces = encode_lines(lines, bpe_encoder, (data / CODES,), job.workers)
+        pieces = encode_lines(lines, functools.partial(bpe_pieces, data / CODES), job.workers)
         write_lines(text / f"{part}.{language}", pieces)
     logger.info("split all parts into BPE pieces")
     return learned

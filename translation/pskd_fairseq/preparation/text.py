@@ -20,34 +20,11 @@ EMPTY = re.compile(r"[\s\x00-\x1f]*")
 Bitext = list[tuple[str, str]]
 
 
-def decode_line(raw: bytes, path: Path, number: int, offset: int) -> str:
-    """One line of a text file as a sentence.
-
-    Args:
-        raw: the bytes of the line, with its end.
-        path, number, offset: file, line (from 1) and bytes before the line, for the error.
-
-    Returns:
-        The sentence without line end; carriage returns inside it become spaces, so that no
-        reader of the output can take them for line ends.
-
-    Raises:
-        UserError: the bytes are not UTF-8.
-    """
-    try:
-        text = raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{path}:{number}: not UTF-8: byte 0x{raw[error.start]:02x} at byte offset "
-            f"{error.start} of the line, {offset + error.start} of the (unpacked) file"
-        ) from None
-    if number == 1:
-        text = text.removeprefix("\ufeff")
-    return text.removesuffix("\n").removesuffix("\r").replace("\r", " ")
-
-
 def read_lines(path: Path) -> list[str]:
-    """The sentences of one text file, plain or .gz.
+    """Return the sentences of one text file, plain or .gz.
+
+    They have no line ends, and spaces for carriage returns, which a reader of the output could take
+    for line ends.
 
     Raises:
         UserError: the file is missing, empty, a damaged .gz or not UTF-8.
@@ -56,27 +33,30 @@ def read_lines(path: Path) -> list[str]:
     offset = 0
     try:
         with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as stream:
-            for number, raw in enumerate(stream, start=1):
-                lines.append(decode_line(raw, path, number, offset))
+            for raw in stream:
+                lines.append(raw.decode())
                 offset += len(raw)
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{path}:{len(lines) + 1}: not UTF-8: byte 0x{raw[error.start]:02x} at byte offset "
+            f"{error.start} of the line, {offset + error.start} of the (unpacked) file"
+        ) from None
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise UserError(f"{path}:{len(lines) + 1}: damaged .gz: {error}") from None
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}") from None
     if not lines:
         raise UserError(f"{path}: empty file")
-    return lines
+    lines[0] = lines[0].removeprefix("\ufeff")
+    return [line.removesuffix("\n").removesuffix("\r").replace("\r", " ") for line in lines]
 
 
 def read_bitext(source: Path, target: Path, *, drop_empty: bool) -> tuple[Bitext, int]:
-    """The sentence pairs of two aligned text files.
+    """Return the sentence pairs of two aligned text files, and how many were left out.
 
     Args:
         source, target: the files; line n of one translates line n of the other.
         drop_empty: leave out pairs with an empty side (and say so) instead of refusing them.
-
-    Returns:
-        The pairs, and how many were left out.
 
     Raises:
         UserError: a file cannot be read, the line counts differ, or a side is empty.
@@ -106,12 +86,12 @@ def read_bitext(source: Path, target: Path, *, drop_empty: bool) -> tuple[Bitext
 
 
 def sentence_key(sentence: str) -> str:
-    """What makes two source sentences the same: all but white space and case."""
+    """Return what makes two source sentences the same: all but white space and case."""
     return "".join(sentence.split()).casefold()
 
 
 def source_keys(pairs: Bitext) -> set[str]:
-    """The keys of all source sentences."""
+    """Return the keys of all source sentences."""
     return {sentence_key(source) for source, _ in pairs}
 
 
@@ -157,7 +137,7 @@ def hold_out(
 
 
 def read_parts(job: Job) -> tuple[dict[str, Bitext], dict[str, dict]]:
-    """The train, valid and test pairs of a job, given or drawn, and what is to say about them.
+    """Return the train, valid and test pairs of a job, given or drawn, and notes about them.
 
     Raises:
         UserError: a text is at fault, or there are too few pairs.
