@@ -18,7 +18,7 @@ import sys
 import uuid
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -255,20 +255,25 @@ def write_corpus(folder: Path) -> None:
             (folder / f"{part}.{language}").write_text(text, encoding="utf-8")
 
 
-def build_criterion(task, save_dir, **changes):
-    """Build the plugin's criterion in this process, as fairseq's trainer does, in training mode."""
-    from pskd_fairseq.criterion import PSKDCriterion, PSKDCriterionConfig
+def config(save_dir, **changes):
+    """Return the criterion's options, as fairseq fills them in."""
+    from pskd_fairseq.config import PSKDCriterionConfig
 
-    config = PSKDCriterionConfig(
+    made = PSKDCriterionConfig(
         label_smoothing=0.1, sentence_avg=False, max_epoch=EPOCHS, max_update=0,
         save_dir=str(save_dir), restore_file="checkpoint_last.pt", reset_dataloader=False,
         train_subset="train", ddp_backend="pytorch_ddp", path=None, continue_once=None,
         checkpoint_suffix="", keep_best_checkpoints=-1, keep_last_epochs=-1,
         keep_interval_updates=-1, patience=-1, stop_min_lr=-1.0,
     )  # fmt: skip
-    for name, value in changes.items():
-        setattr(config, name, value)
-    return PSKDCriterion.build_criterion(config, task).train()
+    return replace(made, **changes)
+
+
+def build_criterion(task, save_dir, **changes):
+    """Build the plugin's criterion in this process, as fairseq's trainer does, in training mode."""
+    from pskd_fairseq.criterion import PSKDCriterion
+
+    return PSKDCriterion.build_criterion(config(save_dir, **changes), task).train()
 
 
 def batch(task, subset: str = "valid") -> dict:

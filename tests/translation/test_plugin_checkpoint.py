@@ -13,13 +13,12 @@ import pytest
 pytest.importorskip("fairseq", reason="needs fairseq: pip install '.[translation]'")
 
 import torch  # noqa: E402
-from fairseq import checkpoint_utils  # noqa: E402
-from fairseq.dataclass.configs import CheckpointConfig  # noqa: E402
 from fairseq_toys import (  # noqa: E402
     ALPHA_FINAL,
     EPOCHS,
     Payload,
     build_criterion,
+    config,
     entry,
 )
 from pskd_fairseq import checkpoint, resume  # noqa: E402
@@ -39,8 +38,10 @@ def check(task, tmp_path):
     """Check a resume from the checkpoint in ``tmp_path``, as a new criterion does."""
 
     def check_resume(allow_change=False, reset_dataloader=False, options=OPTIONS, **schedule):
-        plan = resume.ResumePlan(str(tmp_path), "checkpoint_last.pt", reset_dataloader)
-        resume.check_resume(plan, task, {**SCHEDULE, **schedule}, allow_change, options)
+        cfg = config(
+            tmp_path, pskd_allow_schedule_change=allow_change, reset_dataloader=reset_dataloader
+        )
+        resume.check_resume(cfg, task, {**SCHEDULE, **schedule}, options)
 
     return check_resume
 
@@ -198,19 +199,6 @@ def test_what_is_refused_is_what_the_criterion_was_told(task, last, tmp_path):
             build_criterion(task, tmp_path, **changed)
 
 
-@pytest.mark.parametrize("side", ["source", "target"])
-def test_a_dictionary_of_another_size_is_refused(check, last, side):
-    change(last, lambda state: entry(state)["vocabulary"].update({side: 11}))
-    with pytest.raises(ValueError, match=rf"dictionaries .*'{side}': 11.* got"):
-        check(allow_change=True)
-
-
-def test_state_of_a_later_format_is_refused(check, last):
-    change(last, lambda state: entry(state).update(format=2))
-    with pytest.raises(ValueError, match="expected PS-KD state 1, got 2"):
-        check()
-
-
 def drop_entry(state) -> None:
     del state["extra_state"]["TranslationTask"]
 
@@ -247,32 +235,6 @@ def test_the_first_epoch_and_an_epochs_end_need_no_teacher(check, last, position
 
     change(last, move)
     check()
-
-
-@pytest.mark.parametrize("suffix", ["", "_a", "-rank-0"])
-@pytest.mark.parametrize("restore_file", ["checkpoint_last.pt", "a.pt.folder/older.pt"])
-def test_the_file_that_is_checked_is_the_one_that_fairseq_reads(
-    tmp_path, monkeypatch, restore_file, suffix
-):
-    class Asked(Exception):
-        """Ends fairseq's reading before it begins."""
-
-    def asked(path, *_, **__):
-        raise Asked(path)
-
-    monkeypatch.chdir(tmp_path)
-    config = CheckpointConfig(save_dir=str(tmp_path), restore_file=restore_file)
-    trainer = SimpleNamespace(
-        cfg=SimpleNamespace(checkpoint=config), checkpoint_suffix=suffix, load_checkpoint=asked,
-        data_parallel_rank=0, data_parallel_process_group=None,
-    )  # fmt: skip
-    with pytest.raises(Asked) as read:
-        checkpoint_utils.load_checkpoint(config, trainer)
-    (path,) = read.value.args
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    (tmp_path / path).touch()
-    plan = resume.ResumePlan(str(tmp_path), restore_file, False, suffix=suffix)
-    assert plan.path() == path
 
 
 def begin(task, model, epoch: int, batches: int) -> None:

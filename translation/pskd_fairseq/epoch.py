@@ -23,6 +23,7 @@ from pskd import SnapshotTeacher
 from pskd.distributed import is_first
 from pskd.schedule import AlphaSchedule, check_alpha
 from pskd_fairseq import checkpoint
+from pskd_fairseq.config import PSKDCriterionConfig
 from pskd_fairseq.memory import TokenMemory
 from pskd_fairseq.resume import kept_memories
 
@@ -107,7 +108,7 @@ class EpochState:
         self._restored: dict | None = None
         self._parts: dict[int, str] = {}
 
-    def attach(self, task: FairseqTask, plan: checkpoint.SavePlan) -> None:
+    def attach(self, task: FairseqTask, plan: PSKDCriterionConfig) -> None:
         """Let the task's calls from fairseq's trainer reach this object."""
         extend = _Extension(task)
         extend.after("begin_epoch", partial(self._begin_epoch, task, plan))
@@ -133,7 +134,7 @@ class EpochState:
         return self.memory is not None and self.has_teacher and not self.is_dummy
 
     def _begin_epoch(
-        self, task: FairseqTask, plan: checkpoint.SavePlan, epoch: int, model: BaseFairseqModel
+        self, task: FairseqTask, plan: PSKDCriterionConfig, epoch: int, model: BaseFairseqModel
     ) -> None:
         restored, self._restored = self._restored, None
         self._epoch = epoch
@@ -198,7 +199,7 @@ class EpochState:
             self.alpha = self.schedule.alpha(update_num + 1, self._epoch)
 
     def _get_checkpoint_dict(
-        self, task: FairseqTask, plan: checkpoint.SavePlan, state: dict
+        self, task: FairseqTask, plan: PSKDCriterionConfig, state: dict
     ) -> dict:
         # At an epoch's end the model in the checkpoint is the next teacher.
         at_end = self._at_end_of_epoch(task)

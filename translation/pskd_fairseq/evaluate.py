@@ -40,6 +40,8 @@ from pskd_tools.plots import reliability_diagram, risk_coverage_plot
 
 logger = logging.getLogger("evaluate")
 
+PROGRAM = "evaluate.py"
+
 
 def evaluate(args: argparse.Namespace) -> dict:
     """Measure one checkpoint and write everything to ``args.out``; returns evaluation.json.
@@ -140,35 +142,25 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     words = sys.argv[1:] if argv is None else argv
     if words[:1] == ["compare"]:
         comparison = argparse.ArgumentParser(
-            prog="evaluate.py compare", description="sacreBLEU's paired bootstrap."
+            prog=f"{PROGRAM} compare", description="sacreBLEU's paired bootstrap."
         )
-        comparison.add_argument(
-            "runs",
-            nargs="+",
-            metavar="OUT",
-            help="folders of evaluations, or NAME=FOLDER; the first is the baseline",
-        )
+        told = "folders of evaluations, or NAME=FOLDER; the first is the baseline"
+        comparison.add_argument("runs", nargs="+", metavar="OUT", help=told)
         return comparison.parse_args(words[1:])
-    parser = argparse.ArgumentParser(
-        prog="evaluate.py", description=__doc__.split("\n")[0], epilog=__doc__.split("\n\n", 2)[2]
-    )
-    parser.add_argument("checkpoint", type=Path, help="any fairseq translation checkpoint")
-    parser.add_argument(
-        "--data",
-        type=Path,
-        required=True,
-        help="folder of translation/prepare.py, or of fairseq-preprocess",
-    )
-    parser.add_argument("--out", type=Path, required=True, help="folder for the results")
-    parser.add_argument(
-        "--split", choices=("test", "valid"), default="test", help="default: %(default)s"
-    )
-    parser.add_argument("--name", help="of the run in plots (default: the checkpoint's folder)")
-    parser.add_argument("--beam", type=int, default=5, help="beam size (default: 5)")
-    parser.add_argument("--lenpen", type=float, default=1.0, help="length penalty (default: 1)")
-    parser.add_argument("--max-tokens", type=int, default=4000, help="in a batch (default: 4000)")
-    parser.add_argument("--user-dir", help="the plugin of your own model or task, if it has one")
-    parser.add_argument("--cpu", action="store_true", help="do not use a GPU")
+    description, _, epilog = __doc__.split("\n\n", 2)
+    parser = argparse.ArgumentParser(prog=PROGRAM, description=description, epilog=epilog)
+    add = parser.add_argument
+    add("checkpoint", type=Path, help="any fairseq translation checkpoint")
+    data = "folder of translation/prepare.py, or of fairseq-preprocess"
+    add("--data", type=Path, required=True, help=data)
+    add("--out", type=Path, required=True, help="folder for the results")
+    add("--split", choices=("test", "valid"), default="test", help="default: %(default)s")
+    add("--name", help="of the run in plots (default: the checkpoint's folder)")
+    add("--beam", type=int, default=5, help="beam size (default: %(default)s)")
+    add("--lenpen", type=float, default=1.0, help="length penalty (default: 1)")
+    add("--max-tokens", type=int, default=4000, help="in a batch (default: %(default)s)")
+    add("--user-dir", help="the plugin of your own model or task, if it has one")
+    add("--cpu", action="store_true", help="do not use a GPU")
     args = parser.parse_args(words)
     for option in ("beam", "max_tokens"):
         if (number := getattr(args, option)) < 1:
@@ -182,7 +174,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command line; return the exit status, as `exit_status` does."""
     args = parse(argv)
     return exit_status(
-        "evaluate.py",
+        PROGRAM,
         lambda: print(compare(args.runs) if "runs" in args else summary_line(evaluate(args))),
     )
 

@@ -52,15 +52,12 @@ def generate(
         code = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT).returncode
     lines = log.read_text(encoding="utf-8").split("\n")
     if code:
-        raise UserError(f"fairseq-generate failed ({code}), see {log}: {_last_line(lines)}")
+        last = next((line for line in reversed(lines) if line.strip()), "no output")
+        raise UserError(f"fairseq-generate failed ({code}), see {log}: {last}")
     found = [re.match(r"H-(\d+)\t[^\t]*\t(.*)", line) for line in lines]
     numbered = sorted((int(match[1]), match[2]) for match in found if match)
     bleu_line = next(line for line in lines if line.startswith("Generate "))
     return [text for _, text in numbered], bleu_line
-
-
-def _last_line(lines: list[str]) -> str:
-    return next((line for line in reversed(lines) if line.strip()), "no output")
 
 
 def detokenised(tokenised: list[str], preparation: dict) -> list[str]:
