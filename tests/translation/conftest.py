@@ -50,6 +50,17 @@ def stock(_baselines):
     return _baselines["stock"].result().expect_success()
 
 
+@pytest.fixture(scope="session")
+def models(straight):
+    """The models that ended epochs 1 and 3, as teacher and student; what changes one copies it."""
+    import pskd_fairseq  # noqa: F401  torch's allow-list for fairseq checkpoints
+    from fairseq import checkpoint_utils
+
+    paths = [str(straight.save_dir / f"checkpoint{epoch}.pt") for epoch in (1, 3)]
+    (teacher, student), _, _ = checkpoint_utils.load_model_ensemble_and_task(paths)
+    return teacher.eval(), student.train()
+
+
 @pytest.fixture
 def task(fairseq):
     """A translation task of its own, for criterions built in this process."""

@@ -20,6 +20,10 @@ from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -281,6 +285,33 @@ def batch(task, subset: str = "valid") -> dict:
     task.load_dataset(subset)
     data = task.dataset(subset)
     return data.collater([data[index] for index in range(len(data))])
+
+
+class Step(NamedTuple):
+    """What a criterion made of a batch, the gradients, and the random numbers' state after it."""
+
+    loss: Tensor
+    size: int
+    log: dict
+    grads: dict[str, Tensor]
+    random: Tensor
+
+    @property
+    def values(self) -> dict[str, float]:
+        return {key: float(value) for key, value in self.log.items()}
+
+
+def step(criterion, model, sample, **options) -> Step:
+    """Run a criterion and the backward pass with a fixed seed."""
+    import torch
+
+    model.zero_grad()
+    torch.manual_seed(7)
+    loss, size, log = criterion(model, sample, **options)
+    random = torch.get_rng_state()
+    loss.sum().backward()
+    grads = {name: weight.grad.clone() for name, weight in model.named_parameters()}
+    return Step(loss.detach(), size, log, grads, random)
 
 
 class Payload:

@@ -9,7 +9,7 @@ import sys
 import time
 
 import pytest
-from prepare_toys import LANGUAGES, SCRIPT, bitext, cli
+from prepare_toys import LANGUAGES, bitext, cli
 from pskd_fairseq.preparation.binaries import run_quietly
 from pskd_fairseq.preparation.pieces import encode_lines
 from pskd_fairseq.programs import ToolError
@@ -40,8 +40,9 @@ def test_a_killed_run_leaves_no_folder(kill, tmp_path):
     (tmp_path / "sets").mkdir()
     texts = bitext(tmp_path, "train", 300)
     out = str(tmp_path / "sets" / "out")
+    module = [sys.executable, "-m", "pskd_fairseq.prepare"]  # as where there is no checkout
     process = subprocess.Popen(
-        [sys.executable, str(SCRIPT), *texts, *LANGUAGES, "--out", out, "--bpe-size", "100"],
+        [*module, *texts, *LANGUAGES, "--out", out, "--bpe-size", "100"],
         stderr=subprocess.PIPE,
         text=True,
         # A shell starts what it runs in the background with this signal ignored.

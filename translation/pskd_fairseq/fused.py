@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 
+import torch
 import torch.nn.functional as F
 from fairseq.models import BaseFairseqModel, FairseqLanguageModel
 from fairseq.models.transformer import TransformerDecoderBase
@@ -38,6 +39,7 @@ class FeaturesOnly:
     def get_targets(self, sample, net_output) -> Tensor:
         return self.model.get_targets(sample, net_output)
 
+    @torch.no_grad()
     def logits_of_first(self, net_output) -> tuple:
         """Return the output with the logits of its first position, (1, 1, V), for a check."""
         features, *others = net_output

@@ -13,18 +13,10 @@ from pskd_tools.report.runs import Run, read_runs
 
 
 def compare(words: Sequence[str]) -> str:
-    """Compare evaluations with the first, as ``sacrebleu --paired-bs`` does.
+    """Compare evaluations, ``FOLDER`` or ``NAME=FOLDER``, with the first as sacreBLEU does.
 
-    Args:
-        words: folders of evaluations, or ``NAME=FOLDER``.
-
-    Returns:
-        a table of scores, their means and 95 % intervals over 1,000 resamples, and the p-values of
-        the differences from the first; then the signatures.
-
-    Raises:
-        UserError: if a folder is no evaluation with sentences, or one of other sentences or scores.
-        OSError: if a file cannot be read.
+    Returns a table of scores, their means and 95 % intervals over 1,000 resamples, and the p-values
+    of the differences from the first; then the signatures.
     """
     try:
         runs = read_runs(words)

@@ -24,17 +24,10 @@ _GENERATE = "import pskd_fairseq; from fairseq_cli.generate import cli_main; cli
 def generate(
     args: argparse.Namespace, pair: tuple[str, str], subwords: str | None
 ) -> tuple[list[str], str]:
-    """Translate the split with fairseq-generate.
+    """Translate the split with fairseq-generate, from one language of the pair to the other.
 
-    Args:
-        pair: source and target language.
-        subwords: how words are put together again (``--post-process``); None: they are whole.
-
-    Returns:
-        the tokenised translations in the order of the reference, and fairseq's own BLEU line.
-
-    Raises:
-        UserError: if fairseq fails, naming its log.
+    ``subwords`` tells how words are put together again; None: they are whole. Returns the tokenised
+    translations in the order of the reference, and fairseq's own BLEU line.
     """
     log = args.out / "generate.log"
     command = [sys.executable, "-P", "-c", _GENERATE, str(args.data)]
@@ -74,13 +67,9 @@ def score(
 ) -> tuple[dict, dict[str, list]]:
     """Score the detokenised translations against the raw reference.
 
-    Returns:
-        BLEU and chrF with their sacreBLEU signatures, COMET as `comet_score`, and what `pskd
-        report` reads of each sentence: its texts and sacreBLEU's counts, of which the scores of any
-        part of the corpus can be made.
-
-    Raises:
-        UserError: if the reference is of another length, or as `corpus_metrics`.
+    Returns BLEU and chrF with their sacreBLEU signatures, COMET as `comet_score`, and what `pskd
+    report` reads of each sentence: its texts and sacreBLEU's counts, of which the scores of any
+    part of the corpus can be made (sacreBLEU has no public way to the counts of chrF).
     """
     lowercase, reference_file = preparation["lowercase"], raw_reference(args, preparation)
     references = _lines(reference_file)

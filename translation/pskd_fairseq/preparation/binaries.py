@@ -17,11 +17,7 @@ SPECIALS = 4
 
 
 def run_quietly(command: Sequence[str], cwd: Path) -> None:
-    """Run a command to its end; if we are stopped meanwhile, it and its children are too.
-
-    Raises:
-        ToolError: it failed.
-    """
+    """Run a command to its end; if we are stopped meanwhile, it and its children are too."""
     with subprocess.Popen(
         command,
         cwd=cwd,
@@ -42,11 +38,7 @@ def run_quietly(command: Sequence[str], cwd: Path) -> None:
 
 
 def binarise(job: Job, text: Path, data: Path) -> None:
-    """Turn the pieces under `text` into fairseq binaries and one joined dictionary in `data`.
-
-    Raises:
-        ToolError: fairseq-preprocess failed.
-    """
+    """Turn the pieces under `text` into fairseq binaries and one joined dictionary in `data`."""
     command = [sys.executable, "-m", "fairseq_cli.preprocess", "--joined-dictionary"]
     command += ["--source-lang", job.source_lang, "--target-lang", job.target_lang]
     # Relative paths: fairseq splits --validpref at commas, and the log shows no temporary folder.
@@ -62,12 +54,7 @@ def read_dictionary(path: Path) -> set[str]:
 
 
 def count_pieces(text: Path, part: str, languages: Iterable[str], known: set[str]) -> dict:
-    """Return pairs, pieces, and pieces that the dictionary does not know, of one part.
-
-    Returns:
-        `{"pairs": int, "pieces": {language: int}, "unknown": {language: int}}`; the end-of-sentence
-        symbol that fairseq adds is not counted.
-    """
+    """Count pairs, pieces and pieces unknown to the dictionary, without ends of sentences."""
     counts: dict = {"pairs": 0, "pieces": {}, "unknown": {}}
     for language in languages:
         lines = (text / f"{part}.{language}").read_text(encoding="utf-8").split("\n")[:-1]

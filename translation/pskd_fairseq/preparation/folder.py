@@ -31,16 +31,10 @@ def list_files(folder: Path) -> list[str]:
 
 
 def check_out(out: Path, overwrite: bool) -> None:
-    """Refuse an output folder that holds anything but what `overwrite` allows to go.
-
-    Raises:
-        UserError: it holds a prepared set and `overwrite` is off, or files of somebody else.
-    """
-    if not out.exists():
-        return
-    if not out.is_dir():
+    """Refuse an output folder that holds anything but what `overwrite` allows to go."""
+    if out.exists() and not out.is_dir():
         raise UserError(f"{out}: is a file, not a folder")
-    if not any(out.iterdir()):
+    if not out.exists() or not any(out.iterdir()):
         return
     if not (out / RECORD).is_file():
         raise UserError(
@@ -52,8 +46,7 @@ def check_out(out: Path, overwrite: bool) -> None:
             "--overwrite to replace it"
         )
     try:
-        files = read_json(out / RECORD)["files"]
-        foreign = sorted(set(list_files(out)) - set(files))
+        foreign = sorted(set(list_files(out)) - set(read_json(out / RECORD)["files"]))
     except (ValueError, KeyError, TypeError):
         raise UserError(
             f"{out / RECORD}: cannot be read as a record of this program, so "

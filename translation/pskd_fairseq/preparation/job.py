@@ -55,11 +55,7 @@ class Job:
 
 
 def check_job(job: Job) -> None:
-    """Refuse what can be refused before a text is read.
-
-    Raises:
-        UserError: an option or the installation does not fit.
-    """
+    """Refuse what can be refused before a text is read."""
     if not job.texts or len(job.texts) % 2:
         raise UserError(
             f"texts come in pairs SRC_TEXT TGT_TEXT, but {len(job.texts)} "

@@ -55,11 +55,7 @@ def bpe_pieces(codes: Path, tokens: str) -> str:
 
 
 def encode_lines(lines: Sequence[str], encode: Callable[[str], str], workers: int = 1) -> list[str]:
-    """Apply a function to every line, in order, on so many processes.
-
-    Raises:
-        ToolError: a worker process was killed.
-    """
+    """Apply a function to every line, in order, on so many processes."""
     if workers == 1:
         return [*map(encode, lines)]
     # A forked worker inherits our handler, which is there to clean up and not for it to run.
@@ -74,13 +70,7 @@ def encode_lines(lines: Sequence[str], encode: Callable[[str], str], workers: in
 
 
 def learn_codes(lines: Iterable[str], size: int, path: Path) -> int:
-    """Learn BPE merges of tokenised lines, write them to a file and return how many there are.
-
-    These are fewer than ``size`` where no pair of symbols is left twice.
-
-    Raises:
-        UserError: the text gave none.
-    """
+    """Learn BPE merges of tokenised lines, write them to a file and return how many there are."""
     from subword_nmt.learn_bpe import learn_bpe
 
     words = Counter(word for line in lines for word in line.split(" ") if word)
@@ -104,17 +94,8 @@ def learn_codes(lines: Iterable[str], size: int, path: Path) -> int:
 def segment(job: Job, parts: dict[str, Bitext], text: Path, data: Path) -> int:
     """Tokenise all parts, learn BPE on the training part, and write the pieces.
 
-    Args:
-        job: languages, lower-casing, BPE size, workers.
-        parts: sentence pairs by part.
-        text: folder for `{train,valid,test}.{source,target language}`.
-        data: folder for `bpe.codes`.
-
-    Returns:
-        The number of BPE merges learned.
-
-    Raises:
-        UserError: the training part is too small for BPE.
+    ``text`` gets the files `{train,valid,test}.{source,target language}`, ``data`` `bpe.codes`.
+    Returns the number of BPE merges learned.
     """
     tokens: dict[tuple[str, str], list[str]] = {}
     for side, language in enumerate(job.languages):

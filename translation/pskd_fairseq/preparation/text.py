@@ -21,13 +21,10 @@ Bitext = list[tuple[str, str]]
 
 
 def read_lines(path: Path) -> list[str]:
-    """Return the sentences of one text file, plain or .gz.
+    """Return the sentences of one text file, plain or .gz, without line ends.
 
-    They have no line ends, and spaces for carriage returns, which a reader of the output could take
-    for line ends.
-
-    Raises:
-        UserError: the file is missing, empty, a damaged .gz or not UTF-8.
+    Carriage returns inside a sentence become spaces: a reader of the output could take them for
+    line ends.
     """
     lines: list[str] = []
     offset = 0
@@ -54,12 +51,7 @@ def read_lines(path: Path) -> list[str]:
 def read_bitext(source: Path, target: Path, *, drop_empty: bool) -> tuple[Bitext, int]:
     """Return the sentence pairs of two aligned text files, and how many were left out.
 
-    Args:
-        source, target: the files; line n of one translates line n of the other.
-        drop_empty: leave out pairs with an empty side (and say so) instead of refusing them.
-
-    Raises:
-        UserError: a file cannot be read, the line counts differ, or a side is empty.
+    With ``drop_empty`` pairs with an empty side are left out, with a warning, else refused.
     """
     sides = read_lines(source), read_lines(target)
     if len(sides[0]) != len(sides[1]):
@@ -100,17 +92,8 @@ def hold_out(
 ) -> tuple[dict[str, Bitext], Bitext]:
     """Draw held-out parts whose source sentences are distinct and do not stay in the rest.
 
-    Args:
-        pairs: all training pairs.
-        sizes: pairs to draw for each part; None is 5 % of the distinct sources, at most 1000.
-        seed: of the drawing.
-        taken: sentence keys that must not be drawn.
-
-    Returns:
-        The parts, in text order, and the pairs that stay for training.
-
-    Raises:
-        UserError: nothing would stay for training.
+    A size of None is 5 % of the distinct sources, at most 1000; keys in ``taken`` are not drawn.
+    Returns the parts, in text order, and the pairs that stay for training.
     """
     first: dict[str, int] = {}
     for index, (source, _) in enumerate(pairs):
@@ -137,11 +120,7 @@ def hold_out(
 
 
 def read_parts(job: Job) -> tuple[dict[str, Bitext], dict[str, dict]]:
-    """Return the train, valid and test pairs of a job, given or drawn, and notes about them.
-
-    Raises:
-        UserError: a text is at fault, or there are too few pairs.
-    """
+    """Return the train, valid and test pairs of a job, given or drawn, and notes about them."""
     pairs: Bitext = []
     dropped = 0
     for source, target in zip(job.texts[::2], job.texts[1::2], strict=True):
