@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -23,7 +24,7 @@ from pskd_tools.report.sentences import SentenceMetrics
 from pskd_tools.report.shared import SharedTestSet, shared_test_set
 from pskd_tools.report.tables import Row, Table
 
-__all__ = ["Comparison", "Difference", "compare"]
+__all__ = ["Comparison", "Difference", "compare", "way_of"]
 
 # Of fewer a resample tells too little.
 _LEAST_UNITS = 10
@@ -117,12 +118,19 @@ def _compared(baseline: Row, method: Row, columns: Sequence[Column], preset: Pre
     return replace(bare, differences=differences, basis=f"{_basis(bare)} {apart}".strip())
 
 
-def _ways(pair: Comparison, key: str) -> set[str]:
-    """Return how a score was computed, as sacreBLEU's signatures or COMET's models tell it."""
-    numbers = [run.numbers for run in (*pair.baseline.runs, *pair.method.runs)]
-    told = [n.get(f"{key}_signature", n.get(f"{key}_model")) for n in numbers]
+def way_of(numbers: Mapping[str, Any], key: str) -> str | None:
+    """Return how a run's score was computed, if sacreBLEU's signature or COMET's model tells it.
+
+    Scores that were computed in different ways cannot be compared.
+    """
+    told = numbers.get(f"{key}_signature", numbers.get(f"{key}_model"))
     # sacreBLEU keeps scores comparable from version to version.
-    return {str(way).partition("|version:")[0] for way in told if way is not None}
+    return None if told is None else str(told).partition("|version:")[0]
+
+
+def _ways(pair: Comparison, key: str) -> set[str]:
+    told = (way_of(run.numbers, key) for run in (*pair.baseline.runs, *pair.method.runs))
+    return {way for way in told if way is not None}
 
 
 def _seeds(row: Row) -> list[object] | None:

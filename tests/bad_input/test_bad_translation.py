@@ -154,11 +154,6 @@ flagged(
     "pytorch_ddp, got fully_sharded",
 )
 flagged(
-    "the fused loss with `--report-accuracy`",
-    "--pskd-fused-linear --report-accuracy",
-    "expected no --report-accuracy, got both",
-)
-flagged(
     "`--restore-file nowhere.pt`",
     "--restore-file nowhere.pt",
     "--restore-file: expected a checkpoint (a path from the working directory, which "
@@ -215,17 +210,6 @@ resumed(
     "a teacher with flipped bits",
     "the teacher's weights are damaged: expected SHA-256 ..., got ...",
     damage_teacher,
-)
-resumed(
-    "a checkpoint of another length",
-    "length of the training: expected '4 epochs', with which the checkpoint was trained, got "
-    "'9 epochs' (--pskd-allow-schedule-change allows it)",
-    flags="--max-epoch 9",
-)
-resumed(
-    "a snapshot's checkpoint with `--pskd-teacher memory`",
-    "--pskd-teacher: expected 'snapshot', with which the checkpoint was trained, got 'memory'",
-    flags="--max-epoch 4 --pskd-teacher memory --pskd-top-k 4",
 )
 resumed(
     "a checkpoint of other dictionaries",
@@ -340,73 +324,131 @@ def prepared(tried: str, line: str, says: str, spoil=lambda: None) -> None:
             write_text(name)
         spoil()
         yield None
-        words = f"--source-lang de --target-lang en --out data {line}".split()
-        return as_command(loaded("translation/prepare.py").main, "prepare.py", *words)
+        with mock.patch("logging.basicConfig"):  # which would take pytest's handlers away
+            words = f"--source-lang de --target-lang en --out data {line}".split()
+            return as_command(loaded("translation/prepare.py").main, "prepare.py", *words)
 
     PREPARATION.add(tried, run, f"prepare.py: error: {says}", ends=2)
 
 
 PAIR = "a.de a.en"
-prepared("a text that is not there", "a.de none.en", "none.en: No such file or directory")
-prepared(
-    "one more line in one language",
-    PAIR,
-    "unequal line counts: a.de has 41, a.en has 40",
-    lambda: write_text("a.de", 41),
-)
-prepared(
-    "an empty line in text to be scored against",
-    f"{PAIR} --valid v.de v.en",
-    "v.en:3: empty sentence in text to be scored against",
-    lambda: Path("v.en").write_text("a\nb\n \n" + "c\n" * 37),
-)
-prepared("an empty file", PAIR, "a.en: empty file", lambda: Path("a.en").write_text(""))
-prepared(
-    "a text in Latin-1",
-    PAIR,
-    "a.de:2: not UTF-8: byte 0xfc at byte offset 1 of the line, 6 of the (unpacked) file",
-    lambda: Path("a.de").write_bytes(b"eins\n" + b"f\xfcnf\n" + b"x\n" * 38),
-)
-prepared(
-    "a damaged .gz",
-    "a.de.gz a.en",
-    "a.de.gz:...: damaged .gz: ...",
-    lambda: Path("a.de.gz").write_bytes(gzip.compress(b"ein Satz\n" * 900)[:-9]),
-)
-prepared("one text only", "a.de", "texts come in pairs SRC_TEXT TGT_TEXT, but 1 was given")
-prepared(
-    "one language twice",
-    f"{PAIR} --target-lang de",
-    "source and target language are both 'de'",
-)
-prepared("no merges", f"{PAIR} --bpe-size 0", "--bpe-size must be at least 1, not 0")
-prepared(
-    "more held-out sentences than there are",
-    f"{PAIR} --valid-size 30 --test-size 30",
-    "too few pairs: the training text has 40 distinct source sentences, from which 30 valid and "
-    "30 test pairs cannot be held out; give --valid and --test, or smaller --valid-size and "
-    "--test-size",
-)
+BLANK = "x\n" * 2 + "\x01 \t\n" + "x\n" * 37
+LATIN = b"eins\n" + b"f\xfcnf\n" + b"x\n" * 38
+PACKED = gzip.compress("".join(f"{n} ist {n * n}\n" for n in range(900)).encode())
 
 
-def foreign_folder() -> None:
+def no_pair_of_symbols() -> None:
+    Path("a.de").write_text("".join(chr(0x4E00 + number) + "\n" for number in range(40)))
+    Path("a.en").write_text("a\n" * 40)
+
+
+def other_folder(record: str | None) -> None:
     Path("data").mkdir()
     Path("data/thesis.txt").write_text("mine")
+    if record is not None:
+        Path("data/prepare.json").write_text(record)
 
 
-prepared(
-    "a folder with other files",
-    f"{PAIR} --overwrite",
-    "data: is not empty, and without prepare.json not a prepared set; choose another --out",
-    foreign_folder,
-)
-prepared(
-    "a prepared folder with a file of one's own",
-    f"{PAIR} --overwrite",
+NO_SET = "data: is not empty, and without prepare.json not a prepared set; choose another --out"
+NO_RECORD = "data/prepare.json: cannot be read as a record of this program"
+OWN_FILE = (
     "data: holds files that are not part of the prepared set, such as thesis.txt; --overwrite "
-    "would delete them, move them away first",
-    lambda: (foreign_folder(), Path("data/prepare.json").write_text('{"files": ["prepare.json"]}')),
+    "would delete them, move them away first"
 )
+TOO_FEW = (
+    "too few pairs: the training text has 40 distinct source sentences, from which 30 valid and 10 "
+    "test pairs cannot be held out; give --valid and --test, or smaller --valid-size and "
+    "--test-size"
+)
+EMPTY = "empty sentence in text to be scored against"
+for case in (
+    ("a text that is not there", "a.de none.en", "none.en: No such file or directory"),
+    ("a folder for a text", f"{PAIR} more a.en", "more: Is a directory", Path("more").mkdir),
+    (
+        "one more line in one language",
+        PAIR,
+        "unequal line counts: a.de has 41, a.en has 40",
+        lambda: write_text("a.de", 41),
+    ),
+    (
+        "an empty line in text to be scored against",
+        f"{PAIR} --valid v.de v.en",
+        f"v.en:3: {EMPTY}",
+        lambda: Path("v.en").write_text(BLANK),
+    ),
+    (
+        "an empty line in test text",
+        f"{PAIR} --test v.de v.en",
+        f"v.de:3: {EMPTY}",
+        lambda: Path("v.de").write_text(BLANK),
+    ),
+    ("an empty file", PAIR, "a.en: empty file", lambda: Path("a.en").write_text("")),
+    (
+        "a text of empty lines",
+        PAIR,
+        "a.de: no training pair is left: all have an empty side",
+        lambda: Path("a.en").write_text(" \n" * 40),
+    ),
+    (
+        "a text in Latin-1",
+        PAIR,
+        "a.de:2: not UTF-8: byte 0xfc at byte offset 1 of the line, 6 of the (unpacked) file",
+        lambda: Path("a.de").write_bytes(LATIN),
+    ),
+    (
+        "a damaged .gz",
+        "a.de.gz a.en",
+        "a.de.gz:...: damaged .gz: ...",
+        lambda: Path("a.de.gz").write_bytes(PACKED[: len(PACKED) // 2]),
+    ),
+    (
+        "a .gz that is none",
+        "a.de.gz a.en",
+        "a.de.gz:1: damaged .gz: ...",
+        lambda: Path("a.de.gz").write_bytes(b"plain\n" * 300),
+    ),
+    ("no text", "", "texts come in pairs SRC_TEXT TGT_TEXT, but 0 were given"),
+    ("one text only", "a.de", "texts come in pairs SRC_TEXT TGT_TEXT, but 1 was given"),
+    (
+        "one language twice",
+        f"{PAIR} --target-lang de",
+        "source and target language are both 'de'",
+    ),
+    (
+        "a language that is no name of a file",
+        f"{PAIR} --target-lang en-US",
+        "language code 'en-US' must be letters, digits and _ only",
+    ),
+    ("no merges", f"{PAIR} --bpe-size 0", "--bpe-size must be at least 1, not 0"),
+    ("fewer than no pairs", f"{PAIR} --test-size -4", "--test-size must be at least 1, not -4"),
+    ("no process", f"{PAIR} --workers 0", "--workers must be at least 1, not 0"),
+    (
+        "a size of text that is given",
+        f"{PAIR} --valid v.de v.en --valid-size 9",
+        "--valid-size has no meaning beside --valid",
+    ),
+    (
+        "a text in which no two symbols meet twice",
+        PAIR,
+        "the training text is too small for BPE: no two symbols meet twice",
+        no_pair_of_symbols,
+    ),
+    ("all sentences held out", f"{PAIR} --valid-size 30 --test-size 10", TOO_FEW),
+    ("a folder with other files", f"{PAIR} --overwrite", NO_SET, lambda: other_folder(None)),
+    (
+        "a record of another program",
+        f"{PAIR} --overwrite",
+        NO_RECORD,
+        lambda: other_folder("[]"),
+    ),
+    (
+        "a prepared folder with a file of one's own",
+        f"{PAIR} --overwrite",
+        OWN_FILE,
+        lambda: other_folder('{"files": ["prepare.json"]}'),
+    ),
+):
+    prepared(*case)
 
 
 # ---- evaluate.py and plot_epochs.py --------------------------------------------------------------
@@ -424,7 +466,7 @@ def evaluated(tried: str, line: str, says: str, spoil=lambda: None) -> None:
         torch.save({"model": {}}, "model.pt")
         spoil()
         yield None
-        with mock.patch("logging.basicConfig"):  # which would take pytest's handlers away
+        with mock.patch("logging.basicConfig"):
             words = ["--data", "data", "--out", "out", *line.split()]
             return as_command(loaded("translation/evaluate.py").main, "evaluate.py", *words)
 

@@ -48,7 +48,9 @@ MODULES = {
     "pskd_torchmetrics": "torchmetrics",
     "pskd_transformers": "transformers",
 }
-FRAMEWORKS_OF = {"pskd_fairseq": {"fairseq"}} | OTHERS | {n: {f} for n, f in MODULES.items()}
+FRAMEWORKS_OF = (
+    {"pskd_fairseq": {"fairseq", "sacremoses"}} | OTHERS | {n: {f} for n, f in MODULES.items()}
+)
 #: How to get a framework, where pip does not know it by its name.
 INSTALL = {
     "detectron2": "https://detectron2.readthedocs.io",

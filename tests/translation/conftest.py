@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+import logging
+
 import pytest
 from fairseq_toys import EPOCHS, STOCK, Fairseq, write_corpus
+
+
+@pytest.fixture(autouse=True)
+def _keeps_the_log(monkeypatch):
+    """prepare.py and evaluate.py would take pytest's handlers away."""
+    monkeypatch.setattr(logging, "basicConfig", lambda **_: None)
 
 
 @pytest.fixture(scope="session")
@@ -40,6 +48,17 @@ def straight(_baselines):
 def stock(_baselines):
     """The same training with fairseq's label-smoothed cross-entropy."""
     return _baselines["stock"].result().expect_success()
+
+
+@pytest.fixture(scope="session")
+def models(straight):
+    """The models that ended epochs 1 and 3, as teacher and student; what changes one copies it."""
+    import pskd_fairseq  # noqa: F401  torch's allow-list for fairseq checkpoints
+    from fairseq import checkpoint_utils
+
+    paths = [str(straight.save_dir / f"checkpoint{epoch}.pt") for epoch in (1, 3)]
+    (teacher, student), _, _ = checkpoint_utils.load_model_ensemble_and_task(paths)
+    return teacher.eval(), student.train()
 
 
 @pytest.fixture

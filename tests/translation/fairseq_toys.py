@@ -18,8 +18,12 @@ import sys
 import uuid
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -255,20 +259,25 @@ def write_corpus(folder: Path) -> None:
             (folder / f"{part}.{language}").write_text(text, encoding="utf-8")
 
 
-def build_criterion(task, save_dir, **changes):
-    """Build the plugin's criterion in this process, as fairseq's trainer does, in training mode."""
-    from pskd_fairseq.criterion import PSKDCriterion, PSKDCriterionConfig
+def config(save_dir, **changes):
+    """Return the criterion's options, as fairseq fills them in."""
+    from pskd_fairseq.config import PSKDCriterionConfig
 
-    config = PSKDCriterionConfig(
+    made = PSKDCriterionConfig(
         label_smoothing=0.1, sentence_avg=False, max_epoch=EPOCHS, max_update=0,
         save_dir=str(save_dir), restore_file="checkpoint_last.pt", reset_dataloader=False,
         train_subset="train", ddp_backend="pytorch_ddp", path=None, continue_once=None,
         checkpoint_suffix="", keep_best_checkpoints=-1, keep_last_epochs=-1,
         keep_interval_updates=-1, patience=-1, stop_min_lr=-1.0,
     )  # fmt: skip
-    for name, value in changes.items():
-        setattr(config, name, value)
-    return PSKDCriterion.build_criterion(config, task).train()
+    return replace(made, **changes)
+
+
+def build_criterion(task, save_dir, **changes):
+    """Build the plugin's criterion in this process, as fairseq's trainer does, in training mode."""
+    from pskd_fairseq.criterion import PSKDCriterion
+
+    return PSKDCriterion.build_criterion(config(save_dir, **changes), task).train()
 
 
 def batch(task, subset: str = "valid") -> dict:
@@ -276,6 +285,33 @@ def batch(task, subset: str = "valid") -> dict:
     task.load_dataset(subset)
     data = task.dataset(subset)
     return data.collater([data[index] for index in range(len(data))])
+
+
+class Step(NamedTuple):
+    """What a criterion made of a batch, the gradients, and the random numbers' state after it."""
+
+    loss: Tensor
+    size: int
+    log: dict
+    grads: dict[str, Tensor]
+    random: Tensor
+
+    @property
+    def values(self) -> dict[str, float]:
+        return {key: float(value) for key, value in self.log.items()}
+
+
+def step(criterion, model, sample, **options) -> Step:
+    """Run a criterion and the backward pass with a fixed seed."""
+    import torch
+
+    model.zero_grad()
+    torch.manual_seed(7)
+    loss, size, log = criterion(model, sample, **options)
+    random = torch.get_rng_state()
+    loss.sum().backward()
+    grads = {name: weight.grad.clone() for name, weight in model.named_parameters()}
+    return Step(loss.detach(), size, log, grads, random)
 
 
 class Payload:

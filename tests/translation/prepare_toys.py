@@ -11,28 +11,17 @@ from pathlib import Path
 
 import pytest
 
-for _module, _package in (
-    ("fairseq_cli", "fairseq-fixed"),
-    ("sacremoses", "sacremoses"),
-    ("subword_nmt", "subword-nmt"),
-):
-    pytest.importorskip(_module, reason=f"{_package} is not installed: pip install {_package}")
+for _module in ("fairseq", "sacremoses", "subword_nmt"):
+    pytest.importorskip(_module, reason=f"needs {_module}: pip install '.[translation]'")
 
 SCRIPT = Path(__file__).resolve().parents[2] / "translation" / "prepare.py"
 
-import prepare  # noqa: E402
+from pskd_fairseq import prepare  # noqa: E402
 
 NOUNS = [
-    ("Hund", "dog"),
-    ("Ball", "ball"),
-    ("Turm", "tower"),
-    ("Zug", "train"),
-    ("Berg", "hill"),
-    ("Baum", "tree"),
-    ("Fluss", "river"),
-    ("Tisch", "table"),
-    ("Wald", "wood"),
-]
+    ("Hund", "dog"), ("Ball", "ball"), ("Turm", "tower"), ("Zug", "train"), ("Berg", "hill"),
+    ("Baum", "tree"), ("Fluss", "river"), ("Tisch", "table"), ("Wald", "wood"),
+]  # fmt: skip
 COLOURS = [("rote", "red"), ("grüne", "green"), ("weiße", "white"), ("blau-graue", "blue-grey")]
 PHRASES = [
     (

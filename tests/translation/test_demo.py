@@ -25,19 +25,13 @@ from pskd_tools.report.sentences import bleu, chrf  # noqa: E402
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "translation")]
 
-import evaluate  # noqa: E402
-from evaluation import confidence  # noqa: E402
-from evaluation.inputs import load, subwords_of  # noqa: E402
 from fairseq.data import Dictionary  # noqa: E402
-from prepare import build_parser  # noqa: E402
+from pskd_fairseq import evaluate  # noqa: E402
+from pskd_fairseq.evaluation import confidence  # noqa: E402
+from pskd_fairseq.evaluation.inputs import load, subwords_of  # noqa: E402
+from pskd_fairseq.prepare import build_parser  # noqa: E402
 
 from demo import part, translation  # noqa: E402
-
-
-@pytest.fixture(autouse=True)
-def _no_log(monkeypatch):
-    """evaluate.py would leave a root handler on a stream that pytest closes with the test."""
-    monkeypatch.setattr(evaluate.logging, "basicConfig", lambda **_: None)
 
 
 @pytest.fixture(scope="module")

@@ -16,22 +16,17 @@ import pytest
 
 pytest.importorskip("fairseq", reason="needs fairseq: pip install '.[translation]'")
 
-import evaluate  # noqa: E402
 import fairseq_toys  # noqa: E402, F401
 import sacrebleu  # noqa: E402
-from evaluation.inputs import UserError  # noqa: E402
-from evaluation.metrics import corpus_metrics, language_of  # noqa: E402
-from evaluation.translations import detokenised, score  # noqa: E402
+from pskd_fairseq import evaluate  # noqa: E402
+from pskd_fairseq.evaluation.metrics import corpus_metrics, language_of  # noqa: E402
+from pskd_fairseq.evaluation.translations import detokenised, score  # noqa: E402
+from pskd_fairseq.programs import UserError  # noqa: E402
 
 from pskd_tools.report.sentences import SentenceMetrics  # noqa: E402
 
 CHINESE = ["我们今天去公园看花和树。", "这本书非常有意思，我读了两遍。"]
 TRANSLATED = ["我们今天去公园看花和草。", "这本书非常有趣，我读了两遍。"]
-
-
-@pytest.fixture(autouse=True)
-def root_logger(monkeypatch):
-    monkeypatch.setattr(evaluate.logging, "basicConfig", lambda **_: None)
 
 
 def scored(tmp_path, language: str, reference=CHINESE, translations=TRANSLATED, source=()):
@@ -225,8 +220,8 @@ def test_compare_refuses_what_cannot_be_compared(tmp_path, capsys, texts):
         (a,): "compare: expected two evaluations or more, got 1",
         (a, str(tmp_path / "no")): f"{tmp_path / 'no'}: expected the folder of a run",
         (a, other): f"{other}: expected the references of {a}, got others",
-        (a, cased): "expected BLEU of {'case': 'mixed', 'tok': '13a'}",
-        (a, chinese): "got {'case': 'mixed', 'tok': 'zh'}",
+        (a, cased): "expected BLEU of nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp as",
+        (a, chinese): "got nrefs:1|case:mixed|eff:no|tok:zh|smooth:exp",
         tuple(unknown): "expected a tokeniser of sacreBLEU's, got tok:mine",
         (a, str(bare)): f"{bare}: expected an evaluation with sentences.json",
         (str(bare), a): f"{bare}: expected an evaluation with sentences.json",

@@ -14,7 +14,7 @@ import pytest
 pytest.importorskip("fairseq", reason="needs fairseq: pip install '.[translation]'")
 
 import torch  # noqa: E402
-from fairseq_toys import EPOCHS  # noqa: E402
+from fairseq_toys import EPOCHS, config  # noqa: E402
 from pskd_fairseq import checkpoint  # noqa: E402
 
 TO_THE_END = ["--max-epoch", str(EPOCHS)]
@@ -139,30 +139,24 @@ def test_a_write_that_fails_leaves_no_file_under_a_final_name(fairseq, sizes):
     ]  # fmt: skip
 
 
-def test_free_space_is_compared_with_the_last_checkpoint(tmp_path, monkeypatch):
-    plan = checkpoint.SavePlan(str(tmp_path))
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=999))
-    checkpoint.check_free_space(plan)  # nothing is known of a first one's size
-    (tmp_path / "checkpoint_last.pt").write_bytes(b"x" * 1000)
-    (tmp_path / "checkpoint_best.pt").write_bytes(b"x" * 1000)
-    with pytest.raises(OSError, match="expected 1,000 free bytes, got 999") as raised:
-        checkpoint.check_free_space(plan)
-    assert raised.value.errno == errno.ENOSPC
-    assert raised.value.filename == str(tmp_path)
-
-
-def test_free_space_is_that_for_one_more_of_the_best_too(tmp_path, monkeypatch):
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1999))
-    for name in ("checkpoint_last_a.pt", "checkpoint_best_a.pt"):
-        (tmp_path / name).write_bytes(b"x" * 1000)
-    checkpoint.check_free_space(checkpoint.SavePlan(str(tmp_path), "_a"))
-    checkpoint.check_free_space(checkpoint.SavePlan(str(tmp_path), keep_best=1))  # none to go by
-    with pytest.raises(OSError, match="expected 2,000 free bytes, got 1,999"):
-        checkpoint.check_free_space(checkpoint.SavePlan(str(tmp_path), "_a", keep_best=1))
-
-
-def test_enough_space_is_enough(tmp_path, monkeypatch):
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+@pytest.mark.parametrize(
+    ("options", "needed"),
+    [
+        ({}, 1_000),  # the next one aside; the copies take the place of their like
+        ({"keep_best_checkpoints": 1}, 2_000),
+        ({"checkpoint_suffix": "_a"}, 0),  # nothing is known of a first one's size
+    ],
+)
+def test_free_space_is_compared_with_the_last_checkpoint(tmp_path, monkeypatch, options, needed):
     for name in ("checkpoint_last.pt", "checkpoint_best.pt"):
         (tmp_path / name).write_bytes(b"x" * 1000)
-    checkpoint.check_free_space(checkpoint.SavePlan(str(tmp_path)))
+    free = SimpleNamespace(free=needed)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: free)
+    checkpoint.check_free_space(config(tmp_path, **options))
+    if needed:
+        free.free -= 1
+        message = f"expected {needed:,} free bytes, got {needed - 1:,}"
+        with pytest.raises(OSError, match=message) as raised:
+            checkpoint.check_free_space(config(tmp_path, **options))
+        assert raised.value.errno == errno.ENOSPC
+        assert raised.value.filename == str(tmp_path)

@@ -12,18 +12,19 @@ import pytest
 
 pytest.importorskip("fairseq", reason="needs fairseq: pip install '.[translation]'")
 
-import evaluate  # noqa: E402
 import fairseq as package  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-from evaluation.inputs import UserError, load  # noqa: E402
 from fairseq import checkpoint_utils  # noqa: E402
 from fairseq.models import ARCH_CONFIG_REGISTRY, MODEL_DATACLASS_REGISTRY  # noqa: E402
 from fairseq.registry import REGISTRIES  # noqa: E402
 from fairseq.tasks import TASK_DATACLASS_REGISTRY  # noqa: E402
 from fairseq_toys import PLUGIN, STOCK, continued_from  # noqa: E402
 from omegaconf import OmegaConf  # noqa: E402
+from pskd_fairseq import evaluate  # noqa: E402
 from pskd_fairseq.evaluated import EVALUATED, UnsafeArgumentError, check_arguments  # noqa: E402
+from pskd_fairseq.evaluation.inputs import load  # noqa: E402
+from pskd_fairseq.programs import UserError  # noqa: E402
 
 # --- What is a literal ------------------------------------------------------------------------
 
@@ -158,8 +159,7 @@ def test_the_allow_list_refuses_code(made, form):
 
 
 @pytest.mark.parametrize("form", ["args", "namespace", "dictionary"])
-def test_evaluate_refuses_code(made, form, fairseq, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(evaluate.logging, "basicConfig", lambda **_: None)
+def test_evaluate_refuses_code(made, form, fairseq, tmp_path, capsys):
     path, marker = made[form]
     words = [str(path), "--data", str(fairseq.data), "--out", str(tmp_path / "out"), "--cpu"]
     assert evaluate.main(words) == 2

@@ -11,8 +11,8 @@ import pytest
 pytest.importorskip("fairseq", reason="needs fairseq: pip install '.[translation]'")
 
 import torch  # noqa: E402
-from evaluation.translations import generate  # noqa: E402
 from fairseq_toys import LENGTHS, PLUGIN, Payload  # noqa: E402
+from pskd_fairseq.evaluation.translations import generate  # noqa: E402
 
 # --- fairseq-validate -------------------------------------------------------------------------
 

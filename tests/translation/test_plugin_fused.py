@@ -12,7 +12,6 @@ pytest.importorskip("fairseq", reason="needs fairseq: pip install '.[translation
 
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
-from fairseq import checkpoint_utils  # noqa: E402
 from fairseq.distributed import (  # noqa: E402
     LegacyDistributedDataParallel,
     ModuleProxyWrapper,
@@ -21,7 +20,7 @@ from fairseq.models.transformer_lm import (  # noqa: E402
     TransformerLanguageModel,
     base_lm_architecture,
 )
-from fairseq_toys import MODEL, batch, build_criterion, continued_from, same  # noqa: E402
+from fairseq_toys import MODEL, batch, build_criterion, continued_from, same, step  # noqa: E402
 from pskd_fairseq.criterion import PSKDCriterion  # noqa: E402  with torch's allow-list
 from torch.nn.parallel import DistributedDataParallel  # noqa: E402
 
@@ -81,25 +80,6 @@ def refused(fairseq):
         name: fairseq.start(f"fused_{name}", *flags, *TO_THE_END, FUSED)
         for name, (flags, _) in REFUSED.items()
     }
-
-
-@pytest.fixture(scope="module")
-def models(runs):
-    """The models that ended epochs 1 and 3, as teacher and student."""
-    folder = runs["snapshot", FUSED].save_dir
-    paths = [str(folder / f"checkpoint{epoch}.pt") for epoch in (1, 3)]
-    (teacher, student), _, _ = checkpoint_utils.load_model_ensemble_and_task(paths)
-    return teacher.eval(), student.train()
-
-
-def forward(criterion, model, sample):
-    """Return loss and log of a step with a fixed seed, and the gradients."""
-    model.zero_grad()
-    torch.manual_seed(7)
-    loss, _, log = criterion(model, sample)
-    loss.backward()
-    grads = {name: weight.grad.clone() for name, weight in model.named_parameters()}
-    return {key: float(value) for key, value in log.items()}, grads
 
 
 def both(task, folder, **options) -> list[PSKDCriterion]:
@@ -182,10 +162,10 @@ def test_loss_log_and_gradients_are_those_from_logits(
     sample = batch(task)
     assert (sample["target"] == task.target_dictionary.pad()).any()
     task.begin_epoch(epoch, teacher)
-    expected, log = forward(plain, student, sample), forward(fused, student, sample)
-    assert log[0] == pytest.approx(expected[0], rel=1e-5)
-    for name, grad in expected[1].items():
-        torch.testing.assert_close(log[1][name], grad, rtol=1e-4, atol=1e-4)
+    expected, ours = step(plain, student, sample), step(fused, student, sample)
+    assert ours.values == pytest.approx(expected.values, rel=1e-5)
+    for name, grad in expected.grads.items():
+        torch.testing.assert_close(ours.grads[name], grad, rtol=1e-4, atol=1e-4)
 
 
 def language_model(task):
@@ -202,10 +182,10 @@ def test_a_language_model_has_the_same_loss_and_gradients(task, tmp_path):
     sample["net_input"]["src_tokens"] = sample["net_input"].pop("prev_output_tokens")
     plain, fused = both(task, tmp_path)
     task.begin_epoch(3, model)
-    expected, log = forward(plain, model, sample), forward(fused, model, sample)
-    assert log[0] == pytest.approx(expected[0], rel=1e-5)
-    for name, grad in expected[1].items():
-        torch.testing.assert_close(log[1][name], grad, rtol=1e-4, atol=1e-4)
+    expected, ours = step(plain, model, sample), step(fused, model, sample)
+    assert ours.values == pytest.approx(expected.values, rel=1e-5)
+    for name, grad in expected.grads.items():
+        torch.testing.assert_close(ours.grads[name], grad, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["half", "bfloat16", "autocast"])
@@ -217,12 +197,12 @@ def test_in_half_precision(task, models, tmp_path, kind):
     sample = batch(task)
     task.begin_epoch(3, teacher)
     with torch.autocast("cpu", torch.bfloat16, enabled=kind == "autocast"):
-        expected, log = forward(plain, student, sample), forward(fused, student, sample)
+        expected, ours = step(plain, student, sample), step(fused, student, sample)
     for name in ("loss", "nll_loss", "pskd_teacher_nll", "pskd_error"):
-        assert log[0][name] == pytest.approx(expected[0][name], rel=1e-2), name
-    for name, grad in expected[1].items():
-        assert log[1][name].dtype == grad.dtype
-        difference = (log[1][name] - grad).float().norm()
+        assert ours.values[name] == pytest.approx(expected.values[name], rel=1e-2), name
+    for name, grad in expected.grads.items():
+        assert ours.grads[name].dtype == grad.dtype
+        difference = (ours.grads[name] - grad).float().norm()
         assert difference <= 0.05 * grad.float().norm() + 1e-2, name
 
 
@@ -286,10 +266,10 @@ def test_a_wrapped_model_has_the_gradients_of_the_bare_one(task, models, tmp_pat
     _, fused = both(task, tmp_path)
     sample = batch(task)
     task.begin_epoch(3, teacher)
-    _, expected = forward(fused, student, sample)
+    expected = step(fused, student, sample).grads
     wrapped = ModuleProxyWrapper(WRAPPERS[name](student, one_rank))
     for _ in range(2):  # torch counts what a step has used in the next one
-        _, grads = forward(fused, wrapped, sample)
+        grads = step(fused, wrapped, sample).grads
     grads = {name.removeprefix("module.module."): grad for name, grad in grads.items()}
     assert grads.keys() == expected.keys()
     for name, grad in expected.items():

@@ -8,34 +8,12 @@ import pytest
 
 pytest.importorskip("fairseq", reason="needs fairseq: pip install '.[translation]'")
 
-import pskd_fairseq  # noqa: E402, F401  torch's allow-list for fairseq checkpoints
 import torch  # noqa: E402
-from fairseq import checkpoint_utils  # noqa: E402
 from fairseq.criterions.label_smoothed_cross_entropy import (  # noqa: E402
     LabelSmoothedCrossEntropyCriterion,
     label_smoothed_nll_loss,
 )
-from fairseq_toys import LENGTHS, batch, build_criterion, same  # noqa: E402
-
-
-@pytest.fixture(scope="module")
-def models(straight):
-    """The models that ended epochs 1 and 3, as teacher and student."""
-    paths = [str(straight.save_dir / f"checkpoint{epoch}.pt") for epoch in (1, 3)]
-    ensemble, _, _ = checkpoint_utils.load_model_ensemble_and_task(paths)
-    teacher, student = ensemble
-    return teacher.eval(), student.train()
-
-
-def forward(criterion, model, sample, **options):
-    """Run a criterion with a fixed seed and return its outputs, the gradients and the RNG state."""
-    model.zero_grad()
-    torch.manual_seed(7)
-    loss, size, log = criterion(model, sample, **options)
-    state = torch.get_rng_state()
-    loss.sum().backward()
-    grads = {name: weight.grad.clone() for name, weight in model.named_parameters()}
-    return loss.detach(), size, log, grads, state
+from fairseq_toys import LENGTHS, batch, build_criterion, same, step  # noqa: E402
 
 
 def written_out(model, teacher, sample, *, alpha, smoothing, prefix, padding) -> torch.Tensor:
@@ -68,16 +46,16 @@ def test_the_loss_is_its_definition_in_value_and_gradient(
     assert (sample["target"] == padding).any()
     task.begin_epoch(2, student)
     task.begin_epoch(3, teacher)
-    loss, _, _, grads, _ = forward(criterion, student, sample)
+    ours = step(criterion, student, sample)
 
     student.zero_grad()
     expected = written_out(
         student, teacher, sample, alpha=alpha, smoothing=smoothing, prefix=prefix, padding=padding
     )
     expected.backward()
-    torch.testing.assert_close(loss, expected.detach(), rtol=1e-5, atol=0.0)
+    torch.testing.assert_close(ours.loss, expected.detach(), rtol=1e-5, atol=0.0)
     for name, weight in student.named_parameters():
-        torch.testing.assert_close(grads[name], weight.grad, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(ours.grads[name], weight.grad, rtol=1e-4, atol=1e-4)
 
 
 def test_nothing_but_the_loss_differs_from_the_stock_criterion(task, models, tmp_path):
@@ -88,12 +66,12 @@ def test_nothing_but_the_loss_differs_from_the_stock_criterion(task, models, tmp
     theirs = LabelSmoothedCrossEntropyCriterion(task, True, 0.1, 1, True).train()
     sample = batch(task)
     task.begin_epoch(3, teacher)
-    ours, theirs = forward(criterion, student, sample), forward(theirs, student, sample)
-    assert torch.equal(ours[4], theirs[4])
-    assert ours[1] == theirs[1] == len(LENGTHS["valid"])
-    torch.testing.assert_close(ours[2].pop("nll_loss"), theirs[2].pop("nll_loss"))
-    assert ours[2].pop("loss") != theirs[2].pop("loss")
-    assert {key: ours[2][key] for key in theirs[2]} == theirs[2]
+    ours, theirs = step(criterion, student, sample), step(theirs, student, sample)
+    assert torch.equal(ours.random, theirs.random)
+    assert ours.size == theirs.size == len(LENGTHS["valid"])
+    torch.testing.assert_close(ours.log.pop("nll_loss"), theirs.log.pop("nll_loss"))
+    assert ours.log.pop("loss") != theirs.log.pop("loss")
+    assert {key: ours.log[key] for key in theirs.log} == theirs.log
 
 
 def test_without_reduction_there_is_a_loss_a_token(task, models, tmp_path):
@@ -101,8 +79,8 @@ def test_without_reduction_there_is_a_loss_a_token(task, models, tmp_path):
     criterion = build_criterion(task, tmp_path)
     sample = batch(task)
     task.begin_epoch(3, teacher)
-    total = forward(criterion, student, sample)[0]
-    each = forward(criterion, student, sample, reduce=False)[0]
+    total = step(criterion, student, sample).loss
+    each = step(criterion, student, sample, reduce=False).loss
     assert each.shape == (sample["target"].numel(), 1)
     torch.testing.assert_close(each.sum(), total)
     assert (each.squeeze(1)[sample["target"].flatten() == criterion.padding_idx] == 0).all()
@@ -121,7 +99,7 @@ def test_label_smoothing_is_refused_at_the_start_or_works_with_a_teacher(
         assert smoothing > 0.97
         return
     task.begin_epoch(3, teacher)
-    assert forward(criterion, student, batch(task))[0].isfinite()
+    assert step(criterion, student, batch(task)).loss.isfinite()
 
 
 class Sharpened(torch.nn.Module):
@@ -147,7 +125,7 @@ def test_a_model_with_another_distribution_is_scored_by_its_own(task, models, tm
     criterion = build_criterion(task, tmp_path)
     sample = batch(task)
     task.begin_epoch(3, teacher)
-    loss = forward(criterion, student, sample)[0]
+    loss = step(criterion, student, sample).loss
     expected = written_out(
         student, teacher, sample, alpha=0.525, smoothing=0.1, prefix=0,
         padding=task.target_dictionary.pad(),

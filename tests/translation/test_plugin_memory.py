@@ -6,6 +6,7 @@ import random
 import shutil
 import signal
 import zipfile
+from types import SimpleNamespace
 
 import pytest
 
@@ -14,7 +15,6 @@ pytest.importorskip("fairseq", reason="needs fairseq: pip install '.[translation
 import torch  # noqa: E402
 from fairseq_toys import (  # noqa: E402
     EPOCHS,
-    build_criterion,
     continued_from,
     entry,
     same,
@@ -275,33 +275,14 @@ def test_ranks_learn_what_one_process_learns(fairseq, ranks, machines):
         torch.testing.assert_close(first.model()[key], weight, rtol=1e-3, atol=1e-4)
 
 
-# ---- parts and bad input -----------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "flags, message",
-    [
-        ({"pskd_top_k": 0}, "--pskd-top-k: expected 1 to "),
-        ({"pskd_top_k": 1000}, "--pskd-top-k: expected 1 to "),
-        ({"pskd_start_epoch": 0}, f"--pskd-start-epoch: expected 1 to --max-epoch {EPOCHS}, got 0"),
-        ({"pskd_start_epoch": 9}, f"--pskd-start-epoch: expected 1 to --max-epoch {EPOCHS}, got 9"),
-    ],
-)
-def test_wrong_options(task, tmp_path, flags, message):
-    with pytest.raises(ValueError, match=message):
-        build_criterion(task, tmp_path, pskd_teacher="memory", **flags)
-
-
-class Sizes:
-    def __init__(self, *sizes: int) -> None:
-        self.tgt_sizes = sizes
+# ---- rows --------------------------------------------------------------------------------------
 
 
 def test_rows_of_a_batch(tmp_path):
     from pskd_fairseq.memory import TokenMemory
 
     memory = TokenMemory(str(tmp_path), 50, 4)
-    memory.begin_epoch(1, Sizes(3, 2, 4))
+    memory.begin_epoch(1, SimpleNamespace(tgt_sizes=(3, 2, 4)))
     pad = 1
     target = torch.tensor([[5, 6, 2, 1], [1, 1, 7, 2], [5, 6, 7, 2], [5, 6, 2, 1]])
     sample = {"id": torch.tensor([0, 1, 1, 7])}  # a sentence of another length, an id of elsewhere
@@ -310,10 +291,3 @@ def test_rows_of_a_batch(tmp_path):
     assert valid.tolist() == [[True] * 3 + [False], [False] * 2 + [True] * 2, [False] * 4] + [
         [False] * 4
     ]
-
-
-def test_a_data_set_without_target_lengths(tmp_path):
-    from pskd_fairseq.memory import TokenMemory
-
-    with pytest.raises(ValueError, match="expected a data set of sentence pairs with tgt_sizes"):
-        TokenMemory(str(tmp_path), 50, 4).begin_epoch(1, object())

@@ -197,22 +197,20 @@ def test_a_student_that_is_its_teacher_logs_its_own_hard_nll(variants):
 
 def test_what_a_step_adds_to_the_log():
     """Rows 0 and 8 are those of which the largest score is looked for."""
-    from pskd_fairseq.criterion import _statistics
-    from pskd_fairseq.past import Past
+    from pskd_fairseq.step_statistics import COMPARED, step_statistics
 
-    from pskd import PSKDStats, TopK
-
-    target, probs = torch.zeros(16, dtype=torch.int64), torch.full((16, 2), 0.25)
-    indices = torch.tensor([[0, 1]]).repeat(16, 1)
-    indices[8] = torch.tensor([2, 0])  # the teacher had it wrong
+    target = torch.zeros(16, dtype=torch.int64)
+    prefers = torch.zeros(16, dtype=torch.int64)
+    prefers[8] = 2  # the teacher had it wrong
     is_token = torch.arange(16) < 12
     taught = is_token & (torch.arange(16) != 1)
-    past = Past(None, TopK(indices, probs), taught, 0.5 * taught)
     student, teacher = torch.full((16,), 0.75), torch.full((16,), 0.5)
     student[8], teacher[8] = 0.6, 0.2
-    scores = torch.zeros(16, 3)
-    scores[:, 0] = 1.0
-    sums = _statistics(scores, target, past, is_token, PSKDStats(-student.log(), teacher), 0.5)
+    sums = step_statistics(
+        target=target, is_token=is_token, taught=taught, nll=-student.log(),
+        teacher_at_label=teacher, student_prefers=target[COMPARED],
+        teacher_prefers=prefers[COMPARED], top_k_mass=torch.tensor(5.5), alpha=0.5,
+    )  # fmt: skip
     assert {name: float(value) for name, value in sums.items()} == pytest.approx(
         dict(
             pskd_tokens=12, pskd_alpha=6, pskd_taught=11, pskd_top_k_mass=5.5,

@@ -1,14 +1,14 @@
 """The fairseq criterion ``pskd``: label-smoothed cross-entropy with a teacher of one epoch ago.
 
-Shapes: B sentences, T target positions, V types in the target dictionary, N = B * T rows.
+Shapes: B sentences, T target positions, V types in the target dictionary, N = B * T rows, H
+features of the decoder.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Mapping
 
 import torch
 from fairseq import utils
@@ -16,16 +16,15 @@ from fairseq.criterions import register_criterion
 from fairseq.criterions.label_smoothed_cross_entropy import LabelSmoothedCrossEntropyCriterion
 from torch import Tensor
 
-from pskd import LinearTeacher, PSKDStats, pskd_cross_entropy, pskd_linear_cross_entropy
+from pskd import LinearTeacher, pskd_cross_entropy, pskd_linear_cross_entropy
 from pskd.targets import row_alphas
 from pskd_fairseq import fused
-from pskd_fairseq.checkpoint import SavePlan
 from pskd_fairseq.config import PSKDCriterionConfig
 from pskd_fairseq.epoch import EpochState, Schedule
 from pskd_fairseq.fused import FeaturesOnly
 from pskd_fairseq.memory import KeptRows, TokenMemory
 from pskd_fairseq.past import Past
-from pskd_fairseq.resume import ResumePlan, check_resume
+from pskd_fairseq.resume import check_resume
 from pskd_fairseq.step_statistics import COMPARED, log_statistics, no_statistics, step_statistics
 
 logger = logging.getLogger(__name__)
@@ -40,9 +39,7 @@ class PSKDCriterion(LabelSmoothedCrossEntropyCriterion):
     it is `LabelSmoothedCrossEntropyCriterion` to the bit.
 
     Raises:
-        ValueError: if an option is out of its range, two exclude each other, or training cannot
-            go on from the checkpoint that fairseq would read (`resume.check_resume`).
-        FileNotFoundError: if ``--restore-file`` names a file that is not there.
+        ValueError: if an option is out of its range, or two exclude each other.
     """
 
     def __init__(
@@ -62,28 +59,30 @@ class PSKDCriterion(LabelSmoothedCrossEntropyCriterion):
             cfg.max_update,
             cfg.pskd_start_epoch,
         )
-        types = len(task.target_dictionary)
-        _check_options(cfg, types, label_smoothing, ignore_prefix_size, report_accuracy)
+        _check_options(cfg, types=len(task.target_dictionary))
         memory = _build_memory(cfg, task) if str(cfg.pskd_teacher) == "memory" else None
-        options: dict[str, object] = {"--label-smoothing": label_smoothing}
-        if cfg.pskd_alpha_final:
-            options["--pskd-teacher"] = str(cfg.pskd_teacher)
-            options["--pskd-skip-wrong-teacher"] = cfg.pskd_skip_wrong_teacher
-        self.epoch_state = EpochState(schedule, cfg.train_subset, memory, options)
+        self.epoch_state = EpochState(schedule, cfg.train_subset, memory, _fixed_options(cfg))
         self._skip_wrong_teacher = cfg.pskd_skip_wrong_teacher
         self._fused_linear = cfg.pskd_fused_linear
         self._step_statistics: Mapping[str, float | Tensor] = {}
         self._output_is_logits: bool | None = None  # known from the first batch
-        if cfg.path is None:
-            suffix = cfg.checkpoint_suffix
-            plan = ResumePlan(
-                cfg.save_dir, cfg.restore_file, cfg.reset_dataloader, cfg.continue_once, suffix
-            )
-            allow_change = cfg.pskd_allow_schedule_change
-            check_resume(plan, task, schedule.options(), allow_change, options)
+
+    @classmethod
+    def build_criterion(cls, cfg: PSKDCriterionConfig, task):
+        """Build the criterion; for a training, let the task tell it of epochs and checkpoints.
+
+        Raises:
+            ValueError: as the constructor, or if training cannot go on from the checkpoint that
+                fairseq would read (`resume.check_resume`).
+            FileNotFoundError: if ``--restore-file`` names a file that is not there.
+        """
+        criterion = super().build_criterion(cfg, task)
+        if cfg.path is None:  # of a model to evaluate
+            schedule = criterion.epoch_state.schedule
+            check_resume(cfg, task, schedule.options(), _fixed_options(cfg))
             _warn_of_an_early_end(cfg, schedule)
-            kept = cfg.keep_best_checkpoints, cfg.keep_last_epochs, cfg.keep_interval_updates
-            self.epoch_state.attach(task, SavePlan(cfg.save_dir, suffix, *kept))
+            criterion.epoch_state.attach(task, cfg)
+        return criterion
 
     def forward(self, model, sample, reduce=True):
         """As `LabelSmoothedCrossEntropyCriterion.forward`, with PS-KD's sums in the log output.
@@ -122,11 +121,9 @@ class PSKDCriterion(LabelSmoothedCrossEntropyCriterion):
             return super().compute_loss(model, net_output, sample, reduce=reduce)
 
         scores, target = self._scores_and_target(model, net_output, sample)
-        is_token = target != self.padding_idx
-        kept = self._token_rows(model, net_output, sample)
+        kept = self._kept_rows(model, net_output, sample)
         recorded = kept if state.records else None
-        ask = partial(self._teacher_scores, model, sample)
-        past = self._past(sample, target, is_token, kept, ask)
+        past = self._past(model, sample, target, kept)
         if past is None:
             if recorded is not None:
                 recorded.write(scores)
@@ -143,36 +140,26 @@ class PSKDCriterion(LabelSmoothedCrossEntropyCriterion):
             reduction="sum" if reduce else "none",
             return_stats=True,
         )
+        scores = scores.detach()
         if recorded is not None:
-            label = scores.detach().gather(1, target[:, None]).squeeze(1)
-            recorded.write(scores, stats.nll + label)
-        self._step_statistics = _statistics(
-            scores.detach(), target, past, is_token, stats, state.alpha
-        )
+            recorded.write(scores, stats.nll + scores.gather(1, target[:, None]).squeeze(1))
+        self._log(past, target, stats, scores[COMPARED].argmax(1), past.preferred(COMPARED))
         return (loss, stats.nll.sum()) if reduce else (loss[:, None], stats.nll[:, None])
 
     def _fused_loss(self, model: FeaturesOnly, net_output, sample) -> tuple[Tensor, Tensor]:
         """As `compute_loss` in training, of features (B, T, H) in place of logits."""
-        if self._output_is_logits is None:
-            logits = model.logits_of_first(net_output)
-            self._output_is_logits = _is_logits(model.model, logits, sample)
-        if not self._output_is_logits:
+        if not self._has_logits(model.model, model.logits_of_first(net_output), sample):
             raise fused.refuse_distribution(model)
-        state, projection = self.epoch_state, model.projection
+        projection = model.projection
         hidden, target = self._rows(net_output[0], model.get_targets(sample, net_output))
-        is_token = target != self.padding_idx
-        kept = self._token_rows(model, net_output, sample)
-        recorded = kept if state.records else None
-        ask = partial(self._teacher_features, model.model, sample)
-        past = self._past(sample, target, is_token, kept, ask)
-        teacher = None
-        if past is not None:
-            teacher = past.scores if past.top_k is None else past.top_k
+        kept = self._kept_rows(model, net_output, sample)
+        recorded = kept if self.epoch_state.records else None
+        past = self._past(model, sample, target, kept)
         loss, stats = pskd_linear_cross_entropy(
             hidden,
             projection.weight,
             target,
-            teacher,
+            None if past is None else past.top_k or past.scores,
             0.0 if past is None else past.alpha,
             bias=projection.bias,
             ignore_index=self.padding_idx,
@@ -183,53 +170,50 @@ class PSKDCriterion(LabelSmoothedCrossEntropyCriterion):
         if recorded is not None:
             recorded.memory.write(recorded.rows, stats.student_top_k)
         if past is not None:
-            self._step_statistics = step_statistics(
-                target=target,
-                is_token=is_token,
-                taught=past.taught,
-                nll=stats.nll,
-                teacher_at_label=stats.teacher_probs_at_label,
-                student_prefers=stats.student_top_k.indices[COMPARED, 0],
-                teacher_prefers=stats.teacher_preferred[COMPARED],
-                top_k_mass=past.top_k_mass(),
-                alpha=state.alpha,
-            )
+            prefers = stats.student_top_k.indices[COMPARED, 0], stats.teacher_preferred[COMPARED]
+            self._log(past, target, stats, *prefers)
         return loss, stats.nll.sum()
 
-    def _smoothing(self, types: int) -> float:
-        # fairseq spreads epsilon over the other V - 1 types, torch over all V.
-        return self.eps * types / (types - 1)
+    # ---- the teacher ---------------------------------------------------------------------------
 
-    def _token_rows(self, model, net_output, sample) -> KeptRows | None:
+    def _kept_rows(self, model, net_output, sample) -> KeptRows | None:
         """Return where the memory keeps a batch's tokens, if it is read or written."""
-        memory = self.epoch_state.memory
-        if memory is None or not (self.epoch_state.active or self.epoch_state.records):
+        state = self.epoch_state
+        if state.memory is None or not (state.active or state.records):
             return None
         target = model.get_targets(sample, net_output)
-        return KeptRows(memory, *self._rows(*memory.rows(sample, target, self.padding_idx)))
+        rows, valid = self._rows(*state.memory.rows(sample, target, self.padding_idx))
+        return KeptRows(state.memory, rows, valid)
 
-    def _past(
-        self,
-        sample,
-        target: Tensor,
-        is_token: Tensor,
-        kept: KeptRows | None,
-        ask_snapshot: Callable[[], Tensor | LinearTeacher],
-    ) -> Past | None:
+    def _past(self, model, sample, target: Tensor, kept: KeptRows | None) -> Past | None:
         """Return what the teacher says of a batch, and which tokens learn from it, if any do."""
+        alpha = self.epoch_state.alpha
         if not self.epoch_state.active:
             return None
-        scores, top_k, taught = None, None, is_token
         if kept is None:
-            scores = ask_snapshot()
+            scores = self._snapshot_scores(model, sample)
+            past = Past(scores, None, target != self.padding_idx, alpha)
         else:
-            top_k, taught = kept.memory.read(kept.rows, kept.valid)
-        past = Past(scores, top_k, taught, self.epoch_state.alpha)
+            past = Past(None, *kept.memory.read(kept.rows, kept.valid), alpha)
         if self._skip_wrong_teacher:
-            past = past._replace(taught=taught & (past.preferred(slice(None)) == target))
+            past = past._replace(taught=past.taught & (past.preferred(slice(None)) == target))
         if kept is not None or self._skip_wrong_teacher:
-            past = past._replace(alpha=row_alphas(self.epoch_state.alpha, past.taught))
+            past = past._replace(alpha=row_alphas(alpha, past.taught))
         return past
+
+    # In eval mode it draws no random number: the student's dropout is the same with and without.
+    @torch.no_grad()
+    def _snapshot_scores(self, model, sample) -> Tensor | LinearTeacher:
+        """Return a batch's scores, (N, V), by the model's teacher; of features what they are of."""
+        if isinstance(model, FeaturesOnly):
+            bare = FeaturesOnly(self.epoch_state.teacher_of(model.model))
+            (hidden,) = self._rows(bare(**sample["net_input"])[0])
+            return LinearTeacher(hidden, bare.projection.weight, bare.projection.bias)
+        teacher = self.epoch_state.teacher_of(model)
+        scores, _ = self._scores_and_target(teacher, teacher(**sample["net_input"]), sample)
+        return scores
+
+    # ---- rows, scores and sums -----------------------------------------------------------------
 
     def _rows(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Return tensors of (B, T, ...) as rows, (N, ...), without the ignored prefixes."""
@@ -242,27 +226,40 @@ class PSKDCriterion(LabelSmoothedCrossEntropyCriterion):
         a model makes its distribution in another way (adaptive softmax, pointer-generator), its
         log-probabilities.
         """
-        if self._output_is_logits is None:
-            self._output_is_logits = _is_logits(model, net_output, sample)
-        if not self._output_is_logits:
+        if not self._has_logits(model, net_output, sample):
             return self.get_lprobs_and_target(model, net_output, sample)
         return self._rows(net_output[0], model.get_targets(sample, net_output))
 
-    # The teacher is in eval mode, so it draws no random number and the student's dropout is the
-    # same with and without it.
     @torch.no_grad()
-    def _teacher_scores(self, model, sample) -> Tensor:
-        """Return the scores on the batch, (N, V), of a model's teacher."""
-        teacher = self.epoch_state.teacher_of(model)
-        scores, _ = self._scores_and_target(teacher, teacher(**sample["net_input"]), sample)
-        return scores
+    def _has_logits(self, model, net_output, sample) -> bool:
+        """Whether the distribution is the softmax of the first output, as on the first batch."""
+        if self._output_is_logits is None:
+            output = net_output[0]
+            lprobs = model.get_normalized_probs(net_output, log_probs=True, sample=sample)
+            self._output_is_logits = output.shape == lprobs.shape and torch.allclose(
+                output.float().log_softmax(dim=-1), lprobs.float(), atol=1e-3
+            )
+        return self._output_is_logits
 
-    @torch.no_grad()
-    def _teacher_features(self, model, sample) -> LinearTeacher:
-        """Return the features on the batch, (N, H), of a model's teacher, with its embedding."""
-        teacher = FeaturesOnly(self.epoch_state.teacher_of(model))
-        (hidden,) = self._rows(teacher(**sample["net_input"])[0])
-        return LinearTeacher(hidden, teacher.projection.weight, teacher.projection.bias)
+    def _smoothing(self, types: int) -> float:
+        # fairseq spreads epsilon over the other V - 1 types, torch over all V.
+        return self.eps * types / (types - 1)
+
+    def _log(
+        self, past: Past, target: Tensor, stats, student_prefers: Tensor, teacher_prefers: Tensor
+    ) -> None:
+        """Keep what a step adds to the log; of preferred types those of the `COMPARED` rows."""
+        self._step_statistics = step_statistics(
+            target=target,
+            is_token=target != self.padding_idx,
+            taught=past.taught,
+            nll=stats.nll,
+            teacher_at_label=stats.teacher_probs_at_label,
+            student_prefers=student_prefers,
+            teacher_prefers=teacher_prefers,
+            top_k_mass=past.top_k_mass(),
+            alpha=self.epoch_state.alpha,
+        )
 
     @classmethod
     def reduce_metrics(cls, logging_outputs) -> None:
@@ -271,31 +268,54 @@ class PSKDCriterion(LabelSmoothedCrossEntropyCriterion):
         log_statistics(logging_outputs)
 
 
-def _check_options(
-    cfg: PSKDCriterionConfig,
-    types: int,
-    label_smoothing: float,
-    ignore_prefix_size: int,
-    report_accuracy: bool,
-) -> None:
+def _check_options(cfg: PSKDCriterionConfig, types: int) -> None:
     """Raise ValueError where an option is out of its range or excludes another."""
-    # It would cut tokens off the end of the target, and others off the end of the scores.
-    if ignore_prefix_size < 0:
-        raise ValueError(
-            f"--ignore-prefix-size: expected a number of at least 0, got {ignore_prefix_size}"
-        )
-    # From there on fairseq's smoothing would make the label the least likely type.
-    if not 0.0 <= label_smoothing <= 1.0 - 1.0 / types:
-        raise ValueError(
-            f"--label-smoothing: expected a number in [0, 1 - 1/{types}], got {label_smoothing}"
-        )
-    if cfg.ddp_backend == "fully_sharded" and str(cfg.pskd_teacher) == "snapshot":
-        raise ValueError(
-            "--pskd-teacher snapshot copies the whole model: expected --ddp-backend "
-            "legacy_ddp or pytorch_ddp, got fully_sharded"
-        )
-    if cfg.pskd_fused_linear:
-        fused.check_options(cfg.pskd_skip_wrong_teacher, report_accuracy, cfg.ddp_backend)
+    prefix, smoothing, top_k = cfg.ignore_prefix_size, cfg.label_smoothing, cfg.pskd_top_k
+    is_memory, is_fused = str(cfg.pskd_teacher) == "memory", cfg.pskd_fused_linear
+    is_sharded = cfg.ddp_backend == "fully_sharded"
+    backend = "expected --ddp-backend legacy_ddp or pytorch_ddp, got fully_sharded"
+    for is_wrong, message in (
+        # It would cut tokens off the end of the target, and others off the end of the scores.
+        (prefix < 0, f"--ignore-prefix-size: expected a number of at least 0, got {prefix}"),
+        # From there on fairseq's smoothing would make the label the least likely type.
+        (
+            not 0.0 <= smoothing <= 1.0 - 1.0 / types,
+            f"--label-smoothing: expected a number in [0, 1 - 1/{types}], got {smoothing}",
+        ),
+        (
+            is_memory and not 1 <= top_k <= types,
+            f"--pskd-top-k: expected 1 to {types}, got {top_k}",
+        ),
+        (
+            is_sharded and not is_memory,
+            f"--pskd-teacher snapshot copies the whole model: {backend}",
+        ),
+        (
+            is_sharded and is_fused,
+            f"--pskd-fused-linear reads the output embedding outside of the model: {backend}",
+        ),
+        (
+            is_fused and cfg.pskd_skip_wrong_teacher,
+            "--pskd-fused-linear knows what the teacher prefers only with the loss: expected no "
+            "--pskd-skip-wrong-teacher, got both",
+        ),
+        (
+            is_fused and cfg.report_accuracy,
+            "--pskd-fused-linear leaves no logits to measure accuracy on: expected no "
+            "--report-accuracy, got both",
+        ),
+    ):
+        if is_wrong:
+            raise ValueError(message)
+
+
+def _fixed_options(cfg: PSKDCriterionConfig) -> dict[str, object]:
+    """Return, by flag, what a resumed training must have as its checkpoint, beside the schedule."""
+    options: dict[str, object] = {"--label-smoothing": cfg.label_smoothing}
+    if cfg.pskd_alpha_final:
+        options["--pskd-teacher"] = str(cfg.pskd_teacher)
+        options["--pskd-skip-wrong-teacher"] = cfg.pskd_skip_wrong_teacher
+    return options
 
 
 def _warn_of_an_early_end(cfg: PSKDCriterionConfig, schedule: Schedule) -> None:
@@ -318,41 +338,6 @@ def _warn_of_an_early_end(cfg: PSKDCriterionConfig, schedule: Schedule) -> None:
 
 
 def _build_memory(cfg: PSKDCriterionConfig, task) -> TokenMemory:
-    types = len(task.target_dictionary)
-    if not 1 <= cfg.pskd_top_k <= types:
-        raise ValueError(f"--pskd-top-k: expected 1 to {types}, got {cfg.pskd_top_k}")
     shards = utils.split_paths(getattr(task.cfg, "data", None) or "")
     folder = cfg.pskd_memory or os.path.join(cfg.save_dir, "pskd_memory")
-    return TokenMemory(folder, types, cfg.pskd_top_k, max(1, len(shards)))
-
-
-def _statistics(
-    scores: Tensor,
-    target: Tensor,
-    past: Past,
-    is_token: Tensor,
-    stats: PSKDStats,
-    alpha: float,
-) -> dict[str, Tensor]:
-    """Return what one step adds to the log, of the (N, V) student's scores."""
-    return step_statistics(
-        target=target,
-        is_token=is_token,
-        taught=past.taught,
-        nll=stats.nll,
-        teacher_at_label=stats.teacher_probs_at_label,
-        student_prefers=scores[COMPARED].argmax(1),
-        teacher_prefers=past.preferred(COMPARED),
-        top_k_mass=past.top_k_mass(),
-        alpha=alpha,
-    )
-
-
-@torch.no_grad()
-def _is_logits(model, net_output, sample) -> bool:
-    """Whether the model's distribution on a batch is the plain softmax of its first output."""
-    output = net_output[0]
-    lprobs = model.get_normalized_probs(net_output, log_probs=True, sample=sample)
-    return output.shape == lprobs.shape and torch.allclose(
-        output.float().log_softmax(dim=-1), lprobs.float(), atol=1e-3
-    )
+    return TokenMemory(folder, len(task.target_dictionary), cfg.pskd_top_k, max(1, len(shards)))

@@ -24,6 +24,7 @@ from pskd.driver import EpochDriver
 from pskd.schedule import AlphaSchedule, check_alpha
 from pskd.teachers import make_teacher
 from pskd_fairseq import checkpoint
+from pskd_fairseq.config import PSKDCriterionConfig
 from pskd_fairseq.memory import TokenMemory
 from pskd_fairseq.resume import kept_memories
 
@@ -107,7 +108,7 @@ class EpochState:
         self._restored: dict | None = None
         self._parts: dict[int, str] = {}
 
-    def attach(self, task: FairseqTask, plan: checkpoint.SavePlan) -> None:
+    def attach(self, task: FairseqTask, plan: PSKDCriterionConfig) -> None:
         """Let the task's calls from fairseq's trainer reach this object."""
         extend = _Extension(task)
         extend.after("begin_epoch", partial(self._begin_epoch, task, plan))
@@ -142,7 +143,7 @@ class EpochState:
             self._driver.enter(epoch, self.schedule.within(progress))
 
     def _begin_epoch(
-        self, task: FairseqTask, plan: checkpoint.SavePlan, epoch: int, model: BaseFairseqModel
+        self, task: FairseqTask, plan: PSKDCriterionConfig, epoch: int, model: BaseFairseqModel
     ) -> None:
         restored, self._restored = self._restored, None
         # fairseq saves the model, and Adam its two averages, in float32.
@@ -205,7 +206,7 @@ class EpochState:
         self._enter("update", self._driver.epoch, update_num + 1)
 
     def _get_checkpoint_dict(
-        self, task: FairseqTask, plan: checkpoint.SavePlan, state: dict
+        self, task: FairseqTask, plan: PSKDCriterionConfig, state: dict
     ) -> dict:
         # At an epoch's end the model in the checkpoint is the next teacher.
         at_end = self._at_end_of_epoch(task)

@@ -1,4 +1,4 @@
-"""``--pskd-fused-linear``: which options and models allow a loss from the decoder's features.
+"""``--pskd-fused-linear``: which models allow a loss from the decoder's features.
 
 The loss is then made of the features and the output embedding (`pskd.pskd_linear_cross_entropy`),
 and the logits of a batch never exist whole.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 
+import torch
 import torch.nn.functional as F
 from fairseq.models import BaseFairseqModel, FairseqLanguageModel
 from fairseq.models.transformer import TransformerDecoderBase
@@ -38,30 +39,12 @@ class FeaturesOnly:
     def get_targets(self, sample, net_output) -> Tensor:
         return self.model.get_targets(sample, net_output)
 
+    @torch.no_grad()
     def logits_of_first(self, net_output) -> tuple:
         """Return the output with the logits of its first position, (1, 1, V), for a check."""
         features, *others = net_output
         weight, bias = self.projection.weight, self.projection.bias
         return F.linear(features[:1, :1], weight, bias), *others
-
-
-def check_options(skip_wrong_teacher: bool, report_accuracy: bool, ddp_backend: str) -> None:
-    """Raise ValueError if the fused loss is asked together with an option that it cannot serve."""
-    if skip_wrong_teacher:
-        raise ValueError(
-            f"{_FLAG} knows what the teacher prefers only with the loss: expected no "
-            "--pskd-skip-wrong-teacher, got both"
-        )
-    if report_accuracy:
-        raise ValueError(
-            f"{_FLAG} leaves no logits to measure accuracy on: expected no --report-accuracy, "
-            "got both"
-        )
-    if ddp_backend == "fully_sharded":
-        raise ValueError(
-            f"{_FLAG} reads the output embedding outside of the model: expected --ddp-backend "
-            "legacy_ddp or pytorch_ddp, got fully_sharded"
-        )
 
 
 def refuse_distribution(model: FeaturesOnly) -> ValueError:
@@ -100,8 +83,7 @@ def _check_model(model) -> None:
 
 def _takes_features_only(model) -> bool:
     # A language model hands every option to its decoder.
-    is_language_model = isinstance(model, FairseqLanguageModel)
-    owner = getattr(model, "decoder", model) if is_language_model else model
+    owner = model.decoder if isinstance(model, FairseqLanguageModel) else model
     return "features_only" in inspect.signature(owner.forward).parameters
 
 

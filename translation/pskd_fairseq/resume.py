@@ -1,4 +1,4 @@
-"""Which checkpoint a training goes on from, and what of it is refused before the first update."""
+"""Which checkpoint a training goes on from, what is refused of it, and which ones need files."""
 
 from __future__ import annotations
 
@@ -9,167 +9,159 @@ import pickle
 import re
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
 
 import torch
+from fairseq import checkpoint_utils
+from fairseq.dataclass.configs import CheckpointConfig
 from fairseq.tasks import FairseqTask
 
+from pskd.files import same_value, shown
 from pskd.schedule import check_unchanged
-from pskd_fairseq.checkpoint import ENTRY, FORMAT, SavePlan, digest, vocabulary_sizes
+from pskd_fairseq.checkpoint import ENTRY, FORMAT, digest, vocabulary_sizes
+from pskd_fairseq.config import PSKDCriterionConfig
 from pskd_fairseq.evaluated import UnsafeArgumentError
 from pskd_fairseq.memory import positioned
+from pskd_tools.checkpoint import naming
 
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class ResumePlan:
-    """What the command line says about resuming, as fairseq reads it."""
-
-    save_dir: str
-    restore_file: str
-    reset_dataloader: bool
-    continue_once: str | None = None
-    suffix: str = ""
-
-    def path(self) -> str | None:
-        """Return the checkpoint whose *training state* will be continued, or None.
-
-        Raises:
-            FileNotFoundError: if a file was named that is not there; fairseq would start afresh.
-        """
-        name = self.restore_file.replace(".pt", f"{self.suffix}.pt")
-        if self.restore_file != "checkpoint_last.pt":
-            if not os.path.isfile(name):
-                raise FileNotFoundError(
-                    errno.ENOENT,
-                    "--restore-file: expected a checkpoint (a path from the working directory, "
-                    "which --checkpoint-suffix is added to), got none",
-                    name,
-                )
-            path = name
-        else:
-            path = os.path.join(self.save_dir, name)
-            if not os.path.isfile(path) and self.continue_once is not None:
-                path = self.continue_once
-        return path if os.path.isfile(path) and not self.reset_dataloader else None
-
-
 def check_resume(
-    plan: ResumePlan,
-    task: FairseqTask,
-    schedule: dict,
-    allow_change: bool,
-    options: Mapping[str, object] | None = None,
+    cfg: PSKDCriterionConfig, task: FairseqTask, schedule: dict, options: Mapping[str, object]
 ) -> None:
     """Refuse, before anything is loaded or trained, a checkpoint that cannot be continued.
 
     Args:
-        plan: what is resumed from.
+        cfg: tells what fairseq reads, and whether the schedule may be another.
         task: tells the dictionaries.
         schedule: the fields of the alpha schedule.
-        allow_change: whether the checkpoint's schedule may be another.
         options: as of `make_entry`.
 
     Raises:
-        ValueError: if the file is damaged or holds objects that fairseq does not write, if an
-            argument in it may run code, if it was made with dictionaries of another size, with
-            other options, with another alpha schedule (unless ``allow_change``), or stops in the
-            middle of an epoch without its teacher.
-        FileNotFoundError: as `ResumePlan.path`.
+        ValueError: naming the file, if it is damaged or holds objects that fairseq does not write,
+            if an argument in it may run code, if it was made with dictionaries of another size,
+            with other options, with another alpha schedule (unless that is allowed), or stops in
+            the middle of an epoch without its teacher.
+        FileNotFoundError: as `resumed_from`.
     """
-    path = plan.path()
+    path = resumed_from(cfg)
     if path is None:
         return
-    state = _read(path)
-    try:
-        _check_state(path, state, task, schedule, allow_change, options or {})
-    except (AttributeError, LookupError, RuntimeError, TypeError) as error:
-        raise _damaged(path, error) from error
+    with naming(path):
+        extra_state = _read(path)["extra_state"]
+        entry = extra_state.get(type(task).__name__, {}).get(ENTRY)
+        if entry is not None:
+            _check_entry(entry, vocabulary_sizes(task))
+            _check_options(entry, schedule, cfg.pskd_allow_schedule_change, options)
+        has_teacher = entry is not None and (
+            entry["teacher"]["model"] is not None or bool(entry.get("memory"))
+        )
+        position = extra_state["train_iterator"]
+        epoch, is_inside = position["epoch"], position["iterations_in_epoch"] > 0
+        if is_inside and epoch > 1 and not has_teacher and schedule["alpha_final"] > 0:
+            raise ValueError(
+                f"saved in the middle of epoch {epoch}; expected its teacher, got none; resume "
+                "from a checkpoint of an epoch's end, or start over with --reset-dataloader"
+            )
 
 
-def kept_memories(plan: SavePlan, task: FairseqTask) -> list[dict]:
-    """Return the `TokenMemory` states of the checkpoints that a run may be resumed from."""
+class _AskedTrainer:
+    """Stands in for fairseq's trainer, to learn which checkpoint it would be told to read."""
+
+    def __init__(self, suffix: str) -> None:
+        self.checkpoint_suffix = suffix
+        self.path = ""
+
+    def load_checkpoint(self, path: str, *_, **__) -> None:
+        self.path = path  # None returned: as where there is no such file
+
+    def get_train_iterator(self, epoch: int, **_) -> SimpleNamespace:
+        return SimpleNamespace(epoch=epoch)
+
+    def lr_step(self, epoch: int) -> None:
+        pass
+
+
+def resumed_from(cfg: PSKDCriterionConfig) -> Path | None:
+    """Return the checkpoint whose *training state* will be continued, as fairseq finds it, or None.
+
+    Raises:
+        FileNotFoundError: if a file was named that is not there; fairseq would start afresh.
+    """
+    trainer = _AskedTrainer(cfg.checkpoint_suffix)
+    names = {name: getattr(cfg, name) for name in ("save_dir", "restore_file", "continue_once")}
+    checkpoint_utils.load_checkpoint(CheckpointConfig(**names), trainer)
+    if os.path.isfile(trainer.path):
+        return None if cfg.reset_dataloader else Path(trainer.path)
+    if cfg.restore_file != CheckpointConfig.restore_file:
+        raise FileNotFoundError(
+            errno.ENOENT,
+            "--restore-file: expected a checkpoint (a path from the working directory, which "
+            "--checkpoint-suffix is added to), got none",
+            trainer.path,
+        )
+    return None
+
+
+def kept_memories(cfg: PSKDCriterionConfig, task: FairseqTask) -> list[dict]:
+    """Return the `TokenMemory` states whose files stay: those of checkpoints to resume from.
+
+    These are the last and the best ones, and where fairseq was told how many others stay, these
+    too: without a number it keeps a checkpoint of every epoch, and the files would fill the disk.
+    """
+    kinds = [r"_last", r"_best", r"\.best_.*"]
+    kinds += [r"\d+"] if cfg.keep_last_epochs > 0 else []
+    kinds += [r"_\d+_\d+"] if cfg.keep_interval_updates > 0 else []
+    name = re.compile(rf"checkpoint(?:{'|'.join(kinds)}){re.escape(cfg.checkpoint_suffix)}\.pt")
     found = []
-    for path in plan.resumable():
+    for path in Path(cfg.save_dir).glob("*.pt"):
         # One that is damaged, or has no memory, needs no files.
         with suppress(AttributeError, LookupError, OSError, TypeError, ValueError):
-            extra_state = _read(str(path))["extra_state"]
-            epoch = extra_state["train_iterator"]["epoch"]
-            memory = extra_state[type(task).__name__][ENTRY]["memory"] or {}
-            found.append({shard: positioned(state, epoch) for shard, state in memory.items()})
+            if name.fullmatch(path.name):
+                extra_state = _read(path)["extra_state"]
+                epoch = extra_state["train_iterator"]["epoch"]
+                memory = extra_state[type(task).__name__][ENTRY]["memory"] or {}
+                found.append({shard: positioned(state, epoch) for shard, state in memory.items()})
     return found
 
 
-def _read(path: str) -> dict:
+def _read(path: Path) -> dict:
     try:
         # mmap: only the pages that are looked at are read, fairseq loads the rest a moment later.
         return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except UnsafeArgumentError as error:
-        raise ValueError(f"{path}: {error}") from error
+    except UnsafeArgumentError:
+        raise
     except Exception as error:  # a damaged pickle can fail in any way
         foreign = re.search(r"GLOBAL (\S+)", str(error))
         if isinstance(error, pickle.UnpicklingError) and foreign:
             raise ValueError(
-                f"{path}: expected the types of a fairseq checkpoint, got {foreign[1]}; name "
-                "another one with --restore-file"
+                f"expected the types of a fairseq checkpoint, got {foreign[1]}; name another one "
+                "with --restore-file"
             ) from error
-        raise _damaged(path, error) from error
-
-
-def _damaged(path: str, error: Exception) -> ValueError:
-    reason = str(error).partition("\n")[0]  # torch adds a trace of its C++ calls
-    return ValueError(
-        f"{path}: expected a complete fairseq checkpoint, got a damaged file "
-        f"({reason}); name an older one with --restore-file"
-    )
-
-
-def _check_state(
-    path: str,
-    state: dict,
-    task: FairseqTask,
-    schedule: dict,
-    allow_change: bool,
-    options: Mapping[str, object],
-) -> None:
-    extra_state = state["extra_state"]
-    position = extra_state["train_iterator"]
-    entry = extra_state.get(type(task).__name__, {}).get(ENTRY)
-    if entry is not None:
-        _check_entry(path, entry, vocabulary_sizes(task))
-        try:
-            _check_options(entry, schedule, allow_change, options)
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
-    has_teacher = entry is not None and (
-        entry["teacher"]["model"] is not None or bool(entry.get("memory"))
-    )
-    in_the_middle = position["iterations_in_epoch"] > 0 and position["epoch"] > 1
-    if in_the_middle and not has_teacher and schedule["alpha_final"] > 0:
+        reason = str(error).partition("\n")[0]  # torch adds a trace of its C++ calls
         raise ValueError(
-            f"{path}: saved in the middle of epoch {position['epoch']}; expected its teacher, "
-            "got none; resume from a checkpoint of an epoch's end, or start over with "
-            "--reset-dataloader"
-        )
+            f"expected a complete fairseq checkpoint, got a damaged file ({reason}); name an older "
+            "one with --restore-file"
+        ) from error
 
 
-def _check_entry(path: str, entry: dict, vocabulary: dict) -> None:
-    if entry.get("format") != FORMAT:
+def _check_entry(entry: dict, vocabulary: dict) -> None:
+    if not same_value(entry.get("format"), FORMAT):
         raise ValueError(
-            f"{path}: expected PS-KD state {FORMAT}, got {entry.get('format')!r}; resume with the "
+            f"expected PS-KD state {FORMAT}, got {shown(entry.get('format'))}; resume with the "
             "version of pskd that saved it, or start over with --reset-dataloader"
         )
-    if entry["vocabulary"] != vocabulary:
+    if not same_value(entry["vocabulary"], vocabulary):
         raise ValueError(
-            f"{path}: expected the dictionaries it was trained with, of {entry['vocabulary']} "
+            f"expected the dictionaries it was trained with, of {shown(entry['vocabulary'])} "
             f"types, got {vocabulary}; give the data folder of that training"
         )
-    if digest(entry["teacher"]) != entry["teacher_sha256"]:
+    if not same_value(entry["teacher_sha256"], found := digest(entry["teacher"])):
         raise ValueError(
-            f"{path}: the teacher's weights are damaged: expected SHA-256 "
-            f"{entry['teacher_sha256']}, got {digest(entry['teacher'])}; name an older one with "
-            "--restore-file"
+            f"the teacher's weights are damaged: expected SHA-256 {shown(entry['teacher_sha256'])}"
+            f", got {found}; name an older one with --restore-file"
         )
 
 

@@ -9,18 +9,15 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from preparation.job import Job, ToolError
+from pskd_fairseq.preparation.job import Job
+from pskd_fairseq.programs import ToolError
 
 # <s> <pad> </s> <unk>: in the dictionary, but not in dict.*.txt
 SPECIALS = 4
 
 
 def run_quietly(command: Sequence[str], cwd: Path) -> None:
-    """Run a command to its end; if we are stopped meanwhile, it and its children are too.
-
-    Raises:
-        ToolError: it failed.
-    """
+    """Run a command to its end; if we are stopped meanwhile, it and its children are too."""
     with subprocess.Popen(
         command,
         cwd=cwd,
@@ -41,50 +38,23 @@ def run_quietly(command: Sequence[str], cwd: Path) -> None:
 
 
 def binarise(job: Job, text: Path, data: Path) -> None:
-    """Turn the pieces under `text` into fairseq binaries and one joined dictionary in `data`.
-
-    Raises:
-        ToolError: fairseq-preprocess failed.
-    """
+    """Turn the pieces under `text` into fairseq binaries and one joined dictionary in `data`."""
+    command = [sys.executable, "-m", "fairseq_cli.preprocess", "--joined-dictionary"]
+    command += ["--source-lang", job.source_lang, "--target-lang", job.target_lang]
     # Relative paths: fairseq splits --validpref at commas, and the log shows no temporary folder.
-    run_quietly(
-        [
-            sys.executable,
-            "-m",
-            "fairseq_cli.preprocess",
-            "--source-lang",
-            job.source_lang,
-            "--target-lang",
-            job.target_lang,
-            "--trainpref",
-            "train",
-            "--validpref",
-            "valid",
-            "--testpref",
-            "test",
-            "--destdir",
-            os.path.relpath(data, text),
-            "--joined-dictionary",
-            "--workers",
-            str(job.workers),
-        ],
-        cwd=text,
-    )
+    command += ["--trainpref", "train", "--validpref", "valid", "--testpref", "test"]
+    command += ["--destdir", os.path.relpath(data, text), "--workers", str(job.workers)]
+    run_quietly(command, cwd=text)
 
 
 def read_dictionary(path: Path) -> set[str]:
-    """The pieces listed in a fairseq dictionary file."""
+    """Return the pieces listed in a fairseq dictionary file."""
     with path.open(encoding="utf-8") as stream:
         return {line.rsplit(" ", 1)[0] for line in stream}
 
 
 def count_pieces(text: Path, part: str, languages: Iterable[str], known: set[str]) -> dict:
-    """Pairs, pieces, and pieces that the dictionary does not know, of one part.
-
-    Returns:
-        `{"pairs": int, "pieces": {language: int}, "unknown": {language: int}}`; the end-of-sentence
-        symbol that fairseq adds is not counted.
-    """
+    """Count pairs, pieces and pieces unknown to the dictionary, without ends of sentences."""
     counts: dict = {"pairs": 0, "pieces": {}, "unknown": {}}
     for language in languages:
         lines = (text / f"{part}.{language}").read_text(encoding="utf-8").split("\n")[:-1]

@@ -70,12 +70,10 @@ def measure_confidence(
     task: FairseqTask,
     temperature: float | None = None,
 ) -> dict[str, np.ndarray]:
-    """Score every reference token of ``args.split``.
+    """Score every reference token of ``args.split``; the arrays of confidence.npz.
 
-    Returns:
-        ``confidence`` (N,), ``correct`` (N,), ``nll`` (N,) nats and ``ids`` (N,), the number of the
-        token's sentence; with a temperature also it and
-        ``scaled_confidence`` (N,) and ``scaled_nll`` (N,).
+    ``confidence``, ``correct``, ``nll`` in nats and ``ids``, the token's sentence, (N,) each; with
+    a temperature also it, ``scaled_confidence`` and ``scaled_nll``.
     """
     parts = []
     for lprobs, target, sentence in scored_tokens(args, args.split, model, config, task):

@@ -2,28 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import sacrebleu
 from sacrebleu.significance import PairedTest
 
-from evaluation.inputs import UserError
+from pskd_fairseq.programs import UserError
+from pskd_tools.report.compare import way_of
 from pskd_tools.report.runs import Run, read_runs
 
 
 def compare(words: Sequence[str]) -> str:
-    """Compare evaluations with the first, as ``sacrebleu --paired-bs`` does.
+    """Compare evaluations, ``FOLDER`` or ``NAME=FOLDER``, with the first as sacreBLEU does.
 
-    Args:
-        words: folders of evaluations, or ``NAME=FOLDER``.
-
-    Returns:
-        a table of scores, their means and 95 % intervals over 1,000 resamples, and the p-values of
-        the differences from the first; then the signatures.
-
-    Raises:
-        UserError: if a folder is no evaluation with sentences, or one of other sentences or scores.
-        OSError: if a file cannot be read.
+    Returns a table of scores, their means and 95 % intervals over 1,000 resamples, and the p-values
+    of the differences from the first; then the signatures.
     """
     try:
         runs = read_runs(words)
@@ -50,7 +43,8 @@ def _cell(result) -> str:
 
 def _system(run: Run, first: Run) -> tuple[str, list[str]]:
     """Return a run's name and translations."""
-    if run.sentences is None or "bleu_signature" not in run.numbers:
+    got, expected = way_of(run.numbers, "bleu"), way_of(first.numbers, "bleu")
+    if run.sentences is None or got is None:
         raise UserError(
             f"{run.folder}: expected an evaluation with sentences.json and bleu_signature, as "
             "evaluate.py makes of data with prepare.json, got none"
@@ -58,31 +52,21 @@ def _system(run: Run, first: Run) -> tuple[str, list[str]]:
     # The first has passed the line above when another is looked at.
     if first.sentences is None or run.sentences.reference != first.sentences.reference:
         raise UserError(f"{run.folder}: expected the references of {first.folder}, got others")
-    expected, got = _scoring(first), _scoring(run)
     if got != expected:
         raise UserError(f"{run.folder}: expected BLEU of {expected} as {first.folder}, got {got}")
     return run.name, run.sentences.translation
 
 
-def _scoring(run: Run) -> dict[str, str]:
-    """Return what a signature says of case and tokens."""
-    fields = dict(
-        part.partition(":")[::2] for part in str(run.numbers["bleu_signature"]).split("|")
-    )
-    return {key: fields.get(key, "") for key in ("case", "tok")}
-
-
-def _metrics(run: Run) -> Iterator[sacrebleu.BLEU | sacrebleu.CHRF]:
-    scoring = _scoring(run)
-    lowercase = scoring["case"] == "lc"
+def _metrics(run: Run) -> list[sacrebleu.BLEU | sacrebleu.CHRF]:
+    """Return BLEU and chrF as a run was scored with."""
+    fields = dict(part.partition(":")[::2] for part in str(way_of(run.numbers, "bleu")).split("|"))
+    lowercase, tokens = fields.get("case") == "lc", fields.get("tok", "")
     # Of ja-mecab the signature also names the dictionary.
-    known = [name for name in sacrebleu.BLEU.TOKENIZERS if scoring["tok"].startswith(name)]
+    known = [name for name in sacrebleu.BLEU.TOKENIZERS if tokens.startswith(name)]
     if not known:
-        raise UserError(
-            f"{run.folder}: expected a tokeniser of sacreBLEU's, got tok:{scoring['tok']}"
-        )
+        raise UserError(f"{run.folder}: expected a tokeniser of sacreBLEU's, got tok:{tokens}")
     try:
-        yield sacrebleu.BLEU(lowercase=lowercase, tokenize=known[0])
+        bleu = sacrebleu.BLEU(lowercase=lowercase, tokenize=known[0])
     except (ImportError, RuntimeError) as error:
         raise UserError(f"{run.folder}: {' '.join(str(error).split())}") from error
-    yield sacrebleu.CHRF(lowercase=lowercase)
+    return [bleu, sacrebleu.CHRF(lowercase=lowercase)]

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from sacremoses import MosesDetokenizer
 
-from evaluation.inputs import UserError
-from evaluation.metrics import comet_score, corpus_metrics, language_of
+from pskd_fairseq.evaluation.metrics import comet_score, corpus_metrics, language_of
+from pskd_fairseq.programs import UserError
 
 logger = logging.getLogger("evaluate")
 
@@ -24,17 +24,10 @@ _GENERATE = "import pskd_fairseq; from fairseq_cli.generate import cli_main; cli
 def generate(
     args: argparse.Namespace, pair: tuple[str, str], subwords: str | None
 ) -> tuple[list[str], str]:
-    """Translate the split with fairseq-generate.
+    """Translate the split with fairseq-generate, from one language of the pair to the other.
 
-    Args:
-        pair: source and target language.
-        subwords: how words are put together again (``--post-process``); None: they are whole.
-
-    Returns:
-        the tokenised translations in the order of the reference, and fairseq's own BLEU line.
-
-    Raises:
-        UserError: if fairseq fails, naming its log.
+    ``subwords`` tells how words are put together again; None: they are whole. Returns the tokenised
+    translations in the order of the reference, and fairseq's own BLEU line.
     """
     log = args.out / "generate.log"
     command = [sys.executable, "-P", "-c", _GENERATE, str(args.data)]
@@ -52,15 +45,12 @@ def generate(
         code = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT).returncode
     lines = log.read_text(encoding="utf-8").split("\n")
     if code:
-        raise UserError(f"fairseq-generate failed ({code}), see {log}: {_last_line(lines)}")
+        last = next((line for line in reversed(lines) if line.strip()), "no output")
+        raise UserError(f"fairseq-generate failed ({code}), see {log}: {last}")
     found = [re.match(r"H-(\d+)\t[^\t]*\t(.*)", line) for line in lines]
     numbered = sorted((int(match[1]), match[2]) for match in found if match)
     bleu_line = next(line for line in lines if line.startswith("Generate "))
     return [text for _, text in numbered], bleu_line
-
-
-def _last_line(lines: list[str]) -> str:
-    return next((line for line in reversed(lines) if line.strip()), "no output")
 
 
 def detokenised(tokenised: list[str], preparation: dict) -> list[str]:
@@ -77,13 +67,9 @@ def score(
 ) -> tuple[dict, dict[str, list]]:
     """Score the detokenised translations against the raw reference.
 
-    Returns:
-        BLEU and chrF with their sacreBLEU signatures, COMET as `comet_score`, and what `pskd
-        report` reads of each sentence: its texts and sacreBLEU's counts, of which the scores of any
-        part of the corpus can be made.
-
-    Raises:
-        UserError: if the reference is of another length, or as `corpus_metrics`.
+    Returns BLEU and chrF with their sacreBLEU signatures, COMET as `comet_score`, and what `pskd
+    report` reads of each sentence: its texts and sacreBLEU's counts, of which the scores of any
+    part of the corpus can be made (sacreBLEU has no public way to the counts of chrF).
     """
     lowercase, reference_file = preparation["lowercase"], raw_reference(args, preparation)
     references = _lines(reference_file)

@@ -10,25 +10,18 @@ from fairseq.data import Dictionary
 from fairseq.models import BaseFairseqModel
 from fairseq.tasks import FairseqTask
 from omegaconf import DictConfig
-from pskd_fairseq.evaluated import UnsafeArgumentError, check_arguments
 
 from pskd.files import shown
+from pskd_fairseq.evaluated import UnsafeArgumentError, check_arguments
+from pskd_fairseq.programs import UserError
 from pskd_tools.files import read_json
 
 # What is read of prepare.json.
 _PREPARED = {"source_lang", "target_lang", "lowercase"}
 
 
-class UserError(ValueError):
-    """Something the user gave is wrong; shown without a traceback."""
-
-
 def read_preparation(data: Path) -> dict | None:
-    """Return what prepare.py wrote of its steps, or None for data that another program prepared.
-
-    Raises:
-        UserError: if the folder holds no data of fairseq, or a prepare.json that is none.
-    """
+    """Return what prepare.py wrote of its steps, or None for data that another program prepared."""
     path = data / "prepare.json"
     if not path.is_file():
         if not any(data.glob("dict.*.txt")):
@@ -48,13 +41,7 @@ def read_preparation(data: Path) -> dict | None:
 
 
 def load(args: argparse.Namespace) -> tuple[BaseFairseqModel, DictConfig, FairseqTask]:
-    """Return the checkpoint's model, configuration and task, with the dictionaries of the data.
-
-    Raises:
-        UserError: if the file is no whole checkpoint, does not fit the data, or has an argument
-            that fairseq would evaluate and that may run code.
-        OSError: if a file cannot be read.
-    """
+    """Return the checkpoint's model, configuration and task, with the dictionaries of the data."""
     path = str(args.checkpoint)
     try:
         state = checkpoint_utils.load_checkpoint_to_cpu(path, {"data": str(args.data)})
@@ -74,19 +61,15 @@ def load(args: argparse.Namespace) -> tuple[BaseFairseqModel, DictConfig, Fairse
 
 
 def languages(args: argparse.Namespace, config: DictConfig, task: FairseqTask) -> tuple[str, str]:
-    """Return source and target language, as the task found them in the data's names.
-
-    Raises:
-        UserError: if the task is not one that translates from one language to another.
-    """
+    """Return source and target language, as the task found them in the data's names."""
     own = getattr(task, "cfg", None) or config.task
-    found = getattr(own, "source_lang", None), getattr(own, "target_lang", None)
-    if not all(found):
+    source, target = getattr(own, "source_lang", None), getattr(own, "target_lang", None)
+    if not source or not target:
         raise UserError(
             f"{args.checkpoint}: expected a model of one source and one target language, got the "
             f"task {type(task).__name__}"
         )
-    return found
+    return source, target
 
 
 def subwords_of(dictionary: Dictionary) -> str | None:

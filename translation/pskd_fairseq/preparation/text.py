@@ -9,7 +9,8 @@ import re
 import zlib
 from pathlib import Path
 
-from preparation.job import HELD_OUT, Job, PrepareError
+from pskd_fairseq.preparation.job import HELD_OUT, Job
+from pskd_fairseq.programs import UserError
 
 logger = logging.getLogger("prepare")
 
@@ -19,70 +20,42 @@ EMPTY = re.compile(r"[\s\x00-\x1f]*")
 Bitext = list[tuple[str, str]]
 
 
-def decode_line(raw: bytes, path: Path, number: int, offset: int) -> str:
-    """One line of a text file as a sentence.
-
-    Args:
-        raw: the bytes of the line, with its end.
-        path, number, offset: file, line (from 1) and bytes before the line, for the error.
-
-    Returns:
-        The sentence without line end; carriage returns inside it become spaces, so that no
-        reader of the output can take them for line ends.
-
-    Raises:
-        PrepareError: the bytes are not UTF-8.
-    """
-    try:
-        text = raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise PrepareError(
-            f"{path}:{number}: not UTF-8: byte 0x{raw[error.start]:02x} at byte offset "
-            f"{error.start} of the line, {offset + error.start} of the (unpacked) file"
-        ) from None
-    if number == 1:
-        text = text.removeprefix("\ufeff")
-    return text.removesuffix("\n").removesuffix("\r").replace("\r", " ")
-
-
 def read_lines(path: Path) -> list[str]:
-    """The sentences of one text file, plain or .gz.
+    """Return the sentences of one text file, plain or .gz, without line ends.
 
-    Raises:
-        PrepareError: the file is missing, empty, a damaged .gz or not UTF-8.
+    Carriage returns inside a sentence become spaces: a reader of the output could take them for
+    line ends.
     """
     lines: list[str] = []
     offset = 0
     try:
         with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as stream:
-            for number, raw in enumerate(stream, start=1):
-                lines.append(decode_line(raw, path, number, offset))
+            for raw in stream:
+                lines.append(raw.decode())
                 offset += len(raw)
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{path}:{len(lines) + 1}: not UTF-8: byte 0x{raw[error.start]:02x} at byte offset "
+            f"{error.start} of the line, {offset + error.start} of the (unpacked) file"
+        ) from None
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise PrepareError(f"{path}:{len(lines) + 1}: damaged .gz: {error}") from None
+        raise UserError(f"{path}:{len(lines) + 1}: damaged .gz: {error}") from None
     except OSError as error:
-        raise PrepareError(f"{path}: {error.strerror or error}") from None
+        raise UserError(f"{path}: {error.strerror or error}") from None
     if not lines:
-        raise PrepareError(f"{path}: empty file")
-    return lines
+        raise UserError(f"{path}: empty file")
+    lines[0] = lines[0].removeprefix("\ufeff")
+    return [line.removesuffix("\n").removesuffix("\r").replace("\r", " ") for line in lines]
 
 
 def read_bitext(source: Path, target: Path, *, drop_empty: bool) -> tuple[Bitext, int]:
-    """The sentence pairs of two aligned text files.
+    """Return the sentence pairs of two aligned text files, and how many were left out.
 
-    Args:
-        source, target: the files; line n of one translates line n of the other.
-        drop_empty: leave out pairs with an empty side (and say so) instead of refusing them.
-
-    Returns:
-        The pairs, and how many were left out.
-
-    Raises:
-        PrepareError: a file cannot be read, the line counts differ, or a side is empty.
+    With ``drop_empty`` pairs with an empty side are left out, with a warning, else refused.
     """
     sides = read_lines(source), read_lines(target)
     if len(sides[0]) != len(sides[1]):
-        raise PrepareError(
+        raise UserError(
             f"unequal line counts: {source} has {len(sides[0])}, {target} has {len(sides[1])}"
         )
     pairs: Bitext = []
@@ -96,7 +69,7 @@ def read_bitext(source: Path, target: Path, *, drop_empty: bool) -> tuple[Bitext
         elif drop_empty:
             empty.append(f"{blank[0]}:{number}")
         else:
-            raise PrepareError(f"{blank[0]}:{number}: empty sentence in text to be scored against")
+            raise UserError(f"{blank[0]}:{number}: empty sentence in text to be scored against")
     if empty:
         logger.warning(
             "dropped %d training pairs with an empty side (first: %s)", len(empty), empty[0]
@@ -105,12 +78,12 @@ def read_bitext(source: Path, target: Path, *, drop_empty: bool) -> tuple[Bitext
 
 
 def sentence_key(sentence: str) -> str:
-    """What makes two source sentences the same: all but white space and case."""
+    """Return what makes two source sentences the same: all but white space and case."""
     return "".join(sentence.split()).casefold()
 
 
 def source_keys(pairs: Bitext) -> set[str]:
-    """The keys of all source sentences."""
+    """Return the keys of all source sentences."""
     return {sentence_key(source) for source, _ in pairs}
 
 
@@ -119,17 +92,8 @@ def hold_out(
 ) -> tuple[dict[str, Bitext], Bitext]:
     """Draw held-out parts whose source sentences are distinct and do not stay in the rest.
 
-    Args:
-        pairs: all training pairs.
-        sizes: pairs to draw for each part; None is 5 % of the distinct sources, at most 1000.
-        seed: of the drawing.
-        taken: sentence keys that must not be drawn.
-
-    Returns:
-        The parts, in text order, and the pairs that stay for training.
-
-    Raises:
-        PrepareError: nothing would stay for training.
+    A size of None is 5 % of the distinct sources, at most 1000; keys in ``taken`` are not drawn.
+    Returns the parts, in text order, and the pairs that stay for training.
     """
     first: dict[str, int] = {}
     for index, (source, _) in enumerate(pairs):
@@ -139,7 +103,7 @@ def hold_out(
     wanted = {part: default if size is None else size for part, size in sizes.items()}
     if sum(wanted.values()) >= len(candidates):
         asked = " and ".join(f"{size} {part}" for part, size in wanted.items())
-        raise PrepareError(
+        raise UserError(
             f"too few pairs: the training text has {len(candidates)} distinct source sentences, "
             f"from which {asked} pairs cannot be held out; give --valid and --test, or smaller "
             "--valid-size and --test-size"
@@ -156,46 +120,41 @@ def hold_out(
 
 
 def read_parts(job: Job) -> tuple[dict[str, Bitext], dict[str, dict]]:
-    """The train, valid and test pairs of a job, given or drawn, and what is to say about them.
-
-    Raises:
-        PrepareError: a text is at fault, or there are too few pairs.
-    """
+    """Return the train, valid and test pairs of a job, given or drawn, and notes about them."""
     pairs: Bitext = []
     dropped = 0
     for source, target in zip(job.texts[::2], job.texts[1::2], strict=True):
         some, empty = read_bitext(source, target, drop_empty=True)
         pairs += some
         dropped += empty
-    parts = {
-        part: read_bitext(*job.given(part), drop_empty=False)[0]
+    given = {
+        part: read_bitext(*texts, drop_empty=False)[0]
         for part in HELD_OUT
-        if job.given(part)
+        if (texts := job.given(part))
     }
     if not pairs:
-        raise PrepareError(f"{job.texts[0]}: no training pair is left: all have an empty side")
-    given = set(parts)
+        raise UserError(f"{job.texts[0]}: no training pair is left: all have an empty side")
     sizes = {"valid": job.valid_size, "test": job.test_size}
-    missing = {part: sizes[part] for part in HELD_OUT if part not in parts}
+    missing = {part: sizes[part] for part in HELD_OUT if part not in given}
+    drawn: dict[str, Bitext] = {}
     if missing:
         before = len(pairs)
-        taken = set().union(*(source_keys(parts[part]) for part in given))
+        taken = {key for part in given.values() for key in source_keys(part)}
         drawn, pairs = hold_out(pairs, missing, job.seed, taken)
-        parts.update(drawn)
         logger.info(
             "drew %s from the training text with seed %d; %d pairs left it",
             " and ".join(f"{len(drawn[part])} {part}" for part in drawn),
             job.seed,
             before - len(pairs),
         )
-    parts["train"] = pairs[: job.max_train]
-    train_keys = source_keys(parts["train"])
-    notes = {"train": {"dropped_empty": dropped}}
+    held_out, train = given | drawn, pairs[: job.max_train]
+    train_keys = source_keys(train)
+    notes: dict[str, dict] = {"train": {"dropped_empty": dropped}}
     for part in HELD_OUT:
-        shared = len(source_keys(parts[part]) & train_keys)
+        shared = len(source_keys(held_out[part]) & train_keys)
         if shared:
             logger.warning(
                 "%d source sentences of the %s text are in the training text too", shared, part
             )
         notes[part] = {"from": "given" if part in given else "drawn", "also_in_train": shared}
-    return {part: parts[part] for part in ("train", *HELD_OUT)}, notes
+    return {"train": train, **{part: held_out[part] for part in HELD_OUT}}, notes

@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from preparation.job import PrepareError
+from pskd_fairseq.programs import UserError
 from pskd_tools.files import read_json
 
 logger = logging.getLogger("prepare")
@@ -26,41 +26,34 @@ def write_lines(path: Path, lines: Iterable[str]) -> None:
 
 
 def list_files(folder: Path) -> list[str]:
-    """The files below a folder, as sorted relative paths with slashes."""
+    """Return the files below a folder, as sorted relative paths with slashes."""
     return sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if not p.is_dir())
 
 
 def check_out(out: Path, overwrite: bool) -> None:
-    """Refuse an output folder that holds anything but what `overwrite` allows to go.
-
-    Raises:
-        PrepareError: it holds a prepared set and `overwrite` is off, or files of somebody else.
-    """
-    if not out.exists():
-        return
-    if not out.is_dir():
-        raise PrepareError(f"{out}: is a file, not a folder")
-    if not any(out.iterdir()):
+    """Refuse an output folder that holds anything but what `overwrite` allows to go."""
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out}: is a file, not a folder")
+    if not out.exists() or not any(out.iterdir()):
         return
     if not (out / RECORD).is_file():
-        raise PrepareError(
+        raise UserError(
             f"{out}: is not empty, and without {RECORD} not a prepared set; choose another --out"
         )
     if not overwrite:
-        raise PrepareError(
+        raise UserError(
             f"{out}: already holds a prepared set; choose another --out, or pass "
             "--overwrite to replace it"
         )
     try:
-        files = read_json(out / RECORD)["files"]
-        foreign = sorted(set(list_files(out)) - set(files))
+        foreign = sorted(set(list_files(out)) - set(read_json(out / RECORD)["files"]))
     except (ValueError, KeyError, TypeError):
-        raise PrepareError(
+        raise UserError(
             f"{out / RECORD}: cannot be read as a record of this program, so "
             "nothing is overwritten; remove the folder yourself"
         ) from None
     if foreign:
-        raise PrepareError(
+        raise UserError(
             f"{out}: holds files that are not part of the prepared set, such as "
             f"{foreign[0]}; --overwrite would delete them, move them away first"
         )
@@ -68,10 +61,9 @@ def check_out(out: Path, overwrite: bool) -> None:
 
 @contextlib.contextmanager
 def staging(out: Path) -> Iterator[Path]:
-    """A temporary folder beside `out` whose subfolder `data` becomes `out` if all goes well.
+    """Give a temporary folder beside `out` whose subfolder `data` becomes `out` if all goes well.
 
-    Args:
-        out: the folder to make, or to replace (the old one stays until the new one is complete).
+    An old `out` stays until the new one is complete.
     """
     out.parent.mkdir(parents=True, exist_ok=True)
     for left in out.parent.glob(f".{glob.escape(out.name)}.*.partial"):

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import sacrebleu
 import torch
 
-from evaluation.inputs import UserError
+from pskd_fairseq.programs import UserError
 
 logger = logging.getLogger("evaluate")
 
@@ -30,11 +30,7 @@ def language_of(code: str) -> str:
 
 
 def corpus_metrics(target_lang: str, lowercase: bool) -> tuple[sacrebleu.BLEU, sacrebleu.CHRF]:
-    """Return sacreBLEU's BLEU and chrF, with the tokens that it counts in the target language.
-
-    Raises:
-        UserError: with sacreBLEU's own words, if the language needs a package that is not there.
-    """
+    """Return sacreBLEU's BLEU and chrF, with the tokens that it counts in the target language."""
     language = language_of(target_lang)
     tokenize = "char" if language in _BY_CHARACTER else None
     try:

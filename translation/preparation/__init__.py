@@ -1,1 +1,0 @@
-"""The steps of `prepare.py`, from parallel text to what fairseq-train reads."""
