@@ -28,17 +28,16 @@ from detectron2.utils.file_io import PathManager
 from pskd_detection import DetectionConfidence, DetectionDataset, Detections, write_detections
 from pskd_detection.voc_format import voc_class
 
-from pskd_detectron2.data import BOXES, detection_dataset, evaluator_type, is_evaluated_as_coco
 from pskd_detectron2.files import output_folder
+from pskd_detectron2.registered import (
+    detection_dataset,
+    evaluator_type,
+    has_boxes,
+    is_coco,
+    is_voc,
+)
 from pskd_detectron2.scoring import class_probs, has_class_logits
 from pskd_tools.plots import reliability_diagram, risk_coverage_plot
-
-__all__ = [
-    "ConfidenceEvaluator",
-    "build_evaluators",
-    "ground_truth_rois",
-    "scores_ground_truth",
-]
 
 
 class ConfidenceEvaluator(DatasetEvaluator):
@@ -110,13 +109,7 @@ def build_evaluators(
     dataset_name: str, output_dir: str, kpt_oks_sigmas: Sequence[float] = ()
 ) -> list[DatasetEvaluator]:
     """Return the evaluators of a registered dataset, by its evaluator type as Detectron2's own
-    train_net.py does; of one without a type COCO AP or VOC AP.
-
-    Args:
-        dataset_name: a registered one.
-        output_dir: where they write their files.
-        kpt_oks_sigmas: of the keypoints; if empty, COCO's.
-    """
+    train_net.py does; of one without a type COCO AP or VOC AP."""
     coco = partial(
         COCOEvaluator, dataset_name, output_dir=output_dir, kpt_oks_sigmas=kpt_oks_sigmas
     )
@@ -135,18 +128,14 @@ def build_evaluators(
                 coco(),
                 COCOPanopticEvaluator(dataset_name, output_dir),
             ]
-    metadata = MetadataCatalog.get(dataset_name)
-    is_voc = metadata.get("split") and metadata.get("dirname")
-    evaluators: list[DatasetEvaluator] = [VOCEvaluator(dataset_name)] if is_voc else []
-    if is_evaluated_as_coco(dataset_name):
-        evaluators.insert(0, coco())
-    return evaluators
+    evaluators = [coco()] if is_coco(dataset_name) else []
+    return [*evaluators, VOCEvaluator(dataset_name)] if is_voc(dataset_name) else evaluators
 
 
 def scores_ground_truth(model: torch.nn.Module, dataset_name: str) -> bool:
     """Return whether `ground_truth_rois` can be asked of a model and a registered dataset."""
     heads = getattr(getattr(model, "module", model), "roi_heads", None)
-    return evaluator_type(dataset_name) in BOXES and has_class_logits(heads)
+    return has_class_logits(heads) and has_boxes(dataset_name)
 
 
 def image_ids(dataset: DetectionDataset) -> dict[str, object]:

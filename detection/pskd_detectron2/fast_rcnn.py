@@ -23,8 +23,6 @@ from pskd_detectron2.config import check_label_smoothing
 from pskd_detectron2.memory import AnnotationMemory
 from pskd_detectron2.state import PSKDState
 
-__all__ = ["TEACHER_FIELD", "ROW_FIELD", "PSKDFastRCNNOutputLayers"]
-
 #: (R_i, K + 1) scores of the snapshot teacher, a field of each image's sampled proposals.
 TEACHER_FIELD = "pskd_teacher_scores"
 #: (R_i,) int64 row of the annotation that an ROI is matched to; a field of the targets, which

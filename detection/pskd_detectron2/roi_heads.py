@@ -23,9 +23,6 @@ from pskd_detectron2.fast_rcnn import ROW_FIELD, TEACHER_FIELD, PSKDFastRCNNOutp
 from pskd_detectron2.scoring import class_logits
 from pskd_detectron2.state import PSKDState
 
-__all__ = ["PSKDCascadeROIHeads", "PSKDROIHeads", "PSKDRes5ROIHeads"]
-
-
 if TYPE_CHECKING:  # what the stock class, mixed in after, brings
     from detectron2.modeling.roi_heads import ROIHeads as _Stock
 else:

@@ -213,15 +213,12 @@ def lazy(tried: str, says: str, *overrides: str) -> None:
         from detectron2.config import LazyConfig
         from pskd_detectron2 import lazy
 
-        write_images()
         path = ROOT / "configs" / "detection" / "mask_rcnn_R_50_FPN_1x_pskd.py"
         cfg = LazyConfig.apply_overrides(LazyConfig.load(str(path)), list(overrides))
         cfg.train.output_dir = str(Path.cwd() / "run")
         yield None
-        lazy.use_specs(cfg, "coco:set.json:set", None)
-        if "memory" in cfg.train.pskd.values():
-            lazy.carry_rows(cfg)
-        lazy.pskd_hook(cfg, None)
+        lazy.read_records(cfg)
+        lazy.pskd_hook(cfg, None, [])
 
     LAZY.add(tried, run, says, leaves=LOGS)
 

@@ -25,20 +25,18 @@ from detectron2.structures import BoxMode  # noqa: E402
 from omegaconf import OmegaConf  # noqa: E402
 from pskd_detectron2 import PSKDHook, Trainer, register_spec  # noqa: E402
 from pskd_detectron2.data import (  # noqa: E402
-    _DATASETS,
     ImageMapper,
     check_records,
     count_annotations,
-    detection_dataset,
     training_records,
 )
 from pskd_detectron2.lazy import (  # noqa: E402
-    carry_rows,
     evaluate,
     pskd_hook,
     read_images,
-    use_specs,
+    read_records,
 )
+from pskd_detectron2.registered import _known, detection_dataset  # noqa: E402
 from pskd_detectron2.state import PSKDState  # noqa: E402
 
 
@@ -286,7 +284,7 @@ def by_function(name: str, records: list[dict]) -> None:
     for catalog in (DatasetCatalog, MetadataCatalog):
         if name in catalog.list():
             catalog.remove(name)
-    _DATASETS.pop(name, None)
+    _known.pop(name, None)
     DatasetCatalog.register(name, lambda: records)
     MetadataCatalog.get(name).thing_classes = list(tiny.CLASSES)
 
@@ -360,11 +358,12 @@ def test_a_class_that_the_head_does_not_have():
 
 @pytest.mark.parametrize(
     "record, mode",
-    [({"width": 9, "height": 9}, BoxMode.XYWHA_ABS), ({}, BoxMode.XYXY_ABS)],
+    [({"width": 30, "height": 30}, BoxMode.XYWHA_ABS), ({}, BoxMode.XYXY_ABS)],
     ids=["rotated", "of an image of unknown size"],
 )
 def test_a_box_that_cannot_be_compared_with_its_image_is_left_to_detectron2(record, mode):
-    annotation = {"category_id": 0, "bbox": [20.0, 20.0, 30.0, 30.0], "bbox_mode": mode}
+    box = [20.0, 20.0, 30.0, 30.0, 0.0][: 5 if mode == BoxMode.XYWHA_ABS else 4]
+    annotation = {"category_id": 0, "bbox": box, "bbox_mode": mode}
     check_records([{"file_name": "a.png", "annotations": [annotation], **record}], 1)
 
 
@@ -559,10 +558,11 @@ def test_lazy_options(spec, tmp_path):
     cfg.model.roi_heads.num_classes = 2
     cfg.train.pskd.alpha = 0.5
     with pytest.raises(ValueError, match="train.pskd: expected options of PSKDHook: .*'alpha'"):
-        pskd_hook(cfg, None)
+        pskd_hook(cfg, None, [])
     cfg.dataloader.train.mapper._target_ = "somewhere.OtherMapper"
+    cfg.train.pskd.teacher = "memory"
     with pytest.raises(ValueError, match="mapper: with the memory.*expected .*DatasetMapper, got"):
-        carry_rows(cfg)
+        read_records(cfg)
 
 
 def test_strict_data_of_a_lazy_config(spec, tmp_path):
@@ -574,7 +574,6 @@ def test_strict_data_of_a_lazy_config(spec, tmp_path):
             words = ["--config-file", str(tiny.CONFIGS / "mask_rcnn_R_50_FPN_1x_pskd.py")]
             words += [part, other, "--strict-data", f"train.output_dir={tmp_path / 'run'}"]
             tiny.train_net.main(tiny.train_net.parse(words))
-    use_specs(cfg, other, other)
 
 
 def test_a_lazy_config_without_an_evaluator_is_not_evaluated():
@@ -588,7 +587,7 @@ def test_a_lazy_pskd_head_without_its_section_is_told(monkeypatch):
     del cfg.train["pskd"]
     for enabled in (True, False):
         model = SimpleNamespace(roi_heads=SimpleNamespace(pskd=PSKDState(enabled)))
-        assert pskd_hook(cfg, model) is None
+        assert pskd_hook(cfg, model, []) is None
     assert said == ["train.pskd is missing: the PSKD head trains without a teacher"]
 
 
@@ -685,17 +684,15 @@ def test_every_image_is_checked_before_the_first_step(kind, images, tmp_path):
     message = "--check-images: expected 4 images that can be read, got 2 that cannot: .*1.png: exp"
     with pytest.raises(ValueError, match=message):
         tiny.train_net.main(tiny.train_net.parse(["--check-images", *line]))
-    assert not (tmp_path / "run" / "metrics.json").exists()
+    assert not list((tmp_path / "run").glob("*.pth"))
 
 
 def test_checked_images_are_counted(images, tmp_path):
     spec, folder = images
-    tiny.train_net.setup(
-        tiny.train_net.parse(
-            ["--check-images", *tiny.arguments("fpn", tmp_path / "run", train=spec, test=spec)]
-        )
-    )
+    line = ["--check-images", *tiny.arguments("fpn", tmp_path / "run", train=spec, test=spec)]
+    tiny.train_net.main(tiny.train_net.parse([*line, "SOLVER.MAX_ITER", "1"]))
     assert "--check-images: read 4 images" in (tmp_path / "run" / "log.txt").read_text()
     (folder / "1.png").write_bytes(b"")
-    line = tiny.arguments("fpn", tmp_path / "run", train=spec)
-    tiny.train_net.setup(tiny.train_net.parse(["--check-images", "--eval-only", *line]))
+    weights = f"MODEL.WEIGHTS {tmp_path / 'run' / 'model_final.pth'}"
+    flags = ("--check-images", "--eval-only")  # an evaluation does not look at the training set
+    tiny.run("fpn", tmp_path / "run", weights, flags=flags, train=spec)

@@ -22,8 +22,8 @@ from detectron2.utils.file_io import PathHandler, PathManager  # noqa: E402
 from pskd_detection import load_dataset  # noqa: E402
 from pskd_detectron2 import Trainer, load_config, register_spec  # noqa: E402
 from pskd_detectron2.config import recipe_path  # noqa: E402
-from pskd_detectron2.data import _DATASETS  # noqa: E402
 from pskd_detectron2.evaluation import ConfidenceEvaluator, build_evaluators  # noqa: E402
+from pskd_detectron2.registered import _known  # noqa: E402
 from test_detectron2_evaluation import as_detected, make_voc  # noqa: E402
 
 
@@ -74,7 +74,7 @@ def registered(name: str, register, *args):
     yield name
     for catalog in (DatasetCatalog, MetadataCatalog):
         catalog.pop(name)
-    _DATASETS.pop(name, None)
+    _known.pop(name, None)
 
 
 @pytest.fixture

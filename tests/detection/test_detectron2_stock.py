@@ -22,8 +22,8 @@ from detectron2.engine import DefaultTrainer  # noqa: E402
 from detectron2.evaluation import DatasetEvaluator  # noqa: E402
 from pskd_detectron2 import Trainer, evaluation, register_spec  # noqa: E402
 from pskd_detectron2.config import recipe_path  # noqa: E402
-from pskd_detectron2.data import check_test_sets  # noqa: E402
 from pskd_detectron2.lazy import load_recipe  # noqa: E402
+from pskd_detectron2.registered import check_sets  # noqa: E402
 
 RETINANET = recipe_path("detectron2:COCO-Detection/retinanet_R_50_FPN_1x.yaml")
 RPN = recipe_path("detectron2:COCO-Detection/rpn_R_50_FPN_1x.yaml")
@@ -166,7 +166,7 @@ def test_an_evaluator_whose_package_is_missing(kind, package, registered, monkey
     name = registered("special", evaluator_type=kind)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ValueError, match=f"special .{kind}.: expected the package {package}, got"):
-        check_test_sets([name], 2)
+        check_sets([], [name], 2)
 
 
 @pytest.mark.parametrize(
