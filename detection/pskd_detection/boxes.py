@@ -19,8 +19,6 @@ import logging
 import math
 from typing import NamedTuple
 
-__all__ = ["SLACK", "Mended", "fitted", "is_finite"]
-
 SLACK = 1.0
 _log = logging.getLogger(__name__)
 

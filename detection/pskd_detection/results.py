@@ -17,8 +17,6 @@ from pskd_detection.datasets import DetectionDataset
 from pskd_tools.files import read_json, write_json, written_aside
 from pskd_tools.images import read_rgb
 
-__all__ = ["format_table", "write_confidence", "write_detections", "write_results"]
-
 SHOWN_IMAGES, SHOWN_SIDE = 64, 256  # with 10 to 15 KB each, under 1 MB
 
 
@@ -66,13 +64,7 @@ def write_detections(
         open_file: opens an image, such as Detectron2's ``PathManager.open``.
     """
     path = write_confidence(output_dir, found.confidence, found.correct, found.image_ids)
-    truth: dict[str, list[dict]] = {}
-    names = dict(zip(dataset.category_ids, dataset.class_names, strict=True))
-    for a in dataset.coco["annotations"]:
-        if not a["iscrowd"]:
-            box = {"box": a["bbox"], "label": names[a["category_id"]]}
-            truth.setdefault(str(a["image_id"]), []).append(box)
-    images = {}
+    names, images = dataset.class_names, {}
     for image in dataset.coco["images"][:SHOWN_IMAGES]:
         key = str(image["id"])
         uri = _data_uri(os.path.join(dataset.image_dir, image["file_name"]), open_file)
@@ -82,11 +74,15 @@ def write_detections(
             "width": image["width"],
             "height": image["height"],
             "image": uri,
-            "objects": truth.get(key, []),
+            "objects": [
+                {"box": box, "label": names[label]}
+                for box, label, crowd in dataset.objects[image["id"]]
+                if not crowd
+            ],
             "detections": [
                 {
                     "box": found.boxes[row],
-                    "label": dataset.class_names[found.labels[row]],
+                    "label": names[found.labels[row]],
                     "score": found.confidence[row],
                     "correct": found.correct[row],
                 }

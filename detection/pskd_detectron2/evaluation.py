@@ -155,7 +155,6 @@ def ground_truth_rois(model: GeneralizedRCNN, loader, dataset_name: str) -> dict
         ``num_rois`` boxes; crowds are left out.
     """
     dataset = detection_dataset(dataset_name)
-    boxes = true_boxes(dataset)
     ids = image_ids(dataset)
     model = getattr(model, "module", model)
     was_training = model.training
@@ -163,12 +162,15 @@ def ground_truth_rois(model: GeneralizedRCNN, loader, dataset_name: str) -> dict
     totals = torch.zeros(3, dtype=torch.float64, device="cpu")
     for inputs in loader:
         images = model.preprocess_image(inputs)
-        truth = [boxes[ids[os.path.normpath(image["file_name"])]] for image in inputs]
-        proposals = [
-            scaled(truth_i[0], image, size).to(images.tensor.device)
-            for truth_i, image, size in zip(truth, inputs, images.image_sizes, strict=True)
+        truth = [
+            [o for o in dataset.objects[ids[os.path.normpath(image["file_name"])]] if not o.crowd]
+            for image in inputs
         ]
-        labels = torch.from_numpy(np.concatenate([classes for _, classes in truth]))
+        proposals = [
+            scaled([o.box for o in objects], image, size).to(images.tensor.device)
+            for objects, image, size in zip(truth, inputs, images.image_sizes, strict=True)
+        ]
+        labels = torch.tensor([o.label for objects in truth for o in objects], dtype=torch.int64)
         if len(labels):
             features = model.backbone(images.tensor)
             probs = class_probs(model.roi_heads, features, proposals).double().cpu()
@@ -181,23 +183,12 @@ def ground_truth_rois(model: GeneralizedRCNN, loader, dataset_name: str) -> dict
     return {"nll": nll / max(count, 1), "accuracy": hits / max(count, 1), "num_rois": int(count)}
 
 
-def true_boxes(dataset: DetectionDataset) -> dict[object, tuple[np.ndarray, np.ndarray]]:
-    """Return the (n, 4) boxes x1 y1 x2 y2 and (n,) class indices of each image, without crowds."""
-    index = {name: i for i, name in enumerate(dataset.class_names)}
-    names = {c["id"]: c["name"] for c in dataset.coco["categories"]}
-    found: dict[object, list] = {image["id"]: [] for image in dataset.coco["images"]}
-    for a in dataset.coco["annotations"]:
-        if not a["iscrowd"]:
-            x, y, w, h = a["bbox"]
-            found[a["image_id"]].append((x, y, x + w, y + h, index[names[a["category_id"]]]))
-    rows = {key: np.array(value, dtype=np.float64).reshape(-1, 5) for key, value in found.items()}
-    return {key: (row[:, :4], row[:, 4].astype(np.int64)) for key, row in rows.items()}
-
-
-def scaled(boxes: np.ndarray, image: dict, size: tuple[int, int]) -> Instances:
-    """Return boxes of the original image as proposals on the resized one."""
+def scaled(boxes: list[list[float]], image: dict, size: tuple[int, int]) -> Instances:
+    """Return x, y, width, height of the original image as proposals on the resized one."""
     height, width = size
+    corners = np.array(boxes, dtype=np.float64).reshape(-1, 4)
+    corners[:, 2:] += corners[:, :2]
     factors = [width / image["width"], height / image["height"]] * 2
     proposals = Instances(size)
-    proposals.proposal_boxes = Boxes(torch.from_numpy(boxes * factors).float())
+    proposals.proposal_boxes = Boxes(torch.from_numpy(corners * factors).float())
     return proposals

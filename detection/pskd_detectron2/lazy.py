@@ -76,6 +76,7 @@ def run_lazy(args) -> tuple[dict, str, int]:
     train_names = _names(cfg, "train") if "train" in parts else []
     check_sets(train_names, _names(cfg, "test"), _class_count(cfg), masks=_has_masks(cfg))
     default_setup(cfg, args)
+    use_own_parts(cfg)
     if args.check_images:
         names = [name for part in parts for name in _names(cfg, part)]
         check_image_files(names, OmegaConf.select(cfg, "dataloader.train.num_workers", default=0))
@@ -124,7 +125,6 @@ def evaluate(cfg: DictConfig, model) -> dict:
         folder = os.path.join(cfg.train.output_dir, "inference")
         evaluators.append(ConfidenceEvaluator(names[0], folder))
     with same_random_state_after():
-        read_images(cfg.dataloader.test)
         loader = instantiate(cfg.dataloader.test)
         results = inference_on_dataset(model, loader, DatasetEvaluators(evaluators))
         print_csv_format(results)
@@ -140,8 +140,6 @@ def train(cfg: DictConfig, model, resume: bool) -> dict:
     """
     cfg.optimizer.params.model = model
     optimizer = instantiate(cfg.optimizer)
-    read_records(cfg)
-    read_images(cfg.dataloader.train)
     loader = instantiate(cfg.dataloader.train)
     with cpu_parts(cfg.train.device):
         model = defaults.create_ddp_model(model, **cfg.train.ddp)
@@ -177,31 +175,19 @@ def numbered_records(**kwargs) -> list[dict]:
     return number_annotations(training_records(**kwargs))
 
 
-def read_records(cfg: DictConfig) -> None:
-    """Let `training_records` read the training set, in place, and for the memory teacher let its
-    annotations tell their rows."""
-    loader = cfg.dataloader.train
-    if OmegaConf.select(cfg, "train.pskd.teacher") != "memory":
-        if _located(loader.dataset._target_) is get_detection_dataset_dicts:
-            loader.dataset._target_ = training_records
-        return
-    stock = {"dataset": get_detection_dataset_dicts, "mapper": DatasetMapper}
-    ours = {"dataset": numbered_records, "mapper": PSKDDatasetMapper}
-    for part, expected in stock.items():
-        got = _located(loader[part]._target_)
-        if got is expected:
-            loader[part]._target_ = ours[part]
-        elif not (isinstance(got, type) and issubclass(got, PSKDDatasetMapper)):
-            raise ValueError(
-                f"dataloader.train.{part}: with the memory teacher expected "
-                f"{expected.__module__}.{expected.__qualname__}, got {loader[part]._target_}"
-            )
-
-
-def read_images(loader: DictConfig) -> None:
-    """Let `ImageMapper` stand in for Detectron2's own mapper, in place."""
-    if _located(OmegaConf.select(loader, "mapper._target_")) is DatasetMapper:
-        loader.mapper._target_ = ImageMapper
+def use_own_parts(cfg: DictConfig) -> None:
+    """Let this project's mappers and records stand in for Detectron2's own, in place."""
+    memory = OmegaConf.select(cfg, "train.pskd.teacher") == "memory"
+    records = numbered_records if memory else training_records
+    mapper = PSKDDatasetMapper if memory else ImageMapper
+    for path, stock, ours in (
+        ("dataloader.train.dataset", get_detection_dataset_dicts, records),
+        ("dataloader.train.mapper", DatasetMapper, mapper),
+        ("dataloader.test.mapper", DatasetMapper, ImageMapper),
+    ):
+        part = OmegaConf.select(cfg, path)
+        if part is not None and _located(part.get("_target_")) is stock:
+            part._target_ = ours
 
 
 def _located(target):
@@ -216,7 +202,7 @@ def checked_records(cfg: DictConfig, model, loader) -> Sequence[dict]:
     config's training set."""
     records = source(loader)[1]
     if records is None:
-        records = instantiate(cfg.dataloader.train.dataset)
+        records = instantiate(cfg.dataloader.train.dataset) if "pskd" in cfg.train else []
     check_classes(_names(cfg, "train"), _class_count(cfg))  # known when they have been read
     check_records(
         records,
