@@ -117,7 +117,7 @@ def load_dataset(
 def checked_dataset(
     name: str, raw: RawAnnotations, class_names: Sequence[str] | None, *, strict: bool = False
 ) -> DetectionDataset:
-    """Return what a reader found as a data set; arguments and errors as in `load_dataset`."""
+    """Return what a reader found as a data set, as `load_dataset` does."""
     coco = checked_coco(raw, strict)
     crowds = sum(annotation["iscrowd"] for annotation in coco["annotations"])
     count = len(coco["annotations"])

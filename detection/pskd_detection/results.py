@@ -63,7 +63,14 @@ def write_detections(
         found: of all its images.
         open_file: opens an image, such as Detectron2's ``PathManager.open``.
     """
-    path = write_confidence(output_dir, found.confidence, found.correct, found.image_ids)
+    folder = Path(output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    # There is no temperature to fit: what the suppression of overlapping boxes leaves are scores
+    # of some boxes, not logits over the classes of all.
+    with written_aside(folder / "confidence.npz") as aside:
+        np.savez_compressed(
+            aside, confidence=found.confidence, correct=found.correct, ids=found.image_ids
+        )
     names, images = dataset.class_names, {}
     for image in dataset.coco["images"][:SHOWN_IMAGES]:
         key = str(image["id"])
@@ -89,7 +96,7 @@ def write_detections(
                 for row in np.flatnonzero(found.image_ids == key)
             ],
         }
-    write_json(path.with_name("test_images.json"), images)
+    write_json(folder / "test_images.json", images)
 
 
 def _data_uri(path: str, open_file: Callable[[str, str], Any]) -> str | None:
@@ -102,32 +109,6 @@ def _data_uri(path: str, open_file: Callable[[str, str], Any]) -> str | None:
     buffer = io.BytesIO()
     picture.save(buffer, format="JPEG", quality=80)
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
-
-
-def write_confidence(
-    output_dir: str | os.PathLike,
-    confidence: np.ndarray,
-    correct: np.ndarray,
-    ids: np.ndarray | None = None,
-) -> Path:
-    """Write confidence.npz: the scores of detections, and which of them are right.
-
-    There is no temperature to fit: what the suppression of overlapping boxes leaves are scores of
-    some boxes, not logits over the classes of all.
-
-    Args:
-        output_dir: an evaluation's folder, made if there is none.
-        confidence: (N,) float.
-        correct: (N,) bool.
-        ids: (N,) of the image of each; None if not known.
-    """
-    folder = Path(output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "confidence.npz"
-    with written_aside(path) as aside:
-        known: dict[str, Any] = {} if ids is None else {"ids": ids}
-        np.savez_compressed(aside, confidence=confidence, correct=correct, **known)
-    return path
 
 
 def format_table(runs: Mapping[str, Mapping]) -> str:

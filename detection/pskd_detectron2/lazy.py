@@ -28,11 +28,9 @@ from pskd_detectron2.data import (
     ImageMapper,
     PSKDDatasetMapper,
     check_image_files,
-    check_records,
     count_annotations,
     epoch_length,
     number_annotations,
-    source,
     training_fingerprint,
     training_records,
 )
@@ -42,7 +40,7 @@ from pskd_detectron2.evaluation import (
     scores_ground_truth,
 )
 from pskd_detectron2.hooks import PSKDHook
-from pskd_detectron2.registered import check_classes, check_sets, has_boxes, register_specs
+from pskd_detectron2.registered import check_sets, checked_source, has_boxes, register_specs
 from pskd_detectron2.resume import (
     AsideCheckpointer,
     EvaluationCheckpointer,
@@ -152,11 +150,22 @@ def train(cfg: DictConfig, model, resume: bool) -> dict:
         results.update(evaluate(cfg, model))
         return results
 
+    _, records = checked_source(
+        loader,
+        model,
+        _names(cfg, "train"),
+        _class_count(cfg),
+        lambda: instantiate(cfg.dataloader.train.dataset) if "pskd" in cfg.train else [],
+        masks=_has_masks(cfg),
+        mask_format=OmegaConf.select(
+            cfg, "dataloader.train.mapper.instance_mask_format", default="polygon"
+        ),
+    )
     main = comm.is_main_process()
     writers = default_writers(cfg.train.output_dir, cfg.train.max_iter) if main else []
     trainer.register_hooks(
         [
-            pskd_hook(cfg, model, checked_records(cfg, model, loader)),
+            pskd_hook(cfg, model, records),
             hooks.IterationTimer(),
             hooks.LRScheduler(scheduler=instantiate(cfg.lr_multiplier)),
             hooks.PeriodicCheckpointer(checkpointer, **cfg.train.checkpointer) if main else None,
@@ -195,25 +204,6 @@ def _located(target):
     with contextlib.suppress(ImportError):
         return locate(target) if isinstance(target, str) else target
     return target
-
-
-def checked_records(cfg: DictConfig, model, loader) -> Sequence[dict]:
-    """Return the images and annotations of a training loader; of one that hides them, those of the
-    config's training set."""
-    records = source(loader)[1]
-    if records is None:
-        records = instantiate(cfg.dataloader.train.dataset) if "pskd" in cfg.train else []
-    check_classes(_names(cfg, "train"), _class_count(cfg))  # known when they have been read
-    check_records(
-        records,
-        _class_count(cfg),
-        masks=_has_masks(cfg),
-        mask_format=OmegaConf.select(
-            cfg, "dataloader.train.mapper.instance_mask_format", default="polygon"
-        ),
-        sem_seg=hasattr(getattr(model, "module", model), "sem_seg_head"),
-    )
-    return records
 
 
 def pskd_hook(cfg: DictConfig, model, records: Sequence[dict]) -> PSKDHook | None:

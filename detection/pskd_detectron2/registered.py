@@ -8,10 +8,12 @@ import hashlib
 import importlib.util
 import os
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
+import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 from detectron2.data.datasets.coco import convert_to_coco_dict
@@ -23,8 +25,9 @@ from pskd_detection.coco_format import RawAnnotations, is_remote, raw_coco
 from pskd_detection.datasets import checked_dataset, voc_folder
 from pskd_detection.voc_format import read_voc, voc_class
 
-from pskd_detectron2.data import named
+from pskd_detectron2.data import check_records, named, source
 from pskd_detectron2.files import local_path
+from pskd_detectron2.resume import ResumableTrainingSampler
 from pskd_tools.files import read_json, write_json
 
 _BOXES = (None, "coco", "coco_panoptic_seg", "pascal_voc")  # evaluator types
@@ -277,6 +280,25 @@ def check_classes(names: Iterable[str], num_classes: int | None) -> None:
         classes = MetadataCatalog.get(name).get("thing_classes")
         if classes is not None:
             _check_count(name, len(classes), num_classes)
+
+
+def checked_source(
+    loader: object,
+    model: torch.nn.Module,
+    names: Iterable[str],
+    num_classes: int | None,
+    fallback: Callable[[], Sequence[dict]],
+    **masks: Any,
+) -> tuple[ResumableTrainingSampler | None, Sequence[dict]]:
+    """Return the `source` of a training loader, checked (`check_records`); the records of one that
+    hides them are those of ``fallback``."""
+    sampler, records = source(loader)
+    if records is None:
+        records = fallback()
+    check_classes(names, num_classes)
+    sem_seg = hasattr(getattr(model, "module", model), "sem_seg_head")
+    check_records(records, num_classes, sem_seg=sem_seg, **masks)
+    return sampler, records
 
 
 def _check_count(name: str, found: int, num_classes: int | None) -> None:

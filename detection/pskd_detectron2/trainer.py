@@ -25,11 +25,9 @@ from pskd_detectron2.config import check_pskd_config, class_count, warn_of_unuse
 from pskd_detectron2.data import (
     ImageMapper,
     PSKDDatasetMapper,
-    check_records,
     count_annotations,
     epoch_length,
     number_annotations,
-    source,
     training_fingerprint,
     training_records,
 )
@@ -41,9 +39,9 @@ from pskd_detectron2.evaluation import (
 )
 from pskd_detectron2.hooks import PSKDHook
 from pskd_detectron2.registered import (
-    check_classes,
     check_keypoints,
     check_sets,
+    checked_source,
     evaluator_type,
     has_boxes,
 )
@@ -146,17 +144,14 @@ class Trainer(DefaultTrainer):
         self.checkpointer = AsideCheckpointer(
             self.model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self)
         )
-        self._sampler, records = source(self.data_loader)
-        if records is None:  # of a loader of an override's own
-            records = training_dicts(cfg) if cfg.MODEL.PSKD.ENABLED else []
-        self._records = records
-        check_classes(cfg.DATASETS.TRAIN, class_count(cfg))  # known when they have been read
-        check_records(
-            records,
+        self._sampler, self._records = checked_source(
+            self.data_loader,
+            self.model,
+            cfg.DATASETS.TRAIN,
             class_count(cfg),
+            lambda: training_dicts(cfg) if cfg.MODEL.PSKD.ENABLED else [],
             masks=cfg.MODEL.MASK_ON,
             mask_format=cfg.INPUT.MASK_FORMAT,
-            sem_seg=hasattr(getattr(self.model, "module", self.model), "sem_seg_head"),
         )
         ours = [self._pskd_hook()] if cfg.MODEL.PSKD.ENABLED else []
         if self._sampler is not None:

@@ -114,11 +114,6 @@ def test_a_stock_model_reads_the_checkpoint(evaluated, spec, tmp_path):
     assert stock["bbox"] == json.loads((evaluated / "results.json").read_text())["bbox"]
 
 
-def test_eval_only_wants_weights(spec, tmp_path):
-    with pytest.raises(ValueError, match="--eval-only: expected MODEL.WEIGHTS, or --resume and a"):
-        tiny.run("fpn", tmp_path, flags=("--eval-only", "--resume"), train=spec, test=spec)
-
-
 def test_a_finished_run_that_is_resumed_keeps_its_seconds(evaluated, spec, tmp_path):
     out = tmp_path / "again"
     shutil.copytree(evaluated, out)
