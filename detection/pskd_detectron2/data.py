@@ -34,7 +34,6 @@ from pskd_tools.images import check_images, read_rgb
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-
 logger = logging.getLogger("detectron2." + __name__)
 _ROW = "pskd_row"
 
@@ -43,14 +42,7 @@ _ROW = "pskd_row"
 def named(name: object) -> Iterator[None]:
     """Turn what Detectron2 raises for records that are not in its format into a ValueError that
     names the data set or image."""
-    kinds = (
-        AssertionError,
-        AttributeError,
-        LookupError,
-        NotImplementedError,
-        TypeError,
-        ValueError,
-    )
+    kinds = AssertionError, AttributeError, LookupError, NotImplementedError, TypeError, ValueError
     try:
         yield
     except kinds as error:

@@ -13,7 +13,6 @@ detectron2:COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml; a ``.py`` is a LazyConfi
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -34,7 +33,6 @@ from pskd_detectron2.trainer import Trainer, check_config
 from pskd_tools.program import exit_status
 
 PROGRAM = "train_net"
-logger = logging.getLogger("detectron2.pskd_detectron2.train_net")
 
 
 def setup(args) -> CfgNode:

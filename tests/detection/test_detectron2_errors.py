@@ -7,38 +7,27 @@ import threading
 from pathlib import Path
 from types import SimpleNamespace
 
+import detectron2_tiny as tiny
 import numpy as np
 import pytest
 import torch
+from detectron2.config import LazyConfig
+from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
+from detectron2.data.datasets import register_coco_instances
+from detectron2.structures import BoxMode
+from omegaconf import OmegaConf
 from PIL import Image
-
-pytest.importorskip(
-    "detectron2",
-    reason="needs Detectron2: https://detectron2.readthedocs.io/tutorials/install.html",
-)
-
-import detectron2_tiny as tiny  # noqa: E402
-from detectron2.config import LazyConfig  # noqa: E402
-from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog  # noqa: E402
-from detectron2.data.datasets import register_coco_instances  # noqa: E402
-from detectron2.structures import BoxMode  # noqa: E402
-from omegaconf import OmegaConf  # noqa: E402
-from pskd_detectron2 import PSKDHook, Trainer, register_spec  # noqa: E402
-from pskd_detectron2.config import recipe_path  # noqa: E402
-from pskd_detectron2.data import (  # noqa: E402
+from pskd_detectron2 import PSKDHook, Trainer, register_spec
+from pskd_detectron2.config import recipe_path
+from pskd_detectron2.data import (
     ImageMapper,
     check_records,
     count_annotations,
     training_records,
 )
-from pskd_detectron2.lazy import evaluate, pskd_hook, use_own_parts  # noqa: E402
-from pskd_detectron2.registered import _known, check_sets, detection_dataset  # noqa: E402
-from pskd_detectron2.state import PSKDState  # noqa: E402
-
-
-@pytest.fixture(scope="module")
-def spec(tmp_path_factory) -> str:
-    return tiny.make_images(tmp_path_factory.mktemp("images"))
+from pskd_detectron2.lazy import evaluate, pskd_hook, use_own_parts
+from pskd_detectron2.registered import _known, check_sets, detection_dataset
+from pskd_detectron2.state import PSKDState
 
 
 def refused(kind: str, out, message: str, *opts: str, **specs) -> None:
@@ -204,7 +193,7 @@ def test_a_registered_test_set_without_annotations_is_evaluated_as_by_detectron2
     low = "MODEL.ROI_HEADS.NUM_CLASSES 2 MODEL.ROI_HEADS.SCORE_THRESH_TEST 0.0"
     tiny.run("fpn", tmp_path / "run", opts, low, flags=("--eval-only",), train=None)
     assert (tmp_path / "run" / "inference" / "coco_instances_results.json").exists()
-    assert "confidence" not in json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    assert "confidence" not in tiny.results(tmp_path / "run", "evaluation")
 
 
 @pytest.mark.parametrize("value", [None, []], ids=repr)
@@ -303,7 +292,7 @@ def test_keypoints_of_a_file_are_trained_and_evaluated(spec, tmp_path):
     opts = (KEYPOINTS, "TEST.KEYPOINT_OKS_SIGMAS [0.1,0.1] SOLVER.MAX_ITER 2 INPUT.RANDOM_FLIP none"
             " MODEL.ROI_HEADS.SCORE_THRESH_TEST 0.0 SOLVER.BASE_LR 1e-4")  # fmt: skip
     out = tiny.run("fpn", tmp_path / "run", *opts, train=other, test=other)
-    assert "AP" in json.loads((out / "results.json").read_text())["keypoints"]
+    assert "AP" in tiny.results(out)["keypoints"]
     metadata = MetadataCatalog.get(other)
     assert metadata.keypoint_names == ["left", "right"]
     assert metadata.keypoint_flip_map == [("left", "right")]
@@ -362,7 +351,7 @@ def test_a_model_without_roi_heads(spec, tmp_path):
     words += ["MODEL.PSKD.ENABLED", "True", "MODEL.ROI_HEADS.NAME", "PSKDROIHeads"]
     message = "META_ARCHITECTURE: with PS-KD expected a model with ROI heads, .* got RetinaNet"
     with pytest.raises(ValueError, match=message):
-        tiny.train_net.main(tiny.train_net.parse(words))
+        tiny.main(words)
 
 
 def test_the_memory_wants_annotations_that_tell_their_rows(spec, tmp_path, monkeypatch):
@@ -489,7 +478,7 @@ def test_an_annotation_outside_its_image(spec, tmp_path):
     words = ["--strict-data", *tiny.arguments("fpn", tmp_path / "run", train=other)]
     message = r"strictly read, .*annotation 100: bbox \[60, 60, 40, 40\]"
     with pytest.raises(ValueError, match=message):
-        tiny.train_net.main(tiny.train_net.parse(words))
+        tiny.main(words)
     assert count_annotations(training_records(registered_spec(other, tmp_path))) == 14
 
 
@@ -514,7 +503,7 @@ def test_a_recipe_of_detectron2s_own_by_its_name(spec, tmp_path):
     words = tiny.arguments("fpn", tmp_path, train=spec)
     words[1] = "detectron2:COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml"
     words += ["MODEL.PSKD.ENABLED", "True", "MODEL.ROI_HEADS.NAME", "PSKDROIHeads"]
-    tiny.train_net.main(tiny.train_net.parse([*words, "SOLVER.MAX_ITER", "2"]))
+    tiny.main([*words, "SOLVER.MAX_ITER", "2"])
     assert (tmp_path / "model_final.pth").exists()
 
 
@@ -524,15 +513,11 @@ def test_the_hook_wants_a_model_with_pskd_heads(spec, tmp_path):
         PSKDHook(Trainer.build_model(cfg), epoch_iters=3)
 
 
-def test_strict_data_of_a_lazy_config(spec, tmp_path):
+@pytest.mark.parametrize("part", ["train", "test"])
+def test_strict_data_of_a_lazy_config(part, spec, tmp_path):
     other = changed(spec, tmp_path, lambda c: c["annotations"][0].update(bbox=[60, 60, 40, 40]))
-    cfg = LazyConfig.load(str(tiny.CONFIGS / "mask_rcnn_R_50_FPN_1x_pskd.py"))
-    cfg.train.output_dir = str(tmp_path / "run")
-    for part in ("--train", "--test"):
-        with pytest.raises(ValueError, match="strictly read, expected nothing to mend, got 1"):
-            words = ["--config-file", str(tiny.CONFIGS / "mask_rcnn_R_50_FPN_1x_pskd.py")]
-            words += [part, other, "--strict-data", f"train.output_dir={tmp_path / 'run'}"]
-            tiny.train_net.main(tiny.train_net.parse(words))
+    with pytest.raises(ValueError, match="strictly read, expected nothing to mend, got 1"):
+        tiny.main(tiny.lazy_arguments(tmp_path / "run", "--strict-data", **{part: other}))
 
 
 def test_a_lazy_config_without_an_evaluator_is_not_evaluated():
@@ -564,15 +549,10 @@ def test_a_lazy_pskd_head_without_its_section_is_told(monkeypatch):
 )
 def test_bad_input_to_a_lazy_config(words, message, spec, tmp_path):
     name = registered("lazily", spec, tmp_path)
-    flags = [word for word in words if word.startswith("--")]
-    line = ["--config-file", str(tiny.CONFIGS / "mask_rcnn_R_50_FPN_1x_pskd.py"), *flags]
-    for part in ("train", "test"):
-        line.append(f"dataloader.{part}.dataset.names={name}")
-    line += ["dataloader.train.num_workers=0", "train.device=cpu", "model.roi_heads.num_classes=2"]
-    line += [f"train.output_dir={tmp_path / 'run'}", "train.init_checkpoint="]
-    line += [word for word in words if not word.startswith("--")]
+    sets = [f"dataloader.{part}.dataset.names={name}" for part in ("train", "test")]
+    line = tiny.lazy_arguments(tmp_path / "run", *sets, "model.roi_heads.num_classes=2", *words)
     with pytest.raises(ValueError, match=message):
-        tiny.train_net.main(tiny.train_net.parse(line))
+        tiny.main(line)
     assert not (tmp_path / "run" / "metrics.json").exists()
 
 
@@ -636,20 +616,18 @@ def test_every_image_is_checked_before_the_first_step(kind, images, tmp_path):
     if kind == "fpn":
         line = tiny.arguments(kind, tmp_path / "run", train=spec, test=spec)
     else:
-        config = str(Path(__file__).with_name("lazy_tiny.py"))
-        out = f"train.output_dir={tmp_path / 'run'}"
-        line = ["--config-file", config, "--train", spec, "--test", spec, out]
+        line = tiny.lazy_arguments(tmp_path / "run", train=spec, test=spec)
     (folder / "1.png").write_bytes(b"")
     message = "--check-images: expected 4 images that can be read, got 2 that cannot: .*1.png: exp"
     with pytest.raises(ValueError, match=message):
-        tiny.train_net.main(tiny.train_net.parse(["--check-images", *line]))
+        tiny.main(["--check-images", *line])
     assert not list((tmp_path / "run").glob("*.pth"))
 
 
 def test_checked_images_are_counted(images, tmp_path):
     spec, folder = images
     line = ["--check-images", *tiny.arguments("fpn", tmp_path / "run", train=spec, test=spec)]
-    tiny.train_net.main(tiny.train_net.parse([*line, "SOLVER.MAX_ITER", "1"]))
+    tiny.main([*line, "SOLVER.MAX_ITER", "1"])
     assert "--check-images: read 4 images" in (tmp_path / "run" / "log.txt").read_text()
     (folder / "1.png").write_bytes(b"")
     weights = f"MODEL.WEIGHTS {tmp_path / 'run' / 'model_final.pth'}"

@@ -6,25 +6,19 @@ import json
 import os
 from pathlib import Path
 
+import detectron2_tiny as tiny
 import pytest
 import torch
-
-pytest.importorskip(
-    "detectron2",
-    reason="needs Detectron2: https://detectron2.readthedocs.io/tutorials/install.html",
-)
-
-import detectron2_tiny as tiny  # noqa: E402
-from detectron2.config import LazyConfig, instantiate  # noqa: E402
-from detectron2.data import DatasetCatalog, MetadataCatalog  # noqa: E402
-from detectron2.data.datasets import register_coco_instances, register_pascal_voc  # noqa: E402
-from detectron2.utils.file_io import PathHandler, PathManager  # noqa: E402
-from pskd_detection import load_dataset  # noqa: E402
-from pskd_detectron2 import Trainer, load_config, register_spec  # noqa: E402
-from pskd_detectron2.config import recipe_path  # noqa: E402
-from pskd_detectron2.evaluation import ConfidenceEvaluator, build_evaluators  # noqa: E402
-from pskd_detectron2.registered import _known  # noqa: E402
-from test_detectron2_evaluation import as_detected, make_voc  # noqa: E402
+from detectron2.config import LazyConfig, instantiate
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import register_coco_instances, register_pascal_voc
+from detectron2.utils.file_io import PathHandler, PathManager
+from pskd_detection import load_dataset
+from pskd_detectron2 import Trainer, load_config, register_spec
+from pskd_detectron2.config import recipe_path
+from pskd_detectron2.evaluation import ConfidenceEvaluator, build_evaluators
+from pskd_detectron2.registered import _known
+from test_detectron2_evaluation import as_detected, make_voc
 
 
 class Folder(PathHandler):
@@ -95,19 +89,19 @@ def command(images: str, *opts: str) -> list[str]:
 def test_a_run_of_which_all_is_remote(images, remote, monkeypatch):
     monkeypatch.setattr(Trainer, "build_writers", lambda self: [])  # TensorBoard's knows no handler
     line = command(images, "MODEL.ROI_HEADS.SCORE_THRESH_TEST 0.0")
-    tiny.train_net.main(tiny.train_net.parse(line))
+    tiny.main(line)
     out = remote / "run"
     assert (out / "last_checkpoint").read_text() == "model_final.pth"
-    results = json.loads((out / "results.json").read_text())
+    results = tiny.results(out)
     assert {"bbox", "confidence", "ground_truth_rois"} <= results.keys()
     assert (out / "inference" / "confidence.npz").is_file()
     shown = json.loads((out / "inference" / "test_images.json").read_text())
     assert len(shown) == 8  # opened through the handler
 
-    tiny.train_net.main(tiny.train_net.parse(["--resume", *line]))  # has nothing left to train
+    tiny.main(["--resume", *line])  # has nothing left to train
     weights = "MODEL.WEIGHTS mem://run/model_final.pth"
-    tiny.train_net.main(tiny.train_net.parse(["--eval-only", *command(images, weights)]))
-    assert "bbox" in json.loads((out / "evaluation.json").read_text())
+    tiny.main(["--eval-only", *command(images, weights)])
+    assert "bbox" in tiny.results(out, "evaluation")
 
 
 def test_a_lazy_evaluation_of_which_all_is_remote(images, remote):
@@ -125,10 +119,8 @@ def test_a_lazy_evaluation_of_which_all_is_remote(images, remote):
         "train.init_checkpoint=mem://weights.pth",
         "train.output_dir=mem://run",
     ]
-    tiny.train_net.main(
-        tiny.train_net.parse(["--eval-only", "--config-file", "mem://mine.py", *opts])
-    )
-    assert "ground_truth_rois" in json.loads((remote / "run" / "evaluation.json").read_text())
+    tiny.main(["--eval-only", "--config-file", "mem://mine.py", *opts])
+    assert "ground_truth_rois" in tiny.results(remote / "run", "evaluation")
 
 
 def test_a_remote_voc_set(voc, remote):
@@ -151,7 +143,7 @@ def test_a_spec_with_a_remote_output_folder(remote, tmp_path):
 
 def test_the_memory_needs_a_local_folder(images):
     with pytest.raises(ValueError, match="OUTPUT_DIR: .* expected a local folder, got mem://run"):
-        tiny.train_net.main(tiny.train_net.parse(command(images, "MODEL.PSKD.TEACHER memory")))
+        tiny.main(command(images, "MODEL.PSKD.TEACHER memory"))
 
 
 def test_names_of_configs_that_only_path_managers_handlers_know(remote):

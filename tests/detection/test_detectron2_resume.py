@@ -5,26 +5,15 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import detectron2_tiny as tiny
 import pytest
 import torch
-
-pytest.importorskip(
-    "detectron2",
-    reason="needs Detectron2: https://detectron2.readthedocs.io/tutorials/install.html",
-)
-
-import detectron2_tiny as tiny  # noqa: E402
-from detectron2_tiny import stopped_after  # noqa: E402
-from pskd_detectron2.resume import AsideCheckpointer  # noqa: E402
+from detectron2_tiny import stopped_after
+from pskd_detectron2.resume import AsideCheckpointer
 
 ITERATIONS, EPOCH = 8, 3
 SCHEDULED = f"MODEL.PSKD.ALPHA_FINAL 0.6 MODEL.PSKD.EPOCH_ITERS {EPOCH}"
 TEACHERS = ("snapshot", "memory")
-
-
-@pytest.fixture(scope="module")
-def spec(tmp_path_factory) -> str:
-    return tiny.make_images(tmp_path_factory.mktemp("images"))
 
 
 @pytest.fixture(scope="module")
