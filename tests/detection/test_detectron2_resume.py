@@ -133,11 +133,8 @@ def test_what_is_logged_where(straight):
 @pytest.mark.parametrize(
     "opts, message",
     [
-        ("MODEL.PSKD.ALPHA_FINAL 0.5", "alpha_final: expected 0.6.*got 0.5.*ALLOW_SCHEDULE_CHANGE"),
         ("MODEL.PSKD.ALPHA_SCHEDULE cosine", "alpha_schedule: expected 'linear'.*got 'cosine'"),
         ("MODEL.PSKD.EPOCH_ITERS 4", "epoch_iters: expected 3.*got 4"),
-        ("SOLVER.MAX_ITER 20", "num_epochs: expected 3.*got 7"),
-        ("MODEL.PSKD.TEACHER memory", "teacher: expected 'snapshot'.*got 'memory'"),
         ("MODEL.PSKD.LABEL_SMOOTHING 0.1", "label_smoothing: expected 0.0.*got 0.1"),
         ("MODEL.PSKD.FOREGROUND_ONLY True", "foreground_only: expected False.*got True"),
     ],
@@ -181,27 +178,6 @@ def test_a_checkpoint_without_the_teacher_it_needs_is_refused(straight, spec, tm
         torch.save(state, path)
         with pytest.raises(ValueError, match=f"epoch 2: expected a checkpoint with the {teacher}"):
             resume(teacher, out, spec)
-
-
-def test_a_memory_file_that_is_missing_damaged_or_foreign_is_refused(straight, spec, tmp_path):
-    out = stopped_after(straight["memory"], 5, tmp_path / "stopped")
-    path = out / "pskd_memory_0000004.pt"
-    whole = path.read_bytes()
-    foreign = torch.load(path, weights_only=True) | {"fingerprint": "of another set"}
-    for content, message in (
-        (None, f"{path}: expected the memory of the checkpoint, got no file"),
-        (whole[: len(whole) // 2], f"{path}: expected the memory of this run"),
-        (foreign, "expected the annotations .* got of another set"),
-        ({"probs": 1}, "expected a memory with"),
-    ):
-        if content is None:
-            path.unlink()
-        elif isinstance(content, bytes):
-            path.write_bytes(content)
-        else:
-            torch.save(content, path)
-        with pytest.raises(ValueError, match=message):
-            resume("memory", out, spec)
 
 
 def test_a_full_disk_leaves_the_last_good_checkpoint(straight, spec, tmp_path, monkeypatch):
