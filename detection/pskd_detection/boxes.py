@@ -17,18 +17,10 @@ from __future__ import annotations
 
 import logging
 import math
-from typing import NamedTuple
-
-__all__ = ["SLACK", "Mended", "fitted", "is_finite"]
+from collections import Counter
 
 SLACK = 1.0
 _log = logging.getLogger(__name__)
-
-
-class _Kind(NamedTuple):
-    number: int
-    first: str
-    tolerated: bool
 
 
 class Mended:
@@ -41,7 +33,9 @@ class Mended:
 
     def __init__(self, source: object, strict: bool = False) -> None:
         self._source, self._strict = source, strict
-        self._kinds: dict[str, _Kind] = {}
+        self._counts: Counter[str] = Counter()
+        self._first: dict[str, str] = {}
+        self._tolerated: set[str] = set()
 
     def note(self, kind: str, where: str, *, tolerated: bool = False) -> None:
         """Count one more.
@@ -51,8 +45,10 @@ class Mended:
             where: names the annotation and what came.
             tolerated: even if strict.
         """
-        known = self._kinds.get(kind, _Kind(0, where, tolerated))
-        self._kinds[kind] = known._replace(number=known.number + 1)
+        self._counts[kind] += 1
+        self._first.setdefault(kind, where)
+        if tolerated:
+            self._tolerated.add(kind)
 
     def finish(self) -> None:
         """Log each kind once, with its count and the first of it.
@@ -60,14 +56,14 @@ class Mended:
         Raises:
             ValueError: in their place, if strict and not all is tolerated.
         """
-        for what, kind in self._kinds.items():
-            if self._strict and not kind.tolerated:
+        for kind, number in self._counts.items() if self._strict else ():
+            if kind not in self._tolerated:
                 raise ValueError(
-                    f"{self._source}: strictly read, expected nothing to mend, got {kind.number} "
-                    f"{what}; the first is {kind.first}"
+                    f"{self._source}: strictly read, expected nothing to mend, got {number} "
+                    f"{kind}; the first is {self._first[kind]}"
                 )
-        for what, kind in self._kinds.items():
-            _log.warning("%s: %d %s; the first: %s", self._source, kind.number, what, kind.first)
+        for kind, number in self._counts.items():
+            _log.warning("%s: %d %s; the first: %s", self._source, number, kind, self._first[kind])
 
 
 def is_finite(value: object) -> bool:
@@ -77,16 +73,13 @@ def is_finite(value: object) -> bool:
 
 
 def fitted(box: object, size: tuple[int, int], where: str, mended: Mended) -> list[float] | None:
-    """Return a box inside its image, or None if it is to be left out.
+    """Return a box x, y, width, height inside its image; None if it is to be left out.
 
     Args:
-        box: as it was read; expected to be four numbers ``x, y, width, height``.
+        box: as it was read.
         size: width and height of the image in pixels.
         where: names the annotation in messages.
         mended: counts what was changed.
-
-    Raises:
-        ValueError: for what is no box.
     """
     if not isinstance(box, (list, tuple)) or len(box) != 4 or not all(map(is_finite, box)):
         raise ValueError(f"{where}: expected bbox as four finite numbers, got {box!r}")

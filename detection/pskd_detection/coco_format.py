@@ -14,8 +14,6 @@ from pskd_detection.segmentation import segmentation_problem, with_three_points
 from pskd_tools.files import read_json
 from pskd_tools.images import read_size
 
-__all__ = ["RawAnnotations", "checked_coco", "flag", "raw_coco", "read_coco", "without_root"]
-
 _log = logging.getLogger(__name__)
 
 # As label tools write them; makesense.ai has "Unspecified".
@@ -44,16 +42,7 @@ class RawAnnotations(NamedTuple):
 
 
 def flag(value: object, where: str, key: str) -> int:
-    """Return a flag as 0 or 1; None and empty text are 0.
-
-    Args:
-        value: a number, a truth value, or text such as "0", "False", "no" and "Unspecified".
-        where: names the annotation in messages.
-        key: of the flag.
-
-    Raises:
-        ValueError: for anything else.
-    """
+    """Return a number, a truth value or text such as "no" as 0 or 1; None and empty text are 0."""
     known = _FLAGS.get("" if value is None else str(value).strip().lower())
     if known is None:
         raise ValueError(
@@ -68,12 +57,7 @@ def is_remote(path: str | os.PathLike[str]) -> bool:
 
 
 def read_coco(path: Path, image_dir: Path | str) -> RawAnnotations:
-    """Read a COCO annotation file.
-
-    Raises:
-        ValueError: the file or the folder is missing, or the file is no JSON object with the lists
-            ``images``, ``annotations`` and ``categories``.
-    """
+    """Read a COCO annotation file, whose folder of images must be there."""
     try:
         content = read_json(path)
     except OSError as error:
@@ -83,15 +67,8 @@ def read_coco(path: Path, image_dir: Path | str) -> RawAnnotations:
     return raw_coco(content, path, image_dir)
 
 
-def raw_coco(content: object, source: object, image_dir: Path | str) -> RawAnnotations:
-    """Return the parts of COCO's format.
-
-    Raises:
-        ValueError: if it is no dictionary of the lists ``images``, ``annotations`` and
-            ``categories``.
-    """
-    if not isinstance(content, dict):
-        raise ValueError(f"{source}: expected a JSON object, got {type(content).__name__}")
+def raw_coco(content: dict, source: object, image_dir: Path | str) -> RawAnnotations:
+    """Return the parts of COCO's format: lists of images, annotations and categories."""
     for key in ("images", "annotations", "categories"):
         entries = content.get(key)
         if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
@@ -166,27 +143,30 @@ def _key(value: object) -> str:
     return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
 
 
-def _checked_id(entry: dict, seen: Container, where: str) -> int | float | str:
-    value: Any = entry.get("id")
-    is_number = is_finite(value) and not isinstance(value, bool)
-    if not is_number and not (isinstance(value, str) and value):
-        got = "none" if value is None else repr(value)
-        raise ValueError(f"{where}: expected an integer 'id', got {got}")
-    _check_new(value, seen, where)
-    return int(value) if isinstance(value, float) and value.is_integer() else value
-
-
 def _check_new(value: object, seen: Container, where: str, key: str = "id") -> None:
     if _key(value) in seen:
         raise ValueError(f"{where}: expected every {key!r} once, got {value!r} again")
 
 
-def _checked_name(entry: dict, key: str, seen: Container, where: str) -> str:
-    value = entry.get(key)
-    if not isinstance(value, str) or not value:
-        raise ValueError(f"{where}: expected {key!r} as text, got {value!r}")
-    _check_new(value, seen, where, key)
-    return value
+def _by_id(entries: list[dict], what: str, name: str, source: object) -> dict[str, dict]:
+    """Return images or categories by the key of their id; id and name are there, and once."""
+    found: dict[str, dict] = {}
+    names: set[str] = set()
+    for i, entry in enumerate(entries, start=1):
+        where = f"{source}: {what} number {i}"
+        value: Any = entry.get("id")
+        is_number = is_finite(value) and not isinstance(value, bool)
+        if not is_number and not (isinstance(value, str) and value):
+            got = "none" if value is None else repr(value)
+            raise ValueError(f"{where}: expected an integer 'id', got {got}")
+        _check_new(value, found, where)
+        if not isinstance(entry.get(name), str) or not entry[name]:
+            raise ValueError(f"{where}: expected {name!r} as text, got {entry.get(name)!r}")
+        _check_new(entry[name], names, where, name)
+        names.add(entry[name])
+        is_whole = isinstance(value, float) and value.is_integer()
+        found[_key(value)] = entry | {"id": int(value) if is_whole else value}
+    return found
 
 
 def _number(entries: dict[str, dict], what: str, mended: Mended, source: object) -> None:
@@ -200,16 +180,14 @@ def _number(entries: dict[str, dict], what: str, mended: Mended, source: object)
 
 def _checked_categories(raw: RawAnnotations, mended: Mended) -> dict[str, dict]:
     """Return the categories by the key of their id in the file, ordered by it."""
-    found: dict[str, dict] = {}
-    names: set[str] = set()
-    for i, category in enumerate(raw.categories):
-        where = f"{raw.source}: category number {i + 1}"
-        value = _checked_id(category, found, where)
-        names.add(_checked_name(category, "name", names, where))
+    for i, category in enumerate(raw.categories, start=1):
         points = category.get("keypoints") or []
         if not isinstance(points, list) or not all(isinstance(name, str) for name in points):
-            raise ValueError(f"{where}: expected 'keypoints' as a list of names, got {points!r}")
-        found[_key(value)] = category | {"id": value}
+            raise ValueError(
+                f"{raw.source}: category number {i}: expected 'keypoints' as a list of names, got "
+                f"{points!r}"
+            )
+    found = _by_id(raw.categories, "category", "name", raw.source)
     # Text after numbers, since the two cannot be compared.
     order = sorted(found, key=lambda key: (isinstance(found[key]["id"], str), found[key]["id"]))
     found = {key: found[key] for key in order}
@@ -219,29 +197,19 @@ def _checked_categories(raw: RawAnnotations, mended: Mended) -> dict[str, dict]:
 
 def _checked_images(raw: RawAnnotations, mended: Mended) -> dict[str, dict]:
     """Return the images by the key of their id in the file, each with a file and its size."""
-    images: dict[str, dict] = {}
-    names: set[str] = set()
-    for i, image in enumerate(raw.images):
-        where = f"{raw.source}: image number {i + 1}"
-        image = image | {"id": _checked_id(image, images, where)}
-        if not image.get("file_name") and isinstance(image.get("coco_url"), str):
-            image["file_name"] = _lvis_name(image["coco_url"], raw.image_dir)
-        name = _checked_name(image, "file_name", names, where)
-        if "\\" in name and _is_missing(raw.image_dir, name):
-            name = image["file_name"] = name.replace("\\", "/")  # of a tool on Windows
-        names.add(name)
-        images[_key(image["id"])] = image
+    named = [image | _file_name(image, raw.image_dir) for image in raw.images]
+    images = _by_id(named, "image", "file_name", raw.source)
     if not images:
         raise ValueError(f"{raw.source}: expected at least one image, got none")
-    missing = [n for n in names if _is_missing(raw.image_dir, n)]
+    names = [image["file_name"] for image in images.values()]
+    missing = [name for name in names if _is_missing(raw.image_dir, name)]
     if missing:
-        first = next(n for n in (i["file_name"] for i in images.values()) if n in set(missing))
         raise ValueError(
             f"{raw.source}: expected every image in {raw.image_dir}, got {len(missing)} of "
-            f"{len(names)} missing; the first is {first}"
+            f"{len(names)} missing; the first is {missing[0]}"
         )
     for image in images.values():
-        _set_size(image, raw)
+        image["width"], image["height"] = _size(image, raw)
     _number(images, "images", mended, raw.source)
     return images
 
@@ -251,15 +219,19 @@ def _is_missing(image_dir: Path | str, name: str) -> bool:
     return not is_remote(path) and not os.path.isfile(path)
 
 
-def _lvis_name(url: str, image_dir: Path | str) -> str:
-    """Return the file of LVIS's ``coco_url``: its split's folder may be that of the images."""
-    split_and_name = "/".join(url.split("/")[-2:])
-    name = split_and_name.rpartition("/")[2]
-    return split_and_name if _is_missing(image_dir, name) else name
+def _file_name(image: dict, image_dir: Path | str) -> dict:
+    """Return an image's file name in its folder, if there is one."""
+    name, url = image.get("file_name"), image.get("coco_url")
+    if not name and isinstance(url, str):  # of LVIS; its split's folder may be that of the images
+        name = "/".join(url.split("/")[-2:])
+        name = name.rpartition("/")[2] if _is_missing(image_dir, name) else name
+    if isinstance(name, str) and "\\" in name and _is_missing(image_dir, name):
+        name = name.replace("\\", "/")  # of a tool on Windows
+    return {"file_name": name}
 
 
-def _set_size(image: dict, raw: RawAnnotations) -> None:
-    """Check an image's size; read it from the image if the annotations do not tell it."""
+def _size(image: dict, raw: RawAnnotations) -> list[int]:
+    """Return an image's width and height, read from it if the annotations do not tell them."""
     size: list[Any] = [image.get("width"), image.get("height")]
     if not all(size):  # missing, null, or 0 as some annotation tools write
         size = list(read_size(os.path.join(raw.image_dir, image["file_name"])))
@@ -268,7 +240,7 @@ def _set_size(image: dict, raw: RawAnnotations) -> None:
             f"{raw.source}: image {image['id']}: expected 'width' and 'height' as positive "
             f"integers, got {size}"
         )
-    image["width"], image["height"] = (int(v) for v in size)
+    return [int(v) for v in size]
 
 
 def _checked_annotations(
@@ -287,11 +259,10 @@ def _checked_annotations(
             mended.note("annotations of images that are not in the file left out", orphan)
             continue
         category = categories.get(_key(annotation.get("category_id")))
-        for key, found in (("image_id", image), ("category_id", category)):
-            if found is None:
-                got = annotation.get(key)
-                raise ValueError(f"{where}: expected {key!r} of one in the file, got {got!r}")
-        assert image is not None and category is not None
+        if image is None or category is None:
+            key = "image_id" if image is None else "category_id"
+            got = annotation.get(key)
+            raise ValueError(f"{where}: expected {key!r} of one in the file, got {got!r}")
         filled = _filled_in(annotation, image, category, where, mended)
         if filled is not None:
             kept.append({**filled, "id": len(kept) + 1})

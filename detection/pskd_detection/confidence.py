@@ -7,9 +7,7 @@ A detection is *correct* if it is matched to an object of its class. All values 
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Hashable
-from typing import NamedTuple
 
 import numpy as np
 from pycocotools import mask
@@ -18,15 +16,8 @@ from pskd.calibration import ReliabilityBins, aurc, excess_aurc, reliability_bin
 from pskd_detection.datasets import DetectionDataset
 from pskd_detection.detections import Detections, check_image, checked_detections, to_xywh
 
-__all__ = ["SCORE_THRESHOLD", "DetectionConfidence", "match_detections"]
-
 #: The least score of a detection that is looked at: what both frameworks keep by default.
 SCORE_THRESHOLD = 0.05
-
-
-class _Objects(NamedTuple):
-    boxes: list[list[float]]  # x, y, width, height
-    crowd: list[int]
 
 
 def match_detections(iou: np.ndarray, crowd: np.ndarray, threshold: float) -> np.ndarray:
@@ -115,8 +106,6 @@ class DetectionConfidence:
             "score_threshold": float(score_threshold),
             "bins": self._bins,
         }
-        self._objects = _objects_of(dataset)
-        self._images = {image["id"] for image in dataset.coco["images"]}
         self._seen: set = set()
         empty = np.empty(0, np.float32)
         self._rows: list[tuple[np.ndarray, ...]] = [
@@ -130,7 +119,7 @@ class DetectionConfidence:
             ValueError: an image that the data set does not have or that was added before;
                 detections that are none.
         """
-        check_image(image_id, self._images)
+        check_image(image_id, self._dataset.objects)
         if image_id in self._seen:
             raise ValueError(f"detections: expected image {image_id} once, got it again")
         found = checked_detections(image_id, detections, self._dataset)
@@ -148,12 +137,12 @@ class DetectionConfidence:
             self._rows.append((scores[of_class], iou, labels[of_class], boxes[of_class], ids))
 
     def _matched(self, image_id: Hashable, label: int, boxes: np.ndarray) -> np.ndarray:
-        objects = self._objects.get((image_id, label))
-        if objects is None:
+        objects = [o for o in self._dataset.objects[image_id] if o.label == label]
+        if not objects:
             return np.zeros(len(boxes))
-        iou = mask.iou(boxes, np.array(objects.boxes), objects.crowd)
-        threshold = self._options["iou_threshold"]
-        return match_detections(iou, np.array(objects.crowd, dtype=bool), threshold)
+        crowd = np.array([o.crowd for o in objects])
+        iou = mask.iou(boxes, np.array([o.box for o in objects]), crowd.astype(int).tolist())
+        return match_detections(iou, crowd, self._options["iou_threshold"])
 
     @property
     def confidence(self) -> np.ndarray:
@@ -212,15 +201,11 @@ class DetectionConfidence:
         return {**metrics, **counts, **self._options}
 
     def _la_ece(self) -> float:
-        errors = []
-        for label in np.unique(self.labels):
-            of_class = self.labels == label
-            errors.append(
-                _location_aware_bins(
-                    self.confidence[of_class], self.iou[of_class], self._bins
-                ).expected_calibration_error
-            )
-        return float(np.mean(errors))
+        errors = [
+            _location_aware_bins(self.confidence[rows], self.iou[rows], self._bins)
+            for rows in (self.labels == label for label in np.unique(self.labels))
+        ]
+        return float(np.mean([bins.expected_calibration_error for bins in errors]))
 
 
 def _location_aware_bins(confidence: np.ndarray, iou: np.ndarray, bins: int) -> ReliabilityBins:
@@ -230,14 +215,3 @@ def _location_aware_bins(confidence: np.ndarray, iou: np.ndarray, bins: int) -> 
     index = np.repeat(np.arange(bins), filled.count)
     iou_sum = np.bincount(index, weights=iou[np.argsort(confidence)], minlength=bins)
     return ReliabilityBins(filled.count, filled.confidence_sum, iou_sum)
-
-
-def _objects_of(dataset: DetectionDataset) -> dict[tuple[Hashable, int], _Objects]:
-    """Return the annotated boxes by image id and class index."""
-    index = {key: i for i, key in enumerate(dataset.category_ids)}
-    objects: dict = defaultdict(lambda: _Objects([], []))
-    for a in dataset.coco["annotations"]:
-        group = objects[a["image_id"], index[a["category_id"]]]
-        group.boxes.append(a["bbox"])
-        group.crowd.append(int(a["iscrowd"]))
-    return dict(objects)

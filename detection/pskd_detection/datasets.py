@@ -10,10 +10,11 @@ import argparse
 import hashlib
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 from pskd_detection.coco_format import (
     RawAnnotations,
@@ -24,16 +25,16 @@ from pskd_detection.coco_format import (
 )
 from pskd_detection.voc_format import read_voc
 
-__all__ = [
-    "DetectionDataset",
-    "add_dataset_arguments",
-    "checked_dataset",
-    "load_dataset",
-    "voc_folder",
-]
-
 _FORMS = "coco:ANNOTATIONS.json:IMAGE_DIR or voc:ROOT[:SPLIT]"
 _log = logging.getLogger(__name__)
+
+
+class Object(NamedTuple):
+    """An annotated object: its box as x, y, width, height in pixels, its class index, its flag."""
+
+    box: list[float]
+    label: int
+    crowd: bool
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,16 @@ class DetectionDataset:
     def category_ids(self) -> tuple[int, ...]:
         """The category id of each class index, rising."""
         return tuple(category["id"] for category in self.coco["categories"])
+
+    @cached_property
+    def objects(self) -> dict[Hashable, list[Object]]:
+        """The objects of each image, by its id."""
+        label = {key: i for i, key in enumerate(self.category_ids)}
+        found: dict[Hashable, list[Object]] = {image["id"]: [] for image in self.coco["images"]}
+        for a in self.coco["annotations"]:
+            box = Object(a["bbox"], label[a["category_id"]], bool(a["iscrowd"]))
+            found[a["image_id"]].append(box)
+        return found
 
     @cached_property
     def fingerprint(self) -> str:
@@ -106,7 +117,7 @@ def load_dataset(
 def checked_dataset(
     name: str, raw: RawAnnotations, class_names: Sequence[str] | None, *, strict: bool = False
 ) -> DetectionDataset:
-    """Return what a reader found as a data set; arguments and errors as in `load_dataset`."""
+    """Return what a reader found as a data set, as `load_dataset` does."""
     coco = checked_coco(raw, strict)
     crowds = sum(annotation["iscrowd"] for annotation in coco["annotations"])
     count = len(coco["annotations"])

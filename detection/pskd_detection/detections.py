@@ -13,8 +13,6 @@ import numpy as np
 from pskd.checks import check_unit_range, rounding
 from pskd_detection.datasets import DetectionDataset
 
-__all__ = ["Detections", "checked_detections", "check_image", "to_xywh"]
-
 
 class Detections(NamedTuple):
     """What a detector found in one image.

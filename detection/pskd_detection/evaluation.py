@@ -14,8 +14,6 @@ from pycocotools.cocoeval import COCOeval
 from pskd_detection.datasets import DetectionDataset
 from pskd_detection.detections import Detections, check_image, checked_detections, to_xywh
 
-__all__ = ["average_precision"]
-
 _METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")  # the first six of COCOeval.stats
 _log = logging.getLogger(__name__)
 
@@ -76,10 +74,9 @@ def _indexed(dataset: DetectionDataset, annotations: list[dict]) -> COCO:
 def _as_annotations(
     dataset: DetectionDataset, detections: Mapping[Hashable, Detections]
 ) -> list[dict]:
-    known = {image["id"] for image in dataset.coco["images"]}
     rows: list[dict] = []
     for image_id, found in detections.items():
-        check_image(image_id, known)
+        check_image(image_id, dataset.objects)
         found = checked_detections(image_id, found, dataset)
         boxes = to_xywh(found.boxes).tolist()
         for box, score, label in zip(boxes, found.scores.tolist(), found.labels, strict=True):

@@ -17,8 +17,6 @@ from pskd_detection.datasets import DetectionDataset
 from pskd_tools.files import read_json, write_json, written_aside
 from pskd_tools.images import read_rgb
 
-__all__ = ["format_table", "write_confidence", "write_detections", "write_results"]
-
 SHOWN_IMAGES, SHOWN_SIDE = 64, 256  # with 10 to 15 KB each, under 1 MB
 
 
@@ -65,14 +63,15 @@ def write_detections(
         found: of all its images.
         open_file: opens an image, such as Detectron2's ``PathManager.open``.
     """
-    path = write_confidence(output_dir, found.confidence, found.correct, found.image_ids)
-    truth: dict[str, list[dict]] = {}
-    names = dict(zip(dataset.category_ids, dataset.class_names, strict=True))
-    for a in dataset.coco["annotations"]:
-        if not a["iscrowd"]:
-            box = {"box": a["bbox"], "label": names[a["category_id"]]}
-            truth.setdefault(str(a["image_id"]), []).append(box)
-    images = {}
+    folder = Path(output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    # There is no temperature to fit: what the suppression of overlapping boxes leaves are scores
+    # of some boxes, not logits over the classes of all.
+    with written_aside(folder / "confidence.npz") as aside:
+        np.savez_compressed(
+            aside, confidence=found.confidence, correct=found.correct, ids=found.image_ids
+        )
+    names, images = dataset.class_names, {}
     for image in dataset.coco["images"][:SHOWN_IMAGES]:
         key = str(image["id"])
         uri = _data_uri(os.path.join(dataset.image_dir, image["file_name"]), open_file)
@@ -82,18 +81,22 @@ def write_detections(
             "width": image["width"],
             "height": image["height"],
             "image": uri,
-            "objects": truth.get(key, []),
+            "objects": [
+                {"box": box, "label": names[label]}
+                for box, label, crowd in dataset.objects[image["id"]]
+                if not crowd
+            ],
             "detections": [
                 {
                     "box": found.boxes[row],
-                    "label": dataset.class_names[found.labels[row]],
+                    "label": names[found.labels[row]],
                     "score": found.confidence[row],
                     "correct": found.correct[row],
                 }
                 for row in np.flatnonzero(found.image_ids == key)
             ],
         }
-    write_json(path.with_name("test_images.json"), images)
+    write_json(folder / "test_images.json", images)
 
 
 def _data_uri(path: str, open_file: Callable[[str, str], Any]) -> str | None:
@@ -106,32 +109,6 @@ def _data_uri(path: str, open_file: Callable[[str, str], Any]) -> str | None:
     buffer = io.BytesIO()
     picture.save(buffer, format="JPEG", quality=80)
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
-
-
-def write_confidence(
-    output_dir: str | os.PathLike,
-    confidence: np.ndarray,
-    correct: np.ndarray,
-    ids: np.ndarray | None = None,
-) -> Path:
-    """Write confidence.npz: the scores of detections, and which of them are right.
-
-    There is no temperature to fit: what the suppression of overlapping boxes leaves are scores of
-    some boxes, not logits over the classes of all.
-
-    Args:
-        output_dir: an evaluation's folder, made if there is none.
-        confidence: (N,) float.
-        correct: (N,) bool.
-        ids: (N,) of the image of each; None if not known.
-    """
-    folder = Path(output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "confidence.npz"
-    with written_aside(path) as aside:
-        known: dict[str, Any] = {} if ids is None else {"ids": ids}
-        np.savez_compressed(aside, confidence=confidence, correct=correct, **known)
-    return path
 
 
 def format_table(runs: Mapping[str, Mapping]) -> str:

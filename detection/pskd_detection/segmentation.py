@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import numpy as np
 
-__all__ = ["segmentation_problem", "with_three_points"]
-
 # How far a polygon may reach, since memory grows with it: in sides of its image, and in pixels, for
 # an image whose size is wrong.
 _SIDES, _PIXELS = 10, 10**6

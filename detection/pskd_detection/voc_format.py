@@ -3,29 +3,22 @@
 from __future__ import annotations
 
 import codecs
+import hashlib
 import os
 import re
 import xml.etree.ElementTree as ElementTree
 from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
 
 from PIL import Image
 
 from pskd_detection.coco_format import RawAnnotations, flag
 
-__all__ = ["read_voc", "voc_class", "write_voc"]
-
 _DECLARED = re.compile(rb"""\s*<\?xml[^>]*?encoding\s*=\s*["']([^"']+)["']""")
-# Names of label tools for what Python calls otherwise; GB 18030 holds all of GB 2312.
+_LONGEST_NAME = 200  # bytes of a class, of which a file is named; file systems allow 255
+# Names of label tools for encodings that Python names differently; GB 18030 holds all of GB 2312.
 _ENCODINGS = {"ansi": "cp1252", "gb2312": "gb18030", "gbk": "gb18030"}
-
-
-class _Object(NamedTuple):
-    where: str
-    name: str
-    box: list[float]
-    difficult: int
 
 
 def read_voc(root: Path, split: str | None = None) -> RawAnnotations:
@@ -49,9 +42,6 @@ def read_voc(root: Path, split: str | None = None) -> RawAnnotations:
     Args:
         root: the folder.
         split: names the list of images; None for all XML that is there.
-
-    Raises:
-        ValueError: a missing file, XML that cannot be read, an object without name or box.
     """
     listing = root / "ImageSets" / "Main" / f"{split}.txt"
     xml_dir = _subfolder(root, "Annotations")
@@ -62,29 +52,24 @@ def read_voc(root: Path, split: str | None = None) -> RawAnnotations:
         files = [(name, xml_dir / f"{name}.xml") for name in _listed_names(listing, root)]
     known = _images_by_stem(image_dir)
     images: list[dict] = []
-    objects: list[tuple[int, _Object]] = []
+    annotations: list[dict] = []
     for number, (name, path) in enumerate(files, start=1):
         tree = _parsed(path)
         images.append({"id": number, "file_name": _file_name(known, name, tree), **_size(tree)})
-        objects += [(number, found) for found in _objects(tree, path)]
-    classes = sorted({found.name for _, found in objects})
+        annotations += [{"image_id": number} | found for found in _objects(tree, path)]
+    places = [a.pop("where") for a in annotations]
+    classes = sorted({a["name"] for a in annotations})
     number_of = {name: i for i, name in enumerate(classes, start=1)}
+    for a in annotations:
+        a["category_id"] = number_of[a.pop("name")]
     return RawAnnotations(
         root if split is None else listing,
         image_dir,
         {"description": f"PASCAL VOC format, {f'split {split}' if split else 'all'}"},
         images,
-        [
-            {
-                "image_id": image,
-                "category_id": number_of[found.name],
-                "bbox": found.box,
-                "iscrowd": found.difficult,
-            }
-            for image, found in objects
-        ],
+        annotations,
         [{"id": number, "name": name} for name, number in number_of.items()],
-        lambda i: objects[i][1].where,
+        places.__getitem__,
     )
 
 
@@ -107,7 +92,10 @@ def _listed_names(listing: Path, root: Path) -> list[str]:
 def _all_xml(folder: Path) -> list[tuple[str, Path]]:
     """Return name and path of all XML; of a flat folder what is in it, of VOC's also below it."""
     below = folder.rglob("*") if folder.name.lower() == "annotations" else folder.glob("*")
-    found = sorted(path for path in below if path.suffix.lower() == ".xml")
+    # macOS leaves a ._NAME.xml of its own beside a file on foreign disks.
+    found = sorted(
+        path for path in below if path.suffix.lower() == ".xml" and not path.name.startswith("._")
+    )
     if not found:
         raise ValueError(f"{folder}: expected VOC annotations, *.xml, got none")
     return [(path.relative_to(folder).with_suffix("").as_posix(), path) for path in found]
@@ -138,7 +126,9 @@ def _file_name(known: dict[str, list[str]], name: str, tree: ElementTree.Element
 
 def voc_class(name: str) -> str:
     """Return a class as `write_voc` names it: VOC's evaluation makes a file of that name."""
-    return name.replace("/", "\N{DIVISION SLASH}")
+    name = name.replace("/", "\N{DIVISION SLASH}")
+    content = os.fsencode(name)
+    return name if len(content) <= _LONGEST_NAME else hashlib.sha256(content).hexdigest()
 
 
 def write_voc(coco: dict, root: Path, split: str) -> None:
@@ -211,8 +201,7 @@ def _size(tree: ElementTree.Element) -> dict[str, int]:
     return found
 
 
-def _objects(tree: ElementTree.Element, path: Path) -> list[_Object]:
-    objects = []
+def _objects(tree: ElementTree.Element, path: Path) -> Iterator[dict]:
     for i, element in enumerate(tree.findall("object"), start=1):
         where = f"{path}: object {i}"
         name = (element.findtext("name") or "").strip()
@@ -221,8 +210,7 @@ def _objects(tree: ElementTree.Element, path: Path) -> list[_Object]:
         left, top, right, bottom = _corners(element, where)
         box = [left - 1, top - 1, right - left + 1, bottom - top + 1]
         difficult = flag(element.findtext("difficult"), where, "difficult")
-        objects.append(_Object(where, name, box, difficult))
-    return objects
+        yield {"where": where, "name": name, "bbox": box, "iscrowd": difficult}
 
 
 def _corners(element: ElementTree.Element, where: str) -> list[float]:

@@ -4,10 +4,11 @@
 """
 
 from pskd_detectron2.config import add_pskd_config, check_pskd_config, load_config
-from pskd_detectron2.data import PSKDDatasetMapper, register_spec
+from pskd_detectron2.data import PSKDDatasetMapper
 from pskd_detectron2.evaluation import ConfidenceEvaluator
 from pskd_detectron2.fast_rcnn import PSKDFastRCNNOutputLayers
 from pskd_detectron2.hooks import PSKDHook
+from pskd_detectron2.registered import register_spec
 from pskd_detectron2.resume import AsideCheckpointer, RandomStateHook, ResumableTrainingSampler
 from pskd_detectron2.roi_heads import PSKDCascadeROIHeads, PSKDRes5ROIHeads, PSKDROIHeads
 from pskd_detectron2.trainer import Trainer

@@ -14,18 +14,6 @@ from detectron2.modeling.meta_arch import GeneralizedRCNN, RetinaNet
 from pskd.schedule import SCHEDULES, check_alpha
 from pskd.teachers import TEACHERS
 
-__all__ = [
-    "add_pskd_config",
-    "check_label_smoothing",
-    "check_options",
-    "check_pskd_config",
-    "class_count",
-    "load_config",
-    "recipe_path",
-    "set_class_count",
-    "warn_of_unused_keys",
-]
-
 logger = logging.getLogger("detectron2." + __name__)
 
 HEADS = {
@@ -106,7 +94,7 @@ def load_config(config_file: str | os.PathLike, opts: Sequence[str] = ()) -> Cfg
 def check_options(
     alpha_final: float, alpha_schedule: str, teacher: str, label_smoothing: float, epoch_iters: int
 ) -> None:
-    """Raise ValueError for a value that is none of its option's."""
+    """Refuse a value that is none of its option's."""
     check_alpha(alpha_final, "MODEL.PSKD.ALPHA_FINAL")
     check_label_smoothing(label_smoothing)
     if alpha_schedule not in SCHEDULES:
@@ -125,16 +113,7 @@ def check_options(
 def check_label_smoothing(
     label_smoothing: float, sigmoid: bool = False, name: str = "MODEL.PSKD.LABEL_SMOOTHING"
 ) -> None:
-    """Refuse a label smoothing that is none, or that the head would not apply.
-
-    Args:
-        label_smoothing: torch's, 0 to 1.
-        sigmoid: whether the head has K binary outputs (``USE_SIGMOID_CE``).
-        name: of the option, for the error.
-
-    Raises:
-        ValueError: naming the option, what was expected and what came.
-    """
+    """Refuse a label smoothing that is none, or that a head of binary outputs would not apply."""
     check_alpha(label_smoothing, name)
     if sigmoid and label_smoothing:
         raise ValueError(

@@ -28,17 +28,16 @@ from detectron2.utils.file_io import PathManager
 from pskd_detection import DetectionConfidence, DetectionDataset, Detections, write_detections
 from pskd_detection.voc_format import voc_class
 
-from pskd_detectron2.data import BOXES, detection_dataset, evaluator_type, is_evaluated_as_coco
 from pskd_detectron2.files import output_folder
+from pskd_detectron2.registered import (
+    detection_dataset,
+    evaluator_type,
+    has_boxes,
+    is_coco,
+    is_voc,
+)
 from pskd_detectron2.scoring import class_probs, has_class_logits
 from pskd_tools.plots import reliability_diagram, risk_coverage_plot
-
-__all__ = [
-    "ConfidenceEvaluator",
-    "build_evaluators",
-    "ground_truth_rois",
-    "scores_ground_truth",
-]
 
 
 class ConfidenceEvaluator(DatasetEvaluator):
@@ -110,13 +109,7 @@ def build_evaluators(
     dataset_name: str, output_dir: str, kpt_oks_sigmas: Sequence[float] = ()
 ) -> list[DatasetEvaluator]:
     """Return the evaluators of a registered dataset, by its evaluator type as Detectron2's own
-    train_net.py does; of one without a type COCO AP or VOC AP.
-
-    Args:
-        dataset_name: a registered one.
-        output_dir: where they write their files.
-        kpt_oks_sigmas: of the keypoints; if empty, COCO's.
-    """
+    train_net.py does; of one without a type COCO AP or VOC AP."""
     coco = partial(
         COCOEvaluator, dataset_name, output_dir=output_dir, kpt_oks_sigmas=kpt_oks_sigmas
     )
@@ -135,18 +128,14 @@ def build_evaluators(
                 coco(),
                 COCOPanopticEvaluator(dataset_name, output_dir),
             ]
-    metadata = MetadataCatalog.get(dataset_name)
-    is_voc = metadata.get("split") and metadata.get("dirname")
-    evaluators: list[DatasetEvaluator] = [VOCEvaluator(dataset_name)] if is_voc else []
-    if is_evaluated_as_coco(dataset_name):
-        evaluators.insert(0, coco())
-    return evaluators
+    evaluators = [coco()] if is_coco(dataset_name) else []
+    return [*evaluators, VOCEvaluator(dataset_name)] if is_voc(dataset_name) else evaluators
 
 
 def scores_ground_truth(model: torch.nn.Module, dataset_name: str) -> bool:
     """Return whether `ground_truth_rois` can be asked of a model and a registered dataset."""
     heads = getattr(getattr(model, "module", model), "roi_heads", None)
-    return evaluator_type(dataset_name) in BOXES and has_class_logits(heads)
+    return has_class_logits(heads) and has_boxes(dataset_name)
 
 
 def image_ids(dataset: DetectionDataset) -> dict[str, object]:
@@ -166,7 +155,6 @@ def ground_truth_rois(model: GeneralizedRCNN, loader, dataset_name: str) -> dict
         ``num_rois`` boxes; crowds are left out.
     """
     dataset = detection_dataset(dataset_name)
-    boxes = true_boxes(dataset)
     ids = image_ids(dataset)
     model = getattr(model, "module", model)
     was_training = model.training
@@ -174,12 +162,15 @@ def ground_truth_rois(model: GeneralizedRCNN, loader, dataset_name: str) -> dict
     totals = torch.zeros(3, dtype=torch.float64, device="cpu")
     for inputs in loader:
         images = model.preprocess_image(inputs)
-        truth = [boxes[ids[os.path.normpath(image["file_name"])]] for image in inputs]
-        proposals = [
-            scaled(truth_i[0], image, size).to(images.tensor.device)
-            for truth_i, image, size in zip(truth, inputs, images.image_sizes, strict=True)
+        truth = [
+            [o for o in dataset.objects[ids[os.path.normpath(image["file_name"])]] if not o.crowd]
+            for image in inputs
         ]
-        labels = torch.from_numpy(np.concatenate([classes for _, classes in truth]))
+        proposals = [
+            scaled([o.box for o in objects], image, size).to(images.tensor.device)
+            for objects, image, size in zip(truth, inputs, images.image_sizes, strict=True)
+        ]
+        labels = torch.tensor([o.label for objects in truth for o in objects], dtype=torch.int64)
         if len(labels):
             features = model.backbone(images.tensor)
             probs = class_probs(model.roi_heads, features, proposals).double().cpu()
@@ -192,23 +183,12 @@ def ground_truth_rois(model: GeneralizedRCNN, loader, dataset_name: str) -> dict
     return {"nll": nll / max(count, 1), "accuracy": hits / max(count, 1), "num_rois": int(count)}
 
 
-def true_boxes(dataset: DetectionDataset) -> dict[object, tuple[np.ndarray, np.ndarray]]:
-    """Return the (n, 4) boxes x1 y1 x2 y2 and (n,) class indices of each image, without crowds."""
-    index = {name: i for i, name in enumerate(dataset.class_names)}
-    names = {c["id"]: c["name"] for c in dataset.coco["categories"]}
-    found: dict[object, list] = {image["id"]: [] for image in dataset.coco["images"]}
-    for a in dataset.coco["annotations"]:
-        if not a["iscrowd"]:
-            x, y, w, h = a["bbox"]
-            found[a["image_id"]].append((x, y, x + w, y + h, index[names[a["category_id"]]]))
-    rows = {key: np.array(value, dtype=np.float64).reshape(-1, 5) for key, value in found.items()}
-    return {key: (row[:, :4], row[:, 4].astype(np.int64)) for key, row in rows.items()}
-
-
-def scaled(boxes: np.ndarray, image: dict, size: tuple[int, int]) -> Instances:
-    """Return boxes of the original image as proposals on the resized one."""
+def scaled(boxes: list[list[float]], image: dict, size: tuple[int, int]) -> Instances:
+    """Return x, y, width, height of the original image as proposals on the resized one."""
     height, width = size
+    corners = np.array(boxes, dtype=np.float64).reshape(-1, 4)
+    corners[:, 2:] += corners[:, :2]
     factors = [width / image["width"], height / image["height"]] * 2
     proposals = Instances(size)
-    proposals.proposal_boxes = Boxes(torch.from_numpy(boxes * factors).float())
+    proposals.proposal_boxes = Boxes(torch.from_numpy(corners * factors).float())
     return proposals

@@ -23,8 +23,6 @@ from pskd_detectron2.config import check_label_smoothing
 from pskd_detectron2.memory import AnnotationMemory
 from pskd_detectron2.state import PSKDState
 
-__all__ = ["TEACHER_FIELD", "ROW_FIELD", "PSKDFastRCNNOutputLayers"]
-
 #: (R_i, K + 1) scores of the snapshot teacher, a field of each image's sampled proposals.
 TEACHER_FIELD = "pskd_teacher_scores"
 #: (R_i,) int64 row of the annotation that an ROI is matched to; a field of the targets, which
@@ -49,19 +47,26 @@ class PSKDFastRCNNOutputLayers(FastRCNNOutputLayers):
     stage = 0  # of a cascade; each has its own rows of the memory
 
     @classmethod
-    def adopt(
+    def of(
         cls, predictor: FastRCNNOutputLayers, pskd: PSKDState, stage: int = 0
     ) -> PSKDFastRCNNOutputLayers:
-        """Turn a stock predictor into one of PS-KD, in place.
+        """Return a predictor that PS-KD trains; in place of a stock one, a new one.
 
-        Nothing is built anew: the parameters keep their names and the values that the seed gave.
+        The new one has the stock one's options and its very parameters: nothing is drawn again, so
+        a model starts from the values that the seed gives the stock model.
+
+        Args:
+            predictor: stock, or of this class or a subclass, which is returned itself.
+            pskd: of the heads.
+            stage: of a cascade, from 0.
 
         Raises:
-            ValueError: if the predictor is neither stock nor a subclass of this one, since its own
-                loss would be lost; for a label smoothing outside [0, 1], or with a sigmoid head.
+            ValueError: if the predictor is another, whose own loss would be lost; for a label
+                smoothing outside [0, 1], or with a sigmoid head.
         """
         if type(predictor) is FastRCNNOutputLayers:
-            predictor.__class__ = cls
+            stock, predictor = predictor, cls.__new__(cls)
+            predictor.__setstate__(stock.__dict__)
         if not isinstance(predictor, cls):
             raise ValueError(
                 f"box_predictor: expected FastRCNNOutputLayers or a subclass of {cls.__name__}, "
@@ -85,15 +90,12 @@ class PSKDFastRCNNOutputLayers(FastRCNNOutputLayers):
         labels = torch.cat([p.gt_classes for p in proposals])
         past = self._past(scores, labels, proposals)
         weight = self.loss_weight.get("loss_cls", 1.0)
-        if past is None:
-            if self.pskd.label_smoothing:  # of a softmax head
-                losses["loss_cls"] = weight * self._smoothed(scores, labels)
-        elif self.use_sigmoid_ce:
-            softening = self._sigmoid_softening(scores, labels, *past)
-            losses["loss_cls"] = losses["loss_cls"] + weight * softening
-            _log_sigmoid(scores[:, :-1].detach(), labels, past[0][:, :-1], past[1])
-        else:
-            losses["loss_cls"] = weight * self._softened(scores, labels, *past)
+        if self.use_sigmoid_ce:
+            if past is not None:
+                softening = self._sigmoid_softening(scores, labels, *past)
+                losses["loss_cls"] = losses["loss_cls"] + weight * softening
+        elif past is not None or self.pskd.label_smoothing:
+            losses["loss_cls"] = weight * self._softened(scores, labels, past)
         return losses
 
     def get_fed_loss_classes(self, *args, **kwargs) -> Tensor:
@@ -145,51 +147,43 @@ class PSKDFastRCNNOutputLayers(FastRCNNOutputLayers):
         """Return (R, K + 1) float32 probabilities; a sigmoid head's background column is unused."""
         return scores.float().sigmoid() if self.use_sigmoid_ce else scores.float().softmax(dim=1)
 
-    def _smoothed(self, scores: Tensor, labels: Tensor) -> Tensor:
-        smoothing = self.pskd.label_smoothing
-        loss = pskd_cross_entropy(
-            scores, labels, None, 0.0, label_smoothing=smoothing, reduction="sum"
-        )
-        return loss / max(1, len(labels))
-
-    def _softened(self, scores: Tensor, labels: Tensor, past: Tensor, alpha: Tensor) -> Tensor:
+    def _softened(
+        self, scores: Tensor, labels: Tensor, past: tuple[Tensor, Tensor] | None
+    ) -> Tensor:
         """Return the loss against the mixed target, and log what the teacher did."""
-        loss, stats = pskd_cross_entropy(
-            scores,
-            labels,
-            past,
-            alpha,
-            label_smoothing=self.pskd.label_smoothing,
-            reduction="sum",
-            return_stats=True,
-        )
-        _log(scores.detach(), past, alpha, stats)
+        smoothing = self.pskd.label_smoothing
+        if past is None:
+            loss = pskd_cross_entropy(
+                scores, labels, None, 0.0, label_smoothing=smoothing, reduction="sum"
+            )
+        else:
+            loss, stats = pskd_cross_entropy(
+                scores, labels, *past, label_smoothing=smoothing, reduction="sum", return_stats=True
+            )
+            _log(scores.detach(), *past, stats)
         # An empty batch has the loss 0 and stays in the graph.
         return loss / max(1, len(labels))
 
     def _sigmoid_softening(
         self, scores: Tensor, labels: Tensor, past: Tensor, alpha: Tensor
     ) -> Tensor:
-        """Return what the mixed target adds to the stock loss, which is linear in it."""
+        """Return what the mixed target adds to the stock loss, which is linear in it, and log."""
         onehot = torch.zeros_like(past).scatter_(1, labels[:, None], 1.0)
         weight = alpha[:, None]
         change = torch.where(weight == 0, 0.0, weight * (onehot - past))  # whatever the past is
         # Without the background, the last column, which a sigmoid head does not train.
-        softening = (change * scores.float())[:, :-1]
+        scores, past = scores[:, :-1], past[:, :-1]
+        softening = change[:, :-1] * scores.float()
         if self.use_fed_loss:
             sampled = softening.new_zeros(self.num_classes + 1)
             sampled[self._fed_loss_classes] = 1.0
             softening = softening * sampled[:-1]
+        foreground = labels < self.num_classes  # whose class has a score
+        label = labels.clamp_max(self.num_classes - 1)[:, None]
+        nll = F.softplus(-scores.detach().float().gather(1, label)).squeeze(1)
+        stats = PSKDStats(nll, past.gather(1, label).squeeze(1))
+        _log(scores.detach(), past, alpha * foreground, stats)
         return softening.sum() / max(1, len(labels))
-
-
-def _log_sigmoid(scores: Tensor, labels: Tensor, past: Tensor, alpha: Tensor) -> None:
-    """As `_log`, of a sigmoid head's (R, K) scores: foreground ROIs have a class to look at."""
-    foreground = labels < scores.size(1)
-    label = labels.clamp_max(scores.size(1) - 1)[:, None]
-    nll = F.softplus(-scores.float().gather(1, label)).squeeze(1)
-    stats = PSKDStats(nll, past.gather(1, label).squeeze(1))
-    _log(scores, past, alpha * foreground, stats)
 
 
 def _log(scores: Tensor, past: Tensor, alpha: Tensor, stats: PSKDStats) -> None:

@@ -13,8 +13,6 @@ from detectron2.utils.file_io import PathManager
 from pskd_detection import write_results
 from pskd_detection.coco_format import is_remote
 
-__all__ = ["local_path", "output_folder", "save_results"]
-
 logger = logging.getLogger("detectron2." + __name__)
 
 

@@ -22,15 +22,6 @@ from pskd_detection.coco_format import is_remote
 
 from pskd_tools.files import written_aside
 
-__all__ = [
-    "AsideCheckpointer",
-    "EvaluationCheckpointer",
-    "NamingCheckpointer",
-    "RandomStateHook",
-    "ResumableTrainingSampler",
-    "same_random_state_after",
-]
-
 
 class ResumableTrainingSampler(TrainingSampler):
     """`TrainingSampler` that can start anywhere in its stream (``DATALOADER.SAMPLER_TRAIN``).

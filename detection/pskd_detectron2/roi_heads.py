@@ -23,9 +23,6 @@ from pskd_detectron2.fast_rcnn import ROW_FIELD, TEACHER_FIELD, PSKDFastRCNNOutp
 from pskd_detectron2.scoring import class_logits
 from pskd_detectron2.state import PSKDState
 
-__all__ = ["PSKDCascadeROIHeads", "PSKDROIHeads", "PSKDRes5ROIHeads"]
-
-
 if TYPE_CHECKING:  # what the stock class, mixed in after, brings
     from detectron2.modeling.roi_heads import ROIHeads as _Stock
 else:
@@ -42,7 +39,7 @@ class _PSKDHeads(_Stock):
             head.
 
     Raises:
-        ValueError: as `PSKDFastRCNNOutputLayers.adopt`.
+        ValueError: as `PSKDFastRCNNOutputLayers.of`.
     """
 
     # For TorchScript, of derived heads too: Detectron2 marks them on its own classes only.
@@ -59,15 +56,18 @@ class _PSKDHeads(_Stock):
     ) -> None:
         super().__init__(**kwargs)
         self.pskd = PSKDState(pskd_enabled, pskd_foreground_only, pskd_label_smoothing)
-        self._adopt_predictors()
+        self._use_pskd_predictors()
         self._teacher_features: dict[str, Tensor] | None = None
 
-    def _adopt_predictors(self) -> None:
+    def _use_pskd_predictors(self) -> None:
         if not self.pskd.enabled:
             return  # whatever they are, they train as they do in the stock heads
-        cascade = isinstance(self.box_predictor, torch.nn.ModuleList)
-        for stage, predictor in enumerate(self.box_predictor if cascade else [self.box_predictor]):
-            PSKDFastRCNNOutputLayers.adopt(predictor, self.pskd, stage)
+        of, predictors = PSKDFastRCNNOutputLayers.of, self.get_submodule("box_predictor")
+        if isinstance(predictors, torch.nn.ModuleList):  # of a cascade
+            for stage, predictor in enumerate(predictors):
+                predictors[stage] = of(predictor, self.pskd, stage)
+        else:
+            self.box_predictor = of(predictors, self.pskd)
 
     @classmethod
     def from_config(cls, cfg, input_shape) -> dict:
@@ -93,7 +93,7 @@ class _PSKDHeads(_Stock):
             ValueError: if the memory is the teacher and the annotations do not tell their rows.
         """
         if self.training:
-            self._adopt_predictors()  # which derived heads may have set after `__init__`
+            self._use_pskd_predictors()  # which derived heads may have set after `__init__`
         if self.training and self.pskd.memory is not None:
             _check_rows(targets or [])
         if self.training and self.pskd.alpha and self.pskd.snapshot.available:

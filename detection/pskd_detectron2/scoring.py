@@ -13,8 +13,6 @@ from detectron2.modeling.roi_heads import (
 from detectron2.structures import Instances
 from torch import Tensor
 
-__all__ = ["class_logits", "class_probs", "has_class_logits"]
-
 
 def has_class_logits(heads: object) -> bool:
     """Return whether `class_logits` knows heads of this kind, which a cascade's and all but the

@@ -13,7 +13,6 @@ detectron2:COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml; a ``.py`` is a LazyConfi
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -24,62 +23,45 @@ from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 from pskd_detection import add_dataset_arguments
 
-from pskd_detectron2 import Trainer, load_config, register_spec
-from pskd_detectron2.config import recipe_path, set_class_count
-from pskd_detectron2.data import check_image_files, class_names_of
+from pskd_detectron2.config import load_config, recipe_path, set_class_count
+from pskd_detectron2.data import check_image_files
 from pskd_detectron2.files import save_results
 from pskd_detectron2.lazy import run_lazy
+from pskd_detectron2.registered import register_specs
 from pskd_detectron2.resume import EvaluationCheckpointer
-from pskd_detectron2.trainer import check_config
+from pskd_detectron2.trainer import Trainer, check_config
 from pskd_tools.program import exit_status
 
 PROGRAM = "train_net"
-logger = logging.getLogger("detectron2.pskd_detectron2.train_net")
 
 
 def setup(args) -> CfgNode:
-    """Return the config; with --train and --test its datasets and class count are set from them.
-
-    Raises:
-        ValueError: as `load_config`, `register_spec`, `check_config` and `check_image_files`.
-    """
+    """Return the config; with --train and --test its datasets and class count are set from them."""
     cfg = load_config(args.config_file, args.opts)
-    class_names: Sequence[str] | None = None
+    num_classes = register_specs(args, cfg.OUTPUT_DIR, cfg.DATASETS.TRAIN)
     if args.train:
-        dataset = register_spec(args.train, cfg.OUTPUT_DIR, strict=args.strict_data)
-        class_names = dataset.class_names
         cfg.DATASETS.TRAIN = (args.train,)
-        set_class_count(cfg, len(class_names))
-    elif args.test and not args.eval_only:
-        class_names = class_names_of(cfg.DATASETS.TRAIN)
     if args.test:
-        dataset = register_spec(args.test, cfg.OUTPUT_DIR, class_names, strict=args.strict_data)
         cfg.DATASETS.TEST = (args.test,)
-        if args.eval_only and class_names is None:  # the training set is not asked
-            set_class_count(cfg, len(dataset.class_names))
+    if num_classes is not None:
+        set_class_count(cfg, num_classes)
     cfg.freeze()
-    check_config(cfg, training=not args.eval_only)
     default_setup(cfg, args)
-    if args.check_images:
-        names = (*(() if args.eval_only else cfg.DATASETS.TRAIN), *cfg.DATASETS.TEST)
-        check_image_files(names, cfg.DATALOADER.NUM_WORKERS)
     return cfg
 
 
-def evaluate(cfg: CfgNode, resume: bool) -> dict:
-    """Evaluate MODEL.WEIGHTS, or with --resume the last checkpoint.
-
-    Raises:
-        ValueError: if there is neither, since random weights were evaluated.
-    """
+def evaluate(cfg: CfgNode, args) -> dict:
+    """Evaluate MODEL.WEIGHTS, or with --resume the last checkpoint."""
+    check_config(cfg, training=False)
     model = Trainer.build_model(cfg)
     checkpointer = EvaluationCheckpointer(model, save_dir=cfg.OUTPUT_DIR)
-    if not cfg.MODEL.WEIGHTS and not (resume and checkpointer.has_checkpoint()):
+    if not cfg.MODEL.WEIGHTS and not (args.resume and checkpointer.has_checkpoint()):
         raise ValueError(
             "--eval-only: expected MODEL.WEIGHTS, or --resume and a checkpoint in "
             f"{cfg.OUTPUT_DIR}, got neither"
         )
-    checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
+    checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
+    check_images(cfg, args, cfg.DATASETS.TEST)
     results = Trainer.test(cfg, model)
     if cfg.TEST.AUG.ENABLED:
         results.update(Trainer.test_with_TTA(cfg, model))
@@ -88,22 +70,32 @@ def evaluate(cfg: CfgNode, resume: bool) -> dict:
     return results
 
 
-def main(args) -> None:
-    args.config_file = recipe_path(args.config_file)
-    if args.config_file.endswith(".py"):
-        run_lazy(args)
-        return
+def run_yaml(args) -> tuple[dict, str, int]:
+    """As `run_lazy`."""
     cfg = setup(args)
-    results: dict = {"command": sys.argv, "seed": cfg.SEED}
     if args.eval_only:
-        results |= evaluate(cfg, args.resume)
+        results = evaluate(cfg, args)
     else:
         trainer = Trainer(cfg)
+        check_images(cfg, args, (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST))
         trainer.resume_or_load(resume=args.resume)
         trainer.train()  # its last hook evaluates
-        results |= trainer.results()
+        results = trainer.results()
+    return results, cfg.OUTPUT_DIR, cfg.SEED
+
+
+def check_images(cfg: CfgNode, args, names: Sequence[str]) -> None:
+    if args.check_images:
+        check_image_files(names, cfg.DATALOADER.NUM_WORKERS)
+
+
+def main(args) -> None:
+    args.config_file = recipe_path(args.config_file)
+    run_config = run_lazy if args.config_file.endswith(".py") else run_yaml
+    results, output_dir, seed = run_config(args)
     if comm.is_main_process():
-        save_results(cfg.OUTPUT_DIR, results, evaluation=args.eval_only)
+        results = {"command": sys.argv, "seed": seed} | results
+        save_results(output_dir, results, evaluation=args.eval_only)
 
 
 def parse(argv: Sequence[str] | None = None):

@@ -2,42 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator
+from functools import partial
+from unittest.mock import patch
 
 import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import build_detection_test_loader, build_detection_train_loader
-from detectron2.data.common import ToIterableDataset
-from detectron2.engine import (
-    AMPTrainer,
-    DefaultTrainer,
-    SimpleTrainer,
-    TrainerBase,
-    create_ddp_model,
-)
+from detectron2.engine import DefaultTrainer, SimpleTrainer, create_ddp_model, defaults
 from detectron2.engine.hooks import EvalHook
 from detectron2.evaluation import DatasetEvaluators
 from detectron2.modeling import GeneralizedRCNNWithTTA
-from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 from pskd_detection.confidence import SCORE_THRESHOLD
 
 from pskd_detectron2.config import check_pskd_config, class_count, warn_of_unused_keys
 from pskd_detectron2.data import (
-    BOXES,
     ImageMapper,
     PSKDDatasetMapper,
-    check_classes,
-    check_keypoints,
-    check_records,
-    check_registered,
-    check_test_sets,
     count_annotations,
-    evaluator_type,
+    epoch_length,
     number_annotations,
     training_fingerprint,
     training_records,
@@ -49,14 +38,19 @@ from pskd_detectron2.evaluation import (
     scores_ground_truth,
 )
 from pskd_detectron2.hooks import PSKDHook
+from pskd_detectron2.registered import (
+    check_keypoints,
+    check_sets,
+    checked_source,
+    evaluator_type,
+    has_boxes,
+)
 from pskd_detectron2.resume import (
     AsideCheckpointer,
     RandomStateHook,
     ResumableTrainingSampler,
     same_random_state_after,
 )
-
-__all__ = ["CPUAMPTrainer", "Trainer", "epoch_iters", "epoch_length", "step_trainer"]
 
 logger = logging.getLogger("detectron2." + __name__)
 
@@ -69,16 +63,18 @@ class CPUAMPTrainer(SimpleTrainer):
             super().run_step()
 
 
-def step_trainer(device: torch.device | str, amp: bool) -> type[SimpleTrainer]:
-    """Return the class that makes a training step on a device, in mixed precision or not."""
-    on_cpu = torch.device(device).type == "cpu"
-    return (CPUAMPTrainer if on_cpu else AMPTrainer) if amp else SimpleTrainer
-
-
-def ddp_options(device: torch.device | str) -> dict:
-    """Return what `create_ddp_model` must be told: it names a device by the rank of its process,
-    which a model on the CPU refuses."""
-    return {"device_ids": None} if torch.device(device).type == "cpu" else {}
+@contextlib.contextmanager
+def cpu_parts(device: torch.device | str) -> Iterator[None]:
+    """Let `DefaultTrainer` make a trainer on the CPU, in several processes and mixed precision."""
+    with contextlib.ExitStack() as stack:
+        if torch.device(device).type == "cpu":
+            # `DefaultTrainer.__init__` has no method to override for these two: it names DDP's
+            # device by the rank of its process, which a model on the CPU refuses.
+            ddp = partial(create_ddp_model, device_ids=None)
+            stack.enter_context(
+                patch.multiple(defaults, AMPTrainer=CPUAMPTrainer, create_ddp_model=ddp)
+            )
+        yield
 
 
 class Trainer(DefaultTrainer):
@@ -93,40 +89,15 @@ class Trainer(DefaultTrainer):
     """
 
     def __init__(self, cfg: CfgNode) -> None:
-        # `DefaultTrainer.__init__` cannot wrap a model on the CPU; its parts are called here in its
-        # order.
-        TrainerBase.__init__(self)
-        cfg = self.auto_scale_workers(cfg, comm.get_world_size())
         check_config(cfg)
         warn_of_unused_keys(cfg)
-        model = self.build_model(cfg)
-        optimizer = self.build_optimizer(cfg, model)
-        loader = self.build_train_loader(cfg)
-        self._sampler, self._records = _source(cfg, loader)
-        check_classes(cfg.DATASETS.TRAIN, class_count(cfg))
-        check_records(
-            self._records,
-            class_count(cfg),
-            masks=cfg.MODEL.MASK_ON,
-            mask_format=cfg.INPUT.MASK_FORMAT,
-        )
-        model = create_ddp_model(model, broadcast_buffers=False, **ddp_options(cfg.MODEL.DEVICE))
-        step = step_trainer(cfg.MODEL.DEVICE, cfg.SOLVER.AMP.ENABLED)
-        self._trainer = step(model, loader, optimizer)
-        self.scheduler = self.build_lr_scheduler(cfg, optimizer)
-        self.checkpointer = AsideCheckpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
-        self.start_iter, self.max_iter, self.cfg = 0, cfg.SOLVER.MAX_ITER, cfg
         self._tta_results: dict = {}
-        self.register_hooks(self.build_hooks())
+        with cpu_parts(cfg.MODEL.DEVICE):
+            super().__init__(cfg)
 
     @classmethod
     def build_model(cls, cfg: CfgNode):
-        """As `DefaultTrainer`.
-
-        Raises:
-            ValueError: for PS-KD in a model without ROI heads, or test-time augmentation of a model
-                for which Detectron2 has none.
-        """
+        """As `DefaultTrainer`; a model that PS-KD or TEST.AUG cannot use is refused."""
         model = super().build_model(cfg)
         if cfg.MODEL.PSKD.ENABLED and not hasattr(model, "roi_heads"):
             raise ValueError(
@@ -136,7 +107,7 @@ class Trainer(DefaultTrainer):
         if cfg.TEST.AUG.ENABLED:
             try:
                 GeneralizedRCNNWithTTA(cfg, model)
-            except AssertionError as error:
+            except AssertionError as error:  # which else came after the training
                 raise ValueError(f"TEST.AUG.ENABLED: {error}") from error
         return model
 
@@ -148,18 +119,17 @@ class Trainer(DefaultTrainer):
         An override with a mapper of its own derives it, for that teacher, from `PSKDDatasetMapper`
         and numbers its annotations (`number_annotations`).
         """
-        dicts = training_dicts(cfg)
-        options: dict = {}
+        records, mapper, options = training_dicts(cfg), ImageMapper, {}
+        if cfg.MODEL.PSKD.ENABLED and cfg.MODEL.PSKD.TEACHER == "memory":
+            number_annotations(records)
+            mapper = PSKDDatasetMapper
         if cfg.DATALOADER.SAMPLER_TRAIN == ResumableTrainingSampler.__name__:
             # Seeds for the workers from a generator of their own: the global one is then where
             # it was at the stop.
-            sampler = ResumableTrainingSampler(len(dicts), seed=cfg.SEED)
+            sampler = ResumableTrainingSampler(len(records), seed=cfg.SEED)
             options = {"sampler": sampler, "seed": cfg.SEED}
-        if uses_memory(cfg):
-            number_annotations(dicts)
-        mapper = PSKDDatasetMapper if uses_memory(cfg) else ImageMapper
-        options["mapper"] = mapper(cfg, is_train=True)
-        return build_detection_train_loader(cfg, dataset=dicts, **options)
+        mapper = mapper(cfg, is_train=True)
+        return build_detection_train_loader(cfg, dataset=records, mapper=mapper, **options)
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str):
@@ -169,29 +139,42 @@ class Trainer(DefaultTrainer):
 
     def build_hooks(self) -> list:
         """As `DefaultTrainer`, with PS-KD's first: it acts before a checkpoint is written."""
-        cfg, ours = self.cfg, []
-        if cfg.MODEL.PSKD.ENABLED:
-            options = cfg.MODEL.PSKD
-            ours.append(
-                PSKDHook(
-                    self.model,
-                    epoch_iters=epoch_iters(cfg, len(self._records)),
-                    alpha_final=options.ALPHA_FINAL,
-                    alpha_schedule=options.ALPHA_SCHEDULE,
-                    teacher=options.TEACHER,
-                    output_dir=cfg.OUTPUT_DIR,
-                    num_annotations=count_annotations(self._records),
-                    fingerprint=training_fingerprint(self._records),
-                    checkpoint_period=cfg.SOLVER.CHECKPOINT_PERIOD,
-                    allow_schedule_change=options.ALLOW_SCHEDULE_CHANGE,
-                )
-            )
+        cfg = self.cfg
+        # There is no method that makes it; the hooks hold it from here on.
+        self.checkpointer = AsideCheckpointer(
+            self.model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self)
+        )
+        self._sampler, self._records = checked_source(
+            self.data_loader,
+            self.model,
+            cfg.DATASETS.TRAIN,
+            class_count(cfg),
+            lambda: training_dicts(cfg) if cfg.MODEL.PSKD.ENABLED else [],
+            masks=cfg.MODEL.MASK_ON,
+            mask_format=cfg.INPUT.MASK_FORMAT,
+        )
+        ours = [self._pskd_hook()] if cfg.MODEL.PSKD.ENABLED else []
         if self._sampler is not None:
             ours.append(RandomStateHook())
         theirs = super().build_hooks()
         if cfg.TEST.AUG.ENABLED:
             theirs.append(EvalHook(0, self._test_with_tta))
         return ours + theirs
+
+    def _pskd_hook(self) -> PSKDHook:
+        cfg, options = self.cfg, self.cfg.MODEL.PSKD
+        return PSKDHook(
+            self.model,
+            epoch_iters=epoch_iters(cfg, len(self._records)),
+            alpha_final=options.ALPHA_FINAL,
+            alpha_schedule=options.ALPHA_SCHEDULE,
+            teacher=options.TEACHER,
+            output_dir=cfg.OUTPUT_DIR,
+            num_annotations=count_annotations(self._records),
+            fingerprint=training_fingerprint(self._records),
+            checkpoint_period=cfg.SOLVER.CHECKPOINT_PERIOD,
+            allow_schedule_change=options.ALLOW_SCHEDULE_CHANGE,
+        )
 
     def _test_with_tta(self) -> dict:
         self._tta_results = self.test_with_TTA(self.cfg, self.model)
@@ -208,8 +191,10 @@ class Trainer(DefaultTrainer):
         """As in Detectron2's train_net.py, and the confidence of a detector's boxes."""
         output_folder = output_folder or os.path.join(cfg.OUTPUT_DIR, "inference")
         evaluators = build_evaluators(dataset_name, output_folder, cfg.TEST.KEYPOINT_OKS_SIGMAS)
-        if class_count(cfg) is not None and evaluator_type(dataset_name) in BOXES:
-            least = max(SCORE_THRESHOLD, score_threshold(cfg))
+        if class_count(cfg) is not None and has_boxes(dataset_name):
+            is_dense = cfg.MODEL.META_ARCHITECTURE == "RetinaNet"
+            options = cfg.MODEL.RETINANET if is_dense else cfg.MODEL.ROI_HEADS
+            least = max(SCORE_THRESHOLD, options.SCORE_THRESH_TEST)
             confidence = ConfidenceEvaluator(dataset_name, output_folder, score_threshold=least)
             evaluators.append(confidence)
         return DatasetEvaluators(evaluators)
@@ -237,68 +222,33 @@ class Trainer(DefaultTrainer):
         return {f"{name}_TTA": value for name, value in results.items()}
 
     def results(self) -> dict:
-        """Return the last evaluation, and the median seconds of an iteration of this run.
-
-        The seconds are None where there were not more iterations than the three that Detectron2
-        does not time.
-        """
-        seconds = seconds_per_iteration(self.storage)
+        """Return the last evaluation, and the median seconds of an iteration of this run."""
         plain = getattr(self, "_last_eval_results", {})
+        seconds = seconds_per_iteration(self.storage)
         return {"seconds_per_iteration": seconds, **plain, **self._tta_results}
 
 
 def seconds_per_iteration(storage: EventStorage) -> float | None:
-    """Return the median of what `hooks.IterationTimer` logged; None where it logged nothing."""
+    """Return the median of what `hooks.IterationTimer` logged; None where it logged nothing, as in
+    the first three iterations."""
     times = storage.histories().get("time")
     return None if times is None else float(np.median([t for t, _ in times.values()]))
 
 
 def check_config(cfg: CfgNode, *, training: bool = True) -> None:
-    """Refuse a config or test sets that would stop the run later, before anything is built.
-
-    Args:
-        cfg: as `load_config` returns it.
-        training: False: nothing is asked of the training set.
-
-    Raises:
-        ValueError: naming what was expected and what came.
-    """
+    """Refuse a config or data sets that would stop the run later, before anything is built."""
     check_pskd_config(cfg)
-    train = cfg.DATASETS.TRAIN if training else ()
-    check_registered((*train, *cfg.DATASETS.TEST))
-    check_classes(train, class_count(cfg))
+    train, test = cfg.DATASETS.TRAIN if training else (), cfg.DATASETS.TEST
+    check_sets(train, test, class_count(cfg), masks=cfg.MODEL.MASK_ON)
     if cfg.MODEL.KEYPOINT_ON:
         count = cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS
-        boxes = [name for name in cfg.DATASETS.TEST if evaluator_type(name) in BOXES]
-        check_keypoints(train, boxes, count, cfg.TEST.KEYPOINT_OKS_SIGMAS)
-    check_test_sets(cfg.DATASETS.TEST, class_count(cfg), masks=cfg.MODEL.MASK_ON)
-    for name in cfg.DATASETS.TEST if cfg.TEST.AUG.ENABLED else ():
+        check_keypoints(train, test, count, cfg.TEST.KEYPOINT_OKS_SIGMAS)
+    for name in test if cfg.TEST.AUG.ENABLED else ():
         if evaluator_type(name) in ("sem_seg", "cityscapes_sem_seg", "coco_panoptic_seg"):
             raise ValueError(
                 f"TEST.AUG.ENABLED: expected a test set of boxes and masks, got {name} "
                 f"({evaluator_type(name)})"
             )
-
-
-def _source(cfg: CfgNode, loader) -> tuple[ResumableTrainingSampler | None, Sequence[dict]]:
-    """Return a loader's sampler, if it can be set, and the images that it draws from."""
-    part = loader
-    while part is not None and not isinstance(part, ToIterableDataset):
-        part = getattr(part, "dataset", None)
-    if part is None:  # an override's own
-        return None, training_dicts(cfg) if cfg.MODEL.PSKD.ENABLED else []
-    sampler = part.sampler if isinstance(part.sampler, ResumableTrainingSampler) else None
-    return sampler, part.dataset._dataset
-
-
-def score_threshold(cfg: CfgNode) -> float:
-    """Return the least score of a detection."""
-    is_dense = cfg.MODEL.META_ARCHITECTURE == "RetinaNet"
-    return (cfg.MODEL.RETINANET if is_dense else cfg.MODEL.ROI_HEADS).SCORE_THRESH_TEST
-
-
-def uses_memory(cfg: CfgNode) -> bool:
-    return cfg.MODEL.PSKD.ENABLED and cfg.MODEL.PSKD.TEACHER == "memory"
 
 
 def training_dicts(cfg: CfgNode) -> list[dict]:
@@ -314,11 +264,7 @@ def training_dicts(cfg: CfgNode) -> list[dict]:
 
 
 def epoch_iters(cfg: CfgNode, num_images: int) -> int:
-    """Return the iterations of an epoch.
-
-    Raises:
-        ValueError: if MODEL.PSKD.EPOCH_ITERS is 0 and the sampler does not draw each image once.
-    """
+    """Return the iterations of an epoch."""
     if cfg.MODEL.PSKD.EPOCH_ITERS:
         return cfg.MODEL.PSKD.EPOCH_ITERS
     known = ("TrainingSampler", ResumableTrainingSampler.__name__)
@@ -328,8 +274,3 @@ def epoch_iters(cfg: CfgNode, num_images: int) -> int:
             f"{cfg.DATALOADER.SAMPLER_TRAIN}, whose epochs have no size of their own, got 0"
         )
     return epoch_length(num_images, cfg.SOLVER.IMS_PER_BATCH)
-
-
-def epoch_length(num_images: int, images_per_iteration: int) -> int:
-    """Return the iterations in which a stream draws every image once, at least 1."""
-    return max(1, num_images // images_per_iteration)

@@ -212,15 +212,11 @@ def lazy(tried: str, says: str, *overrides: str) -> None:
         from detectron2.config import LazyConfig
         from pskd_detectron2 import lazy
 
-        write_images()
         path = ROOT / "configs" / "detection" / "mask_rcnn_R_50_FPN_1x_pskd.py"
         cfg = LazyConfig.apply_overrides(LazyConfig.load(str(path)), list(overrides))
         cfg.train.output_dir = str(Path.cwd() / "run")
         yield None
-        lazy.use_specs(cfg, "coco:set.json:set", None)
-        if "memory" in cfg.train.pskd.values():
-            lazy.carry_rows(cfg)
-        lazy.pskd_hook(cfg, None)
+        lazy.pskd_hook(cfg, None, [])
 
     LAZY.add(tried, run, says, leaves=LOGS)
 
@@ -234,13 +230,6 @@ lazy(
     "alpha_final 1.5",
     "MODEL.PSKD.ALPHA_FINAL: expected a number in [0, 1], got 1.5",
     "train.pskd.alpha_final=1.5",
-)
-lazy(
-    "the memory with another mapper",
-    "dataloader.train.mapper: with the memory teacher expected "
-    "detectron2.data.dataset_mapper.DatasetMapper, got somewhere.Mapper",
-    "train.pskd.teacher=memory",
-    "dataloader.train.mapper._target_=somewhere.Mapper",
 )
 
 

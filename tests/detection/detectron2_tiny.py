@@ -11,9 +11,17 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
-from detectron2.engine import defaults
 from PIL import Image
+
+pytest.importorskip(  # for the tests that import this file
+    "detectron2",
+    reason="needs Detectron2: https://detectron2.readthedocs.io/tutorials/install.html",
+)
+
+from detectron2.config import LazyConfig  # noqa: E402
+from detectron2.engine import defaults  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "configs" / "detection"
@@ -119,9 +127,41 @@ def arguments(
     return [*line, *TINY, *tests, "OUTPUT_DIR", str(out), *words]
 
 
+def main(line: list[str]) -> None:
+    """Do in this process what train_net.py does."""
+    train_net.main(train_net.parse(line))
+
+
+def lazy_file(cfg, folder: Path) -> str:
+    """Write a LazyConfig as a user's own file, in which targets are names; return its path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    saved, mine = folder / "saved.yaml", folder / "mine.py"
+    LazyConfig.save(cfg, str(saved))
+    mine.write_text(
+        "from detectron2.config import LazyConfig\n"
+        f"_cfg = LazyConfig.load_rel({str(saved)!r})\n"
+        "dataloader, lr_multiplier, model = _cfg.dataloader, _cfg.lr_multiplier, _cfg.model\n"
+        "optimizer, train = _cfg.optimizer, _cfg.train\n"
+    )
+    return str(mine)
+
+
+def lazy_arguments(
+    out: Path, *words: str, config: str = "", train: str | None = None, test: str | None = None
+) -> list[str]:
+    """Return the command line of train_net.py for a tiny LazyConfig; later ``words`` win."""
+    line = ["--config-file", config or str(Path(__file__).with_name("lazy_tiny.py"))]
+    line += [word for name, spec in (("--train", train), ("--test", test)) if spec
+             for word in (name, spec)]  # fmt: skip
+    line += [word for word in words if word.startswith("--")]
+    line += [f"train.output_dir={out}", "train.max_iter=2", "train.eval_period=0"]
+    line += ["dataloader.train.total_batch_size=2"]
+    return [*line, *(word for word in words if not word.startswith("--"))]
+
+
 def run(kind: str, out: Path, *opts: object, flags: tuple = (), **specs) -> Path:
     """Train in this process through train_net.py and return the output folder."""
-    train_net.main(train_net.parse([*flags, *arguments(kind, out, *opts, **specs)]))
+    main([*flags, *arguments(kind, out, *opts, **specs)])
     return out
 
 
@@ -137,6 +177,10 @@ def stock(kind: str) -> str:
 
 def metrics(out: Path) -> list[dict]:
     return [json.loads(line) for line in (out / "metrics.json").read_text().splitlines()]
+
+
+def results(out: Path, name: str = "results") -> dict:
+    return json.loads((out / f"{name}.json").read_text())
 
 
 def checkpoint(out: Path, name: str = "model_final") -> dict:

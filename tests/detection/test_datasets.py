@@ -680,6 +680,7 @@ def test_a_flat_folder_is_read_whole(tmp_path):
         "abcdefg", (".jpg", ".JPG", ".jpeg", ".bmp", ".webp", ".PNG", ".tif"), strict=True
     )}  # fmt: skip
     spec = flat(tmp_path / "12:30", images)
+    (tmp_path / "12:30" / "._a.xml").write_bytes(b"\x00\x05\x16\x07")  # of macOS
     data = load_dataset(spec)
     assert [image["file_name"] for image in data.coco["images"]] == list(images.values())
     assert (data.class_names, len(data.coco["annotations"])) == (("\u00fc",), len(images))

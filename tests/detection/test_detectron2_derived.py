@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
+import detectron2_tiny as tiny
 import pytest
-
-pytest.importorskip(
-    "detectron2",
-    reason="needs Detectron2: https://detectron2.readthedocs.io/tutorials/install.html",
-)
-
-import detectron2_tiny as tiny  # noqa: E402
-import torch  # noqa: E402
-from detectron2.config import LazyConfig, configurable  # noqa: E402
-from detectron2.modeling import ROI_HEADS_REGISTRY  # noqa: E402
-from detectron2.modeling.roi_heads import FastRCNNOutputLayers, StandardROIHeads  # noqa: E402
-from pskd_detectron2 import (  # noqa: E402
+import torch
+from detectron2.config import LazyConfig, configurable
+from detectron2.modeling import ROI_HEADS_REGISTRY
+from detectron2.modeling.roi_heads import FastRCNNOutputLayers, StandardROIHeads
+from pskd_detectron2 import (
     PSKDCascadeROIHeads,
     PSKDDatasetMapper,
     PSKDFastRCNNOutputLayers,
@@ -100,11 +93,6 @@ class Mapper(PSKDDatasetMapper):
     """A mapper of a user's own, for the memory teacher."""
 
 
-@pytest.fixture(scope="module")
-def spec(tmp_path_factory) -> str:
-    return tiny.make_images(tmp_path_factory.mktemp("images"))
-
-
 @pytest.fixture
 def named(monkeypatch):
     def register(heads: type) -> str:
@@ -145,24 +133,13 @@ def test_without_pskd_any_predictor_trains_as_the_stock_one(heads, named, spec, 
     assert tiny.differing(*(state["model"] for state in weights)) == []
 
 
-def lazily(out: Path, spec: str, change, *words: str) -> Path:
+def lazily(out: Path, spec: str, change) -> Path:
     """Train from a LazyConfig that a user changed."""
     cfg = LazyConfig.load(str(Path(__file__).with_name("lazy_tiny.py")))
     change(cfg)
-    path = out / "mine.yaml"  # as `LazyConfig.save` has it; targets become names
-    out.mkdir()
-    LazyConfig.save(cfg, str(path))
-    mine = out / "mine.py"
-    mine.write_text(
-        "from detectron2.config import LazyConfig\n"
-        f"_cfg = LazyConfig.load_rel({str(path)!r})\n"
-        "dataloader, lr_multiplier, model = _cfg.dataloader, _cfg.lr_multiplier, _cfg.model\n"
-        "optimizer, train = _cfg.optimizer, _cfg.train\n"
-    )
-    line = ["--config-file", str(mine), "--train", spec, "--test", spec, *words]
-    line += [f"train.output_dir={out}", "train.max_iter=4", "train.eval_period=0"]
-    line += ["dataloader.train.total_batch_size=4"]
-    tiny.train_net.main(tiny.train_net.parse(line))
+    words = ("train.max_iter=4", "dataloader.train.total_batch_size=4")
+    config = tiny.lazy_file(cfg, out)
+    tiny.main(tiny.lazy_arguments(out, *words, config=config, train=spec, test=spec))
     return out
 
 
@@ -176,7 +153,7 @@ def test_derived_heads_layers_and_mapper_of_a_lazy_config(teacher, spec, tmp_pat
 
     out = lazily(tmp_path / "run", spec, change)
     assert any(line.get("pskd/teacher_nll", 0) > 0 for line in tiny.metrics(out))
-    assert "bbox" in json.loads((out / "results.json").read_text())
+    assert "bbox" in tiny.results(out)
 
 
 def test_a_head_that_is_not_registered_is_named(spec, tmp_path):

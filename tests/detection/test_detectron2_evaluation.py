@@ -6,30 +6,19 @@ import json
 import shutil
 from pathlib import Path
 
+import detectron2_tiny as tiny
 import numpy as np
 import pytest
 import torch
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import register_pascal_voc
+from detectron2.structures import Boxes, BoxMode, Instances
 from PIL import Image
-
-pytest.importorskip(
-    "detectron2",
-    reason="needs Detectron2: https://detectron2.readthedocs.io/tutorials/install.html",
-)
-
-import detectron2_tiny as tiny  # noqa: E402
-from detectron2.data import DatasetCatalog, MetadataCatalog  # noqa: E402
-from detectron2.data.datasets import register_pascal_voc  # noqa: E402
-from detectron2.structures import Boxes, BoxMode, Instances  # noqa: E402
-from pskd_detectron2 import register_spec  # noqa: E402
-from pskd_detectron2.evaluation import ConfidenceEvaluator, build_evaluators  # noqa: E402
-from pycocotools import mask as coco_mask  # noqa: E402
+from pskd_detectron2 import register_spec
+from pskd_detectron2.evaluation import ConfidenceEvaluator, build_evaluators
+from pycocotools import mask as coco_mask
 
 LONGER = "SOLVER.MAX_ITER 80 MODEL.PSKD.EPOCH_ITERS 30"  # until something is detected
-
-
-@pytest.fixture(scope="module")
-def spec(tmp_path_factory) -> str:
-    return tiny.make_images(tmp_path_factory.mktemp("images"))
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +28,7 @@ def evaluated(spec, tmp_path_factory) -> Path:
 
 
 def test_results_are_a_file(evaluated, spec):
-    results = json.loads((evaluated / "results.json").read_text())
+    results = tiny.results(evaluated)
     assert results["seed"] == 1 and results["seconds_per_iteration"] > 0
     assert {"AP", "AP50", "AP75"} <= results["bbox"].keys()
     confidence = results["confidence"]
@@ -53,11 +42,12 @@ def test_results_are_a_file(evaluated, spec):
         assert found["correct"].sum() == confidence["num_matched"]
 
 
-def test_eval_only_gives_the_same_results(evaluated, spec, tmp_path):
-    trained = json.loads((evaluated / "results.json").read_text())
-    weights = f"MODEL.WEIGHTS {evaluated / 'model_final.pth'}"
-    out = tiny.run("fpn", tmp_path, weights, flags=("--eval-only",), train=spec, test=spec)
-    alone = json.loads((out / "evaluation.json").read_text())
+@pytest.mark.parametrize("train", [True, False], ids=["with --train", "without"])
+def test_eval_only_gives_the_same_results(train, evaluated, spec, tmp_path):
+    opts = f"DATASETS.TRAIN ('nowhere',) MODEL.WEIGHTS {evaluated / 'model_final.pth'}"
+    specs = {"train": spec if train else None, "test": spec}  # of others nothing is asked
+    out = tiny.run("fpn", tmp_path, opts, flags=("--eval-only",), **specs)
+    trained, alone = tiny.results(evaluated), tiny.results(out, "evaluation")
     assert not (out / "results.json").exists()
     for part in ("bbox", "confidence", "ground_truth_rois"):
         assert alone[part] == trained[part]
@@ -67,17 +57,8 @@ def test_a_test_set_that_is_named_twice_counts_once(evaluated, spec, tmp_path):
     weights = ("MODEL.WEIGHTS", evaluated / "model_final.pth")
     twice = ("DATASETS.TEST", f"('{spec}','{spec}')")
     tiny.run("fpn", tmp_path, *weights, *twice, train=spec, flags=("--eval-only",))
-    results = json.loads((tmp_path / "evaluation.json").read_text())
+    results = tiny.results(tmp_path, "evaluation")
     assert results["ground_truth_rois"]["num_rois"] == 14
-
-
-def test_eval_only_does_not_ask_about_the_training_set(evaluated, spec, tmp_path):
-    weights = f"DATASETS.TRAIN ('nowhere',) MODEL.WEIGHTS {evaluated / 'model_final.pth'}"
-    out = tiny.run("fpn", tmp_path, weights, flags=("--eval-only",), train=None, test=spec)
-    alone = json.loads((out / "evaluation.json").read_text())
-    trained = json.loads((evaluated / "results.json").read_text())
-    for part in ("bbox", "confidence", "ground_truth_rois"):
-        assert alone[part] == trained[part]
 
 
 def test_weights_of_other_classes_are_not_evaluated(evaluated, spec, tmp_path):
@@ -110,20 +91,15 @@ def test_a_test_set_has_the_class_order_of_a_registered_training_set(spec, tmp_p
 def test_a_stock_model_reads_the_checkpoint(evaluated, spec, tmp_path):
     opts = (tiny.stock("fpn"), f"MODEL.WEIGHTS {evaluated / 'model_final.pth'}")
     out = tiny.run("fpn", tmp_path, *opts, flags=("--eval-only",), train=spec, test=spec)
-    stock = json.loads((out / "evaluation.json").read_text())
-    assert stock["bbox"] == json.loads((evaluated / "results.json").read_text())["bbox"]
-
-
-def test_eval_only_wants_weights(spec, tmp_path):
-    with pytest.raises(ValueError, match="--eval-only: expected MODEL.WEIGHTS, or --resume and a"):
-        tiny.run("fpn", tmp_path, flags=("--eval-only", "--resume"), train=spec, test=spec)
+    stock = tiny.results(out, "evaluation")
+    assert stock["bbox"] == tiny.results(evaluated)["bbox"]
 
 
 def test_a_finished_run_that_is_resumed_keeps_its_seconds(evaluated, spec, tmp_path):
     out = tmp_path / "again"
     shutil.copytree(evaluated, out)
     tiny.run("fpn", out, LONGER, flags=("--resume",), train=spec, test=spec)
-    before, after = (json.loads((f / "results.json").read_text()) for f in (evaluated, out))
+    before, after = (tiny.results(f) for f in (evaluated, out))
     assert after["seconds_per_iteration"] == before["seconds_per_iteration"] > 0
     assert after["bbox"] == before["bbox"]
 
@@ -131,7 +107,7 @@ def test_a_finished_run_that_is_resumed_keeps_its_seconds(evaluated, spec, tmp_p
 def test_the_threshold_that_is_told_is_the_one_that_held(evaluated, spec, tmp_path):
     opts = f"MODEL.WEIGHTS {evaluated / 'model_final.pth'} MODEL.ROI_HEADS.SCORE_THRESH_TEST 0.3"
     out = tiny.run("fpn", tmp_path, opts, flags=("--eval-only",), train=spec, test=spec)
-    confidence = json.loads((out / "evaluation.json").read_text())["confidence"]
+    confidence = tiny.results(out, "evaluation")["confidence"]
     assert confidence["score_threshold"] == 0.3
 
 
@@ -144,8 +120,8 @@ def test_a_dataset_that_is_known_by_its_function_only(evaluated, spec, tmp_path)
     MetadataCatalog.get(name).thing_classes = list(tiny.CLASSES)
     opts = f"MODEL.WEIGHTS {evaluated / 'model_final.pth'} DATASETS.TEST ('{name}',)"
     out = tiny.run("fpn", tmp_path / "run", opts, flags=("--eval-only",), train=spec)
-    results = json.loads((out / "evaluation.json").read_text())
-    trained = json.loads((evaluated / "results.json").read_text())
+    results = tiny.results(out, "evaluation")
+    trained = tiny.results(evaluated)
     assert results["bbox"]["AP"] == pytest.approx(trained["bbox"]["AP"])
     assert results["confidence"] == pytest.approx(trained["confidence"])
 
@@ -197,7 +173,7 @@ def test_a_voc_set_trains_and_has_voc_ap_too(evaluated, tmp_path):
     voc = f"voc:{make_voc(tmp_path, 'made', minimal=True)}:all"
     opts = f"MODEL.WEIGHTS {evaluated / 'model_final.pth'} SOLVER.MAX_ITER 2"
     out = tiny.run("fpn", tmp_path / "run", opts, train=voc, test=voc)
-    results = json.loads((out / "results.json").read_text())
+    results = tiny.results(out)
     assert results["voc"].keys() == {"AP", "AP50", "AP75"}
     assert set(results["bbox"]) > {"AP-ring", "AP-square"}
     assert results["ground_truth_rois"]["num_rois"] == 14
@@ -247,16 +223,18 @@ def test_a_registered_voc_set_that_detectron2s_evaluator_fails_on(tmp_path):
     register_spec(f"voc:{root}:all", tmp_path)  # which does
 
 
-def test_a_registered_voc_set_whose_class_is_no_file_name(tmp_path):
+@pytest.mark.parametrize("ring", ["ring/disc", 300 * "r"], ids=["slash", "long"])
+def test_a_registered_voc_set_whose_class_is_no_file_name(ring, tmp_path):
     root = make_voc(tmp_path, "voc", minimal=False)
     path = root / "Annotations" / "img2.xml"
-    path.write_text(path.read_text().replace("ring", "ring/disc"))
-    register_pascal_voc("slash_voc", f"{root}/", "all", 2007, ("square", "ring", "ring/disc"))
-    with pytest.raises(ValueError, match="classes without a slash, got ring/disc; --test voc:"):
-        ConfidenceEvaluator("slash_voc")
+    path.write_text(path.read_text().replace("ring", ring))
+    name = f"voc_of_{ring[:5]}"
+    register_pascal_voc(name, f"{root}/", "all", 2007, ("square", "ring", ring))
+    with pytest.raises(ValueError, match=f"short classes without a slash, got {ring}; --test voc:"):
+        ConfidenceEvaluator(name)
 
 
-@pytest.mark.parametrize("ring", ["ring", "ring/disc"])
+@pytest.mark.parametrize("ring", ["ring", "ring/disc", 300 * "r"])
 def test_voc_ap_of_a_flat_folder_whose_names_have_spaces(ring, tmp_path):
     root, flat = make_voc(tmp_path, "voc", minimal=True), tmp_path / "flat"
     for path in root.glob("Annotations/*"):

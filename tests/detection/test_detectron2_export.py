@@ -4,22 +4,16 @@ from __future__ import annotations
 
 import copy
 
+import detectron2_tiny as tiny
 import pytest
 import torch
-
-pytest.importorskip(
-    "detectron2",
-    reason="needs Detectron2: https://detectron2.readthedocs.io/tutorials/install.html",
-)
-
-import detectron2_tiny as tiny  # noqa: E402
-from detectron2.export import TracingAdapter, scripting_with_instances  # noqa: E402
-from detectron2.export.torchscript_patch import patch_builtin_len  # noqa: E402
-from detectron2.modeling.roi_heads import ROI_HEADS_REGISTRY  # noqa: E402
-from detectron2.structures import Boxes  # noqa: E402
-from detectron2.utils.testing import assert_instances_allclose  # noqa: E402
-from pskd_detectron2 import PSKDHook, PSKDROIHeads, Trainer  # noqa: E402
-from torch import Tensor  # noqa: E402
+from detectron2.export import TracingAdapter, scripting_with_instances
+from detectron2.export.torchscript_patch import patch_builtin_len
+from detectron2.modeling.roi_heads import ROI_HEADS_REGISTRY
+from detectron2.structures import Boxes
+from detectron2.utils.testing import assert_instances_allclose
+from pskd_detectron2 import PSKDHook, PSKDROIHeads, Trainer
+from torch import Tensor
 
 FIELDS = {
     "proposal_boxes": Boxes,

@@ -6,25 +6,19 @@ import json
 import os
 from pathlib import Path
 
+import detectron2_tiny as tiny
 import pytest
 import torch
-
-pytest.importorskip(
-    "detectron2",
-    reason="needs Detectron2: https://detectron2.readthedocs.io/tutorials/install.html",
-)
-
-import detectron2_tiny as tiny  # noqa: E402
-from detectron2.config import LazyConfig, instantiate  # noqa: E402
-from detectron2.data import DatasetCatalog, MetadataCatalog  # noqa: E402
-from detectron2.data.datasets import register_coco_instances, register_pascal_voc  # noqa: E402
-from detectron2.utils.file_io import PathHandler, PathManager  # noqa: E402
-from pskd_detection import load_dataset  # noqa: E402
-from pskd_detectron2 import Trainer, load_config, register_spec  # noqa: E402
-from pskd_detectron2.config import recipe_path  # noqa: E402
-from pskd_detectron2.data import _DATASETS  # noqa: E402
-from pskd_detectron2.evaluation import ConfidenceEvaluator, build_evaluators  # noqa: E402
-from test_detectron2_evaluation import as_detected, make_voc  # noqa: E402
+from detectron2.config import LazyConfig, instantiate
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import register_coco_instances, register_pascal_voc
+from detectron2.utils.file_io import PathHandler, PathManager
+from pskd_detection import load_dataset
+from pskd_detectron2 import Trainer, load_config, register_spec
+from pskd_detectron2.config import recipe_path
+from pskd_detectron2.evaluation import ConfidenceEvaluator, build_evaluators
+from pskd_detectron2.registered import _known
+from test_detectron2_evaluation import as_detected, make_voc
 
 
 class Folder(PathHandler):
@@ -74,7 +68,7 @@ def registered(name: str, register, *args):
     yield name
     for catalog in (DatasetCatalog, MetadataCatalog):
         catalog.pop(name)
-    _DATASETS.pop(name, None)
+    _known.pop(name, None)
 
 
 @pytest.fixture
@@ -95,21 +89,21 @@ def command(images: str, *opts: str) -> list[str]:
 def test_a_run_of_which_all_is_remote(images, remote, monkeypatch):
     monkeypatch.setattr(Trainer, "build_writers", lambda self: [])  # TensorBoard's knows no handler
     line = command(images, "MODEL.ROI_HEADS.SCORE_THRESH_TEST 0.0 MODEL.PSKD.TEACHER memory")
-    tiny.train_net.main(tiny.train_net.parse(line))
+    tiny.main(line)
     out = remote / "run"
     assert (out / "last_checkpoint").read_text() == "model_final.pth"
     saved = torch.load(out / "model_final.pth", weights_only=True)
     assert "memory" in saved["trainer"]["hooks"]["PSKDHook"]
-    results = json.loads((out / "results.json").read_text())
+    results = tiny.results(out)
     assert {"bbox", "confidence", "ground_truth_rois"} <= results.keys()
     assert (out / "inference" / "confidence.npz").is_file()
     shown = json.loads((out / "inference" / "test_images.json").read_text())
     assert len(shown) == 8  # opened through the handler
 
-    tiny.train_net.main(tiny.train_net.parse(["--resume", *line]))  # has nothing left to train
+    tiny.main(["--resume", *line])  # has nothing left to train
     weights = "MODEL.WEIGHTS mem://run/model_final.pth"
-    tiny.train_net.main(tiny.train_net.parse(["--eval-only", *command(images, weights)]))
-    assert "bbox" in json.loads((out / "evaluation.json").read_text())
+    tiny.main(["--eval-only", *command(images, weights)])
+    assert "bbox" in tiny.results(out, "evaluation")
 
 
 def test_a_lazy_evaluation_of_which_all_is_remote(images, remote):
@@ -127,10 +121,8 @@ def test_a_lazy_evaluation_of_which_all_is_remote(images, remote):
         "train.init_checkpoint=mem://weights.pth",
         "train.output_dir=mem://run",
     ]
-    tiny.train_net.main(
-        tiny.train_net.parse(["--eval-only", "--config-file", "mem://mine.py", *opts])
-    )
-    assert "ground_truth_rois" in json.loads((remote / "run" / "evaluation.json").read_text())
+    tiny.main(["--eval-only", "--config-file", "mem://mine.py", *opts])
+    assert "ground_truth_rois" in tiny.results(remote / "run", "evaluation")
 
 
 def test_a_remote_voc_set(voc, remote):

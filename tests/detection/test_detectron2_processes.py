@@ -3,30 +3,18 @@
 from __future__ import annotations
 
 import functools
-import json
 import os
 import signal
 from pathlib import Path
 
+import detectron2_tiny as tiny
 import pytest
 import torch
-
-pytest.importorskip(
-    "detectron2",
-    reason="needs Detectron2: https://detectron2.readthedocs.io/tutorials/install.html",
-)
-
-import detectron2_tiny as tiny  # noqa: E402
-from detectron2_tiny import stopped_after, train_net  # noqa: E402
+from detectron2_tiny import stopped_after, train_net
 
 PRELOADED = ["pskd_detectron2.train_net"]
 MEMORY = f"{tiny.EXACT} MODEL.PSKD.TEACHER memory MODEL.PSKD.EPOCH_ITERS 4"
 TIMEOUT_S = 240
-
-
-@pytest.fixture(scope="module")
-def spec(tmp_path_factory) -> str:
-    return tiny.make_images(tmp_path_factory.mktemp("images"))
 
 
 # ---- two processes -----------------------------------------------------------------------------
@@ -64,9 +52,7 @@ def test_two_processes_evaluate_every_image_once(two_processes, spec, tmp_path):
     specs = {"train": spec, "test": spec}
     tiny.run("fpn", tmp_path / "alone", weights, flags=("--eval-only",), **specs)
     launch(["--eval-only", *tiny.arguments("fpn", tmp_path / "both", weights, **specs)])
-    alone, both = (
-        json.loads((tmp_path / name / "evaluation.json").read_text()) for name in ("alone", "both")
-    )
+    alone, both = (tiny.results(tmp_path / name, "evaluation") for name in ("alone", "both"))
     assert both["confidence"] == alone["confidence"] and both["confidence"]["num_detections"] > 0
     assert both["ground_truth_rois"] == pytest.approx(alone["ground_truth_rois"])
     assert both["ground_truth_rois"]["num_rois"] == 14

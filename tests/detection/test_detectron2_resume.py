@@ -5,26 +5,15 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import detectron2_tiny as tiny
 import pytest
 import torch
-
-pytest.importorskip(
-    "detectron2",
-    reason="needs Detectron2: https://detectron2.readthedocs.io/tutorials/install.html",
-)
-
-import detectron2_tiny as tiny  # noqa: E402
-from detectron2_tiny import stopped_after  # noqa: E402
-from pskd_detectron2.resume import AsideCheckpointer  # noqa: E402
+from detectron2_tiny import stopped_after
+from pskd_detectron2.resume import AsideCheckpointer
 
 ITERATIONS, EPOCH = 8, 3
 SCHEDULED = f"MODEL.PSKD.ALPHA_FINAL 0.6 MODEL.PSKD.EPOCH_ITERS {EPOCH}"
 TEACHERS = ("snapshot", "memory")
-
-
-@pytest.fixture(scope="module")
-def spec(tmp_path_factory) -> str:
-    return tiny.make_images(tmp_path_factory.mktemp("images"))
 
 
 @pytest.fixture(scope="module")
@@ -144,11 +133,8 @@ def test_what_is_logged_where(straight):
 @pytest.mark.parametrize(
     "opts, message",
     [
-        ("MODEL.PSKD.ALPHA_FINAL 0.5", "alpha_final: expected 0.6.*got 0.5.*ALLOW_SCHEDULE_CHANGE"),
         ("MODEL.PSKD.ALPHA_SCHEDULE cosine", "alpha_schedule: expected 'linear'.*got 'cosine'"),
         ("MODEL.PSKD.EPOCH_ITERS 4", "epoch_iters: expected 3.*got 4"),
-        ("SOLVER.MAX_ITER 20", "num_epochs: expected 3.*got 7"),
-        ("MODEL.PSKD.TEACHER memory", "teacher: expected 'snapshot'.*got 'memory'"),
         ("MODEL.PSKD.LABEL_SMOOTHING 0.1", "label_smoothing: expected 0.0.*got 0.1"),
         ("MODEL.PSKD.FOREGROUND_ONLY True", "foreground_only: expected False.*got True"),
     ],

@@ -2,39 +2,27 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
+import detectron2_tiny as tiny
 import numpy as np
 import pytest
+from detectron2.config import LazyConfig
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import load_sem_seg
+from detectron2.engine import DefaultTrainer
+from detectron2.evaluation import DatasetEvaluator
 from PIL import Image
-
-pytest.importorskip(
-    "detectron2",
-    reason="needs Detectron2: https://detectron2.readthedocs.io/tutorials/install.html",
-)
-
-import detectron2_tiny as tiny  # noqa: E402
-from detectron2.config import LazyConfig  # noqa: E402
-from detectron2.data import DatasetCatalog, MetadataCatalog  # noqa: E402
-from detectron2.data.datasets import load_sem_seg  # noqa: E402
-from detectron2.engine import DefaultTrainer  # noqa: E402
-from detectron2.evaluation import DatasetEvaluator  # noqa: E402
-from pskd_detectron2 import Trainer, evaluation, register_spec  # noqa: E402
-from pskd_detectron2.config import recipe_path  # noqa: E402
-from pskd_detectron2.data import check_test_sets  # noqa: E402
-from pskd_detectron2.lazy import load_recipe  # noqa: E402
+from pskd_detectron2 import Trainer, evaluation, register_spec
+from pskd_detectron2.config import recipe_path
+from pskd_detectron2.lazy import load_recipe
+from pskd_detectron2.registered import check_sets
 
 RETINANET = recipe_path("detectron2:COCO-Detection/retinanet_R_50_FPN_1x.yaml")
 RPN = recipe_path("detectron2:COCO-Detection/rpn_R_50_FPN_1x.yaml")
 SEM_SEG = recipe_path("detectron2:COCO-PanopticSegmentation/panoptic_fpn_R_50_1x.yaml")
 STUFF = "MODEL.META_ARCHITECTURE SemanticSegmentor MODEL.SEM_SEG_HEAD.NUM_CLASSES 2 " \
     "MODEL.SEM_SEG_HEAD.CONVS_DIM 32"  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def spec(tmp_path_factory) -> str:
-    return tiny.make_images(tmp_path_factory.mktemp("images"))
 
 
 @pytest.fixture
@@ -73,10 +61,6 @@ def stuff(registered, tmp_path) -> str:
     )
 
 
-def results(out: Path, name: str = "results.json") -> dict:
-    return json.loads((out / name).read_text())
-
-
 @pytest.mark.parametrize(
     "kind", [RETINANET, RPN, "mask", "cascade", "c4"], ids=lambda kind: Path(kind).stem
 )
@@ -90,17 +74,17 @@ def test_a_baseline_trains_as_with_the_stock_trainer(kind, spec, tmp_path):
     out = tiny.run(kind, tmp_path / "ours", opts, train=spec)
     weights = [tiny.checkpoint(tmp_path / name)["model"] for name in ("stock", "ours")]
     assert tiny.differing(*weights) == []
-    assert "command" in results(out)
+    assert "command" in tiny.results(out)
 
 
 def test_retinanet_is_evaluated(spec, tmp_path):
     opts = "MODEL.RETINANET.NUM_CONVS 1 SOLVER.MAX_ITER 2"
-    found = results(tiny.run(RETINANET, tmp_path, opts, train=spec, test=spec))
+    found = tiny.results(tiny.run(RETINANET, tmp_path, opts, train=spec, test=spec))
     assert {"bbox", "confidence"} <= found.keys() and "ground_truth_rois" not in found
 
 
 def test_proposals_are_evaluated(spec, tmp_path):
-    found = results(tiny.run(RPN, tmp_path, "SOLVER.MAX_ITER 2", train=spec, test=spec))
+    found = tiny.results(tiny.run(RPN, tmp_path, "SOLVER.MAX_ITER 2", train=spec, test=spec))
     assert "box_proposals" in found and "confidence" not in found
 
 
@@ -114,7 +98,7 @@ def test_a_class_count_of_retinanet_that_is_not_the_datasets(spec, tmp_path):
 def test_semantic_segmentation_trains_and_is_evaluated(stuff, tmp_path):
     sets = f"DATASETS.TRAIN ('{stuff}',) DATASETS.TEST ('{stuff}',)"
     out = tiny.run(SEM_SEG, tmp_path / "run", STUFF, sets, "SOLVER.MAX_ITER 2", train=None)
-    assert results(out)["sem_seg"]["pACC"] > 0
+    assert tiny.results(out)["sem_seg"]["pACC"] > 0
 
 
 @pytest.mark.parametrize("kind", ["fpn", "mask", "cascade"])
@@ -126,12 +110,12 @@ def test_test_time_augmentation(kind, enabled, spec, tmp_path):
         "" if enabled else tiny.stock(kind),
     ]
     out = tiny.run(kind, tmp_path, *opts, train=spec, test=spec)
-    trained = results(out)
+    trained = tiny.results(out)
     assert {"bbox", "bbox_TTA", "confidence_TTA", "ground_truth_rois"} <= trained.keys()
     assert (out / "inference_TTA" / "coco_instances_results.json").exists()
     weights = f"MODEL.WEIGHTS {out / 'model_final.pth'}"
     tiny.run(kind, out, *opts, weights, flags=("--eval-only",), train=spec, test=spec)
-    assert results(out, "evaluation.json")["bbox_TTA"] == trained["bbox_TTA"]
+    assert tiny.results(out, "evaluation")["bbox_TTA"] == trained["bbox_TTA"]
 
 
 @pytest.mark.parametrize(
@@ -166,7 +150,7 @@ def test_an_evaluator_whose_package_is_missing(kind, package, registered, monkey
     name = registered("special", evaluator_type=kind)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ValueError, match=f"special .{kind}.: expected the package {package}, got"):
-        check_test_sets([name], 2)
+        check_sets([], [name], 2)
 
 
 @pytest.mark.parametrize(
@@ -208,9 +192,8 @@ def test_a_trainer_with_a_loader_of_its_own_needs_no_data_set(spec, tmp_path):
 # ---- LazyConfig ----------------------------------------------------------------------------------
 
 
-def lazily(out: Path, model: str, *words: str) -> Path:
+def lazily(out: Path, model: str, spec: str, *words: str) -> Path:
     """Train one of Detectron2's lazy recipes, made narrow, through train_net.py."""
-    out.mkdir()
     cfg = LazyConfig.load(str(Path(__file__).with_name("lazy_tiny.py")))
     recipe = load_recipe(model)
     del cfg.train["pskd"]
@@ -225,29 +208,18 @@ def lazily(out: Path, model: str, *words: str) -> Path:
     recipe.model.head.conv_dims = [32]
     recipe.model.pixel_std = [57.0, 57.0, 57.0]
     cfg.model = recipe.model
-    saved, mine = out / "saved.yaml", out / "mine.py"
-    LazyConfig.save(cfg, str(saved))
-    mine.write_text(
-        "from detectron2.config import LazyConfig\n"
-        f"_cfg = LazyConfig.load_rel({str(saved)!r})\n"
-        "dataloader, lr_multiplier, model = _cfg.dataloader, _cfg.lr_multiplier, _cfg.model\n"
-        "optimizer, train = _cfg.optimizer, _cfg.train\n"
-    )
-    line = ["--config-file", str(mine), *words, f"train.output_dir={out}", "train.max_iter=2"]
-    line += ["train.eval_period=0", "dataloader.train.total_batch_size=2"]
-    tiny.train_net.main(tiny.train_net.parse(line))
+    line = tiny.lazy_arguments(out, *words, config=tiny.lazy_file(cfg, out), train=spec, test=spec)
+    tiny.main(line)
     return out
 
 
 def test_a_lazy_detector_without_roi_heads(spec, tmp_path):
     recipe = "COCO-Detection/retinanet_R_50_FPN_1x.py"
-    out = lazily(tmp_path / "run", recipe, "--train", spec, "--test", spec)
-    assert {"bbox", "confidence"} <= results(out).keys()
+    out = lazily(tmp_path / "run", recipe, spec)
+    assert {"bbox", "confidence"} <= tiny.results(out).keys()
 
 
 def test_pskd_of_a_lazy_model_without_roi_heads(spec, tmp_path):
     recipe = "COCO-Detection/retinanet_R_50_FPN_1x.py"
     with pytest.raises(ValueError, match="expected a model with PSKD ROI heads, got NoneType"):
-        lazily(
-            tmp_path / "run", recipe, "--train", spec, "--test", spec, "+train.pskd.epoch_iters=2"
-        )
+        lazily(tmp_path / "run", recipe, spec, "+train.pskd.epoch_iters=2")

@@ -6,25 +6,14 @@ import json
 import re
 from pathlib import Path
 
+import detectron2_tiny as tiny
 import pytest
-
-pytest.importorskip(
-    "detectron2",
-    reason="needs Detectron2: https://detectron2.readthedocs.io/tutorials/install.html",
-)
-
-import detectron2_tiny as tiny  # noqa: E402
-from detectron2.data.datasets import register_coco_instances  # noqa: E402
-from detectron2.engine import DefaultTrainer  # noqa: E402
-from pskd_detectron2 import PSKDHook  # noqa: E402
+from detectron2.data.datasets import register_coco_instances
+from detectron2.engine import DefaultTrainer
+from pskd_detectron2 import PSKDHook
 
 SCHEDULED = "MODEL.PSKD.ALPHA_FINAL 0.6 MODEL.PSKD.EPOCH_ITERS 2"
 TEACHERS = ("snapshot", "memory")
-
-
-@pytest.fixture(scope="module")
-def spec(tmp_path_factory) -> str:
-    return tiny.make_images(tmp_path_factory.mktemp("images"))
 
 
 def test_a_sigmoid_head_trains(spec, tmp_path):
@@ -68,33 +57,30 @@ def test_a_lazy_config_trains_and_resumes(teacher, spec, tmp_path):
     words = [
         # Two of them are the eight images: the second epoch meets again what the first one saw.
         "dataloader.train.total_batch_size=4",
-        f"train.output_dir={out}",
         "train.max_iter=4",
         "train.checkpointer.period=3",
-        "train.eval_period=0",
         "train.pskd.epoch_iters=2",
         f"train.pskd.teacher={teacher}",
     ]
-    config = str(Path(__file__).with_name("lazy_tiny.py"))
-    line = ["--config-file", config, "--train", spec, "--test", spec, *words]
-    tiny.train_net.main(tiny.train_net.parse(line))
+    line = tiny.lazy_arguments(out, *words, train=spec, test=spec)
+    tiny.main(line)
     log = (out / "log.txt").read_text()
     assert log.rstrip().endswith(f"results: {out / 'results.json'}")
     assert "PS-KD: epoch 2 of 2, alpha 0.7000" in log
     # The last line holds the evaluation.
     assert any(line.get("pskd/teacher_nll", 0) > 0 for line in tiny.metrics(out))
-    results = json.loads((out / "results.json").read_text())
+    results = tiny.results(out)
     assert {"bbox", "confidence", "seconds_per_iteration"} <= results.keys()
     assert results["ground_truth_rois"]["num_rois"] == 14
     (out / "last_checkpoint").write_text("model_0000002.pth")  # inside the second epoch
-    tiny.train_net.main(tiny.train_net.parse(["--resume", *line]))
+    tiny.main(["--resume", *line])
     assert "Starting training from iteration 3" in (out / "log.txt").read_text()
-    results = json.loads((out / "results.json").read_text())
+    results = tiny.results(out)
     weights = f"train.init_checkpoint={out / 'model_final.pth'}"
     line.remove("--train")
     line.remove(spec)  # the first; an evaluation does not ask about the training set
-    tiny.train_net.main(tiny.train_net.parse(["--eval-only", *line, weights]))
-    evaluated = json.loads((out / "evaluation.json").read_text())
+    tiny.main(["--eval-only", *line, weights])
+    evaluated = tiny.results(out, "evaluation")
     assert evaluated["ground_truth_rois"] == results["ground_truth_rois"]
     assert evaluated["bbox"] == results["bbox"]
 
@@ -106,19 +92,9 @@ def test_a_lazy_config_trains_on_flags_that_are_text(spec, tmp_path):
         annotation["iscrowd"] = "0"
     (tmp_path / "text.json").write_text(json.dumps(content))
     register_coco_instances("flags_as_text", {}, str(tmp_path / "text.json"), images)
-    config = str(Path(__file__).with_name("lazy_tiny.py"))
-    words = [
-        "--config-file",
-        config,
-        "--test",
-        spec,
-        f"train.output_dir={tmp_path / 'run'}",
-        "train.max_iter=2",
-    ]
-    words += ["dataloader.train.dataset.names=flags_as_text", "model.roi_heads.num_classes=2"]
-    words += ["dataloader.train.total_batch_size=2", "train.eval_period=0"]
+    words = ["dataloader.train.dataset.names=flags_as_text", "model.roi_heads.num_classes=2"]
     words += ["train.pskd.teacher=snapshot"]
-    tiny.train_net.main(tiny.train_net.parse(words))
+    tiny.main(tiny.lazy_arguments(tmp_path / "run", *words, test=spec))
     log = (tmp_path / "run" / "log.txt").read_text()
     assert "0 crowd or difficult objects are left out of training" in log
     assert "7 images left" in log

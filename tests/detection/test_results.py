@@ -8,7 +8,6 @@ import json
 from pathlib import Path
 
 import numpy as np
-import pytest
 from PIL import Image
 from pskd_detection import (
     DetectionConfidence,
@@ -52,21 +51,6 @@ def test_what_json_lacks_becomes_null_or_plain(tmp_path):
         "text": "ä",
         "7": True,
     }
-
-
-def test_a_failed_write_leaves_the_old_file_and_nothing_beside_it(tmp_path, monkeypatch):
-    path = write_json(tmp_path / "x.json", {"old": 1})
-    with pytest.raises(TypeError):
-        write_json(path, {"new": object()})
-
-    def full(*_args, **_kwargs):
-        raise OSError("no space")
-
-    with monkeypatch.context() as patched, pytest.raises(OSError, match="no space"):
-        patched.setattr("os.replace", full)
-        write_json(path, {"new": 1})
-    assert strict(path) == {"old": 1}
-    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_results_go_to_their_place(tmp_path):
