@@ -46,7 +46,7 @@ RUN: dict[str, dict[str, list[str]]] = {
         "test_the_benchmark_tells_all_figures": ["benchmarks/detection_step.py"],
     },
     "detection/test_convert_backbone.py": {
-        "test_script_runs_with_the_core_alone": ["detection/convert_backbone.py"],
+        "test_the_script_runs": ["detection/convert_backbone.py"],
     },
     "detection/test_demo_detection.py": {
         "test_the_table_is_that_of_the_results": [
