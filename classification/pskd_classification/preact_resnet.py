@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from torch import Tensor, nn
-from torchvision.ops import StochasticDepth
 
 __all__ = [
     "Block",
@@ -24,43 +23,41 @@ __all__ = [
 
 
 class Block(Protocol):
-    """A class of residual blocks, built of channels in, channels, stride and drop probability."""
+    """A class of residual blocks, built of channels in, channels and stride."""
 
     expansion: int  # channels out of a block over its channels
 
-    def __call__(self, in_channels: int, channels: int, stride: int, drop: float) -> nn.Module: ...
+    def __call__(self, in_channels: int, channels: int, stride: int) -> nn.Module: ...
 
 
 class PreActBlock(nn.Module):
     """Two 3x3 convolutions, each after its batch norm and ReLU, beside a shortcut."""
 
     expansion = 1
+    activates_identity = False  # He et al.'s carries what came in
 
-    def __init__(self, in_channels: int, channels: int, stride: int, drop: float) -> None:
+    def __init__(self, in_channels: int, channels: int, stride: int) -> None:
         super().__init__()
         self.bn1 = nn.BatchNorm2d(in_channels)
         self.conv1 = nn.Conv2d(in_channels, channels, 3, stride, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(channels)
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
         self.relu = nn.ReLU(inplace=True)
-        self.stochastic_depth = StochasticDepth(drop, "row")
         self.shortcut = None
         if stride != 1 or in_channels != channels:
             self.shortcut = nn.Conv2d(in_channels, channels, 1, stride, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         activated = self.relu(self.bn1(x))
-        # The projection sees what the block sees, the identity what came in.
-        identity = x if self.shortcut is None else self.shortcut(activated)
-        out = self.conv2(self.relu(self.bn2(self.conv1(activated))))
-        return self.stochastic_depth(out) + identity
+        if self.shortcut is not None:
+            identity = self.shortcut(activated)
+        else:
+            identity = activated if self.activates_identity else x
+        return self.conv2(self.relu(self.bn2(self.conv1(activated)))) + identity
 
 
 def build_stages(
-    block: Block,
-    blocks: Sequence[int],
-    width: int,
-    stochastic_depth: float,
+    block: Block, blocks: Sequence[int], width: int
 ) -> tuple[list[nn.Sequential], int]:
     """Return the stages of a residual network, and the channels after the last.
 
@@ -68,16 +65,13 @@ def build_stages(
         block: of which they are.
         blocks: of each stage; each stage but the first halves the resolution.
         width: channels of the first stage and into it; each further stage has twice as many.
-        stochastic_depth: probability of the last block; it grows linearly from 0.
     """
-    stages, channels, done = [], width, 0
+    stages, channels = [], width
     for stage, count in enumerate(blocks):
         layers = []
         for number in range(count):
-            stride = 2 if stage and not number else 1
-            drop = stochastic_depth * done / max(1, sum(blocks) - 1)
-            layers.append(block(channels, width * 2**stage, stride, drop))
-            channels, done = width * 2**stage * block.expansion, done + 1
+            layers.append(block(channels, width * 2**stage, 2 if stage and not number else 1))
+            channels = width * 2**stage * block.expansion
         stages.append(nn.Sequential(*layers))
     return stages, channels
 
@@ -91,11 +85,8 @@ class PreActResNet(nn.Module):
         width: channels of the first stage; each further stage has twice as many.
         stem_stride: 1 keeps the resolution, 2 halves it.
         dropout: probability before the classifier.
-        stochastic_depth: probability that the last block's branch is left out of a sample; it
-            grows linearly over the blocks from 0.
 
-    Source: He et al. 2016, "Identity Mappings in Deep Residual Networks"; Huang et al. 2016, "Deep
-    Networks with Stochastic Depth".
+    Source: He et al. 2016, "Identity Mappings in Deep Residual Networks".
     """
 
     def __init__(
@@ -106,11 +97,10 @@ class PreActResNet(nn.Module):
         width: int = 64,
         stem_stride: int = 1,
         dropout: float = 0.0,
-        stochastic_depth: float = 0.0,
     ) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(3, width, 3, stem_stride, padding=1, bias=False)
-        stages, channels = build_stages(PreActBlock, blocks, width, stochastic_depth)
+        stages, channels = build_stages(PreActBlock, blocks, width)
         self.layer1, self.layer2, self.layer3, self.layer4 = stages
         self.bn = nn.BatchNorm2d(channels)
         self.relu = nn.ReLU(inplace=True)

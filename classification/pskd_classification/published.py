@@ -16,7 +16,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from torch import Tensor, nn
-from torchvision.ops import StochasticDepth
 
 from pskd_classification.preact_resnet import Block, PreActBlock, build_stages
 
@@ -26,11 +25,7 @@ __all__ = ["PublishedResNet", "preact_resnet18_published", "preact_resnet101_pub
 class ActivatedShortcutBlock(PreActBlock):
     """A pre-activation block whose identity, too, carries the activated input."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        activated = self.relu(self.bn1(x))
-        identity = activated if self.shortcut is None else self.shortcut(activated)
-        out = self.conv2(self.relu(self.bn2(self.conv1(activated))))
-        return self.stochastic_depth(out) + identity
+    activates_identity = True
 
 
 class BottleneckBlock(nn.Module):
@@ -38,7 +33,7 @@ class BottleneckBlock(nn.Module):
 
     expansion = 4
 
-    def __init__(self, in_channels: int, channels: int, stride: int, drop: float) -> None:
+    def __init__(self, in_channels: int, channels: int, stride: int) -> None:
         super().__init__()
         out_channels = channels * self.expansion
         self.conv1 = nn.Conv2d(in_channels, channels, 1, bias=False)
@@ -48,7 +43,6 @@ class BottleneckBlock(nn.Module):
         self.conv3 = nn.Conv2d(channels, out_channels, 1, bias=False)
         self.bn3 = nn.BatchNorm2d(out_channels)
         self.relu = nn.ReLU(inplace=True)
-        self.stochastic_depth = StochasticDepth(drop, "row")
         self.shortcut: nn.Module = nn.Identity()
         if stride != 1 or in_channels != out_channels:
             projection = nn.Conv2d(in_channels, out_channels, 1, stride, bias=False)
@@ -57,7 +51,7 @@ class BottleneckBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         out = self.relu(self.bn1(self.conv1(x)))
         out = self.bn3(self.conv3(self.relu(self.bn2(self.conv2(out)))))
-        return self.relu(self.stochastic_depth(out) + self.shortcut(x))
+        return self.relu(out + self.shortcut(x))
 
 
 class PublishedResNet(nn.Module):
@@ -68,24 +62,16 @@ class PublishedResNet(nn.Module):
         blocks: of each stage.
         num_classes: C.
         dropout: probability before the classifier; the paper has none.
-        stochastic_depth: probability that the last block's branch is left out of a sample; it
-            grows linearly over the blocks from 0. The paper has none.
     """
 
     def __init__(
-        self,
-        block: Block,
-        blocks: Sequence[int],
-        num_classes: int,
-        *,
-        dropout: float = 0.0,
-        stochastic_depth: float = 0.0,
+        self, block: Block, blocks: Sequence[int], num_classes: int, *, dropout: float = 0.0
     ) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(64)
         self.relu = nn.ReLU(inplace=True)
-        stages, channels = build_stages(block, blocks, 64, stochastic_depth)
+        stages, channels = build_stages(block, blocks, 64)
         self.layer1, self.layer2, self.layer3, self.layer4 = stages
         self.avgpool = nn.AdaptiveAvgPool2d(1)  # of 32 pixels 4x4 are left
         self.dropout = nn.Dropout(dropout)
@@ -97,11 +83,11 @@ class PublishedResNet(nn.Module):
         return self.fc(self.dropout(self.avgpool(x).flatten(1)))
 
 
-def preact_resnet18_published(num_classes: int, **options) -> PublishedResNet:
+def preact_resnet18_published(num_classes: int, dropout: float = 0.0) -> PublishedResNet:
     """What the paper's table calls PreAct ResNet-18, 11.2 million weights."""
-    return PublishedResNet(ActivatedShortcutBlock, (2, 2, 2, 2), num_classes, **options)
+    return PublishedResNet(ActivatedShortcutBlock, (2, 2, 2, 2), num_classes, dropout=dropout)
 
 
-def preact_resnet101_published(num_classes: int, **options) -> PublishedResNet:
+def preact_resnet101_published(num_classes: int, dropout: float = 0.0) -> PublishedResNet:
     """What the paper's table calls PreAct ResNet-101, 42.7 million weights."""
-    return PublishedResNet(BottleneckBlock, (3, 4, 23, 3), num_classes, **options)
+    return PublishedResNet(BottleneckBlock, (3, 4, 23, 3), num_classes, dropout=dropout)

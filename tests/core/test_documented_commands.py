@@ -101,7 +101,7 @@ def test_commands_are_found_wherever_they_may_stand():
     [
         ("python classification/train.py --learning-rate 1", "unrecognized arguments"),
         ("python classification/train.py --pskd-alpha 0.5", "unrecognized arguments"),
-        ("python classification/train.py --pskd-alpha-final 5", "--pskd-alpha-final: expected"),
+        ("python classification/train.py --pskd-alpha-final 5", "expected 0 to 1, got 5.0"),
         ("python classification/trian.py", "expected a script"),
         ("torchrun --nproc-per-node 2 classification/train.py --no-flag", "unrecognized arguments"),
         ("torchrun --processes 2 classification/train.py", "unrecognized|required"),
