@@ -76,7 +76,6 @@ class Trainer(ABC):
         optimizer: of the model's parameters.
         world: the processes.
         amp: mixed precision, as of `amp_dtype`; float16 has a loss scale.
-        clip_grad_norm: the largest norm of the gradient; 0 for any.
         seed: of the order of samples and of all that is random.
 
     Attributes:
@@ -93,12 +92,11 @@ class Trainer(ABC):
         *,
         world: World,
         amp: bool | str = False,
-        clip_grad_norm: float = 0.0,
         seed: int = 0,
     ) -> None:
         self.model, self.optimizer, self.world = model, optimizer, world
         self.log = MetricsLog(None)
-        self._amp, self._clip_grad_norm, self._seed = amp, clip_grad_norm, seed
+        self._amp, self._seed = amp, seed
         device = world.device
         is_half = amp_dtype(amp, device) is torch.float16
         self.scaler = torch.amp.GradScaler(device.type, enabled=is_half)
@@ -138,9 +136,6 @@ class Trainer(ABC):
         """Make a step on the loss of a batch."""
         self.optimizer.zero_grad()
         self.scaler.scale(loss).backward()
-        if self._clip_grad_norm:
-            self.scaler.unscale_(self.optimizer)
-            nn.utils.clip_grad_norm_(self.model.parameters(), self._clip_grad_norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
 

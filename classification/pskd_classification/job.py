@@ -38,7 +38,6 @@ logger = logging.getLogger(__name__)
 FIXED = (
     "model", "num_classes", "train_per_class", "label_noise", "label_noise_seed", "samples",
     "fingerprint", "mean", "std", "opt", "epochs", "lr", "lr_schedule", "lr_steps", "lr_gamma",
-    "lr_warmup_epochs",
 )  # fmt: skip
 
 
@@ -187,7 +186,6 @@ def build_trainer(job: ClassifierJob) -> Trainer:
         compiled=args.compile,
         compile_mode=args.compile_mode,
         channels_last=args.channels_last,
-        clip_grad_norm=args.clip_grad_norm,
         seed=args.seed,
     )
 
@@ -222,14 +220,6 @@ def _objective(job: ClassifierJob) -> Objective:
 def _scheduler(
     args: argparse.Namespace, optimizer: torch.optim.Optimizer
 ) -> lr_scheduler.LRScheduler:
-    warmup = args.lr_warmup_epochs
-    main: lr_scheduler.LRScheduler
     if args.lr_schedule == "cosine":
-        main = lr_scheduler.CosineAnnealingLR(optimizer, max(1, args.epochs - warmup))
-    else:
-        steps = [step - warmup for step in args.lr_steps]
-        main = lr_scheduler.MultiStepLR(optimizer, steps, args.lr_gamma)
-    if not warmup:
-        return main
-    ramp = lr_scheduler.LinearLR(optimizer, 1.0 / (warmup + 1), total_iters=warmup)
-    return lr_scheduler.SequentialLR(optimizer, [ramp, main], [warmup])
+        return lr_scheduler.CosineAnnealingLR(optimizer, args.epochs)
+    return lr_scheduler.MultiStepLR(optimizer, args.lr_steps, args.lr_gamma)

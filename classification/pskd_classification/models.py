@@ -8,8 +8,12 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 
-from pskd_classification.preact_resnet import preact_resnet10_tiny, preact_resnet18
-from pskd_classification.published import preact_resnet18_published, preact_resnet101_published
+from pskd_classification.networks import (
+    preact_resnet10_tiny,
+    preact_resnet18,
+    preact_resnet18_published,
+    preact_resnet101_published,
+)
 
 __all__ = ["build_model"]
 

@@ -24,8 +24,8 @@ COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-
 RECORDED = (
     "model", "dropout", "dataset", "val_fraction", "split_seed", "num_classes", "train_per_class",
     "label_noise", "augment", "image_size", "hflip", "epochs", "batch_size", "opt", "lr",
-    "momentum", "weight_decay", "lr_schedule", "lr_steps", "lr_gamma", "lr_warmup_epochs",
-    "label_smoothing", "cutmix_alpha", "mixup_alpha", "mix_prob", "tf_kd_alpha", "amp", "seed",
+    "momentum", "weight_decay", "lr_schedule", "lr_steps", "lr_gamma", "label_smoothing",
+    "cutmix_alpha", "mixup_alpha", "mix_prob", "tf_kd_alpha", "amp", "seed",
 )  # fmt: skip
 
 
@@ -175,8 +175,6 @@ def _add_training(group) -> None:
         },
     )  # fmt: skip
     add("--lr-schedule", choices=("steps", "cosine"), default="steps", help="default: steps")
-    add("--lr-warmup-epochs", type=in_range(int, 0), default=0, help="default: %(default)s")
-    add("--clip-grad-norm", type=in_range(float, 0.0), default=0.0, help="default: 0, off")
     add(
         "--amp", nargs="?", choices=list(AMP), const=True, default=False,
         help="mixed precision; alone fp16 on a GPU, bf16 on a CPU",

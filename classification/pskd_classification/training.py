@@ -40,7 +40,7 @@ class Trainer(training.Trainer):
             it is compiled for one shape.
         compile_mode: torch.compile's; None for its default.
         channels_last: the memory format of images and weights.
-        options: of `pskd_tools.training.Trainer`: ``amp``, ``clip_grad_norm`` and ``seed``.
+        options: of `pskd_tools.training.Trainer`: ``amp`` and ``seed``.
     """
 
     def __init__(

@@ -48,8 +48,6 @@ def build_detector(
     *,
     min_size: Sequence[int] | None = None,
     max_size: int | None = None,
-    anchor_sizes: Sequence[int] | None = None,
-    rois_per_image: int | None = None,
     frozen_bn: bool = False,
 ) -> nn.Module:
     """Build a detector with random weights; what is None is as its builder has it.
@@ -64,25 +62,16 @@ def build_detector(
         min_size: pixels of the shorter side; of several, training draws one for each image and
             evaluation takes the last.
         max_size: pixels of the longer side.
-        anchor_sizes: in pixels, in place of the builder's, one for each of them from small to
-            large: torchvision's own are 32 64 128 256 512.
-        rois_per_image: how many the box head is trained on.
         frozen_bn: batch norm of the backbone is a constant, for loaded weights and small batches.
 
     Raises:
-        ValueError: for a name that is not known, or a number of anchor sizes that does not fit.
+        ValueError: for a name that is not known.
     """
     if name not in model_names():
         raise ValueError(f"--model: expected one of {', '.join(model_names())}, got {name!r}")
-    given = {
-        "min_size": min_size and tuple(min_size),
-        "max_size": max_size,
-        "box_batch_size_per_image": rois_per_image,
-    }
+    given = {"min_size": min_size and tuple(min_size), "max_size": max_size}
     options = {key: value for key, value in given.items() if value is not None}
     model = _builder(name)(num_classes=num_classes + 1, **options)
-    if anchor_sizes is not None:
-        _replace_anchors(model, anchor_sizes)
     if frozen_bn:
         _freeze_batch_norm(model.backbone)
     return model
@@ -134,20 +123,6 @@ def _tiny(detector: type[FasterRCNN], *, num_classes: int, **options) -> FasterR
         tiny["mask_head"] = MaskRCNNHeads(channels, (channels, channels), 1)
         tiny["mask_predictor"] = MaskRCNNPredictor(channels, channels, num_classes)
     return detector(backbone, **(tiny | options))
-
-
-def _replace_anchors(model: FasterRCNN, anchor_sizes: Sequence[int]) -> None:
-    """Put other sizes in the place of the builder's; their number, and the RPN, stay."""
-    old = model.rpn.anchor_generator
-    stock = sorted({size for level in old.sizes for size in level})
-    if len(anchor_sizes) != len(stock):
-        raise ValueError(
-            f"--anchor-sizes: expected {len(stock)} sizes for this model, in place of "
-            f"{' '.join(map(str, stock))}, got {len(anchor_sizes)}"
-        )
-    new = dict(zip(stock, sorted(anchor_sizes), strict=True))
-    sizes = tuple(tuple(new[size] for size in level) for level in old.sizes)
-    model.rpn.anchor_generator = AnchorGenerator(sizes, old.aspect_ratios)
 
 
 def _freeze_batch_norm(module: nn.Module) -> None:

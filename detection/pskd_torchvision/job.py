@@ -27,7 +27,7 @@ __all__ = ["DetectorJob", "build_trainer", "prepare"]
 logger = logging.getLogger(__name__)
 
 #: Options that shape the weights.
-MODEL_OPTIONS = ("model", "anchor_sizes", "frozen_bn")
+MODEL_OPTIONS = ("model", "frozen_bn")
 
 
 @dataclass
@@ -88,8 +88,6 @@ def _model(args: argparse.Namespace, num_classes: int) -> nn.Module:
         num_classes,
         min_size=args.min_size,
         max_size=args.max_size,
-        anchor_sizes=args.anchor_sizes,
-        rois_per_image=args.rois_per_image,
         frozen_bn=args.frozen_bn,
     )
     return add_pskd(

@@ -13,9 +13,8 @@ __all__ = ["build_parser", "check", "recorded"]
 
 # What a run that is resumed is compared with; the rest is about where and how it runs.
 RECORDED = (
-    "model", "min_size", "max_size", "anchor_sizes", "rois_per_image", "frozen_bn", "epochs",
-    "batch_size", "opt", "lr", "momentum", "weight_decay", "lr_steps", "lr_gamma", "warmup_iters",
-    "hflip", "amp", "seed",
+    "model", "min_size", "max_size", "frozen_bn", "epochs", "batch_size", "opt", "lr", "momentum",
+    "weight_decay", "lr_steps", "lr_gamma", "warmup_iters", "hflip", "amp", "seed",
 )  # fmt: skip
 
 
@@ -44,11 +43,6 @@ def _add_model(group) -> None:
         "--min-size", type=pixels, nargs="+", help="shorter side in pixels; of several one is drawn"
     )
     add("--max-size", type=pixels, help="longer side in pixels")
-    add(
-        "--anchor-sizes", type=pixels, nargs="+",
-        help="in pixels, for the builder's own one by one",
-    )  # fmt: skip
-    add("--rois-per-image", type=in_range(int, 1), help="that the box head is trained on")
 
 
 def _add_training(group) -> None:

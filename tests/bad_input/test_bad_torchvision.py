@@ -135,11 +135,6 @@ unbuilt(
     "--model: expected one of fasterrcnn_..., got 'yolo'",
 )
 unbuilt(
-    "two anchor sizes for four",
-    "--anchor-sizes 8 16",
-    "--anchor-sizes: expected 4 sizes for this model, in place of 16 24 32 48, got 2",
-)
-unbuilt(
     "masks that the data do not have",
     "--model maskrcnn_tiny_fpn",
     "coco:set/set.json:set: annotation 1 of image 1: for a model with masks expected "

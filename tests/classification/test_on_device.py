@@ -241,7 +241,6 @@ def test_no_step_reads_a_value_back_from_the_device(teacher, mixing, monkeypatch
         torch.optim.lr_scheduler.MultiStepLR(optimizer, [1]),
         world=World(0, 1, meta),
         batch_size=8,
-        clip_grad_norm=1.0,
     )
     step, done = trainer._step, []
     monkeypatch.setattr(trainer, "_step", lambda *batch: done.append(step(*batch)) or done[-1])

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from pskd_classification.evaluation import measure, predict, rows_of
 from pskd_classification.mixing import Mixer
 from pskd_classification.models import build_model
+from pskd_classification.networks import BottleneckBlock
 from pskd_classification.objective import Objective, VirtualTeacher
-from pskd_classification.published import BottleneckBlock
 from torch.utils.data import TensorDataset
 
 import pskd

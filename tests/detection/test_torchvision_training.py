@@ -513,7 +513,6 @@ def test_checkpoints_of_another_run_are_refused(tool, straight, capsys):
     shutil.copytree(straight.folder, tool.folder / "mismatched")
     cases = [
         (["--model", "maskrcnn_tiny_fpn"], "expected model 'maskrcnn_tiny_fpn' as in this run"),
-        (["--anchor-sizes", "8", "16", "32", "64"], "expected anchor_sizes [8, 16, 32, 64] as in"),
         (["--frozen-bn"], "expected frozen_bn True as in this run, got False"),
         (["--pskd-alpha-schedule", "cosine"], "alpha_schedule: expected 'linear', with which"),
         (["--epochs", "5"], "num_epochs: expected 3, with which"),
