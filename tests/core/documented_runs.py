@@ -41,6 +41,9 @@ RUN: dict[str, dict[str, list[str]]] = {
     },
     "core/test_wheel.py": {
         "test_train_net_is_there_without_a_checkout": ["python -m pskd_detectron2.train_net"],
+        "test_train_programs_are_there_without_a_checkout": [
+            "python -m pskd_classification.compare"
+        ],
     },
     "detection/test_benchmark_detection.py": {
         "test_the_benchmark_tells_all_figures": ["benchmarks/detection_step.py"],
