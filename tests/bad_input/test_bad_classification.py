@@ -90,18 +90,6 @@ configured(
     "train: config.yaml: expected options of this program, got 0.2",
 )
 configured(
-    "text for a number",
-    "lr: fast\n",
-    "train.py: error: argument --lr: invalid float value: 'fast'",
-    ends=2,
-)
-configured(
-    "a fraction of an epoch",
-    "epochs: 2.5\n",
-    "train.py: error: argument --epochs/--end_epoch: invalid int value: '2.5'",
-    ends=2,
-)
-configured(
     "an unknown choice",
     "pskd_teacher: oracle\n",
     "train.py: error: argument --pskd-teacher: invalid choice: 'oracle' (choose from ...memory..."

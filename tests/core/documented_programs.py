@@ -32,6 +32,8 @@ CONSOLE = {
     "fairseq-preprocess": "fairseq_cli.preprocess:cli_main",
     "fairseq-train": "fairseq_cli.train:cli_main",
     "pskd": "pskd_tools.cli:main",
+    "pskd-classify": "pskd_classification.train:main",
+    "pskd-detect-torchvision": "pskd_torchvision.train:main",
     "sacrebleu": "sacrebleu.sacrebleu:main",
 }
 #: Modules without which a command is skipped, as they are no part of the core.
