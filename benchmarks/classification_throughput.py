@@ -27,7 +27,6 @@ from _measuring import at_least, conditions, judged, markdown, measure, options,
 from PIL import Image
 from pskd_classification import Images, Mixer, Objective, Trainer, build_model
 from pskd_classification.on_device import DeviceImages, DeviceLoader
-from pskd_classification.precision import AMP, autocast
 from pskd_classification.transforms import View, train_transform
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
@@ -35,6 +34,7 @@ from torch.optim.lr_scheduler import MultiStepLR
 
 from pskd import MemoryCriterion
 from pskd.distributed import World
+from pskd_tools.training import AMP, autocast
 
 LIMIT = 1.05  # of a step with the images on the device over the bare network's
 BASE = "network"

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -153,43 +154,58 @@ def load_splits(
     """
     sources = load_sources(name, root, download)
     class_names = tuple(str(c) for c in sources["train"].classes)
-    ids = {part: check_source(part, source, class_names) for part, source in sources.items()}
-    labels = {part: np.asarray(source.targets, np.int64) for part, source in sources.items()}
-    indices = {part: np.arange(len(source)) for part, source in sources.items()}
+    parts = {part: _Part.of(part, source, class_names) for part, source in sources.items()}
     if num_classes is not None:
         chosen = _drawn_classes(class_names, num_classes, split_seed)
         class_names = tuple(class_names[c] for c in chosen)
-        for part, own in labels.items():
-            indices[part] = np.flatnonzero(np.isin(own, chosen))
-            labels[part] = np.searchsorted(chosen, own)
-    if "val" not in sources and val_fraction:
-        held_out = _stratified(labels["train"][indices["train"]], val_fraction, split_seed)
-        sources["val"], ids["val"], labels["val"] = sources["train"], ids["train"], labels["train"]
-        indices["val"] = indices["train"][held_out]
-        indices["train"] = np.delete(indices["train"], held_out)
+        parts = {part: own.of_classes(chosen) for part, own in parts.items()}
+    if "val" not in parts and val_fraction:
+        held_out = _stratified(parts["train"].targets, val_fraction, split_seed)
+        parts["val"] = parts["train"].rows(held_out)
+        parts["train"] = parts["train"].rows(~held_out)
     if train_per_class is not None:
-        drawn = _drawn_of_each(
-            labels["train"][indices["train"]], class_names, train_per_class, split_seed
-        )
-        indices["train"] = indices["train"][drawn]
-    targets = {part: own[indices[part]] for part, own in labels.items()}
-    clean = targets["train"]
+        targets = parts["train"].targets
+        drawn = _drawn_of_each(targets, class_names, train_per_class, split_seed)
+        parts["train"] = parts["train"].rows(drawn)
+    clean = parts["train"].targets
     if label_noise is not None:
-        targets["train"] = label_noise.apply(clean, len(class_names))
-    size = image_size or _size_of(sources["train"], ids["train"][0])
+        parts["train"] = parts["train"]._replace(targets=label_noise.apply(clean, len(class_names)))
+    size = image_size or _size_of(parts["train"])
     hflip = (0.0 if name == "digits" else 0.5) if hflip is None else hflip
     own_mean, own_std = stats_of(name)
     view = View(augment, size, hflip, tuple(mean or own_mean), tuple(std or own_std))
-    seen = {"train": train_transform(view)}
-    seen["val"] = seen["test"] = eval_transform(view)
-    images = {
-        part: Images(source, ids[part], indices[part], seen[part], targets[part])
-        for part, source in sources.items()
-    }
-    train = images["train"]
-    fingerprint = _fingerprint(class_names, train)
-    noisy = targets["train"] != clean
-    return Splits(class_names, train, images.get("val"), images["test"], fingerprint, noisy, view)
+    train = parts["train"].seen(train_transform(view))
+    held = {part: own.seen(eval_transform(view)) for part, own in parts.items() if part != "train"}
+    fingerprint, noisy = _fingerprint(class_names, train), parts["train"].targets != clean
+    return Splits(class_names, train, held.get("val"), held["test"], fingerprint, noisy, view)
+
+
+class _Part(NamedTuple):
+    """Some samples of a source: their numbers in it, (M,), their labels, (M,), and all its ids."""
+
+    source: Source
+    ids: Sequence[str]
+    indices: np.ndarray
+    targets: np.ndarray
+
+    @classmethod
+    def of(cls, part: str, source: Source, class_names: Sequence[str]) -> _Part:
+        """Return all samples of a source, which is checked."""
+        ids = check_source(part, source, class_names)
+        return cls(source, ids, np.arange(len(source)), np.asarray(source.targets, np.int64))
+
+    def rows(self, chosen: np.ndarray) -> _Part:
+        """Return some of the samples, by numbers or (M,) bool."""
+        return self._replace(indices=self.indices[chosen], targets=self.targets[chosen])
+
+    def of_classes(self, chosen: np.ndarray) -> _Part:
+        """Return the samples of some classes, which are counted anew."""
+        some = self.rows(np.isin(self.targets, chosen))
+        return some._replace(targets=np.searchsorted(chosen, some.targets))
+
+    def seen(self, transform: Callable[[Image.Image], Tensor]) -> Images:
+        """Return the samples through a transform."""
+        return Images(self.source, self.ids, self.indices, transform, self.targets)
 
 
 def _fingerprint(class_names: Sequence[str], train: Images) -> str:
@@ -209,12 +225,12 @@ def _drawn_classes(class_names: Sequence[str], count: int, seed: int) -> np.ndar
 
 
 def _drawn_of_each(
-    labels: np.ndarray, class_names: Sequence[str], count: int, seed: int
+    targets: np.ndarray, class_names: Sequence[str], count: int, seed: int
 ) -> np.ndarray:
     """Return the places of as many samples of each class, in their order."""
     random, drawn = np.random.default_rng(seed), []
     for label, name in enumerate(class_names):
-        own = random.permutation(np.flatnonzero(labels == label))
+        own = random.permutation(np.flatnonzero(targets == label))
         if len(own) < count:
             raise ValueError(
                 f"--train-per-class: expected at most {len(own)}, which class {name} has, got "
@@ -224,23 +240,24 @@ def _drawn_of_each(
     return np.sort(np.concatenate(drawn))
 
 
-def _stratified(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
+def _stratified(targets: np.ndarray, fraction: float, seed: int) -> np.ndarray:
+    """Return which samples are held out, (M,) bool."""
     from sklearn.model_selection import train_test_split
 
     try:
         _, held_out = train_test_split(
-            np.arange(len(labels)), test_size=fraction, random_state=seed, stratify=labels
+            np.arange(len(targets)), test_size=fraction, random_state=seed, stratify=targets
         )
     except ValueError as error:
         raise ValueError(
             f"--val-fraction: expected a share that leaves samples of every class on both sides, "
             f"got {fraction}: {error}"
         ) from error
-    return np.sort(held_out)
+    return np.isin(np.arange(len(targets)), held_out)
 
 
-def _size_of(source: Source, first: str) -> int:
-    width, height = read_image(source, 0, first).size
+def _size_of(part: _Part) -> int:
+    width, height = read_image(part.source, 0, part.ids[0]).size
     if width != height:
         raise ValueError(
             f"--image-size: expected a number for images that are not square, got none "

@@ -17,8 +17,8 @@ from torch.utils.data import DataLoader, Subset
 from pskd.distributed import World, gather
 from pskd_classification.data import Images
 from pskd_classification.on_device import DeviceImages, DeviceLoader
-from pskd_classification.precision import autocast
 from pskd_tools import presets
+from pskd_tools.training import autocast
 
 __all__ = ["Rows", "measure", "predict", "rows_of"]
 

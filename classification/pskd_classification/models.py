@@ -7,11 +7,13 @@ import functools
 import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
-from torchvision.models.resnet import BasicBlock, Bottleneck
-from torchvision.ops import stochastic_depth as drop_rows
 
-from pskd_classification.preact_resnet import preact_resnet10_tiny, preact_resnet18
-from pskd_classification.published import preact_resnet18_published, preact_resnet101_published
+from pskd_classification.networks import (
+    preact_resnet10_tiny,
+    preact_resnet18,
+    preact_resnet18_published,
+    preact_resnet101_published,
+)
 
 __all__ = ["build_model"]
 
@@ -28,9 +30,7 @@ CIFAR_NETWORKS = {
 }
 
 
-def build_model(
-    name: str, num_classes: int, *, dropout: float = 0.0, stochastic_depth: float = 0.0
-) -> nn.Module:
+def build_model(name: str, num_classes: int, *, dropout: float = 0.0) -> nn.Module:
     """Build a classifier with random weights; nothing is downloaded.
 
     Args:
@@ -38,56 +38,43 @@ def build_model(
             ``convnext_tiny``, ...), or one of timm as ``timm:NAME``.
         num_classes: C.
         dropout: probability before the classifier; 0 leaves the model's own default.
-        stochastic_depth: probability that the last residual branch is left out of a sample,
-            growing linearly over the blocks; 0 leaves the model's own default.
 
     Raises:
-        ValueError: for a name that none has, timm that is not installed, or a regulariser that the
-            model has no place for.
+        ValueError: for a name that none has, timm that is not installed, or dropout that the model
+            has no place for.
     """
     if name in CIFAR_NETWORKS:
-        build = CIFAR_NETWORKS[name]
-        return build(num_classes, dropout=dropout, stochastic_depth=stochastic_depth)
+        return CIFAR_NETWORKS[name](num_classes, dropout=dropout)
     if name.startswith(TIMM):
-        return _timm(name.removeprefix(TIMM), num_classes, dropout, stochastic_depth)
+        return _timm(name.removeprefix(TIMM), num_classes, dropout)
     if name not in torchvision.models.list_models(module=torchvision.models):
         raise ValueError(
             f"--model: expected one of {', '.join(CIFAR_NETWORKS)}, a classifier of torchvision "
             f"or {TIMM}NAME, got {name!r}"
         )
-    options = {}
-    if dropout:
-        options["dropout"] = dropout
-    if stochastic_depth:
-        options["stochastic_depth_prob"] = stochastic_depth
+    options = {"dropout": dropout} if dropout else {}
     try:
-        model = torchvision.models.get_model(name, weights=None, num_classes=num_classes, **options)
-    except TypeError:  # the builder does not know one of them: try to add them to the model
+        return torchvision.models.get_model(name, weights=None, num_classes=num_classes, **options)
+    except TypeError:  # a builder that does not know dropout
         model = torchvision.models.get_model(name, weights=None, num_classes=num_classes)
-        if dropout:
-            _add_dropout(model, name, dropout)
-        if stochastic_depth:
-            _add_stochastic_depth(model, name, stochastic_depth)
-    return model
+        _add_dropout(model, name, dropout)
+        return model
 
 
-def _timm(name: str, num_classes: int, dropout: float, stochastic_depth: float) -> nn.Module:
+def _timm(name: str, num_classes: int, dropout: float) -> nn.Module:
     try:
         import timm
     except ImportError as error:
         raise ValueError(f"--model: {TIMM}{name} needs timm: pip install timm") from error
     options = {"drop_rate": dropout} if dropout else {}
-    options |= {"drop_path_rate": stochastic_depth} if stochastic_depth else {}
     try:
         return timm.create_model(name, pretrained=False, num_classes=num_classes, **options)
     except (RuntimeError, TypeError) as error:
         raise ValueError(f"--model: expected a model of timm, got {name!r}: {error}") from error
 
 
-# ---- regularisers as hooks: names of weights, and so checkpoints, stay torchvision's ------------
-
-
 def _add_dropout(model: nn.Module, name: str, probability: float) -> None:
+    """Drop features by a hook: names of weights, and so checkpoints, stay torchvision's."""
     classifier = getattr(model, "fc", None)
     if not isinstance(classifier, nn.Linear):
         raise ValueError(f"--dropout: expected a model with a place for it, got {name}")
@@ -96,17 +83,3 @@ def _add_dropout(model: nn.Module, name: str, probability: float) -> None:
 
 def _drop_features(probability: float, module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
     return (F.dropout(args[0], probability, module.training),)
-
-
-def _add_stochastic_depth(model: nn.Module, name: str, probability: float) -> None:
-    blocks = [block for block in model.modules() if isinstance(block, (BasicBlock, Bottleneck))]
-    if not blocks:
-        raise ValueError(f"--stochastic-depth: expected a model with residual blocks, got {name}")
-    for number, block in enumerate(blocks):
-        last = block.bn2 if isinstance(block, BasicBlock) else block.bn3
-        drop = probability * number / max(1, len(blocks) - 1)
-        last.register_forward_hook(functools.partial(_drop_branch, drop))
-
-
-def _drop_branch(probability: float, module: nn.Module, _args: tuple, output: Tensor) -> Tensor:
-    return drop_rows(output, probability, "row", module.training)

@@ -8,6 +8,7 @@ have or nearly so.
 from __future__ import annotations
 
 import importlib
+import math
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -21,6 +22,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from pskd_tools.digits import last_of_each_class
 from pskd_tools.images import named, read_rgb, to_rgb
 
 __all__ = ["DATASETS", "Source", "check_source", "load_sources", "read_image"]
@@ -52,9 +54,8 @@ class Digits(Dataset):
         from sklearn.datasets import load_digits
 
         data = load_digits()
-        rank = np.array([(data.target[:i] == c).sum() for i, c in enumerate(data.target)])
-        counts = np.bincount(data.target)[data.target]
-        chosen = np.flatnonzero((rank >= (1 - DIGITS_TEST_SHARE) * counts) == is_test)
+        for_test = last_of_each_class(data.target, lambda n: math.floor(DIGITS_TEST_SHARE * n))
+        chosen = np.flatnonzero(for_test == is_test)
         self.targets = data.target[chosen]
         self.ids = [f"digit {i}" for i in chosen]
         self._images = (data.images[chosen] * (255 / 16)).astype(np.uint8)

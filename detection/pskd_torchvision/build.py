@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 
-from torch import Tensor, nn
+from torch import nn
 from torchvision.models import detection, get_model, list_models
 from torchvision.models.detection import FasterRCNN, MaskRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
@@ -19,7 +19,7 @@ from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredic
 from torchvision.models.resnet import BasicBlock, ResNet
 from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign
 
-from pskd_tools.checkpoint import load_archive
+from pskd_torchvision.weights import read_state_dict, some
 
 __all__ = ["build_detector", "has_masks", "load_weights", "model_names"]
 
@@ -28,7 +28,6 @@ KINDS = {"fasterrcnn_": FasterRCNN, "maskrcnn_": MaskRCNN}
 RESNETS = ("resnet18", "resnet34", "resnet101")
 TINY = "tiny_fpn"
 TINY_CHANNELS, TINY_HEAD = 64, 256
-SHOWN_KEYS = 3  # in an error
 
 
 def model_names() -> list[str]:
@@ -49,8 +48,6 @@ def build_detector(
     *,
     min_size: Sequence[int] | None = None,
     max_size: int | None = None,
-    anchor_sizes: Sequence[int] | None = None,
-    rois_per_image: int | None = None,
     frozen_bn: bool = False,
 ) -> nn.Module:
     """Build a detector with random weights; what is None is as its builder has it.
@@ -65,25 +62,16 @@ def build_detector(
         min_size: pixels of the shorter side; of several, training draws one for each image and
             evaluation takes the last.
         max_size: pixels of the longer side.
-        anchor_sizes: in pixels, in place of the builder's, one for each of them from small to
-            large: torchvision's own are 32 64 128 256 512.
-        rois_per_image: how many the box head is trained on.
         frozen_bn: batch norm of the backbone is a constant, for loaded weights and small batches.
 
     Raises:
-        ValueError: for a name that is not known, or a number of anchor sizes that does not fit.
+        ValueError: for a name that is not known.
     """
     if name not in model_names():
         raise ValueError(f"--model: expected one of {', '.join(model_names())}, got {name!r}")
-    given = {
-        "min_size": min_size and tuple(min_size),
-        "max_size": max_size,
-        "box_batch_size_per_image": rois_per_image,
-    }
+    given = {"min_size": min_size and tuple(min_size), "max_size": max_size}
     options = {key: value for key, value in given.items() if value is not None}
     model = _builder(name)(num_classes=num_classes + 1, **options)
-    if anchor_sizes is not None:
-        _replace_anchors(model, anchor_sizes)
     if frozen_bn:
         _freeze_batch_norm(model.backbone)
     return model
@@ -137,20 +125,6 @@ def _tiny(detector: type[FasterRCNN], *, num_classes: int, **options) -> FasterR
     return detector(backbone, **(tiny | options))
 
 
-def _replace_anchors(model: FasterRCNN, anchor_sizes: Sequence[int]) -> None:
-    """Put other sizes in the place of the builder's; their number, and the RPN, stay."""
-    old = model.rpn.anchor_generator
-    stock = sorted({size for level in old.sizes for size in level})
-    if len(anchor_sizes) != len(stock):
-        raise ValueError(
-            f"--anchor-sizes: expected {len(stock)} sizes for this model, in place of "
-            f"{' '.join(map(str, stock))}, got {len(anchor_sizes)}"
-        )
-    new = dict(zip(stock, sorted(anchor_sizes), strict=True))
-    sizes = tuple(tuple(new[size] for size in level) for level in old.sizes)
-    model.rpn.anchor_generator = AnchorGenerator(sizes, old.aspect_ratios)
-
-
 def _freeze_batch_norm(module: nn.Module) -> None:
     for name, child in module.named_children():
         if isinstance(child, nn.BatchNorm2d):
@@ -171,9 +145,10 @@ def load_weights(model: FasterRCNN, path: str | os.PathLike) -> list[str]:
         The names of the model's weights that keep their values for want of others in the file.
 
     Raises:
-        ValueError: naming the file, if it cannot be read or belongs to another model.
+        OSError: if it cannot be opened.
+        ValueError: naming the file, if it is damaged or belongs to another model.
     """
-    state = _read_state(path)
+    state = read_state_dict(path)
     is_detector = any(key.startswith("backbone.") for key in state)
     target = model if is_detector else getattr(model.backbone, "body", model.backbone)
     own = target.state_dict()
@@ -192,19 +167,6 @@ def load_weights(model: FasterRCNN, path: str | os.PathLike) -> list[str]:
     return sorted(key for key in model.state_dict() if key not in loaded and not _is_counter(key))
 
 
-def _read_state(path: str | os.PathLike) -> dict[str, Tensor]:
-    try:
-        state = load_archive(path, "a state dict")
-    except OSError as error:
-        raise ValueError(f"{path}: expected a state dict, got {type(error).__name__}") from error
-    for key in ("model", "state_dict"):
-        if isinstance(state, dict) and isinstance(state.get(key), dict):
-            state = state[key]
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise ValueError(f"{path}: expected a state dict, got {type(state).__name__} of others")
-    return {key.removeprefix("module."): value for key, value in state.items()}
-
-
 def _is_counter(key: str) -> bool:
     # Older files lack it, and frozen batch norm does.
     return key.endswith(".num_batches_tracked")
@@ -216,8 +178,7 @@ def _check_fits(path, state: dict, own: dict, allowed_to_lack: set) -> None:
     others = [k for k in state if k in own and state[k].shape != own[k].shape]
     for what, keys in (("lacks", missing), ("also has", unknown), ("has in another shape", others)):
         if keys:
-            shown = ", ".join(keys[:SHOWN_KEYS]) + (", ..." if len(keys) > SHOWN_KEYS else "")
             raise ValueError(
                 f"{path}: expected the weights of this model or of its ResNet, got a file that "
-                f"{what} {len(keys)} of them: {shown}"
+                f"{what} {len(keys)} of them: {some(keys)}"
             )

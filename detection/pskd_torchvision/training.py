@@ -1,34 +1,28 @@
-"""The training loop: an epoch follows from the state at its start, the seed and its number alone.
+"""The training loop: batches of images, a learning rate by iterations, and a log of their losses.
 
-That is what makes a resumed run equal to one that was not stopped: all random states are set anew
-at each epoch's start, and the learning rate is a function of progress.
+The learning rate is a function of progress, so that there is no schedule to resume.
 """
 
 from __future__ import annotations
 
-import logging
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, DistributedSampler
+from torch.utils.data import DataLoader
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 
 from pskd.distributed import World, take_buffers_of_first_process
 from pskd.stats import Means
-from pskd_tools.log import MetricsLog
-from pskd_tools.seeding import seed_epoch
+from pskd_tools import training
 from pskd_torchvision.data import DetectionImages, collate
 from pskd_torchvision.epoch import PSKDEpochs
 
 __all__ = ["LearningRate", "Trainer"]
-
-logger = logging.getLogger(__name__)
 
 WARMUP_START = 1e-3  # of the learning rate, as in torchvision's reference
 
@@ -60,7 +54,7 @@ class LearningRate:
         return rate * (WARMUP_START + (1.0 - WARMUP_START) * iteration / warmup)
 
 
-class Trainer:
+class Trainer(training.Trainer):
     """Trains a detector with PS-KD, in one process or several.
 
     Args:
@@ -75,9 +69,6 @@ class Trainer:
         amp: mixed precision: float16 with a loss scale on a GPU, bfloat16 on a CPU.
         seed: of the order of images and of all sampling.
         print_freq: in iterations; how often losses are logged.
-
-    Attributes:
-        log: where they are logged; nowhere unless it is set.
     """
 
     def __init__(
@@ -95,45 +86,39 @@ class Trainer:
         seed: int = 0,
         print_freq: int = 20,
     ) -> None:
-        self.model, self.optimizer, self.epochs = model, optimizer, epochs
-        self._images, self._learning_rate, self._world = images, learning_rate, world
-        self._amp, self._seed, self._print_freq = amp, seed, print_freq
-        self.log = MetricsLog(None)
-        on_gpu = world.device.type == "cuda"
-        self.scaler = torch.amp.GradScaler(world.device.type, enabled=amp and on_gpu)
         if amp:
             _keep_boxes_in_float32(model)
-        self._wrapped = model
-        if world.size > 1:
-            devices = [world.device] if on_gpu else None
-            self._wrapped = DistributedDataParallel(model, device_ids=devices)
-        self._sampler: DistributedSampler[int] = DistributedSampler(
-            images, world.size, world.rank, seed=seed
-        )
+        super().__init__(model, images, optimizer, world=world, amp=amp, seed=seed)
+        self.epochs = epochs
+        self._images, self._learning_rate, self._print_freq = images, learning_rate, print_freq
         self._loader = DataLoader(
             images,
             batch_size=batch_size,
-            sampler=self._sampler,
+            sampler=self.sampler,
             num_workers=workers,
             collate_fn=collate,
-            pin_memory=on_gpu,
+            pin_memory=world.device.type == "cuda",
             generator=torch.Generator(),  # the seeds of workers do not come from the global one
         )
         self._losses = Means()
         self._seconds: list[float] = []
 
-    def train_epoch(self, epoch: int) -> None:
-        """Train one epoch, counted from 1; afterwards all processes have the same model.
+    @property
+    def iterations(self) -> int:
+        """Of an epoch."""
+        return len(self._loader)
+
+    def train_epoch(self, epoch: int) -> dict[str, float]:
+        """Train one epoch, counted from 1, and log its losses; return no figures beside them.
 
         Raises:
             FloatingPointError: if a loss is not finite.
             ValueError: for an image that cannot be read.
         """
-        seed_epoch(self._seed, epoch, self._world.rank)
-        self._sampler.set_epoch(epoch)
+        self.begin_epoch(epoch)
         self._images.set_epoch(epoch)
         self.epochs.begin_epoch(epoch)
-        self._wrapped.train()
+        self.network.train()
         start = time.perf_counter()
         for i, (images, targets) in enumerate(self._loader):
             rate = self._learning_rate.at(epoch, i, len(self._loader))
@@ -145,20 +130,17 @@ class Trainer:
             start = now
             self._report(epoch, i + 1, losses, rate)
         take_buffers_of_first_process(self.model)
+        return {}
 
     def _step(self, images: list[Tensor], targets: list[dict]) -> dict[str, Tensor]:
         """Make one step; return the losses that it was made on."""
-        device = self._world.device
+        device = self.world.device
         images = [image.to(device, non_blocking=True) for image in images]
         targets = [{k: v.to(device, non_blocking=True) for k, v in t.items()} for t in targets]
-        dtype = torch.float16 if device.type == "cuda" else torch.bfloat16
-        with torch.autocast(device.type, dtype=dtype, enabled=self._amp):
-            losses = self._wrapped(images, targets)
+        with self.autocast():
+            losses = self.network(images, targets)
             loss = sum(losses.values())
-        self.optimizer.zero_grad()
-        self.scaler.scale(loss).backward()
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
+        self.step(loss)
         return {"total_loss": loss} | losses
 
     def _report(self, epoch: int, done: int, losses: dict[str, Tensor], rate: float) -> None:
@@ -166,7 +148,7 @@ class Trainer:
             self._losses.add(name, value)
         total = len(self._loader)
         reported = done % self._print_freq == 0 or done == total
-        if not reported and self._world.device.type != "cpu":
+        if not reported and self.world.device.type != "cpu":
             return  # to look at a loss would be to wait for the device
         iteration = (epoch - 1) * total + done - 1  # from 0, as Detectron2 counts
         if not reported:
@@ -178,12 +160,6 @@ class Trainer:
         seconds = median(self._seconds[-self._print_freq :])
         values = {"epoch": epoch, "iteration": iteration, "lr": rate} | means
         self.log.write(values | {"seconds_per_iteration": seconds})
-
-    def report_test(self, epoch: int, results: Mapping[str, Mapping]) -> None:
-        """Log the numbers of a test set at an epoch's end, as ``part/name``."""
-        flat = {f"{part}/{k}": v for part, values in results.items() for k, v in values.items()}
-        if flat:
-            self.log.write({"epoch": epoch, "iteration": epoch * len(self._loader) - 1} | flat)
 
     def seconds_per_iteration(self) -> float | None:
         """Return the median over the iterations of this run; None if there were none."""

@@ -90,18 +90,6 @@ configured(
     "train: config.yaml: expected options of this program, got 0.2",
 )
 configured(
-    "text for a number",
-    "lr: fast\n",
-    "train.py: error: argument --lr: invalid float value: 'fast'",
-    ends=2,
-)
-configured(
-    "a fraction of an epoch",
-    "epochs: 2.5\n",
-    "train.py: error: argument --epochs/--end_epoch: invalid int value: '2.5'",
-    ends=2,
-)
-configured(
     "an unknown choice",
     "pskd_teacher: oracle\n",
     "train.py: error: argument --pskd-teacher: invalid choice: 'oracle' (choose from ...memory..."
@@ -136,9 +124,14 @@ def refused(tried: str, line: str, says: str, ends: int = 1) -> None:
 
 
 for _line, _says in (
-    ("--lr nan", "train: --lr: expected 0 or more, got nan"),
-    ("--epochs 0", "train: --epochs: expected 1 or more, got 0"),
-    ("--val-fraction 1", "train: --val-fraction: expected 0 to 0.999, got 1.0"),
+    ("--lr nan", "--lr: expected 0 or more, got nan"),
+    ("--epochs 0", "--epochs/--end_epoch: expected 1 or more, got 0"),
+    ("--val-fraction 1", "--val-fraction: expected 0 to 0.999, got 1.0"),
+    ("--mean 125.3 123 113.9", "--mean: expected 0 to 1, got 125.3"),
+    ("--pskd-alpha-final 1.5", "--pskd-alpha-final/--alpha_T: expected 0 to 1, got 1.5"),
+):
+    refused(f"`{_line}`", _line, f"train.py: error: argument {_says}", ends=2)
+for _line, _says in (
     (
         "--label-noise 1.2",
         "train: --label-noise: expected a rate in [0, 1), perhaps with :symmetric or :next after "
@@ -149,9 +142,6 @@ for _line, _says in (
         "train: --train-per-class: expected at most ..., which class 0 has, got 500",
     ),
     ("--num-classes 11", "train: --num-classes: expected at most 10, which there are, got 11"),
-    ("--pskd-alpha-final 1.5", "train: --pskd-alpha-final: expected a number in [0, 1], got 1.5"),
-    ("--tf-kd-temperature 0", "train: --tf-kd-temperature: expected above 0, got 0.0"),
-    ("--clip-grad-norm 0", "train: --clip-grad-norm: expected above 0, got 0.0"),
     ("--device tpu", "train: --device: expected cpu, cuda or cuda:NUMBER, got 'tpu'"),
     ("--device cuda:99", "train: --device: expected one that torch finds, got cuda:99 of ... GPUs"),
     (
@@ -308,6 +298,20 @@ going_on(
     "`--resume` with other wrong labels",
     f"{PSKD} --resume --label-noise 0.5",
     "run/checkpoint.pth: expected label_noise '0.5:symmetric' as in this run, got None",
+)
+going_on(
+    "`--resume` with another learning rate",
+    f"{PSKD} --resume --lr 0.3",
+    "run/checkpoint.pth: expected lr 0.3 as in this run, got 0.01",
+)
+going_on(
+    "`--resume` with another label",
+    f"{PSKD} --resume",
+    "run/checkpoint.pth: expected fingerprint '...' as in this run, got '...'",
+    lambda: [
+        Path("train/a/0.png").rename("train/b/9.png"),
+        Path("train/b/0.png").rename("train/a/9.png"),
+    ],
 )
 going_on(
     "`--resume` with an image less",

@@ -25,7 +25,7 @@ DATA = Part(
     "scripts and the demo.",
     NEEDS,
 )
-BACKBONES = Part("`detection/convert_backbone.py`", "Nothing is written.")
+BACKBONES = Part("`detection/convert_backbone.py`", "Nothing is written.", NEEDS)
 PARTS = [OPTIONS, DATA, BACKBONES]
 
 SET = Path("set/set.json")
@@ -51,19 +51,17 @@ def asked(tried: str, line: str, says: str, ends: int = 1) -> None:
 
 
 for _line, _says in (
+    ("--epochs 0", "--epochs: expected 1 or more, got 0"),
+    ("--lr inf", "--lr: expected 0 or more, got inf"),
+    ("--hflip 2", "--hflip: expected 0 to 1, got 2.0"),
+    ("--min-size 0", "--min-size: expected 1 or more, got 0"),
+    ("--pskd-alpha-final 1.5", "--pskd-alpha-final: expected 0 to 1, got 1.5"),
+    ("--pskd-label-smoothing -1", "--pskd-label-smoothing: expected 0 to 1, got -1.0"),
+):
+    asked(f"`{_line}`", f"--train {SPEC} {_line}", f".py: error: argument {_says}", ends=2)
+for _line, _says in (
     ("", "--train: expected a training set, got none"),
-    (f"--train {SPEC} --epochs 0", "--epochs: expected 1 or more, got 0"),
-    (f"--train {SPEC} --lr inf", "--lr: expected 0 or more, got inf"),
-    (f"--train {SPEC} --hflip 2", "--hflip: expected 0 to 1, got 2.0"),
-    (f"--train {SPEC} --min-size 0", "--min-size: expected 1 or more, got 0"),
-    (
-        f"--train {SPEC} --pskd-alpha-final 1.5",
-        "--pskd-alpha-final: expected a number in [0, 1], got 1.5",
-    ),
-    (
-        f"--train {SPEC} --pskd-label-smoothing -1",
-        "--pskd-label-smoothing: expected 0 to 1, got -1.0",
-    ),
+    ("--test-only --resume", "--test: expected a test set with --test-only, got none"),
     (f"--train {SPEC} --eval-period 1", "--test: expected a test set with --eval-period, got none"),
     (f"--test-only --test {SPEC}", "--test-only: expected --weights FILE or --resume, got neither"),
     (
@@ -137,11 +135,6 @@ unbuilt(
     "--model: expected one of fasterrcnn_..., got 'yolo'",
 )
 unbuilt(
-    "two anchor sizes for four",
-    "--anchor-sizes 8 16",
-    "--anchor-sizes: expected 4 sizes for this model, in place of 16 24 32 48, got 2",
-)
-unbuilt(
     "masks that the data do not have",
     "--model maskrcnn_tiny_fpn",
     "coco:set/set.json:set: annotation 1 of image 1: for a model with masks expected "
@@ -149,9 +142,14 @@ unbuilt(
     lambda: change(lambda content: content["annotations"][0].pop("segmentation")),
 )
 unbuilt(
+    "weights that are not there",
+    "--weights none.pth",
+    "[Errno 2] No such file or directory: 'none.pth'",
+)
+unbuilt(
     "a file that holds no weights",
     "--weights set/0.png",
-    "set/0.png: expected a state dict, got ...",
+    "set/0.png: expected a checkpoint that torch.load reads with weights_only=True, got ...",
 )
 unbuilt(
     "weights of another network",

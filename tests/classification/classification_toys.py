@@ -1,8 +1,7 @@
-"""Small data for the tests of classification, and its train script as a module."""
+"""Small data for the tests of classification, and its train script."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -11,6 +10,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from pskd_classification import options
+from pskd_classification import train as program
 from torch.utils.data import Dataset
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -18,9 +19,10 @@ SCRIPT = ROOT / "classification" / "train.py"
 CLASSES = ("red", "green", "blue")
 SIZE = 8
 
-_spec = importlib.util.spec_from_file_location("classification_train", SCRIPT)
-program = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(program)
+
+def parse(*flags: str):
+    """Return train.py's options."""
+    return options.parse(options.build_parser(""), flags)
 
 
 class Colours(Dataset):

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from pskd_classification.evaluation import measure, predict, rows_of
 from pskd_classification.mixing import Mixer
 from pskd_classification.models import build_model
+from pskd_classification.networks import BottleneckBlock
 from pskd_classification.objective import Objective, VirtualTeacher
-from pskd_classification.published import BottleneckBlock
 from torch.utils.data import TensorDataset
 
 import pskd
@@ -98,19 +98,18 @@ def test_the_published_network_computes_what_is_described():
 
 
 def test_the_bottlenecks_of_the_published_network_activate_after_the_shortcut():
-    block = BottleneckBlock(8, 2, 1, 0.0).eval()
+    block = BottleneckBlock(8, 2, 1).eval()
     torch.nn.init.zeros_(block.conv3.weight)
     x = torch.randn(2, 8, 4, 4)
     assert torch.equal(block(x), x.relu())
-    assert isinstance(BottleneckBlock(8, 2, 2, 0.0).shortcut[1], torch.nn.BatchNorm2d)
+    assert isinstance(BottleneckBlock(8, 2, 2).shortcut[1], torch.nn.BatchNorm2d)
 
 
 @pytest.mark.parametrize(
     "name", ["preact_resnet10_tiny", "preact_resnet18_published", "resnet18", "resnet50"]
 )
-@pytest.mark.parametrize("options", [{"dropout": 0.5}, {"stochastic_depth": 0.9}])
-def test_regularisers_act_in_training_only_and_leave_the_weights_names(name, options):
-    model, plain = build_model(name, C, **options), build_model(name, C)
+def test_dropout_acts_in_training_only_and_leaves_the_weights_names(name):
+    model, plain = build_model(name, C, dropout=0.5), build_model(name, C)
     assert list(model.state_dict()) == list(plain.state_dict())
     model.load_state_dict(plain.state_dict())
     images = torch.randn(4, 3, 32, 32)
@@ -124,28 +123,9 @@ def test_regularisers_act_in_training_only_and_leave_the_weights_names(name, opt
     assert not torch.allclose(model.train()(images), plain.train()(images))
 
 
-@pytest.mark.parametrize(
-    ("name", "blocks"), [("preact_resnet10_tiny", 4), ("preact_resnet101_published", 33)]
-)
-def test_the_first_branch_is_never_left_out(name, blocks):
-    with torch.device("meta"):
-        model = build_model(name, C, stochastic_depth=1.0)
-    drops = [block.stochastic_depth.p for block in model.modules() if hasattr(block, "shortcut")]
-    assert drops == pytest.approx([number / (blocks - 1) for number in range(blocks)])
-
-
-@pytest.mark.parametrize(
-    ("name", "options", "message"),
-    [
-        ("resnet19", {}, "--model: .* got 'resnet19'"),
-        ("vgg11", {"stochastic_depth": 0.1}, "--stochastic-depth: .* got vgg11"),
-        ("squeezenet1_0", {"stochastic_depth": 0.1}, "--stochastic-depth"),
-        ("densenet121", {"dropout": 0.1}, "--dropout: .* got densenet121"),
-    ],
-)
-def test_a_model_without_a_place_for_an_option_is_refused(name, options, message):
-    with pytest.raises(ValueError, match=message):
-        build_model(name, C, **options)
+def test_a_model_without_a_place_for_dropout_is_refused():
+    with pytest.raises(ValueError, match="--dropout: .* got densenet121"):
+        build_model("densenet121", C, dropout=0.1)
 
 
 def test_a_model_of_timm_gets_its_options_by_timms_names(monkeypatch):
@@ -157,8 +137,7 @@ def test_a_model_of_timm_gets_its_options_by_timms_names(monkeypatch):
     monkeypatch.setitem(sys.modules, "timm", SimpleNamespace(create_model=create_model))
     plain = {"pretrained": False, "num_classes": C}
     assert build_model("timm:known", C) == plain
-    made = build_model("timm:known", C, dropout=0.1, stochastic_depth=0.2)
-    assert made == plain | {"drop_rate": 0.1, "drop_path_rate": 0.2}
+    assert build_model("timm:known", C, dropout=0.1) == plain | {"drop_rate": 0.1}
     with pytest.raises(ValueError, match="expected a model of timm, got 'other': Unknown model"):
         build_model("timm:other", C)
     monkeypatch.setitem(sys.modules, "timm", None)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import importlib
 import json
 import os
 import subprocess
@@ -14,26 +13,24 @@ import numpy as np
 import pytest
 import torch
 from classification_toys import (
+    FLAGS,
     SCRIPT,
-    build,
-    build_with_validation,
     checkpoint,
-    program,
+    parse,
     results,
     same,
     train,
-    write_folders,
 )
 from pskd_classification.options import check
-from pskd_classification.precision import amp_dtype
 from pskd_classification.training import Trainer
 
 import pskd
+from pskd_tools.training import amp_dtype
 
 PSKD = ["--pskd-alpha-final", "0.8"]
 ALL = (
     "--label-smoothing 0.1 --cutmix-alpha 1 --mixup-alpha 0.2 --mix-prob 0.4 --dropout 0.2 "
-    "--stochastic-depth 0.2 --weight-decay 0.01 --clip-grad-norm 5"
+    "--weight-decay 0.01"
 ).split()
 
 
@@ -132,7 +129,7 @@ def test_a_resume_without_a_checkpoint_starts_from_the_beginning(tmp_path, caplo
         [*PSKD, *ALL, "--pskd-teacher", "snapshot", "--lr-schedule", "cosine"],
         # Of 8 pixels the last map is one pixel wide, where torch's bfloat16 convolution on a CPU
         # leaves the gradients of unused taps undefined.
-        [*PSKD, "--amp", "--image-size", "16", "--channels-last", "--lr-warmup-epochs", "2"],
+        [*PSKD, "--amp", "--image-size", "16", "--channels-last"],
         [*PSKD, "--no-data-on-device", "--workers", "1", "--pskd-alpha-schedule", "constant"],
         ["--tf-kd-alpha", "0.3", *ALL, "--opt", "adamw", "--lr", "0.001"],
     ],
@@ -215,14 +212,6 @@ def test_a_checkpoint_of_before_these_options_is_resumed(tmp_path):
     assert train(tmp_path, *PSKD, "--epochs", "2", "--resume") == 0
 
 
-def test_resuming_a_finished_run_trains_nothing_and_tells_the_same(run, tmp_path):
-    before = results(run)
-    assert train(run, *PSKD, "--resume") == 0
-    after = results(run)
-    assert after["last"] == before["last"] and after["best"] == before["best"]
-    assert after["seconds_per_epoch"] == before["seconds_per_epoch"]
-
-
 def test_the_best_checkpoint_is_the_best_of_validation_not_of_test(run):
     errors = [line["val/top1_error"] for line in lines(run)]
     best = torch.load(run / "best.pth", weights_only=True)
@@ -265,11 +254,13 @@ def test_weights_that_saw_another_normalisation_are_told(run, tmp_path, caplog):
     assert "trained with std [0.229, 0.224, 0.225], goes on with [1.0, 1.0, 1.0]" in caplog.text
 
 
-def test_best_and_evaluation_of_a_checkpoint(run, tmp_path):
-    flags = ["--test-only", "--weights", str(run / "best.pth")]
-    assert train(tmp_path, *flags) == 0
-    assert results(tmp_path, "evaluation.json")["last"] == results(run)["best"]
+def test_a_checkpoint_is_evaluated_and_a_finished_run_again(run, tmp_path):
+    before = results(run)
+    assert train(tmp_path, "--test-only", "--weights", str(run / "best.pth")) == 0
+    assert results(tmp_path, "evaluation.json")["last"] == before["best"]
     assert not (tmp_path / "checkpoint.pth").exists()
+    assert train(run, *PSKD, "--resume") == 0
+    assert all(results(run)[key] == before[key] for key in ("last", "best", "seconds_per_epoch"))
 
 
 def test_without_validation_there_is_no_best_and_no_temperature(tmp_path):
@@ -283,7 +274,7 @@ def test_a_compiled_model_trains_and_its_checkpoint_is_that_of_the_plain_one(tmp
     with pytest.MonkeyPatch.context() as patch:
         # The eager backend traces as any other and needs no compiler.
         compile_ = torch.compile
-        patch.setattr(torch, "compile", lambda model: compile_(model, backend="eager"))
+        patch.setattr(torch, "compile", lambda model, mode: compile_(model, backend="eager"))
         assert train(tmp_path / "compiled", *flags) == 0
     assert train(tmp_path / "plain", *flags[:-1]) == 0
     one, other = (checkpoint(tmp_path / name)["model"] for name in ("compiled", "plain"))
@@ -294,8 +285,8 @@ def test_a_compiled_model_trains_and_its_checkpoint_is_that_of_the_plain_one(tmp
 def test_a_smaller_last_batch_runs_without_compilation(tmp_path):
     sizes = []
 
-    def compile_(model, **options):
-        assert options == {"mode": "reduce-overhead"}
+    def compile_(model, mode):
+        assert mode == "reduce-overhead"
         compiled = torch.nn.Sequential(model)
         compiled.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
         return compiled
@@ -312,9 +303,9 @@ def test_mixed_precision_by_name(tmp_path):
     assert amp_dtype(True, cuda) is amp_dtype("fp16", cpu) is torch.float16
     assert amp_dtype(True, cpu) is amp_dtype("bf16", cuda) is torch.bfloat16
     assert amp_dtype(False, cuda) is None
-    parsed = [program.parse("", flags).amp for flags in ([], ["--amp"], ["--amp", "bf16"])]
+    parsed = [parse(*flags).amp for flags in ([], ["--amp"], ["--amp", "bf16"])]
     assert parsed == [False, True, "bf16"]
-    assert program.parse("", ["--amp", "--no-amp"]).amp is False
+    assert parse("--amp", "--no-amp").amp is False
     flags = ["--image-size", "16", "--epochs", "1", "--amp"]
     for name in ("bf16", "fp16"):
         assert train(tmp_path / name, *flags, name) == 0
@@ -329,27 +320,24 @@ def test_a_config_file_stands_on_its_base_and_below_the_command_line(tmp_path):
     (tmp_path / "base.yaml").write_text("epochs: 7\nlr: 0.5\nlr_steps: [2, 3]\namp: true\n")
     (tmp_path / "delta.yaml").write_text("base: base.yaml\nlr: 0.25\namp: false\n")
     config = ["--config", str(tmp_path / "delta.yaml")]
-    args = program.parse("", [*config, "--epochs", "9"])
+    args = parse(*config, "--epochs", "9")
     assert (args.epochs, args.lr, args.lr_steps, args.amp) == (9, 0.25, [2, 3], False)
-    (tmp_path / "base.yaml").write_text("base: delta.yaml\n")
-    with pytest.raises(ValueError, match="expected a base that does not lead back to it"):
-        program.parse("", config)
-    assert program.parse("", ["--PSKD"]).pskd_alpha_final == 0.8
-    assert program.parse("", ["--alpha_T", "0.3"]).pskd_alpha_final == 0.3
+    assert parse("--PSKD").pskd_alpha_final == 0.8
+    assert parse("--alpha_T", "0.3").pskd_alpha_final == 0.3
 
 
 def test_every_recipe_is_one_that_the_script_takes():
     recipes = sorted((SCRIPT.parents[1] / "configs" / "classification").glob("*.yaml"))
     assert len(recipes) >= 4
     for recipe in recipes:
-        args = program.parse("", ["--config", str(recipe)])
+        args = parse("--config", str(recipe))
         check(args)
         assert ("pskd" in recipe.stem) == (args.pskd_alpha_final > 0)
 
 
 def test_the_published_recipe_is_the_published_one():
     configs = SCRIPT.parents[1] / "configs" / "classification"
-    args = program.parse("", ["--config", str(configs / "cifar100_published_pskd.yaml")])
+    args = parse("--config", str(configs / "cifar100_published_pskd.yaml"))
     check(args)
     assert (args.model, args.val_fraction) == ("preact_resnet18_published", 0)
     assert (args.mean, args.std) == ([0.4914, 0.4822, 0.4465], [0.2023, 0.1994, 0.2010])
@@ -363,8 +351,6 @@ def test_the_published_recipe_is_the_published_one():
 
 
 def torchrun(folder: Path, processes: int, *flags: str) -> None:
-    from classification_toys import FLAGS
-
     command = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     command += [str(SCRIPT), *FLAGS, "--output-dir", str(folder), *flags]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -398,95 +384,14 @@ def test_two_processes_share_the_memory_and_go_on_as_one(tmp_path):
     assert [line["epoch"] for line in lines(tmp_path)] == [1, 2, 3, 4]
 
 
-# ---- what is refused ---------------------------------------------------------------------------
+# ---- what ends a run -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        ("--lr nan", "--lr: expected 0 or more, got nan"),
-        ("--epochs 0", "--epochs: expected 1 or more, got 0"),
-        ("--pskd-alpha-final 1.5", "--pskd-alpha-final: expected a number in [0, 1], got 1.5"),
-        ("--label-smoothing 2", "--label-smoothing: expected 0 to 1, got 2.0"),
-        ("--PSKD --tf-kd-alpha 0.1", "--tf-kd-alpha: expected 0 with PS-KD"),
-        ("--PSKD --cutmix-alpha 1 --mix-prob 1", "--mix-prob: expected below 1"),
-        ("--test-only", "--weights: expected a checkpoint to evaluate"),
-        ("--model no_such_net", "--model: expected one of preact_resnet18"),
-        ("--dataset folder --data-dir absent", "--data-dir: expected the folders train and test"),
-        ("--weights absent.pth --test-only", "absent.pth: expected a checkpoint"),
-        ("--device tpu", "--device: expected cpu, cuda or cuda:NUMBER, got 'tpu'"),
-        ("--PSKD --pskd-top-k 4", "top_k: expected 1 to 3 classes, got 4"),
-        ("--config absent.yaml", "absent.yaml"),
-        ("--tf-kd-temperature 0", "--tf-kd-temperature: expected above 0, got 0.0"),
-        ("--label-noise 1", "--label-noise: expected a rate in [0, 1), perhaps with :symmetric"),
-        ("--train-per-class 12", "--train-per-class: expected at most 11, which class red has"),
-        ("--mean 125.3 123 113.9", "--mean: expected 0 to 1, got 125.3"),
-        ("--std 0 0.2 0.2", "--std: expected 0.001 to 1, got 0.0"),
-        ("--eval-every 0", "--eval-every: expected 1 or more, got 0"),
-        ("--num-classes 1", "--num-classes: expected 2 or more, got 1"),
-    ],
-)
-def test_what_cannot_be_trained_is_refused_before_anything_is_written(
-    flags, message, tmp_path, capsys
-):
-    assert train(tmp_path / "run", *flags.split()) == 1
-    assert message in capsys.readouterr().err
-    assert not (tmp_path / "run" / "checkpoint.pth").exists()
-
-
-def test_a_training_is_not_written_over_unasked(tmp_path, capsys):
-    checkpoint = tmp_path / "checkpoint.pth"
-    checkpoint.write_bytes(b"of another training")
+def test_a_training_is_written_over_where_that_is_asked_for(tmp_path):
+    (tmp_path / "checkpoint.pth").write_bytes(b"of another training")
     assert train(tmp_path, "--epochs", "1") == 1
-    message = f"--output-dir: expected a folder without a training, got {checkpoint} (--resume"
-    assert message in capsys.readouterr().err
-    assert checkpoint.read_bytes() == b"of another training"
     assert train(tmp_path, "--epochs", "1", "--overwrite") == 0
-    assert checkpoint.read_bytes() != b"of another training"
-
-
-@pytest.fixture(scope="module")
-def of_two_epochs(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("stopped")
-    data = write_folders(folder / "data", {"train": 18, "test": 6})
-    flags = ["--dataset", "folder", "--data-dir", str(data), *PSKD]
-    stopped(folder / "run", *flags, after=1)
-    return folder
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ("one image more", "expected samples 15 as in this run, got 14"),
-        ("another label", "expected fingerprint"),
-        ("--pskd-alpha-final 0.5", "alpha_final: expected 0.8, with which"),
-        ("--epochs 9", "expected epochs 9 as in this run, got 4"),
-        ("--model resnet18", "expected model 'resnet18' as in this run"),
-        ("--lr 0.3", "expected lr 0.3 as in this run, got 0.02"),
-        ("damaged", "expected a checkpoint of this program"),
-    ],
-)
-def test_a_checkpoint_of_another_training_is_refused(
-    change, message, of_two_epochs, tmp_path, capsys
-):
-    import shutil
-
-    folder = tmp_path / "run"
-    shutil.copytree(of_two_epochs, tmp_path, dirs_exist_ok=True)
-    classes = [tmp_path / "data" / "train" / name for name in ("red", "green")]
-    if change == "one image more":
-        shutil.copy(next(classes[0].iterdir()), classes[0] / "999.png")
-    elif change == "another label":
-        shutil.move(next(classes[0].iterdir()), classes[1] / "500.png")
-        shutil.move(sorted(classes[1].iterdir())[0], classes[0] / "501.png")
-    elif change == "damaged":
-        (folder / "checkpoint.pth").write_bytes(b"no checkpoint")
-    before = (folder / "checkpoint.pth").read_bytes()
-    flags = ["--dataset", "folder", "--data-dir", str(tmp_path / "data"), *PSKD, "--resume"]
-    flags += change.split() if change.startswith("--") else []
-    assert train(folder, *flags) == 1
-    assert message in capsys.readouterr().err
-    assert (folder / "checkpoint.pth").read_bytes() == before
+    assert checkpoint(tmp_path)["epoch"] == 1
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_last_checkpoint(tmp_path, capsys):
@@ -501,20 +406,15 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_last_checkpoint(tm
     assert (tmp_path / "checkpoint.pth").read_bytes() == before
 
 
-def test_the_toys_have_what_the_tests_count_on():
-    assert [len(part) for part in build(None).values()] == [42, 21]
-    assert len(build_with_validation(None)["val"]) == 9
-
-
 # ---- a backbone for detection ------------------------------------------------------------------
 
 
-def test_a_checkpoint_becomes_a_backbone_of_detectron2(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(SCRIPT.parents[1] / "detection")
-    convert = importlib.import_module("convert_backbone")
-    flags = "--model resnet18 --epochs 2 --stochastic-depth 0.1 --dropout 0.1".split()
-    assert train(tmp_path, *flags, *PSKD) == 0
-    config = convert.convert_file(tmp_path / "best.pth", tmp_path / "backbone.pth")
+def test_a_checkpoint_becomes_a_backbone_of_detectron2(tmp_path):
+    pytest.importorskip("pycocotools", reason="needs pycocotools: pip install pycocotools")
+    from pskd_torchvision.convert_backbone import convert_file
+
+    assert train(tmp_path, *"--model resnet18 --epochs 2 --dropout 0.1".split(), *PSKD) == 0
+    config = convert_file(tmp_path / "best.pth", tmp_path / "backbone.pth")
     assert config["MODEL.RESNETS.DEPTH"] == 18
     weights = torch.load(tmp_path / "backbone.pth", weights_only=True)["model"]
     best = torch.load(tmp_path / "best.pth", weights_only=True)["model"]

@@ -80,6 +80,24 @@ def test_train_net_is_there_without_a_checkout(installed, tmp_path):
 
 
 @pytest.mark.skipif(
+    importlib.util.find_spec("torchvision") is None,
+    reason="torchvision is not installed: pip install torchvision",
+)
+@pytest.mark.parametrize(
+    ("program", "flag"),
+    [
+        (["pskd-classify"], "--pskd-teacher"),
+        (["pskd-detect-torchvision"], "--pskd-foreground-only"),
+        (["python", "-m", "pskd_classification.compare"], "--seconds"),
+        (["python", "-m", "pskd_torchvision.convert_backbone"], "OUT"),
+    ],
+)
+def test_train_programs_are_there_without_a_checkout(program, flag, installed, tmp_path):
+    name, *words = program
+    assert flag in run(tmp_path, installed / name, *words, "--help")
+
+
+@pytest.mark.skipif(
     importlib.util.find_spec("fairseq") is None,
     reason="fairseq is not installed: pip install --no-build-isolation fairseq-fixed",
 )

@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 import torch
 
-torchvision = pytest.importorskip(
-    "torchvision", reason="needs torchvision: pip install torchvision"
-)
+pytest.importorskip("torchvision", reason="needs torchvision: pip install torchvision")
+import torchvision  # noqa: E402
+from pskd_torchvision import convert_backbone  # noqa: E402
+from pskd_torchvision.weights import read_state_dict  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "detection" / "convert_backbone.py"
@@ -26,11 +27,6 @@ NETWORKS = {
     "resnext50": ("resnext50_32x4d", {}),
     "narrow50": ("resnet50", {"width_per_group": 16}),
 }
-
-sys.path.insert(0, str(SCRIPT.parent))
-
-import convert_backbone  # noqa: E402
-import torchvision_resnet  # noqa: E402
 
 
 def random_network(name: str, seed: int = 0):
@@ -244,9 +240,9 @@ def test_names_and_values(small):
 def test_every_resnet_of_torchvision_is_known(name, depth, groups, width, count):
     with torch.device("meta"):
         state_dict = getattr(torchvision.models, name)(weights=None).state_dict()
-    architecture = torchvision_resnet.find_architecture(state_dict)
+    architecture = convert_backbone.find_architecture(state_dict)
     assert architecture == (depth, groups, width)
-    shapes = torchvision_resnet.torchvision_shapes(architecture)
+    shapes = architecture.shapes()
     backbone = {
         key: tuple(value.shape)
         for key, value in state_dict.items()
@@ -284,7 +280,7 @@ def test_reading_leaves_torchs_allow_list_as_it_was(small, tmp_path):
         for known in ([], [argparse.Namespace]):  # which an adapter may have listed
             torch.serialization.clear_safe_globals()
             torch.serialization.add_safe_globals(known)
-            convert_backbone.read_state_dict(path)
+            read_state_dict(path)
             assert torch.serialization.get_safe_globals() == known
     finally:  # without `known`, which another test's checkpoints must not be read with
         torch.serialization.clear_safe_globals()
@@ -368,7 +364,7 @@ def test_damaged_files_are_named(small, tmp_path):
         path = tmp_path / f"{name}.pth"
         path.write_bytes(content)
         with pytest.raises(ValueError, match=f"{name}.pth: expected a checkpoint"):
-            convert_backbone.read_state_dict(path)
+            read_state_dict(path)
 
 
 def test_target_is_looked_at(small, tmp_path):
@@ -397,18 +393,10 @@ def test_command_line_prints_pairs_that_detectron2_takes(small, tmp_path, capsys
     assert "none.pth" in capsys.readouterr().err
 
 
-def test_script_runs_with_the_core_alone(small, tmp_path):
-    """No adapter, no torchvision, no detectron2."""
+def test_the_script_runs(small, tmp_path):
     torch.save(small, tmp_path / "in.pth")
-    code = (
-        "import runpy, sys\n"
-        f"sys.path.insert(0, r'{SCRIPT.parent}')\n"
-        f"sys.argv = ['convert_backbone.py', r'{tmp_path}/in.pth', r'{tmp_path}/out.pth']\n"
-        "for name in ('detectron2', 'torchvision', 'pskd_detection', 'yaml', 'fvcore'):\n"
-        "    sys.modules[name] = None\n"
-        f"runpy.run_path(r'{SCRIPT}', run_name='__main__')\n"
-    )
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    command = [sys.executable, SCRIPT, tmp_path / "in.pth", tmp_path / "out.pth"]
+    run = subprocess.run(command, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert (tmp_path / "out.pth").exists()
 
@@ -421,5 +409,5 @@ def test_shipped_keys_are_the_scripts():
     for key, value in shipped["MODEL"].items():
         nested = value if isinstance(value, dict) else {None: value}
         flat |= {f"MODEL.{key}" + (f".{k}" if k else ""): v for k, v in nested.items()}
-    expected = convert_backbone.backbone_config(torchvision_resnet.Architecture(50))
+    expected = convert_backbone.backbone_config(convert_backbone.Architecture(50))
     assert flat | {"MODEL.RESNETS.DEPTH": 50} == expected

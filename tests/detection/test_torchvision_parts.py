@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,7 +15,6 @@ from pskd_torchvision import (
     DetectionImages,
     LearningRate,
     build_detector,
-    checkpoint,
     evaluate,
     load_weights,
     model_names,
@@ -220,24 +218,11 @@ def test_the_known_builders():
 
 @pytest.mark.parametrize("name", ["fasterrcnn_mobilenet_v3_large_320_fpn", "maskrcnn_resnet18_fpn"])
 def test_a_builder_downloads_nothing_and_takes_sizes(offline, name):
-    model = build_detector(
-        name, 4, min_size=[64, 96], max_size=128, rois_per_image=32, anchor_sizes=[4, 8, 16, 32, 64]
-    )
+    model = build_detector(name, 4, min_size=[64, 96], max_size=128)
     assert model.roi_heads.box_predictor.cls_score.out_features == 5
     assert (model.transform.min_size, model.transform.max_size) == ((64, 96), 128)
-    assert model.roi_heads.fg_bg_sampler.batch_size_per_image == 32
     assert model.roi_heads.has_mask() == name.startswith("mask")
-    generator = model.rpn.anchor_generator
-    assert {size for level in generator.sizes for size in level} == {4, 8, 16, 32, 64}
-    assert model.rpn.head.cls_logits.out_channels == generator.num_anchors_per_location()[0]
     assert all(p.requires_grad for p in model.parameters())  # nothing is frozen without weights
-
-
-def test_unknown_builders_and_numbers_of_anchors_are_refused():
-    with pytest.raises(ValueError, match="--model: expected one of fasterrcnn_.*, got 'yolo'"):
-        build_detector("yolo", 2)
-    with pytest.raises(ValueError, match="expected 4 sizes for this model, .* 16 24 32 48, got 2"):
-        build_detector("fasterrcnn_tiny_fpn", 2, anchor_sizes=[8, 16])
 
 
 def test_frozen_batch_norm_keeps_its_statistics(tiny):
@@ -284,17 +269,13 @@ def test_weights_that_do_not_fit_are_refused(tiny, tmp_path):
         "also has 1 of them: rpn.more": state | {"rpn.more": torch.zeros(1)},
         "in another shape 1 of them: roi_heads.box_head": state | {head: torch.zeros(1)},
         "lacks": {"backbone.body.conv1.weight": state["backbone.body.conv1.weight"]},
-        "expected a state dict, got list": [1, 2],
+        "expected a state dict, bare or under model or state_dict, got list": [1, 2],
     }
     for i, (message, content) in enumerate(files.items()):
         path = tmp_path / f"{i}.pth"
         torch.save(content, path)
         with pytest.raises(ValueError, match=rf"{path}: .*{message}"):
             load_weights(tiny, path)
-    (tmp_path / "damaged.pth").write_bytes(path.read_bytes()[:40])
-    for name in ("damaged.pth", "absent.pth"):
-        with pytest.raises(ValueError, match=f"{name}: expected a state dict, got"):
-            load_weights(tiny, tmp_path / name)
 
 
 # ---- evaluation ----------------------------------------------------------------------------------
@@ -368,25 +349,3 @@ def test_the_learning_rate_is_that_of_torchvisions_reference(warmup):
 
 def test_an_epoch_of_one_iteration_needs_no_warm_up():
     assert LearningRate(0.2, 1000).at(1, 0, 1) == 0.2
-
-
-# ---- checkpoint --------------------------------------------------------------------------------
-
-
-def test_a_checkpoint_keeps_the_scale_of_mixed_precision(tmp_path):
-    """Which float16 has on a GPU."""
-    model = nn.Linear(1, 1)
-
-    def trainer(scale: float) -> SimpleNamespace:
-        return SimpleNamespace(
-            model=model,
-            optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
-            scaler=torch.amp.GradScaler("cpu", scale),
-            epochs=SimpleNamespace(state_dict=dict, load_state_dict=lambda *_, **__: None),
-        )
-
-    path, options = tmp_path / checkpoint.NAME, {"opt": "sgd", "fingerprint": "a"}
-    checkpoint.write(path, trainer(8.0), 1, options, CLASSES)
-    resumed = trainer(2.0)
-    checkpoint.load_training(path, checkpoint.read(path), resumed, options)
-    assert resumed.scaler.get_scale() == 8.0
