@@ -13,7 +13,6 @@ from pskd_tools.presets import PRESETS
 from pskd_tools.report.compare import Comparison, compare
 from pskd_tools.report.runs import read_run
 from pskd_tools.report.tables import Table, make_tables
-from pskd_tools.report.verdict import title_of
 
 __all__ = ["Report", "show"]
 
@@ -68,7 +67,7 @@ def _sentence(table: Table, pair: Comparison) -> str:
         difference = pair.differences.get(column.key)
         if difference is not None and difference.interval is not None:
             effect = difference.effect(column.metric.better) or "within noise"
-            groups.setdefault(effect, []).append(title_of(column))
+            groups.setdefault(effect, []).append(column.title)
     parts = [
         f"{effect} in {', '.join(groups[effect])}"
         for effect in ("better", "worse", "within noise")

@@ -9,19 +9,18 @@ import numpy as np
 
 from pskd.calibration.inputs import Doubles
 from pskd_tools.presets import Preset
-from pskd_tools.report.bootstrap import (
+from pskd_tools.report.intervals import (
     RESAMPLES,
     Measured,
     RowMetrics,
+    interval_over_seeds,
     percentile_interval,
     resampled,
 )
-from pskd_tools.report.columns import Column
 from pskd_tools.report.runs import Run
-from pskd_tools.report.seeds import interval_over_seeds
 from pskd_tools.report.sentences import SentenceMetrics
 from pskd_tools.report.shared import SharedTestSet, shared_test_set
-from pskd_tools.report.tables import Row, Table
+from pskd_tools.report.tables import Column, Row, Table
 
 __all__ = ["Comparison", "Difference", "compare"]
 

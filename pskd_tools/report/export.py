@@ -7,10 +7,9 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from pskd_tools.files import csv_text
 from pskd_tools.presets import Preset
-from pskd_tools.report.columns import Column
 from pskd_tools.report.compare import Comparison
 from pskd_tools.report.runs import Run
-from pskd_tools.report.tables import Row, Table
+from pskd_tools.report.tables import Column, Row, Table
 
 __all__ = ["as_csv", "as_json"]
 

@@ -14,19 +14,17 @@ import numpy as np
 
 from pskd.files import shown
 from pskd_tools.report.epochs import read_epochs
-from pskd_tools.report.example_files import (
+from pskd_tools.report.files import (
     Boxes,
+    Example,
     Sentences,
     read_boxes,
-    read_pictures,
-    read_sentences,
-)
-from pskd_tools.report.files import (
-    Example,
     read_examples,
     read_numbers,
+    read_pictures,
     read_reweighted,
     read_rows,
+    read_sentences,
 )
 
 __all__ = ["TASKS", "Run", "read_run", "read_runs"]
@@ -75,6 +73,27 @@ class Run:
         """Whether it was trained with PS-KD, as far as its files say."""
         factors = self.examples.get("rescaling", np.empty(0))
         return bool(np.isfinite(factors).any() or any(e.get("alpha", 0) > 0 for e in self.epochs))
+
+    @property
+    def command(self) -> str:
+        """The command that made it; empty where it is not known."""
+        command = self.numbers.get("command")
+        return command if isinstance(command, str) else " ".join(command or ())
+
+    @property
+    def bins(self) -> int:
+        """How many bins the run's own ECE has: 15 where it does not say."""
+        places = (self.numbers.get("confidence", {}), self.numbers.get("last", {}), self.numbers)
+        found = (place.get("bins") for place in places)
+        return next((bins for bins in found if isinstance(bins, int)), 15)
+
+    def number(self, *path: str) -> float | None:
+        """Return what its numbers hold under a path of keys; None where that is no number."""
+        found: Any = self.numbers
+        for key in path:
+            found = (found or {}).get(key)
+        is_number = isinstance(found, int | float) and not isinstance(found, bool)
+        return float(found) if is_number else None
 
 
 def read_runs(words: Sequence[str]) -> list[Run]:

@@ -11,12 +11,11 @@ import pytest
 from pskd_tools.cli import _parser, main
 from pskd_tools.presets import PRESETS
 from pskd_tools.report import figures
-from pskd_tools.report.columns import columns_of
 from pskd_tools.report.epochs import fairseq_epochs, read_epochs
 from pskd_tools.report.figures import hard_example_figures, teacher_figures
 from pskd_tools.report.plots import grouped_quartiles, hard_example_plot, teacher_plot
 from pskd_tools.report.runs import TASKS, read_run, read_runs
-from pskd_tools.report.tables import make_tables
+from pskd_tools.report.tables import columns_of, make_tables
 
 NEEDS_MATPLOTLIB = "needs matplotlib: pip install matplotlib"
 MAKERS = {task: getattr(made, task) for task in TASKS}

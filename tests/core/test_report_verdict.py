@@ -19,12 +19,12 @@ from pskd.calibration import reliability_bins
 from pskd_tools.cli import main
 from pskd_tools.presets import PRESETS
 from pskd_tools.report import figures, write_report
-from pskd_tools.report.changed import changed_boxes, changed_predictions, changed_sentences
+from pskd_tools.report.changed import changed_examples
 from pskd_tools.report.compare import Difference, compare
 from pskd_tools.report.runs import TASKS, read_runs
 from pskd_tools.report.shared import shared_test_set
 from pskd_tools.report.tables import make_tables
-from pskd_tools.report.verdict import difference_html, sentences
+from pskd_tools.report.verdict import sentences
 from pskd_tools.report.where import by_class, by_confidence, most_changed
 
 PRESET = PRESETS["paper"]
@@ -68,7 +68,7 @@ def page(*words, out: Path, preset: str = "paper") -> str:
 
 
 def plain(html: str) -> str:
-    return unescape(re.sub(r"<[^>]+>", " ", html))
+    return unescape(re.sub(r"<[^>]+>", "", html))
 
 
 # ---- differences ---------------------------------------------------------------------------------
@@ -106,14 +106,23 @@ def test_better_is_lower_or_higher():
     assert Difference(-0.5, None).effect("lower") == ""
 
 
-def test_only_a_difference_beyond_noise_is_coloured():
-    metric = PRESET.metrics["top1_error"]
-    shown = difference_html(metric, Difference(-0.01, (-0.02, -0.005)))
-    assert 'class="better"' in shown
-    assert plain(shown).split() == ["−1.00", "[−2.00,", "−0.50]"]
-    assert 'class="worse"' in difference_html(metric, Difference(0.01, (0.005, 0.02)))
-    for interval in ((-0.02, 0.0), (-0.02, 0.01), None):
-        assert "class" not in difference_html(metric, Difference(-0.01, interval))
+def test_only_a_difference_beyond_noise_is_coloured(tmp_path, monkeypatch):
+    changes = {
+        "top1_error": (Difference(-0.01, (-0.02, -0.005)), "better", "−1.00 [−2.00, −0.50]"),
+        "nll": (Difference(0.01, (0.005, 0.02)), "worse", "+0.010 [+0.005, +0.020]"),
+        "ece": (Difference(-0.01, (-0.02, 0.0)), "", "−1.00 [−2.00, 0.00]"),
+        "aurc": (Difference(-0.01, (-0.02, 0.01)), "", "−10.00 [−20.00, +10.00]"),
+        "e_aurc": (Difference(-0.01, None), "", "−10.00"),
+    }
+    differences = {key: difference for key, (difference, _, _) in changes.items()}
+    monkeypatch.setattr(
+        "pskd_tools.report.compare",
+        lambda table, preset: [replace(compare(table, preset)[0], differences=differences)],
+    )
+    html = page(*made_pair(tmp_path), out=tmp_path / "out")
+    first = html.partition("<tbody>")[2].partition("</tbody>")[0]
+    shown = re.findall(r'<td>[\d.]+<small(?: class="(\w+)")?>(.+?)</small></td>', first)
+    assert [(effect, plain(text)) for effect, text in shown] == [c[1:] for c in changes.values()]
 
 
 def test_the_verdict_is_a_sentence_for_each_effect(tmp_path):
@@ -355,8 +364,9 @@ def test_changed_predictions_are_counted_and_shown(tmp_path):
         nll = np.where(guess == 0, 0.1, 2.0 + np.arange(300) / 100)
         change(folder, label=label, predicted=guess, correct=guess == 0, nll=nll)
     pair, _ = pair_of(first, second)
-    counts, won, lost = changed_predictions(pair)
-    assert counts == [2, 4, 1]
+    changed = changed_examples(pair)
+    won, lost = changed.better, changed.worse
+    assert changed.counts == [2, 4, 1]
     assert [example.id for example in won] == ["test/001", "test/000"]
     assert [example.id for example in lost] == ["test/006", "test/005", "test/004", "test/003"]
     assert (won[0].label, won[0].predicted, won[0].image) == ("cat", ("dog", "cat"), made.IMAGE)
@@ -368,22 +378,24 @@ def test_changed_predictions_are_counted_and_shown(tmp_path):
 def test_changed_translations_are_those_of_other_chrf(tmp_path):
     first, second = made_pair(tmp_path, "translation")
     pair, table = pair_of(first, second)
-    (up, down, same), won, lost = changed_sentences(pair)
+    changed = changed_examples(pair)
+    (up, down, same), won, lost = changed.counts, changed.better, changed.worse
     assert (up + down <= 30) and same == 0 and len(won) == len(lost) == 6
     gains = [example.scores[1] - example.scores[0] for example in won]
     assert gains == sorted(gains, reverse=True) and gains[-1] > 0
     assert won[0].source.startswith("Satz") and won[0].translations[0].endswith("<1>")
     html = page(first, second, out=tmp_path / "out")
     assert "&lt;1&gt;" in html and "<1>" not in html
-    assert changed_sentences(pair_of(first, make_old(second))[0]) is None
+    assert changed_examples(pair_of(first, make_old(second))[0]) is None
 
 
 def test_changed_images_show_both_runs_boxes(tmp_path):
     first, second = made_pair(tmp_path, "detection")
     pair, _ = pair_of(first, second)
-    count, won, lost = changed_boxes(pair)
-    assert (count, [image.id for image in won], lost) == (2, ["3"], [])
-    assert won[0].errors == (1, 0)
+    changed = changed_examples(pair)
+    assert changed.counts == [2] and not changed.worse
+    (image,) = changed.better
+    assert (image.id, [boxes.errors for boxes in image.seen]) == ("3", [1, 0])
     html = page(f"CE={first}", f"PS-KD={second}", out=tmp_path / "out")
     assert html.count("<svg") == 2 and html.count('<rect class="object"') == 4
     assert html.count('<rect class="right"') == 3 and '<rect class="wrong"' not in html
