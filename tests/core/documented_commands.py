@@ -25,7 +25,7 @@ SCRIPTS = (
     "benchmarks/*.py", "classification/*.py", "demo/*.py", "detection/*.py", "translation/*.py",
 )  # fmt: skip
 #: Packages with programs among their modules.
-PACKAGES = ("pskd/*.py", "*/pskd_*/*.py")
+PACKAGES = ("pskd*/*.py", "*/pskd_*/*.py")
 #: Files whose comments hold commands: all lines that are indented.
 RECIPES = ("configs/**/*.sh", "configs/**/*.yaml", "configs/**/*.py")
 #: What may be called by its path.

@@ -17,10 +17,8 @@ import pytest
 import pskd
 from pskd_tools import cli, doctor
 from pskd_tools.doctor import Attempt, Environment, Probe, Report, diagnose
-from pskd_tools.doctor.environment import UNSAFE_LOAD
-from pskd_tools.doctor.installs import INSTALL_FAIRSEQ
-from pskd_tools.doctor.probes import installed_versions, run_probes
-from pskd_tools.doctor.steps import STEPS
+from pskd_tools.doctor.environment import UNSAFE_LOAD, run_probes
+from pskd_tools.doctor.parts import INSTALL_FAIRSEQ, STEPS
 
 GOOD_VERSIONS = {
     "pskd": "0.1.0",
@@ -456,17 +454,6 @@ def test_release(version, numbers):
 def test_release_refuses_what_it_cannot_compare(version):
     with pytest.raises(ValueError, match="expected one that begins with a release"):
         doctor.release(version)
-
-
-def test_bounds_are_inclusive_from_and_exclusive_below():
-    env = made({"omegaconf": "2.4"})
-    assert env.from_("omegaconf", 2, 4) and not env.below("omegaconf", 2, 4)
-    assert not env.from_("fairseq", 0, 1) and not env.below("fairseq", 99)
-
-
-def test_installed_versions_leaves_out_what_is_not_there():
-    versions = installed_versions(["pytest", "no-such-distribution-of-pskd"])
-    assert versions == {"pytest": pytest.__version__}
 
 
 # -- Probes ----------------------------------------------------------------------------------------

@@ -1,0 +1,351 @@
+"""The parts of pskd: what each stands on, what is tried of it, and the commands that mend it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+PARTS = ("core", "translation", "detection", "classification", "integrations", "plots")
+
+#: Distribution -> what needs it, in the order of the table.
+PACKAGES: Mapping[str, str] = {
+    "pskd": "every part",
+    "torch": "core",
+    "numpy": "core",
+    "fairseq-fixed": "translation",
+    "fairseq": "translation (fairseq-fixed replaces it)",
+    "torchaudio": "translation (fairseq-fixed's metadata only)",
+    "sacrebleu": "translation",
+    "sacremoses": "translation",
+    "subword-nmt": "translation",
+    "hydra-core": "translation, detection",
+    "omegaconf": "translation, detection",
+    "torchvision": "detection, classification",
+    "detectron2": "detection",
+    "pycocotools": "detection (COCO data and evaluation)",
+    "setuptools": "detection (pkg_resources)",
+    "scikit-learn": "classification",
+    "pyyaml": "classification",
+    "tqdm": "classification",
+    "tensorboard": "classification, detection",
+    "lightning": "integrations",
+    "transformers": "integrations",
+    "accelerate": "integrations (transformers)",
+    "matplotlib": "plots",
+}
+
+# ---- commands ------------------------------------------------------------------------------------
+
+# pskd's own licence line needs setuptools 77; from 82 on Detectron2 misses pkg_resources.
+_BUILD_TOOLS = "pip install torch numpy cython 'setuptools>=77,<82' wheel"
+_FAIRSEQ = f"{_BUILD_TOOLS} && pip install --no-build-isolation fairseq-fixed==0.12.3.1"
+_TRANSLATION = {
+    "sacrebleu": "sacrebleu",
+    "sacremoses": "sacremoses",
+    "subword_nmt": "subword-nmt",
+}
+INSTALL_FAIRSEQ = f"{_FAIRSEQ} && pip install {' '.join(_TRANSLATION.values())}"
+REPLACE_FAIRSEQ = f"pip uninstall -y fairseq fairseq-fixed && {_FAIRSEQ}"
+INSTALL_DETECTRON2 = (
+    "pip install --no-build-isolation 'git+https://github.com/facebookresearch/detectron2.git'"
+)
+INSTALL_CONFIG_PAIR = "pip install 'hydra-core==1.3.2' 'omegaconf==2.3.0'"
+INSTALL_SETUPTOOLS = "pip install 'setuptools<82'"
+_SKLEARN = {"sklearn": "scikit-learn"}
+#: As the extra of pyproject.toml.
+_CLASSIFICATION = _SKLEARN | {"yaml": "pyyaml", "tqdm": "tqdm", "tensorboard": "tensorboard"}
+INSTALL_CLASSIFICATION = f"pip install torchvision {' '.join(_CLASSIFICATION.values())}"
+INSTALL_LIGHTNING = "pip install 'lightning>=2.2'"
+INSTALL_TRANSFORMERS = "pip install 'transformers>=4.48' 'accelerate>=1.2'"
+INSTALL_PSKD = "pip install --no-deps --force-reinstall .  # in a checkout of pskd"
+
+# Modules that frameworks import -> what brings them. A list, since advice to install whatever name
+# an error mentions could name a stranger's package.
+_SAME_NAME = (
+    "accelerate bitarray cffi cloudpickle fvcore iopath matplotlib pycocotools regex scipy "
+    "tabulate tensorboard termcolor torchaudio torchvision tqdm yacs"
+)
+DEPENDENCIES: Mapping[str, str] = {name: f"pip install {name}" for name in _SAME_NAME.split()} | {
+    "PIL": "pip install pillow",
+    "cv2": "pip install opencv-python",
+    "hydra": INSTALL_CONFIG_PAIR,
+    "omegaconf": INSTALL_CONFIG_PAIR,
+    "pkg_resources": INSTALL_SETUPTOOLS,
+    "sklearn": "pip install scikit-learn",
+    "yaml": "pip install PyYAML",
+}
+
+
+def _rebuild(package: str, install: str) -> str:
+    """Return the command that installs a package anew."""
+    # Uninstalled first and not forced: a forced installation would replace torch and numpy, too.
+    # No cache where a build is at fault, since pip keeps the wheel that it once built.
+    uncached = install.replace("--no-build-isolation", "--no-build-isolation --no-cache-dir")
+    return f"pip uninstall -y {package} && {uncached}"
+
+
+_REBUILD_FAIRSEQ = _rebuild("fairseq-fixed", _FAIRSEQ)
+_REBUILD_DETECTRON2 = _rebuild("detectron2", INSTALL_DETECTRON2)
+
+# ---- what a part stands on -----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Way:
+    """A framework that a part can stand on, with pskd's adapter for it.
+
+    ``beside`` is module -> distribution of what the part is absent without, too.
+    """
+
+    framework: str
+    packages: tuple[str, ...]
+    adapter: str
+    install: str
+    beside: Mapping[str, str] = field(default_factory=dict)
+
+
+_TORCHVISION = ("torchvision", ("torchvision",))
+WAYS: Mapping[str, tuple[Way, ...]] = {
+    "core": (),
+    "translation": (Way("fairseq", ("fairseq-fixed", "fairseq"), "pskd_fairseq", INSTALL_FAIRSEQ),),
+    "detection": (
+        Way("detectron2", ("detectron2",), "pskd_detectron2", INSTALL_DETECTRON2),
+        Way(*_TORCHVISION, "pskd_torchvision", "pip install torchvision"),
+    ),
+    "classification": (
+        Way(*_TORCHVISION, "pskd_classification", INSTALL_CLASSIFICATION, _SKLEARN),
+    ),
+    "integrations": (
+        Way("lightning", ("lightning",), "pskd_lightning", INSTALL_LIGHTNING),
+        Way("transformers", ("transformers",), "pskd_transformers", INSTALL_TRANSFORMERS),
+    ),
+    "plots": (Way("matplotlib", ("matplotlib",), "pskd_tools.plots", "pip install matplotlib"),),
+}
+
+# ---- what is tried -------------------------------------------------------------------------------
+
+#: Step -> the code that is run, where it is more than the import of the module.
+_CODE: Mapping[str, str] = {
+    "torch": """
+import torch
+cuda = torch.version.cuda or torch.version.hip
+value = f"built for CUDA {cuda}" if cuda else "built without CUDA"
+if torch.cuda.is_available():
+    value += f", {torch.cuda.device_count()} device(s), first: {torch.cuda.get_device_name(0)}"
+elif cuda:
+    value += ", no device available"
+""",
+    "numpy": """
+import numpy, torch
+if not numpy.array_equal(torch.arange(3).numpy(), torch.from_numpy(numpy.arange(3)).numpy()):
+    raise RuntimeError("torch and numpy read different numbers from the same memory")
+""",
+    "pskd": """
+import torch, pskd
+logits = torch.tensor([[0.5, -0.5, 0.0]], requires_grad=True)
+teacher_probs = torch.tensor([[0.6, 0.3, 0.1]])
+loss = pskd.pskd_cross_entropy(logits, torch.tensor([0]), teacher_probs, 0.5)
+loss.backward()
+expected = logits.detach().softmax(1) - torch.tensor([[0.8, 0.15, 0.05]])
+if not torch.allclose(logits.grad, expected, atol=1e-6):
+    raise ArithmeticError(f"gradient {logits.grad.tolist()}, expected {expected.tolist()}")
+from pskd.kernels import native
+value = "" if native.is_built() else "not compiled"
+""",
+    "pskd_fairseq": """
+import argparse, importlib.util
+spec = importlib.util.find_spec("pskd_fairseq")
+if spec is None:
+    raise ModuleNotFoundError("No module named 'pskd_fairseq'")
+value = list(spec.submodule_search_locations)[0]
+from fairseq import utils
+from fairseq.criterions import CRITERION_REGISTRY
+utils.import_user_module(argparse.Namespace(user_dir=value))
+if "pskd" not in CRITERION_REGISTRY:
+    raise LookupError("its import registers no criterion called pskd")
+""",
+    "torchvision": """
+import torchvision, torch
+boxes, scores = torch.tensor([[0.0, 0.0, 2.0, 2.0], [0.0, 0.0, 2.0, 1.9]]), torch.tensor([0.9, 0.8])
+if torchvision.ops.nms(boxes, scores, 0.5).tolist() != [0]:
+    raise RuntimeError("nms kept a box that it should have dropped")
+torchvision.ops.roi_align(torch.zeros(1, 1, 4, 4), [boxes], output_size=2)
+import torchvision.models.detection
+""",
+    "pskd_classification": """
+import torch, pskd_classification
+from torch.nn.functional import cross_entropy
+model = pskd_classification.build_model("preact_resnet10_tiny", 3)
+loss = cross_entropy(model(torch.zeros(2, 3, 32, 32)), torch.tensor([0, 2]))
+loss.backward()
+if not all(p.grad is not None for p in model.parameters()):
+    raise ArithmeticError("one step left parameters without a gradient")
+""",
+    "pskd_lightning": """
+import pskd_lightning
+from lightning.pytorch import Trainer
+Trainer(logger=False, enable_progress_bar=False, enable_model_summary=False, accelerator="cpu",
+        enable_checkpointing=False, callbacks=[pskd_lightning.PSKDCallback(num_classes=3)])
+""",
+    "pskd_transformers": """
+import tempfile, torch, pskd_transformers
+from transformers import Trainer, TrainingArguments
+class PSKDTrainer(pskd_transformers.PSKDTrainerMixin, Trainer):
+    pass
+with tempfile.TemporaryDirectory() as folder:
+    PSKDTrainer(torch.nn.Linear(2, 3), TrainingArguments(folder, report_to=[], use_cpu=True))
+""",
+    "pycocotools": """
+import pycocotools.mask, numpy
+mask = numpy.asfortranarray(numpy.eye(3, dtype=numpy.uint8))
+if int(pycocotools.mask.area(pycocotools.mask.encode(mask))) != 3:
+    raise RuntimeError("a mask of 3 pixels was measured wrongly")
+""",
+    "matplotlib": """
+import io
+from matplotlib.figure import Figure
+Figure().savefig(io.BytesIO(), format="png")
+""",
+    "fairseq.data.data_utils_fast": """
+import fairseq.data.data_utils_fast, fairseq.data.token_block_utils_fast
+""",
+    "subword_nmt": "import subword_nmt.apply_bpe",
+    "sklearn": "import sklearn.datasets",
+    "detectron2": "import detectron2, detectron2.engine",
+    "detectron2._C": "import torch, detectron2._C",
+    "lightning": "import lightning.pytorch",
+    "transformers": "import transformers.trainer",
+}
+
+
+@dataclass(frozen=True)
+class Step:
+    """Code that is run in a process of its own, and what its failure means.
+
+    The code fails by raising; what it leaves in ``value`` is told. ``problem`` is told before the
+    error, and may name any package of `PACKAGES` (with underscores) for its version, and torch's
+    ``build``. ``framework`` is the module without which the step is moot (its absence is judged
+    elsewhere); ``needs`` is a step whose failure explains this one's.
+    """
+
+    code: str
+    problem: str
+    mend: str
+    framework: str = ""
+    needs: str = ""
+
+
+def _step(name: str, problem: str, mend: str, framework: str = "", needs: str = "") -> Step:
+    return Step(_CODE.get(name, f"import {name}"), problem, mend, framework, needs)
+
+
+def _base(name: str, problem: str, mend: str, needs: str = "") -> dict[str, Step]:
+    """Return the step that tries a framework itself."""
+    return {name: _step(name, problem, mend, name, needs)}
+
+
+def _on(framework: str, mend: str, problems: Mapping[str, str]) -> dict[str, Step]:
+    """Return steps that stand on a framework."""
+    return {
+        name: _step(name, problem, mend, framework, framework) for name, problem in problems.items()
+    }
+
+
+def _with(framework: str, packages: Mapping[str, str]) -> dict[str, Step]:
+    """Return the steps that import what is installed with a framework: module -> distribution."""
+    return {
+        module: _step(module, f"{package} does not load", f"pip install {package}", framework)
+        for module, package in packages.items()
+    }
+
+
+#: Both detection and classification stand on it.
+_TORCHVISION_LOADS = _base(
+    "torchvision",
+    "torchvision {torchvision} does not load beside torch {torch} ({build}); the two must be of "
+    "one release and both CPU-only or both for CUDA",
+    "pip uninstall -y torch torchvision && pip install torch torchvision",
+)
+_FAIRSEQ_BUILDS = {
+    "fairseq.data.data_utils_fast": "fairseq's compiled batching does not load, as in a build "
+    "without Cython or with fairseq's source folder in PYTHONPATH",
+    "fairseq.libbleu": "fairseq's compiled BLEU does not load, as in a build without a C++ "
+    "compiler or with fairseq's source folder in PYTHONPATH",
+    "fairseq_cli.train": "fairseq-train does not load",
+}
+_DETECTRON2_BUILD = {
+    "detectron2._C": "Detectron2's compiled operators do not load, as with its source folder in "
+    "PYTHONPATH or after torch was replaced",
+}
+
+#: Part -> name -> step, in the order of trying. A step that tries a module is called like it.
+STEPS: Mapping[str, Mapping[str, Step]] = {
+    "core": {
+        "torch": _step("torch", "torch does not load", "pip install --force-reinstall torch"),
+        "numpy": _step(
+            "numpy",
+            "numpy {numpy} does not work with torch {torch} (numpy 2 needs torch 2.3)",
+            "pip install --upgrade torch numpy",
+            needs="torch",
+        ),
+        "pskd": _step("pskd", "one step of pskd_cross_entropy fails", INSTALL_PSKD, needs="torch"),
+    },
+    "translation": {
+        **_base("fairseq", "fairseq does not load", _REBUILD_FAIRSEQ),
+        **_on("fairseq", _REBUILD_FAIRSEQ, _FAIRSEQ_BUILDS),
+        # Their failures are their own, also where fairseq itself does not load.
+        **_with("fairseq", _TRANSLATION),
+        **_on("fairseq", INSTALL_PSKD, {"pskd_fairseq": "fairseq cannot load pskd_fairseq"}),
+    },
+    "detection": {
+        **_TORCHVISION_LOADS,
+        **_base(
+            "pycocotools",
+            "pycocotools {pycocotools} does not work beside numpy {numpy} (wheels before 2.0.8 "
+            "were built for numpy 1)",
+            "pip install --no-cache-dir --no-deps --force-reinstall 'pycocotools>=2.0.8'",
+        ),
+        **_base("detectron2", "Detectron2 does not load", _REBUILD_DETECTRON2, "torchvision"),
+        **_on("detectron2", _REBUILD_DETECTRON2, _DETECTRON2_BUILD),
+        **_on("torchvision", INSTALL_PSKD, {"pskd_torchvision": "pskd_torchvision does not load"}),
+        **_on("detectron2", INSTALL_PSKD, {"pskd_detectron2": "pskd_detectron2 does not load"}),
+    },
+    "classification": {
+        **_TORCHVISION_LOADS,
+        **_with("sklearn", _CLASSIFICATION),
+        **_on(
+            "torchvision",
+            INSTALL_PSKD,
+            {"pskd_classification": "one step of pskd_classification fails"},
+        ),
+    },
+    "integrations": {
+        **_base("lightning", "lightning does not load", _rebuild("lightning", INSTALL_LIGHTNING)),
+        **_on(
+            "lightning",
+            INSTALL_PSKD,
+            {"pskd_lightning": "lightning {lightning} does not take pskd_lightning"},
+        ),
+        **_base(
+            "transformers",
+            "transformers does not load",
+            _rebuild("transformers", INSTALL_TRANSFORMERS),
+        ),
+        **_on(
+            "transformers",
+            INSTALL_TRANSFORMERS,
+            {
+                "pskd_transformers": "transformers {transformers} (accelerate {accelerate}) does "
+                "not take pskd_transformers"
+            },
+        ),
+    },
+    "plots": {
+        **_base(
+            "matplotlib",
+            "matplotlib {matplotlib} cannot draw",
+            "pip install --force-reinstall matplotlib",
+        ),
+        **_on("matplotlib", INSTALL_PSKD, {"pskd_tools.plots": "pskd_tools.plots does not load"}),
+    },
+}
