@@ -3,23 +3,37 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pskd_tools.files import written_aside
 
 if TYPE_CHECKING:
+    from matplotlib.artist import Artist
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.legend import Legend
+    from matplotlib.lines import Line2D
     from matplotlib.text import Text
 
-__all__ = ["INK", "RUN_COLORS", "literal", "new_figure", "save", "short", "style"]
+__all__ = [
+    "INK",
+    "RUN_COLORS",
+    "curve",
+    "legend",
+    "literal",
+    "new_figure",
+    "save",
+    "short",
+    "style",
+]
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart; its yellow is too pale here.
 RUN_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#555555")
 INK, GRID = "#333333", "#DDDDDD"
 _LONGEST_NAME = 28
+_MOST_MARKERS = 60
 _DPI = 160
 
 
@@ -74,7 +88,41 @@ def literal(texts: Iterable[Text]) -> None:
         text.set_parse_math(False)
 
 
-def style(axes: Axes) -> None:
+def legend(figure: Figure, columns: int, handles: Sequence[Artist] | None = None) -> Legend:
+    """Add a legend below all axes, where it hides nothing: of these handles, or of all labels."""
+    made = figure.legend(
+        handles=handles,
+        loc="outside lower center",
+        ncols=columns,
+        fontsize=9,
+        labelcolor=INK,
+        frameon=False,
+    )
+    literal(made.get_texts())
+    return made
+
+
+def curve(axes: Axes, points: Sequence[tuple[float, float]], label: str, color: str) -> Line2D:
+    """Draw a line through points."""
+    # Between the many iterations of a log a marker at each hides the line.
+    marker = "o" if len(points) <= _MOST_MARKERS else ""
+    (line,) = axes.plot(
+        *zip(*points, strict=True),
+        label=label,
+        color=color,
+        linewidth=1.8,
+        marker=marker,
+        markersize=3,
+    )
+    return line
+
+
+def style(axes: Axes, x: str = "", y: str = "") -> None:
+    """Label the axes, as far as a label is given, and draw them light."""
+    if x:
+        axes.set_xlabel(x, color=INK)
+    if y:
+        axes.set_ylabel(y, color=INK)
     axes.set_axisbelow(True)
     axes.grid(color=GRID, linewidth=0.6)
     axes.tick_params(labelsize=9, color=GRID, labelcolor=INK)
