@@ -10,6 +10,7 @@ from typing import Any
 from pskd_tools.doctor.environment import UNSAFE_LOAD, Environment
 from pskd_tools.doctor.parts import (
     DEPENDENCIES,
+    DISTRIBUTIONS,
     INSTALL_CONFIG_PAIR,
     INSTALL_PSKD,
     INSTALL_SETUPTOOLS,
@@ -109,8 +110,7 @@ def _present(env: Environment, part: str) -> bool:
 
 def _installed(env: Environment, module: str) -> bool:
     """Whether a module is there or its distribution claims that it is."""
-    ways = [way for ways in WAYS.values() for way in ways if way.framework == module]
-    packages = [package for way in ways for package in way.packages] or [module]
+    packages = DISTRIBUTIONS.get(module, (module,))
     return any(package in env.versions for package in packages) or not env.lacks(module)
 
 
@@ -211,7 +211,8 @@ def _absences(env: Environment) -> Iterator[Finding]:
                 if way.framework == "detectron2":
                     yield _detectron2_is_absent(env, way)
                 else:
-                    message = f"{way.packages[0]} is not installed."
+                    package, *_ = DISTRIBUTIONS.get(way.framework, (way.framework,))
+                    message = f"{package} is not installed."
                     yield Finding(serious, part, message, way.install)
             elif env.lacks(way.adapter):
                 message = (
