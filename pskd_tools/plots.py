@@ -23,17 +23,7 @@ from pskd.calibration import (
     risk_coverage_curve,
 )
 from pskd.calibration.inputs import Array
-from pskd_tools.drawing import (
-    INK,
-    RUN_COLORS,
-    curve,
-    legend,
-    literal,
-    new_figure,
-    save,
-    short,
-    style,
-)
+from pskd_tools.drawing import INK, RUN_COLORS, curve, legend, new_figure, save, short, style
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist
@@ -97,10 +87,9 @@ def _draw_reliability(axes: Axes, title: str, bins: ReliabilityBins) -> None:
         gap = (confidence - accuracy)[chosen]
         axes.bar(left[chosen], gap, width, accuracy[chosen], align="edge", **look)
     axes.plot([0, 1], [0, 1], **_PERFECT)
-    literal([axes.set_title(title, fontsize=11, color=INK)])
     axes.set(xlim=(0, 1), ylim=(0, 1))
     axes.tick_params(labelbottom=False)
-    style(axes)
+    style(axes, title=title)
 
 
 def _draw_histogram(axes: Axes, bins: ReliabilityBins, top: float) -> None:
@@ -233,11 +222,8 @@ def risk_coverage_plot(
     axes.plot([], [], color=INK, linewidth=1.1, linestyle=_OPTIMAL, label="optimal ranking")
     # Without an error anywhere the axis still needs a height.
     axes.set(xlim=(0, 1), ylim=(0, 1.08 * max(highest) or 1.0))
-    style(
-        axes,
-        "coverage (fraction of rows kept, most confident first)",
-        "selective risk (error rate)",
-    )
+    kept = "coverage (fraction of rows kept, most confident first)"
+    style(axes, kept, "selective risk (error rate)")
     legend(figure, 1)
     return save(figure, path)
 

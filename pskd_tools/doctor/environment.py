@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from typing import IO
 
-from pskd_tools.doctor.parts import PACKAGES, PARTS, STEPS
+from pskd_tools.doctor.parts import PACKAGES, PARTS, STEPS, code_of
 
 __all__ = ["UNSAFE_LOAD", "Attempt", "Environment", "Probe", "gather", "release", "run_probes"]
 
@@ -121,7 +121,7 @@ def gather(asked: Iterable[str] = (), *, timeout: float = 120.0) -> Environment:
     if unknown := sorted(named.difference(PARTS)):
         raise ValueError(f"asked: expected parts among {', '.join(PARTS)}, got {unknown}")
     chosen = [part for part in PARTS if not named or part in named or part == "core"]
-    code = {part: {name: step.code for name, step in STEPS[part].items()} for part in chosen}
+    code = {part: {name: code_of(name) for name in STEPS[part]} for part in chosen}
     return Environment(
         python=tuple(sys.version_info[:3]),
         versions=dict(_installed(PACKAGES)),

@@ -206,134 +206,115 @@ Figure().savefig(io.BytesIO(), format="png")
 }
 
 
+def code_of(name: str) -> str:
+    """Return the code of a step; it fails by raising, and what it leaves in ``value`` is told."""
+    return _CODE.get(name, f"import {name}")
+
+
 @dataclass(frozen=True)
 class Step:
-    """Code that is run in a process of its own, and what its failure means.
+    """What the failure of something that is tried means.
 
-    The code fails by raising; what it leaves in ``value`` is told. ``problem`` is told before the
-    error, and may name any package of `PACKAGES` (with underscores) for its version, and torch's
-    ``build``. ``framework`` is the module without which the step is moot (its absence is judged
-    elsewhere); ``needs`` is a step whose failure explains this one's.
+    ``problem`` is told before the error, and may name any package of `PACKAGES` (with underscores)
+    for its version, and torch's ``build``; without it the step's own name "does not load".
+    ``framework`` is the module without which the step is moot (its absence is judged elsewhere);
+    ``needs`` is a step whose failure explains this one's.
     """
 
-    code: str
-    problem: str
-    mend: str
+    problem: str = ""
+    mend: str = INSTALL_PSKD
     framework: str = ""
     needs: str = ""
 
 
-def _step(name: str, problem: str, mend: str, framework: str = "", needs: str = "") -> Step:
-    return Step(_CODE.get(name, f"import {name}"), problem, mend, framework, needs)
+def _on(framework: str, problem: str = "", mend: str = INSTALL_PSKD) -> Step:
+    return Step(problem, mend, framework, needs=framework)
 
 
-def _base(name: str, problem: str, mend: str, needs: str = "") -> dict[str, Step]:
-    """Return the step that tries a framework itself."""
-    return {name: _step(name, problem, mend, name, needs)}
+def _package(name: str, framework: str) -> Step:
+    # Its failure is its own, also where the framework itself does not load.
+    return Step(f"{name} does not load", f"pip install {name}", framework)
 
 
-def _on(framework: str, mend: str, problems: Mapping[str, str]) -> dict[str, Step]:
-    """Return steps that stand on a framework."""
-    return {
-        name: _step(name, problem, mend, framework, framework) for name, problem in problems.items()
-    }
-
-
-def _with(framework: str, packages: Mapping[str, str]) -> dict[str, Step]:
-    """Return the steps that import what is installed with a framework: module -> distribution."""
-    return {
-        module: _step(module, f"{package} does not load", f"pip install {package}", framework)
-        for module, package in packages.items()
-    }
-
-
-#: Both detection and classification stand on it.
-_TORCHVISION_LOADS = _base(
-    "torchvision",
-    "torchvision {torchvision} does not load beside torch {torch} ({build}); the two must be of "
-    "one release and both CPU-only or both for CUDA",
-    "pip uninstall -y torch torchvision && pip install torch torchvision",
-)
-_FAIRSEQ_BUILDS = {
-    "fairseq.data.data_utils_fast": "fairseq's compiled batching does not load, as in a build "
-    "without Cython or with fairseq's source folder in PYTHONPATH",
-    "fairseq.libbleu": "fairseq's compiled BLEU does not load, as in a build without a C++ "
-    "compiler or with fairseq's source folder in PYTHONPATH",
-    "fairseq_cli.train": "fairseq-train does not load",
+#: A step that tries a module is called like it.
+_STEPS: Mapping[str, Step] = {
+    "torch": Step(mend="pip install --force-reinstall torch"),
+    "numpy": Step(
+        "numpy {numpy} does not work with torch {torch} (numpy 2 needs torch 2.3)",
+        "pip install --upgrade torch numpy",
+        needs="torch",
+    ),
+    "pskd": Step("one step of pskd_cross_entropy fails", needs="torch"),
+    "fairseq": Step(mend=_REBUILD_FAIRSEQ, framework="fairseq"),
+    "fairseq.data.data_utils_fast": _on(
+        "fairseq",
+        "fairseq's compiled batching does not load, as in a build without Cython or with "
+        "fairseq's source folder in PYTHONPATH",
+        _REBUILD_FAIRSEQ,
+    ),
+    "fairseq.libbleu": _on(
+        "fairseq",
+        "fairseq's compiled BLEU does not load, as in a build without a C++ compiler or with "
+        "fairseq's source folder in PYTHONPATH",
+        _REBUILD_FAIRSEQ,
+    ),
+    "fairseq_cli.train": _on("fairseq", "fairseq-train does not load", _REBUILD_FAIRSEQ),
+    **{module: _package(package, "fairseq") for module, package in _TRANSLATION.items()},
+    "pskd_fairseq": _on("fairseq", "fairseq cannot load pskd_fairseq"),
+    "torchvision": Step(
+        "torchvision {torchvision} does not load beside torch {torch} ({build}); the two must be "
+        "of one release and both CPU-only or both for CUDA",
+        "pip uninstall -y torch torchvision && pip install torch torchvision",
+        "torchvision",
+    ),
+    "pycocotools": Step(
+        "pycocotools {pycocotools} does not work beside numpy {numpy} (wheels before 2.0.8 were "
+        "built for numpy 1)",
+        "pip install --no-cache-dir --no-deps --force-reinstall 'pycocotools>=2.0.8'",
+        "pycocotools",
+    ),
+    "detectron2": Step(
+        "Detectron2 does not load", _REBUILD_DETECTRON2, "detectron2", needs="torchvision"
+    ),
+    "detectron2._C": _on(
+        "detectron2",
+        "Detectron2's compiled operators do not load, as with its source folder in PYTHONPATH or "
+        "after torch was replaced",
+        _REBUILD_DETECTRON2,
+    ),
+    "pskd_torchvision": _on("torchvision"),
+    "pskd_detectron2": _on("detectron2"),
+    **{module: _package(package, "sklearn") for module, package in _CLASSIFICATION.items()},
+    "pskd_classification": _on("torchvision", "one step of pskd_classification fails"),
+    "lightning": Step(mend=_rebuild("lightning", INSTALL_LIGHTNING), framework="lightning"),
+    "pskd_lightning": _on("lightning", "lightning {lightning} does not take pskd_lightning"),
+    "transformers": Step(
+        mend=_rebuild("transformers", INSTALL_TRANSFORMERS), framework="transformers"
+    ),
+    "pskd_transformers": _on(
+        "transformers",
+        "transformers {transformers} (accelerate {accelerate}) does not take pskd_transformers",
+        INSTALL_TRANSFORMERS,
+    ),
+    "matplotlib": Step(
+        "matplotlib {matplotlib} cannot draw",
+        "pip install --force-reinstall matplotlib",
+        "matplotlib",
+    ),
+    "pskd_tools.plots": _on("matplotlib"),
 }
-_DETECTRON2_BUILD = {
-    "detectron2._C": "Detectron2's compiled operators do not load, as with its source folder in "
-    "PYTHONPATH or after torch was replaced",
+_TRIED = {
+    "core": "torch numpy pskd",
+    "translation": "fairseq fairseq.data.data_utils_fast fairseq.libbleu fairseq_cli.train "
+    "sacrebleu sacremoses subword_nmt pskd_fairseq",
+    "detection": "torchvision pycocotools detectron2 detectron2._C pskd_torchvision "
+    "pskd_detectron2",
+    "classification": "torchvision sklearn yaml tqdm tensorboard pskd_classification",
+    "integrations": "lightning pskd_lightning transformers pskd_transformers",
+    "plots": "matplotlib pskd_tools.plots",
 }
 
-#: Part -> name -> step, in the order of trying. A step that tries a module is called like it.
+#: Part -> name -> step, in the order of trying.
 STEPS: Mapping[str, Mapping[str, Step]] = {
-    "core": {
-        "torch": _step("torch", "torch does not load", "pip install --force-reinstall torch"),
-        "numpy": _step(
-            "numpy",
-            "numpy {numpy} does not work with torch {torch} (numpy 2 needs torch 2.3)",
-            "pip install --upgrade torch numpy",
-            needs="torch",
-        ),
-        "pskd": _step("pskd", "one step of pskd_cross_entropy fails", INSTALL_PSKD, needs="torch"),
-    },
-    "translation": {
-        **_base("fairseq", "fairseq does not load", _REBUILD_FAIRSEQ),
-        **_on("fairseq", _REBUILD_FAIRSEQ, _FAIRSEQ_BUILDS),
-        # Their failures are their own, also where fairseq itself does not load.
-        **_with("fairseq", _TRANSLATION),
-        **_on("fairseq", INSTALL_PSKD, {"pskd_fairseq": "fairseq cannot load pskd_fairseq"}),
-    },
-    "detection": {
-        **_TORCHVISION_LOADS,
-        **_base(
-            "pycocotools",
-            "pycocotools {pycocotools} does not work beside numpy {numpy} (wheels before 2.0.8 "
-            "were built for numpy 1)",
-            "pip install --no-cache-dir --no-deps --force-reinstall 'pycocotools>=2.0.8'",
-        ),
-        **_base("detectron2", "Detectron2 does not load", _REBUILD_DETECTRON2, "torchvision"),
-        **_on("detectron2", _REBUILD_DETECTRON2, _DETECTRON2_BUILD),
-        **_on("torchvision", INSTALL_PSKD, {"pskd_torchvision": "pskd_torchvision does not load"}),
-        **_on("detectron2", INSTALL_PSKD, {"pskd_detectron2": "pskd_detectron2 does not load"}),
-    },
-    "classification": {
-        **_TORCHVISION_LOADS,
-        **_with("sklearn", _CLASSIFICATION),
-        **_on(
-            "torchvision",
-            INSTALL_PSKD,
-            {"pskd_classification": "one step of pskd_classification fails"},
-        ),
-    },
-    "integrations": {
-        **_base("lightning", "lightning does not load", _rebuild("lightning", INSTALL_LIGHTNING)),
-        **_on(
-            "lightning",
-            INSTALL_PSKD,
-            {"pskd_lightning": "lightning {lightning} does not take pskd_lightning"},
-        ),
-        **_base(
-            "transformers",
-            "transformers does not load",
-            _rebuild("transformers", INSTALL_TRANSFORMERS),
-        ),
-        **_on(
-            "transformers",
-            INSTALL_TRANSFORMERS,
-            {
-                "pskd_transformers": "transformers {transformers} (accelerate {accelerate}) does "
-                "not take pskd_transformers"
-            },
-        ),
-    },
-    "plots": {
-        **_base(
-            "matplotlib",
-            "matplotlib {matplotlib} cannot draw",
-            "pip install --force-reinstall matplotlib",
-        ),
-        **_on("matplotlib", INSTALL_PSKD, {"pskd_tools.plots": "pskd_tools.plots does not load"}),
-    },
+    part: {name: _STEPS[name] for name in names.split()} for part, names in _TRIED.items()
 }

@@ -7,20 +7,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from pskd_tools.doctor import parts
 from pskd_tools.doctor.environment import UNSAFE_LOAD, Environment
-from pskd_tools.doctor.parts import (
-    DEPENDENCIES,
-    DISTRIBUTIONS,
-    INSTALL_CONFIG_PAIR,
-    INSTALL_PSKD,
-    INSTALL_SETUPTOOLS,
-    PACKAGES,
-    REPLACE_FAIRSEQ,
-    STEPS,
-    WAYS,
-    Step,
-    Way,
-)
 
 __all__ = ["SEVERITIES", "Finding", "Report", "diagnose"]
 
@@ -66,7 +54,7 @@ class Report:
             "torch_build": env.torch_build,
             "packages": {
                 name: {"version": env.versions.get(name), "needed_by": needed_by}
-                for name, needed_by in PACKAGES.items()
+                for name, needed_by in parts.PACKAGES.items()
             },
             "parts": dict(self.parts),
             "findings": [asdict(finding) for finding in self.findings],
@@ -100,7 +88,7 @@ def diagnose(env: Environment) -> Report:
 
 
 def _present(env: Environment, part: str) -> bool:
-    ways = WAYS[part]
+    ways = parts.WAYS[part]
     return not ways or any(
         _installed(env, way.framework)
         and not any(env.lacks(module) for module in (way.adapter, *way.beside))
@@ -110,7 +98,7 @@ def _present(env: Environment, part: str) -> bool:
 
 def _installed(env: Environment, module: str) -> bool:
     """Whether a module is there or its distribution claims that it is."""
-    packages = DISTRIBUTIONS.get(module, (module,))
+    packages = parts.DISTRIBUTIONS.get(module, (module,))
     return any(package in env.versions for package in packages) or not env.lacks(module)
 
 
@@ -146,7 +134,7 @@ def _versions(env: Environment) -> Iterator[Finding]:
                 "defaults); fairseq-fixed does."
             )
         if message:
-            yield Finding("error", "translation", message, REPLACE_FAIRSEQ)
+            yield Finding("error", "translation", message, parts.REPLACE_FAIRSEQ)
 
     old = [
         f"{name} {versions[name]} is older than {'.'.join(map(str, bound))}"
@@ -156,11 +144,11 @@ def _versions(env: Environment) -> Iterator[Finding]:
     for package, part in {"fairseq-fixed": "translation", "detectron2": "detection"}.items():
         if package in versions and old:
             message = f"{' and '.join(old)}, which {package} needs at least."
-            yield Finding("error", part, message, INSTALL_CONFIG_PAIR)
+            yield Finding("error", part, message, parts.INSTALL_CONFIG_PAIR)
         elif package in versions and env.release_of("omegaconf") >= (2, 4):
             omegaconf = versions["omegaconf"]
             message = f"omegaconf {omegaconf} is newer than what {package} allows, below 2.4."
-            yield Finding("warning", part, message, INSTALL_CONFIG_PAIR)
+            yield Finding("warning", part, message, parts.INSTALL_CONFIG_PAIR)
 
 
 def _probes(env: Environment) -> Iterator[Finding]:
@@ -173,32 +161,33 @@ def _probes(env: Environment) -> Iterator[Finding]:
         elif probe.failure:
             message = f"Trying this part {probe.failure}."
             yield Finding("error", part, message, f"pskd doctor {part} --timeout 600")
-    versions = {n.replace("-", "_"): env.versions.get(n, "(not installed)") for n in PACKAGES}
+    versions = {n.replace("-", "_"): env.versions.get(n, "(not installed)") for n in parts.PACKAGES}
     for part, probe in env.probes.items():
         for name, attempt in probe.attempts.items():
-            step = STEPS[part][name]
+            step = parts.STEPS[part][name]
             explained = bool(step.needs) and _counts_as_failure(env, part, step.needs)
             if _counts_as_failure(env, part, name) and not explained:
-                problem = step.problem.format(build=env.torch_build, **versions)
+                problem = step.problem or f"{name} does not load"
+                problem = problem.format(build=env.torch_build, **versions)
                 mend = _mend_of(step, attempt.detail)
                 yield Finding("error", part, f"{problem}: {attempt.detail}", mend)
 
 
 def _counts_as_failure(env: Environment, part: str, name: str) -> bool:
     """Whether a step failed, and not for want of a framework or adapter that may be absent."""
-    attempt, framework = env.attempt(name), STEPS[part][name].framework
-    absent = env.lacks(name) and name in {way.adapter for way in WAYS[part]}
+    attempt, framework = env.attempt(name), parts.STEPS[part][name].framework
+    absent = env.lacks(name) and name in {way.adapter for way in parts.WAYS[part]}
     if attempt is None or attempt.ok or absent:
         return False
     return not framework or _installed(env, framework)
 
 
-def _mend_of(step: Step, error: str) -> str:
+def _mend_of(step: parts.Step, error: str) -> str:
     """Return the command that mends a failure: for a dependency known by name, its own."""
     missing = re.search(r"No module named '(\w+)", error)
     if missing is None or missing.group(1) == step.framework:
         return step.mend
-    return DEPENDENCIES.get(missing.group(1), step.mend)
+    return parts.DEPENDENCIES.get(missing.group(1), step.mend)
 
 
 def _absences(env: Environment) -> Iterator[Finding]:
@@ -206,25 +195,25 @@ def _absences(env: Environment) -> Iterator[Finding]:
     for part in env.probes:
         wanted = part in env.asked and not _present(env, part)
         serious = "error" if wanted else "note"
-        for way in WAYS[part]:
+        for way in parts.WAYS[part]:
             if not _installed(env, way.framework):
                 if way.framework == "detectron2":
                     yield _detectron2_is_absent(env, way)
                 else:
-                    package, *_ = DISTRIBUTIONS.get(way.framework, (way.framework,))
+                    package, *_ = parts.DISTRIBUTIONS.get(way.framework, (way.framework,))
                     message = f"{package} is not installed."
                     yield Finding(serious, part, message, way.install)
             elif env.lacks(way.adapter):
                 message = (
                     f"{way.framework} is there, but this installation of pskd has no {way.adapter}."
                 )
-                yield Finding("error" if wanted else "warning", part, message, INSTALL_PSKD)
+                yield Finding("error" if wanted else "warning", part, message, parts.INSTALL_PSKD)
             for module, package in way.beside.items():
                 if env.lacks(module):
                     yield Finding(serious, part, f"{package} is not installed.", way.install)
 
 
-def _detectron2_is_absent(env: Environment, way: Way) -> Finding:
+def _detectron2_is_absent(env: Environment, way: parts.Way) -> Finding:
     other = "is not there either"
     if None not in (env.said("torchvision"), env.said("pskd_torchvision")):
         other = "works"
@@ -243,7 +232,7 @@ def _surroundings(env: Environment) -> Iterator[Finding]:
             "The loss was not compiled when pskd was installed, and runs on torch's operators: on "
             "a CPU slower and with the same results. A C++ compiler (g++, clang++) mends that."
         )
-        yield Finding("note", "core", message, INSTALL_PSKD)
+        yield Finding("note", "core", message, parts.INSTALL_PSKD)
     if env.variables.get(UNSAFE_LOAD, "").lower() in ("1", "y", "yes", "true"):
         message = (
             f"{UNSAFE_LOAD} is set, so torch.load runs whatever code a checkpoint holds; fairseq's "
@@ -258,7 +247,7 @@ def _surroundings(env: Environment) -> Iterator[Finding]:
             f"setuptools ({setuptools}) brings no pkg_resources, which detectron2.model_zoo "
             "imports; the rest of Detectron2 does without."
         )
-        yield Finding("warning", "detection", message, INSTALL_SETUPTOOLS)
+        yield Finding("warning", "detection", message, parts.INSTALL_SETUPTOOLS)
     if _installed(env, "fairseq") and env.release_of("torch") >= (2, 6):
         path = env.said("pskd_fairseq") or "translation/pskd_fairseq"
         message = (

@@ -51,22 +51,22 @@ def as_json(
 
 
 def _verdict(table: Table, pair: Comparison) -> dict[str, object]:
-    effects = {
-        column.key: pair.differences[column.key].effect(column.metric.better)
+    compared = [
+        (column, pair.differences[column.key])
         for column in table.columns
         if column.key in pair.differences
-    }
+    ]
     return {
         "name": pair.method.name,
         "baseline": pair.baseline.name,
         "basis": pair.basis,
         "differences": {
-            key: {
+            column.key: {
                 "difference": difference.value,
                 "interval": difference.interval,
-                "effect": effects[key] or None,
+                "effect": difference.effect(column.metric.better) or None,
             }
-            for key, difference in pair.differences.items()
+            for column, difference in compared
         },
     }
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pskd_tools.drawing import INK, RUN_COLORS, curve, legend, new_figure, save, short, style
+from pskd_tools.drawing import INK, RUN_COLORS, curve, legend, new_figure, save, style
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -76,7 +76,7 @@ def _draw_curves(
             if quantity in r
         ]
         if points:
-            lines[name] = curve(axes, points, short(name), color)
+            lines[name] = curve(axes, points, name, color)
     return lines
 
 

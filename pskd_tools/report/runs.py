@@ -13,19 +13,8 @@ from typing import Any, TypeVar
 import numpy as np
 
 from pskd.files import shown
+from pskd_tools.report import files
 from pskd_tools.report.epochs import read_epochs
-from pskd_tools.report.files import (
-    Boxes,
-    Example,
-    Sentences,
-    read_boxes,
-    read_examples,
-    read_numbers,
-    read_pictures,
-    read_reweighted,
-    read_rows,
-    read_sentences,
-)
 
 __all__ = ["TASKS", "Run", "read_run", "read_runs"]
 
@@ -63,10 +52,10 @@ class Run:
     rows: dict[str, np.ndarray] = field(default_factory=dict)
     epochs: list[dict[str, float]] = field(default_factory=list)
     examples: dict[str, np.ndarray] = field(default_factory=dict)
-    reweighted: dict[str, list[Example]] = field(default_factory=dict)
+    reweighted: dict[str, list[files.Example]] = field(default_factory=dict)
     pictures: dict[str, str] = field(default_factory=dict)
-    sentences: Sentences | None = None
-    boxes: dict[str, Boxes] = field(default_factory=dict)
+    sentences: files.Sentences | None = None
+    boxes: dict[str, files.Boxes] = field(default_factory=dict)
 
     @property
     def has_teacher(self) -> bool:
@@ -159,7 +148,7 @@ def read_run(folder: Path, name: str) -> Run:
             "evaluation.json in it or in its inference or evaluation folder, got "
             + (f"none of them{_elsewhere(folder)}" if folder.is_dir() else "no such folder")
         )
-    numbers = read_numbers(numbers_path) if numbers_path else {}
+    numbers = files.read_numbers(numbers_path) if numbers_path else {}
 
     def read(file: str, reader: Callable[[Path], Found], nothing: Found) -> Found:
         path = _find(folder, file)
@@ -170,13 +159,13 @@ def read_run(folder: Path, name: str) -> Run:
         folder=folder,
         task=_task(numbers, numbers_path),
         numbers=numbers,
-        rows=read("confidence.npz", read_rows, {}),
+        rows=read("confidence.npz", files.read_rows, {}),
         epochs=read_epochs(_find(folder, "metrics.json"), _find_log(folder, numbers)),
-        examples=read("examples.npz", read_examples, {}),
-        reweighted=read("reweighted.json", read_reweighted, {}),
-        pictures=read("test_pictures.json", read_pictures, {}),
-        sentences=read("sentences.json", read_sentences, None),
-        boxes=read("test_images.json", read_boxes, {}),
+        examples=read("examples.npz", files.read_examples, {}),
+        reweighted=read("reweighted.json", files.read_reweighted, {}),
+        pictures=read("test_pictures.json", files.read_pictures, {}),
+        sentences=read("sentences.json", files.read_sentences, None),
+        boxes=read("test_images.json", files.read_boxes, {}),
     )
 
 
