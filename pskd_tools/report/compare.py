@@ -92,12 +92,16 @@ def _compared(baseline: Row, method: Row, columns: Sequence[Column], preset: Pre
     paired = _seeds(baseline) == _seeds(method) is not None
     bare = Comparison(baseline, method, {}, "", tests, paired)
     redrawn = {} if bare.over_seeds else _redrawn(bare, preset)
-    differences = {}
+    differences, basis = {}, [_basis(bare)]
     for column in columns:
+        if len(ways := _ways(bare, column.key)) > 1:
+            basis.append(
+                f"{column.metric.title} is not compared: it was computed in different ways, "
+                f"{' and '.join(sorted(ways))}."
+            )
+            continue
         first, second = baseline.mean(column.key), method.mean(column.key)
         if not column.metric.better or first is None or second is None:
-            continue
-        if len(_ways(bare, column.key)) > 1:
             continue
         interval = None
         if bare.over_seeds:
@@ -108,12 +112,7 @@ def _compared(baseline: Row, method: Row, columns: Sequence[Column], preset: Pre
                 second - first, redrawn[column.key], centred=column.key.endswith("ece")
             )
         differences[column.key] = Difference(second - first, interval)
-    apart = " ".join(
-        f"{column.metric.title} is not compared: it was computed in different ways, {ways}."
-        for column in columns
-        if len(found := _ways(bare, column.key)) > 1 and (ways := " and ".join(sorted(found)))
-    )
-    return replace(bare, differences=differences, basis=f"{_basis(bare)} {apart}".strip())
+    return replace(bare, differences=differences, basis=" ".join(basis))
 
 
 def _ways(pair: Comparison, key: str) -> set[str]:

@@ -6,8 +6,7 @@ images, each with all its rows), R resamples, K sums, G groups of rows.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Protocol
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -29,11 +28,8 @@ RESAMPLES = 1000
 _SEED = 20061
 _LEVEL = 0.95
 
-
-class Measured(Protocol):
-    """Metrics of a run as a function of how often each unit counts."""
-
-    def __call__(self, weights: Integers, /) -> dict[str, float]: ...
+#: Metrics of a run as a function of how often each unit counts.
+Measured = Callable[[Integers], dict[str, float]]
 
 
 def draws(units: int, seed: int = _SEED) -> Iterator[Integers]:

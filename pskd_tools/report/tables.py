@@ -258,24 +258,17 @@ def raw_values(run: Run, preset: Preset) -> dict[str, float]:
 
 
 def _measured(run: Run, preset: Preset) -> dict[str, float]:
-    rows = run.rows
-    if not rows:
-        return {}
-    values = measure(
-        rows["confidence"],
-        rows["correct"],
-        nll=rows.get("nll"),
-        in_top5=rows.get("in_top5"),
-        bins=preset.bins,
-    )
-    if "scaled_confidence" in rows:
-        scaled = measure(
-            rows["scaled_confidence"],
-            rows["correct"],
-            nll=rows.get("scaled_nll"),
-            bins=preset.bins,
-        )
-        values |= {f"scaled_{key}": value for key, value in scaled.items()}
+    rows, values = run.rows, {}
+    for prefix in ("", "scaled_"):
+        if f"{prefix}confidence" in rows:
+            found = measure(
+                rows[f"{prefix}confidence"],
+                rows["correct"],
+                nll=rows.get(f"{prefix}nll"),
+                in_top5=rows.get("in_top5"),
+                bins=preset.bins,
+            )
+            values |= {f"{prefix}{key}": value for key, value in found.items()}
     if "temperature" in rows:
         values["temperature"] = float(rows["temperature"])
     return values
