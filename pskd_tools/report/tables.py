@@ -258,7 +258,8 @@ def raw_values(run: Run, preset: Preset) -> dict[str, float]:
 
 
 def _measured(run: Run, preset: Preset) -> dict[str, float]:
-    rows, values = run.rows, {}
+    rows = run.rows
+    values: dict[str, float] = {}
     for prefix in ("", "scaled_"):
         if f"{prefix}confidence" in rows:
             found = measure(
