@@ -15,7 +15,7 @@ import numpy as np
 from pycocotools import mask as coco_mask
 
 from pskd_tools.drawing import INK, new_figure, save
-from pskd_tools.report.example_files import Box, Boxes
+from pskd_tools.report.files import Box, Boxes
 from pskd_tools.report.runs import Run
 
 if TYPE_CHECKING:

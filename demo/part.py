@@ -21,7 +21,6 @@ from pskd_tools.presets import PRESETS
 from pskd_tools.report.compare import Comparison, compare
 from pskd_tools.report.runs import Run, read_run
 from pskd_tools.report.tables import Table, make_tables
-from pskd_tools.report.verdict import title_of
 
 Commands = Mapping[str, Sequence[str | Path]]  # command lines by run
 _WIDTH, _NAME_WIDTH = 10, 15  # of the table's columns
@@ -180,7 +179,7 @@ def _sentence(table: Table, pair: Comparison) -> str:
         difference = pair.differences.get(column.key)
         if difference is not None and difference.interval is not None:
             effect = difference.effect(column.metric.better) or "within noise"
-            groups[effect].append(title_of(column))
+            groups[effect].append(column.title)
     parts = [f"{effect} in {', '.join(titles)}" for effect, titles in groups.items() if titles]
     said = "; ".join(parts) or "too few test examples to tell"
     return f"{pair.method.name} against {pair.baseline.name}: {said}."

@@ -14,7 +14,7 @@ import torch
 
 from pskd.files import open_regular, same_value, shown
 from pskd.teachers import load_into
-from pskd_tools.files import written_aside
+from pskd_tools.files import named, written_aside
 
 __all__ = [
     "check_classes",
@@ -31,6 +31,8 @@ __all__ = [
 ]
 
 logger = logging.getLogger(__name__)
+
+_CHECKPOINT = "a checkpoint of this program"
 
 
 def write_archive(path: str | os.PathLike[str], content: object) -> None:
@@ -55,18 +57,14 @@ def load_archive(path: str | os.PathLike[str], expected: str) -> Any:
             small file could fill the memory.
         OSError: if it cannot be opened.
     """
-    with open_regular(path) as file:
-        try:
-            if zipfile.is_zipfile(file):
-                with zipfile.ZipFile(file) as archive:
-                    claimed = sum(member.file_size for member in archive.infolist())
-                if claimed > (size := os.fstat(file.fileno()).st_size):
-                    raise ValueError(f"an archive of {claimed:,} bytes in {size:,}")
-            file.seek(0)
-            return torch.load(file, map_location="cpu", weights_only=True)
-        except Exception as error:  # torch, pickle and zipfile raise many kinds for a damaged file
-            first = f"{type(error).__name__}: {error}".splitlines()[0]
-            raise ValueError(f"{path}: expected {expected}, got {first}") from error
+    with open_regular(path) as file, named(path, f"expected {expected}, got"):
+        if zipfile.is_zipfile(file):
+            with zipfile.ZipFile(file) as archive:
+                claimed = sum(member.file_size for member in archive.infolist())
+            if claimed > (size := os.fstat(file.fileno()).st_size):
+                raise ValueError(f"an archive of {claimed:,} bytes in {size:,}")
+        file.seek(0)
+        return torch.load(file, map_location="cpu", weights_only=True)
 
 
 def write_checkpoint(path: Path, content: Mapping[str, object]) -> None:
@@ -80,11 +78,10 @@ def read_checkpoint(path: Path, keys: Collection[str]) -> dict[str, Any]:
     Raises:
         ValueError: naming the file, if it is damaged or none of this program's.
     """
-    expected = "a checkpoint of this program"
     try:
-        content = load_archive(path, expected)
+        content = load_archive(path, _CHECKPOINT)
     except OSError as error:
-        raise ValueError(f"{path}: expected {expected}, got {type(error).__name__}") from error
+        raise ValueError(f"{path}: expected {_CHECKPOINT}, got {type(error).__name__}") from error
     if not isinstance(content, dict) or not content.keys() >= set(keys):
         got = sorted(content) if isinstance(content, dict) else type(content).__name__
         raise ValueError(f"{path}: expected a checkpoint with {sorted(keys)}, got {got}")
@@ -102,23 +99,21 @@ def check_is_new(path: Path, *, resume: bool, overwrite: bool) -> None:
 
 def load_weights(path: Path, model: torch.nn.Module, weights: Mapping[str, Any]) -> None:
     """Load a model's weights; raise ValueError, naming the file, if they are another model's."""
-    try:
+    with naming(path):
         load_into(model, weights)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
 
 
 @contextlib.contextmanager
 def naming(path: Path) -> Iterator[None]:
     """Raise ValueError, naming the file, where what it holds cannot be loaded."""
-    try:
-        yield
-    except (ValueError, TypeError, LookupError, AttributeError) as error:
-        if isinstance(error, ValueError):
-            told = str(error)
-            raise ValueError(told if told.startswith(f"{path}: ") else f"{path}: {told}") from error
-        got = f"{type(error).__name__}: {error}"
-        raise ValueError(f"{path}: expected a checkpoint of this program, got {got}") from error
+    kinds = (TypeError, LookupError, AttributeError)
+    with named(path, f"expected {_CHECKPOINT}, got", kinds):
+        try:
+            yield
+        except ValueError as error:
+            if str(error).startswith(f"{path}: "):
+                raise
+            raise ValueError(f"{path}: {error}") from error
 
 
 def check_same(

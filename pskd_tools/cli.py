@@ -24,6 +24,7 @@ from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 
 from pskd_tools import doctor
+from pskd_tools.table import text_table
 
 __all__ = ["main"]
 
@@ -165,9 +166,9 @@ def report_text(report: doctor.Report) -> str:
     lines = [
         f"python {told['python']}, torch {told['torch_build']}",
         "",
-        *_table(("package", "version", "needed by"), packages),
+        text_table(("package", "version", "needed by"), packages, numbers=False),
         "",
-        *_table(("part", "state"), list(report.parts.items())),
+        text_table(("part", "state"), report.parts.items(), numbers=False),
     ]
     for finding in report.findings:
         lines += [
@@ -184,16 +185,6 @@ def report_text(report: doctor.Report) -> str:
     severities = [finding.severity for finding in report.findings]
     counts = [f"{severities.count(name)} {name}(s)" for name in doctor.SEVERITIES]
     return "\n".join([*lines, "", ", ".join(counts)])
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    cells = [head, *rows]
-    widths = [max(len(row[column]) for row in cells) for column in range(len(head))]
-    ruled = [head, ["-" * width for width in widths], *rows]
-    return [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in ruled
-    ]
 
 
 if __name__ == "__main__":

@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pskd_tools.files import written_aside
 
 if TYPE_CHECKING:
+    from matplotlib.artist import Artist
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.legend import Legend
+    from matplotlib.lines import Line2D
     from matplotlib.text import Text
 
-__all__ = ["INK", "RUN_COLORS", "literal", "new_figure", "save", "short", "style"]
+__all__ = ["INK", "RUN_COLORS", "curve", "legend", "new_figure", "save", "short", "style"]
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart; its yellow is too pale here.
 RUN_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#555555")
 INK, GRID = "#333333", "#DDDDDD"
 _LONGEST_NAME = 28
+_MOST_MARKERS = 60
 _DPI = 160
 
 
@@ -68,16 +72,48 @@ def short(name: str) -> str:
     return f" {name}" if name.startswith("_") else name
 
 
-def literal(texts: Iterable[Text]) -> None:
-    # A run called "$lr$" is a name, not a formula.
-    for text in texts:
-        text.set_parse_math(False)
-
-
-def style(axes: Axes) -> None:
+def style(axes: Axes, x: str = "", y: str = "", title: str = "") -> None:
+    """Label the axes, as far as labels are given, and draw them light."""
+    if x:
+        axes.set_xlabel(x, color=INK)
+    if y:
+        axes.set_ylabel(y, color=INK)
+    if title:
+        _literal([axes.set_title(title, fontsize=11, color=INK)])
     axes.set_axisbelow(True)
     axes.grid(color=GRID, linewidth=0.6)
     axes.tick_params(labelsize=9, color=GRID, labelcolor=INK)
     for name, spine in axes.spines.items():
         spine.set_visible(name in ("left", "bottom"))
         spine.set_color("#999999")
+
+
+def curve(axes: Axes, points: Sequence[tuple[float, float]], label: str, color: str) -> Line2D:
+    """Draw a line through points."""
+    # Between the many iterations of a log a marker at each hides the line.
+    marker = "o" if len(points) <= _MOST_MARKERS else ""
+    x, y = zip(*points, strict=True)
+    (line,) = axes.plot(
+        x, y, label=short(label), color=color, linewidth=1.8, marker=marker, markersize=3
+    )
+    return line
+
+
+def legend(figure: Figure, columns: int, handles: Sequence[Artist] | None = None) -> Legend:
+    """Add a legend below all axes, where it hides nothing: of these handles, or of all labels."""
+    made = figure.legend(
+        handles=handles,
+        loc="outside lower center",
+        ncols=columns,
+        fontsize=9,
+        labelcolor=INK,
+        frameon=False,
+    )
+    _literal(made.get_texts())
+    return made
+
+
+def _literal(texts: Iterable[Text]) -> None:
+    # A run called "$lr$" is a name, not a formula.
+    for text in texts:
+        text.set_parse_math(False)

@@ -25,6 +25,7 @@ from pskd.files import Name, open_regular, parse_json, shown
 
 __all__ = [
     "csv_text",
+    "named",
     "read_json",
     "read_npz",
     "read_yaml",
@@ -37,7 +38,33 @@ _MOST_BYTES = 1 << 30  # of the arrays of a file
 _MOST_NESTED = 100  # collections of a YAML file
 _MOST_ALIASES = 32  # of a YAML file: nested, they stand for at most 130,000 nodes
 
+_MOST_TOLD = 300  # characters of an error
+
 # ---- reading -------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def named(
+    name: object,
+    expected: str,
+    errors: type[Exception] | tuple[type[Exception], ...] = Exception,
+) -> Iterator[None]:
+    """Turn an error of what a file holds into a ValueError: ``NAME: EXPECTED ERROR``, in one line.
+
+    Args:
+        name: of the file.
+        expected: such as "expected an image, got".
+        errors: kinds to turn; all by default, since readers of damaged files raise many kinds.
+    """
+    try:
+        yield
+    except errors as error:
+        # A KeyError says no more than the key.
+        is_bare = isinstance(error, LookupError | EOFError) or not str(error)
+        told = " ".join((repr(error) if is_bare else str(error)).split())
+        if len(told) > _MOST_TOLD:
+            told = f"{told[:_MOST_TOLD]}..."
+        raise ValueError(f"{name}: {expected} {told}") from error
 
 
 def read_json(path: Name) -> dict[str, Any]:
@@ -49,10 +76,8 @@ def read_json(path: Name) -> dict[str, Any]:
     """
     with open_regular(path) as file:
         text = file.read()
-    try:
+    with named(path, "expected JSON, got"):
         value = parse_json(text)
-    except ValueError as error:
-        raise ValueError(f"{path}: expected JSON, got {error}") from error
     if not isinstance(value, dict):
         raise ValueError(f"{path}: expected a JSON object, got {type(value).__name__}")
     return value
@@ -70,7 +95,7 @@ def read_yaml(path: Name) -> Any:
 
     with open_regular(path) as file:
         content = file.read()
-    try:
+    with named(path, "expected YAML, got"):
         text = content.decode()
         aliases = depth = 0
         for event in yaml.parse(text):
@@ -78,15 +103,10 @@ def read_yaml(path: Name) -> Any:
             depth += isinstance(event, yaml.CollectionStartEvent)
             depth -= isinstance(event, yaml.CollectionEndEvent)
             if depth > _MOST_NESTED:  # to parse more of them takes the square of their number
-                raise RecursionError
+                raise ValueError("values nested too deeply")
         if aliases > _MOST_ALIASES:
             raise ValueError(f"{aliases} aliases, more than {_MOST_ALIASES}")
         return yaml.safe_load(text)
-    except RecursionError:
-        raise ValueError(f"{path}: expected YAML, got values nested too deeply") from None
-    except Exception as error:  # "!!int x" and the like fail in any way
-        told = " ".join(str(error).split())  # of several lines
-        raise ValueError(f"{path}: expected YAML, got {told}") from error
 
 
 def read_npz(path: Name) -> dict[str, np.ndarray]:
@@ -97,20 +117,17 @@ def read_npz(path: Name) -> dict[str, np.ndarray]:
             that claims to be larger than its bytes.
         OSError: if it cannot be read.
     """
-    with open_regular(path) as file:
-        try:
-            with zipfile.ZipFile(file) as archive:
-                members = archive.infolist()
-                if (size := sum(member.file_size for member in members)) > _MOST_BYTES:
-                    raise ValueError(f"{size:,} bytes of arrays, more than {_MOST_BYTES:,}")
-                return {
-                    member.filename.removesuffix(".npy"): _read_array(archive, member)
-                    for member in members
-                }
-        except Exception as error:  # a damaged archive can fail in any way
-            raise ValueError(
-                f"{path}: expected arrays as numpy.savez writes them: {error}"
-            ) from error
+    with (
+        open_regular(path) as file,
+        named(path, "expected arrays as numpy.savez writes them:"),
+        zipfile.ZipFile(file) as archive,
+    ):
+        members = archive.infolist()
+        if (size := sum(member.file_size for member in members)) > _MOST_BYTES:
+            raise ValueError(f"{size:,} bytes of arrays, more than {_MOST_BYTES:,}")
+        return {
+            member.filename.removesuffix(".npy"): _read_array(archive, member) for member in members
+        }
 
 
 def _read_array(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> np.ndarray:

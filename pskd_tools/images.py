@@ -12,6 +12,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from pskd.distributed import Processes, gather, on_first_process
+from pskd_tools import files
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -108,20 +109,14 @@ def _opened(path: str | os.PathLike[str], file: BinaryIO | None = None) -> Itera
         yield image
 
 
-@contextlib.contextmanager
 def named(
     name: object, errors: type[Exception] | tuple[type[Exception], ...] = Exception
-) -> Iterator[None]:
+) -> contextlib.AbstractContextManager[None]:
     """Turn what goes wrong with an image into a ValueError that names it.
 
-    Args:
-        name: of the image.
-        errors: kinds to turn. By default all: Pillow raises many kinds for a damaged file.
+    Args: as of `pskd_tools.files.named`.
     """
-    try:
-        yield
-    except errors as error:
-        raise ValueError(f"{name}: expected an image, got {str(error) or repr(error)}") from error
+    return files.named(name, "expected an image, got", errors)
 
 
 def check_images(

@@ -23,7 +23,7 @@ from pskd.calibration import (
     risk_coverage_curve,
 )
 from pskd.calibration.inputs import Array
-from pskd_tools.drawing import INK, RUN_COLORS, literal, new_figure, save, short, style
+from pskd_tools.drawing import INK, RUN_COLORS, curve, legend, new_figure, save, short, style
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist
@@ -36,34 +36,24 @@ Runs = Mapping[str, tuple[Array, Array]]
 Look = dict[str, Any]  # keywords of an artist
 
 # How each thing in a reliability diagram looks, in its panel and in the legend.
-_ACCURACY: Look = {
-    "label": "accuracy",
-    "facecolor": "#5B9BC8",
-    "edgecolor": "white",
-    "linewidth": 0.7,
-}
-_OVERCONFIDENT: Look = {
-    "label": "gap, overconfident",
-    "facecolor": "#FBE3D3",
-    "edgecolor": "#D55E00",
-    "hatch": "////",
-    "linewidth": 0.7,
-}
-_UNDERCONFIDENT: Look = {
-    "label": "gap, underconfident",
-    "facecolor": "#D2EFE4",
-    "edgecolor": "#009E73",
-    "hatch": "\\\\\\\\",
-    "linewidth": 0.7,
-}
-_PERFECT: Look = {"label": "perfect calibration", "color": INK, "linewidth": 1.1, "linestyle": "--"}
-_MEAN_ACCURACY: Look = {"label": "mean accuracy", "color": "#0072B2", "linewidth": 1.8}
-_MEAN_CONFIDENCE: Look = {
-    "label": "mean confidence",
-    "color": INK,
-    "linewidth": 1.8,
-    "linestyle": ":",
-}
+_ACCURACY: Look = dict(label="accuracy", facecolor="#5B9BC8", edgecolor="white", linewidth=0.7)
+_OVERCONFIDENT: Look = dict(
+    label="gap, overconfident",
+    facecolor="#FBE3D3",
+    edgecolor="#D55E00",
+    hatch="////",
+    linewidth=0.7,
+)
+_UNDERCONFIDENT: Look = dict(
+    label="gap, underconfident",
+    facecolor="#D2EFE4",
+    edgecolor="#009E73",
+    hatch="\\\\\\\\",
+    linewidth=0.7,
+)
+_PERFECT: Look = dict(label="perfect calibration", color=INK, linewidth=1.1, linestyle="--")
+_MEAN_ACCURACY: Look = dict(label="mean accuracy", color="#0072B2", linewidth=1.8)
+_MEAN_CONFIDENCE: Look = dict(label="mean confidence", color=INK, linewidth=1.8, linestyle=":")
 _OPTIMAL = (0, (4, 2))
 _PANELS_A_ROW = 4
 # More points than a page has pixels only make a vector file slow to open.
@@ -97,10 +87,9 @@ def _draw_reliability(axes: Axes, title: str, bins: ReliabilityBins) -> None:
         gap = (confidence - accuracy)[chosen]
         axes.bar(left[chosen], gap, width, accuracy[chosen], align="edge", **look)
     axes.plot([0, 1], [0, 1], **_PERFECT)
-    literal([axes.set_title(title, fontsize=11, color=INK)])
     axes.set(xlim=(0, 1), ylim=(0, 1))
     axes.tick_params(labelbottom=False)
-    style(axes)
+    style(axes, title=title)
 
 
 def _draw_histogram(axes: Axes, bins: ReliabilityBins, top: float) -> None:
@@ -111,9 +100,8 @@ def _draw_histogram(axes: Axes, bins: ReliabilityBins, top: float) -> None:
     axes.axvline(bins.correct_sum.sum() / count, **_MEAN_ACCURACY)
     axes.axvline(bins.confidence_sum.sum() / count, **_MEAN_CONFIDENCE)
     axes.set(xlim=(0, 1), ylim=(0, top))
-    axes.set_xlabel("confidence", color=INK)
     axes.locator_params(axis="y", nbins=4)
-    style(axes)
+    style(axes, "confidence")
 
 
 def _reliability_legend(figure: Figure, columns: int) -> None:
@@ -123,14 +111,7 @@ def _reliability_legend(figure: Figure, columns: int) -> None:
 
     handles: list[Artist] = [Patch(**look) for look in (_ACCURACY, _OVERCONFIDENT, _UNDERCONFIDENT)]
     handles += [Line2D([], [], **look) for look in (_PERFECT, _MEAN_ACCURACY, _MEAN_CONFIDENCE)]
-    figure.legend(
-        handles=handles,
-        loc="outside lower center",
-        ncols=2 if columns == 1 else 3,
-        fontsize=9,
-        labelcolor=INK,
-        frameon=False,
-    )
+    legend(figure, 2 if columns == 1 else 3, handles)
 
 
 def reliability_diagram(
@@ -241,13 +222,9 @@ def risk_coverage_plot(
     axes.plot([], [], color=INK, linewidth=1.1, linestyle=_OPTIMAL, label="optimal ranking")
     # Without an error anywhere the axis still needs a height.
     axes.set(xlim=(0, 1), ylim=(0, 1.08 * max(highest) or 1.0))
-    axes.set_xlabel("coverage (fraction of rows kept, most confident first)", color=INK)
-    axes.set_ylabel("selective risk (error rate)", color=INK)
-    style(axes)
-    figure_legend = figure.legend(
-        loc="outside lower center", fontsize=9, labelcolor=INK, frameon=False
-    )
-    literal(figure_legend.get_texts())
+    kept = "coverage (fraction of rows kept, most confident first)"
+    style(axes, kept, "selective risk (error rate)")
+    legend(figure, 1)
     return save(figure, path)
 
 
@@ -288,11 +265,9 @@ def epoch_plot(records: Sequence[Mapping[str, float]], path: str | os.PathLike[s
     axes = figure.add_subplot()
     for (name, points), color in zip(curves.items(), RUN_COLORS, strict=False):
         if points:
-            look: Look = {"color": color, "linewidth": 1.8, "marker": "o", "markersize": 3}
-            axes.plot(*zip(*points, strict=True), label=_EPOCH_CURVES[name], **look)
-    axes.set_xlabel("epoch", color=INK)
+            curve(axes, points, _EPOCH_CURVES[name], color)
     axes.locator_params(axis="x", integer=True)
     axes.set_ylim(top=1.0)
-    style(axes)
-    figure.legend(loc="outside lower center", ncols=2, fontsize=9, labelcolor=INK, frameon=False)
+    style(axes, "epoch")
+    legend(figure, 2)
     return save(figure, path)

@@ -41,6 +41,11 @@ class Metric:
         """Return a raw value as it is shown, without the unit."""
         return f"{raw * self.scale:.{self.digits}f}"
 
+    def signed(self, raw: float) -> str:
+        """Return a raw difference as it is shown, with its sign and without the unit."""
+        text = self.text(abs(raw))
+        return ("" if float(text) == 0 else "\u2212" if raw < 0 else "+") + text
+
 
 @dataclass(frozen=True)
 class Preset:

@@ -10,22 +10,11 @@ Detectron2 or torchvision is enough, for the integrations Lightning or transform
 needs torchvision and scikit-learn: what has only one of them was installed for another part.
 """
 
-from pskd_tools.doctor.environment import (
-    PACKAGES,
-    PARTS,
-    SEVERITIES,
-    Attempt,
-    Environment,
-    Finding,
-    Probe,
-    Report,
-    release,
-)
-from pskd_tools.doctor.probes import gather
-from pskd_tools.doctor.rules import diagnose
+from pskd_tools.doctor.environment import Attempt, Environment, Probe, gather, release
+from pskd_tools.doctor.parts import PARTS
+from pskd_tools.doctor.rules import SEVERITIES, Finding, Report, diagnose
 
 __all__ = [
-    "PACKAGES",
     "PARTS",
     "SEVERITIES",
     "Attempt",

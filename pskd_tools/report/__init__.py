@@ -59,9 +59,6 @@ def write_report(
 
 def _write_all(folder: Path, files: Mapping[str, str | dict[str, object]]) -> None:
     """Write all files or none, and make no folder for none."""
-    for name in files:
-        if (folder / name).is_dir():
-            raise IsADirectoryError(f"{folder / name}: expected a file to replace, got a folder")
     is_new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     try:

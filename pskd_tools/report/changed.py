@@ -2,28 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
 from pskd_tools.report.compare import Comparison
-from pskd_tools.report.example_files import Boxes
+from pskd_tools.report.files import Boxes
 from pskd_tools.report.sentences import chrf
+from pskd_tools.report.where import class_name
 
-__all__ = [
-    "ChangedBoxes",
-    "ChangedSentence",
-    "Guess",
-    "changed_boxes",
-    "changed_sentences",
-    "changed_predictions",
-]
+__all__ = ["Changed", "ChangedBoxes", "ChangedSentence", "Guess", "changed_examples"]
 
 _MOST_PREDICTIONS = 12
 _MOST_SENTENCES = 6
 _MOST_IMAGES = 4
-#: Boxes of a lower score are not shown and count neither for nor against a run.
-SHOWN_SCORE = 0.5
 
 
 @dataclass(frozen=True)
@@ -55,42 +49,60 @@ class ChangedSentence:
 
 @dataclass(frozen=True)
 class ChangedBoxes:
-    """A test image, as the baseline and as the method sees it, and the number of their errors."""
+    """A test image, as the baseline and as the method sees it."""
 
     id: str
     seen: tuple[Boxes, Boxes]
-    errors: tuple[int, int]
+
+    @property
+    def more_errors(self) -> int:
+        """How many errors the method makes more than the baseline."""
+        return self.seen[1].errors - self.seen[0].errors
 
 
-def changed_predictions(pair: Comparison) -> tuple[list[int], list[Guess], list[Guess]] | None:
-    """Return the classifications that changed; None if the runs do not tell them.
+@dataclass(frozen=True)
+class Changed:
+    """What changed, and of it what is shown.
 
-    Returns:
-        How many only the method has right, only the baseline has right, and both have wrong with
-        different classes; examples of the first and of the second, by the change of their NLL.
+    Attributes:
+        counts: of classifications, those that only the method has right, that only the baseline has
+            right, and that both have wrong with different classes; of sentences, those with a
+            higher chrF, with a lower one, and with the same text; of images, those of both runs.
+        better, worse: the examples that changed most.
     """
+
+    counts: list[int]
+    better: Sequence[Guess | ChangedSentence | ChangedBoxes]
+    worse: Sequence[Guess | ChangedSentence | ChangedBoxes]
+
+
+def changed_examples(pair: Comparison) -> Changed | None:
+    """Return what changed from the baseline to the method; None if the runs do not tell it."""
+    own = {
+        "classification": _changed_predictions,
+        "detection": _changed_boxes,
+        "translation": _changed_sentences,
+    }
+    return own[pair.baseline.runs[0].task](pair)
+
+
+def _changed_predictions(pair: Comparison) -> Changed | None:
     if pair.tests is None:
         return None
-    split = len(pair.baseline.runs)
-    before, after = pair.tests.rows[0], pair.tests.rows[split]
+    before, after = pair.tests.rows[0], pair.tests.rows[len(pair.baseline.runs)]
     needed = {"ids", "label", "predicted"}
     if not (needed <= before.keys() and needed <= after.keys()):
         return None
     right = [rows["predicted"] == before["label"] for rows in (before, after)]
-    moved = before["predicted"] != after["predicted"]
     won, lost = ~right[0] & right[1], right[0] & ~right[1]
-    counts = [int(part.sum()) for part in (won, lost, moved & ~right[0] & ~right[1])]
+    still_wrong = ~right[0] & ~right[1] & (before["predicted"] != after["predicted"])
     fall = np.zeros(len(won))
     if "nll" in before and "nll" in after:
         fall = np.nan_to_num(np.asarray(before["nll"], float) - after["nll"])
     pictures = pair.method.runs[0].pictures | pair.baseline.runs[0].pictures
-    names = before.get("class_names", np.empty(0))
-
-    def name(label: int) -> str:
-        return str(names[label]) if 0 <= label < len(names) else str(label)
+    name = partial(class_name, before)
 
     def shown(part: np.ndarray, order: np.ndarray) -> list[Guess]:
-        chosen = order[part[order]][:_MOST_PREDICTIONS]
         return [
             Guess(
                 id=str(before["ids"][row]),
@@ -99,29 +111,21 @@ def changed_predictions(pair: Comparison) -> tuple[list[int], list[Guess], list[
                 predicted=(name(before["predicted"][row]), name(after["predicted"][row])),
                 confidence=(float(before["confidence"][row]), float(after["confidence"][row])),
             )
-            for row in chosen
+            for row in order[part[order]][:_MOST_PREDICTIONS]
         ]
 
     order = np.argsort(-fall, kind="stable")
-    return counts, shown(won, order), shown(lost, order[::-1])
+    counts = [int(part.sum()) for part in (won, lost, still_wrong)]
+    return Changed(counts, shown(won, order), shown(lost, order[::-1]))
 
 
-def changed_sentences(
-    pair: Comparison,
-) -> tuple[list[int], list[ChangedSentence], list[ChangedSentence]] | None:
-    """Return the translations that changed; None if the runs do not tell them.
-
-    Returns:
-        How many have a higher chrF, a lower one, and the same text; those that gained most, and
-        those that lost most.
-    """
+def _changed_sentences(pair: Comparison) -> Changed | None:
     before, after = pair.baseline.runs[0].sentences, pair.method.runs[0].sentences
     if before is None or after is None or before.reference != after.reference:
         return None
     scores = chrf(before.chrf.astype(float)), chrf(after.chrf.astype(float))
     gain = scores[1] - scores[0]
     same = sum(a == b for a, b in zip(before.translation, after.translation, strict=True))
-    counts = [int((gain > 0).sum()), int((gain < 0).sum()), same]
     order = np.argsort(-gain, kind="stable")
 
     def shown(rows: np.ndarray) -> list[ChangedSentence]:
@@ -135,34 +139,17 @@ def changed_sentences(
             for row in rows[:_MOST_SENTENCES].tolist()
         ]
 
-    return counts, shown(order[gain[order] > 0]), shown(order[::-1][gain[order[::-1]] < 0])
+    up, down = order[gain[order] > 0], order[::-1][gain[order[::-1]] < 0]
+    return Changed([len(up), len(down), same], shown(up), shown(down))
 
 
-def changed_boxes(
-    pair: Comparison,
-) -> tuple[int, list[ChangedBoxes], list[ChangedBoxes]] | None:
-    """Return the images on which detections changed; None if the runs share no image.
-
-    Returns:
-        The number of images that are known of both; those where the method makes fewest errors
-        more than the baseline, and those where it makes most.
-    """
+def _changed_boxes(pair: Comparison) -> Changed | None:
     before, after = pair.baseline.runs[0].boxes, pair.method.runs[0].boxes
     shared = [key for key in before if key in after and before[key].objects == after[key].objects]
     if not shared:
         return None
-    found = [
-        ChangedBoxes(key, (before[key], after[key]), (_errors(before[key]), _errors(after[key])))
-        for key in shared
-    ]
-    ordered = sorted(found, key=lambda image: image.errors[1] - image.errors[0])
-    won = [image for image in ordered if image.errors[1] < image.errors[0]]
-    lost = [image for image in reversed(ordered) if image.errors[1] > image.errors[0]]
-    return len(shared), won[:_MOST_IMAGES], lost[:_MOST_IMAGES]
-
-
-def _errors(image: Boxes) -> int:
-    """Return how many boxes are wrong and how many objects are missed."""
-    shown = [box for box in image.detections if (box.score or 0.0) >= SHOWN_SCORE]
-    right = sum(box.correct for box in shown)
-    return len(shown) - right + len(image.objects) - right
+    images = [ChangedBoxes(key, (before[key], after[key])) for key in shared]
+    images.sort(key=lambda image: image.more_errors)
+    better = [image for image in images if image.more_errors < 0]
+    worse = [image for image in reversed(images) if image.more_errors > 0]
+    return Changed([len(shared)], better[:_MOST_IMAGES], worse[:_MOST_IMAGES])

@@ -10,19 +10,18 @@ import numpy as np
 
 from pskd.calibration.inputs import Doubles
 from pskd_tools.presets import Preset
-from pskd_tools.report.bootstrap import (
+from pskd_tools.report.intervals import (
     RESAMPLES,
     Measured,
     RowMetrics,
+    interval_over_seeds,
     percentile_interval,
     resampled,
 )
-from pskd_tools.report.columns import Column
 from pskd_tools.report.runs import Run
-from pskd_tools.report.seeds import interval_over_seeds
 from pskd_tools.report.sentences import SentenceMetrics
 from pskd_tools.report.shared import SharedTestSet, shared_test_set
-from pskd_tools.report.tables import Row, Table
+from pskd_tools.report.tables import Column, Row, Table
 
 __all__ = ["Comparison", "Difference", "compare", "way_of"]
 
@@ -94,12 +93,16 @@ def _compared(baseline: Row, method: Row, columns: Sequence[Column], preset: Pre
     paired = _seeds(baseline) == _seeds(method) is not None
     bare = Comparison(baseline, method, {}, "", tests, paired)
     redrawn = {} if bare.over_seeds else _redrawn(bare, preset)
-    differences = {}
+    differences, basis = {}, [_basis(bare)]
     for column in columns:
+        if len(ways := _ways(bare, column.key)) > 1:
+            basis.append(
+                f"{column.metric.title} is not compared: it was computed in different ways, "
+                f"{' and '.join(sorted(ways))}."
+            )
+            continue
         first, second = baseline.mean(column.key), method.mean(column.key)
         if not column.metric.better or first is None or second is None:
-            continue
-        if len(_ways(bare, column.key)) > 1:
             continue
         interval = None
         if bare.over_seeds:
@@ -110,12 +113,7 @@ def _compared(baseline: Row, method: Row, columns: Sequence[Column], preset: Pre
                 second - first, redrawn[column.key], centred=column.key.endswith("ece")
             )
         differences[column.key] = Difference(second - first, interval)
-    apart = " ".join(
-        f"{column.metric.title} is not compared: it was computed in different ways, {ways}."
-        for column in columns
-        if len(found := _ways(bare, column.key)) > 1 and (ways := " and ".join(sorted(found)))
-    )
-    return replace(bare, differences=differences, basis=f"{_basis(bare)} {apart}".strip())
+    return replace(bare, differences=differences, basis=" ".join(basis))
 
 
 def way_of(numbers: Mapping[str, Any], key: str) -> str | None:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from pskd.files import open_regular, parse_json
+from pskd_tools.files import named
 
 __all__ = ["fairseq_epochs", "read_epochs"]
 
@@ -73,21 +74,19 @@ def read_epochs(metrics: Path | None, log: Path | None) -> list[dict[str, float]
         return []
     with open_regular(path) as file:
         text = file.read().decode(errors="replace")
-    try:
-        lines = _json_lines(text) if metrics else fairseq_epochs(text)
-        return _by_step(lines)
-    except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
-        raise ValueError(f"{path}: expected the numbers of a training, got {error}") from error
+    with named(path, "expected the numbers of a training, got"):
+        return _by_step(_json_lines(text) if metrics else fairseq_epochs(text))
 
 
 def _json_lines(text: str) -> list[dict[str, Any]]:
     lines = []
     # After the last line break there is nothing, or half a line of a run that was stopped.
     for number, line in enumerate(text.split("\n")[:-1], start=1):
-        try:
-            lines += [parse_json(line)] if line.strip() else []
-        except ValueError as error:
-            raise ValueError(f"line {number}: {error}") from error
+        if line.strip():
+            try:
+                lines.append(parse_json(line))
+            except ValueError as error:
+                raise ValueError(f"line {number}: {error}") from error
     return lines
 
 

@@ -7,10 +7,9 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from pskd_tools.files import csv_text
 from pskd_tools.presets import Preset
-from pskd_tools.report.columns import Column
 from pskd_tools.report.compare import Comparison
 from pskd_tools.report.runs import Run
-from pskd_tools.report.tables import Row, Table
+from pskd_tools.report.tables import Column, Row, Table
 
 __all__ = ["as_csv", "as_json"]
 
@@ -52,22 +51,22 @@ def as_json(
 
 
 def _verdict(table: Table, pair: Comparison) -> dict[str, object]:
-    effects = {
-        column.key: pair.differences[column.key].effect(column.metric.better)
+    compared = [
+        (column, pair.differences[column.key])
         for column in table.columns
         if column.key in pair.differences
-    }
+    ]
     return {
         "name": pair.method.name,
         "baseline": pair.baseline.name,
         "basis": pair.basis,
         "differences": {
-            key: {
+            column.key: {
                 "difference": difference.value,
                 "interval": difference.interval,
-                "effect": effects[key] or None,
+                "effect": difference.effect(column.metric.better) or None,
             }
-            for key, difference in pair.differences.items()
+            for column, difference in compared
         },
     }
 

@@ -6,7 +6,6 @@ import base64
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -35,22 +34,19 @@ class Figure:
 
 def confidence_figures(table: Table, preset: Preset) -> list[Figure]:
     """Return a reliability diagram of each method, and the risk-coverage curves of all."""
-    runs = {_label(row): _rows(row.runs[0]) for row in table.rows if row.runs[0].rows}
+    firsts = {_label(row): row.runs[0].rows for row in table.rows if row.runs[0].rows}
+    runs = {name: (rows["confidence"], rows["correct"]) for name, rows in firsts.items()}
     if not runs:
         return []
     ece, area = preset.metrics["ece"], preset.metrics["aurc"]
     unit = "" if ece.unit == "fraction" else f" {ece.unit}"
     figures = [
-        Figure(
-            _drawn(
-                partial(
-                    reliability_diagram,
-                    {name: pair},
-                    bins=preset.bins,
-                    text=lambda value: ece.text(value) + unit,
-                )
-            ),
+        _figure(
             f"Reliability of {name}, {preset.bins} bins.",
+            reliability_diagram,
+            {name: pair},
+            bins=preset.bins,
+            text=lambda value: ece.text(value) + unit,
         )
         for name, pair in runs.items()
     ]
@@ -60,7 +56,7 @@ def confidence_figures(table: Table, preset: Preset) -> list[Figure]:
     )
     if area.unit != "fraction":
         caption += f" Areas {area.unit}."
-    return [*figures, Figure(_drawn(partial(risk_coverage_plot, runs, text=area.text)), caption)]
+    return [*figures, _figure(caption, risk_coverage_plot, runs, text=area.text)]
 
 
 def _label(row: Row) -> str:
@@ -69,10 +65,6 @@ def _label(row: Row) -> str:
         return row.name
     seed = row.runs[0].numbers.get("seed")
     return f"{row.name}, first run" if seed is None else f"{row.name}, seed {seed}"
-
-
-def _rows(run: Run) -> tuple[np.ndarray, np.ndarray]:
-    return run.rows["confidence"], run.rows["correct"]
 
 
 def teacher_figures(table: Table) -> list[Figure]:
@@ -91,7 +83,7 @@ def teacher_figures(table: Table) -> list[Figure]:
             "What PS-KD did in the course of the training: alpha, and the factor on the gradient "
             "of the label's logit against plain cross-entropy, 1 without a teacher."
         )
-        figures.append(Figure(_drawn(partial(teacher_plot, drawn)), caption))
+        figures.append(_figure(caption, teacher_plot, drawn))
     return figures
 
 
@@ -116,7 +108,7 @@ def hard_example_figures(table: Table) -> list[Figure]:
             f"for {baseline.name}. At 1 (dotted) it is that of plain training, at 0 nothing is "
             "left of it, below 0 the label's probability is pushed down."
         )
-        figures.append(Figure(_drawn(partial(hard_example_plot, *pair)), caption))
+        figures.append(_figure(caption, hard_example_plot, *pair))
     return figures
 
 
@@ -130,12 +122,13 @@ def _aligned(baseline: Run, run: Run) -> tuple[np.ndarray, np.ndarray]:
     return baseline.examples["difficulty"][first], run.examples["rescaling"][second]
 
 
-def _drawn(draw: Callable[[Path], object]) -> str:
-    """Return what a function draws into an SVG file, as a data URI.
+def _figure(caption: str, draw: Callable[..., object], *what: object, **options: object) -> Figure:
+    """Return what a function draws into an SVG file.
 
     An image of its own, not SVG among the page's elements: the ids in two drawings would clash.
     """
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "figure.svg"
-        draw(path)
-        return "data:image/svg+xml;base64," + base64.b64encode(path.read_bytes()).decode()
+        draw(*what, path, **options)
+        image = base64.b64encode(path.read_bytes()).decode()
+    return Figure(f"data:image/svg+xml;base64,{image}", caption)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pskd_tools.drawing import INK, RUN_COLORS, literal, new_figure, save, short, style
+from pskd_tools.drawing import INK, RUN_COLORS, curve, legend, new_figure, save, style
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -54,25 +54,13 @@ def teacher_plot(
     drawn = _draw_curves(upper, runs, "alpha") | _draw_curves(lower, runs, "gradient_rescaling")
     if not drawn:
         raise ValueError("runs: expected one with alpha or gradient_rescaling, got none")
-    upper.set_ylabel("alpha,\nweight of the teacher", color=INK)
-    lower.set_ylabel("gradient rescaling", color=INK)
     upper.set_ylim(bottom=0.0)
     lower.axhline(1.0, color=INK, linewidth=1.0, linestyle=":")
-    epochs = any("epoch" in record for records in runs.values() for record in records)
-    lower.set_xlabel("epoch" if epochs else "iteration", color=INK)
     lower.xaxis.get_major_locator().set_params(integer=True)
-    for axes in (upper, lower):
-        style(axes)
-    handles = [drawn[name] for name in runs if name in drawn]
-    legend = figure.legend(
-        handles=handles,
-        loc="outside lower center",
-        ncols=2,
-        fontsize=9,
-        labelcolor=INK,
-        frameon=False,
-    )
-    literal(legend.get_texts())
+    epochs = any("epoch" in record for records in runs.values() for record in records)
+    style(upper, y="alpha,\nweight of the teacher")
+    style(lower, "epoch" if epochs else "iteration", "gradient rescaling")
+    legend(figure, 2, [drawn[name] for name in runs if name in drawn])
     return save(figure, path)
 
 
@@ -83,19 +71,12 @@ def _draw_curves(
     lines = {}
     for (name, records), color in zip(runs.items(), itertools.cycle(RUN_COLORS), strict=False):
         points = [
-            (r.get("epoch", r.get("iteration")), r[quantity]) for r in records if quantity in r
+            (r["epoch"] if "epoch" in r else r["iteration"], r[quantity])
+            for r in records
+            if quantity in r
         ]
         if points:
-            # Between the many iterations of a log a marker at each hides the line.
-            marker = "o" if len(points) <= 60 else ""
-            (lines[name],) = axes.plot(
-                *zip(*points, strict=True),
-                label=short(name),
-                color=color,
-                linewidth=1.8,
-                marker=marker,
-                markersize=3,
-            )
+            lines[name] = curve(axes, points, name, color)
     return lines
 
 
@@ -177,13 +158,8 @@ def hard_example_plot(
     bottom = np.quantile(rescaling, _LOWEST_SHOWN)
     room = max(0.05 * (1.0 - bottom), 0.01)
     axes.set(xlim=(-0.01, 1.01), ylim=(bottom - room, 1.0 + room))
-    axes.set_xlabel("difficulty for the baseline, mean of 1 - p[label]", color=INK)
-    axes.set_ylabel("gradient rescaling by PS-KD", color=INK)
-    style(axes)
-    legend = figure.legend(
-        loc="outside lower center", ncols=3, fontsize=9, labelcolor=INK, frameon=False
-    )
-    for handle in filter(None, legend.legend_handles[:1]):
+    style(axes, "difficulty for the baseline, mean of 1 - p[label]", "gradient rescaling by PS-KD")
+    for handle in filter(None, legend(figure, 3).legend_handles[:1]):
         handle.set(alpha=0.8, sizes=[20])
     return save(figure, path)
 

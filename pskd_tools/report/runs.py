@@ -13,21 +13,8 @@ from typing import Any, TypeVar
 import numpy as np
 
 from pskd.files import shown
+from pskd_tools.report import files
 from pskd_tools.report.epochs import read_epochs
-from pskd_tools.report.example_files import (
-    Boxes,
-    Sentences,
-    read_boxes,
-    read_pictures,
-    read_sentences,
-)
-from pskd_tools.report.files import (
-    Example,
-    read_examples,
-    read_numbers,
-    read_reweighted,
-    read_rows,
-)
 
 __all__ = ["TASKS", "Run", "read_run", "read_runs"]
 
@@ -65,16 +52,37 @@ class Run:
     rows: dict[str, np.ndarray] = field(default_factory=dict)
     epochs: list[dict[str, float]] = field(default_factory=list)
     examples: dict[str, np.ndarray] = field(default_factory=dict)
-    reweighted: dict[str, list[Example]] = field(default_factory=dict)
+    reweighted: dict[str, list[files.Example]] = field(default_factory=dict)
     pictures: dict[str, str] = field(default_factory=dict)
-    sentences: Sentences | None = None
-    boxes: dict[str, Boxes] = field(default_factory=dict)
+    sentences: files.Sentences | None = None
+    boxes: dict[str, files.Boxes] = field(default_factory=dict)
 
     @property
     def has_teacher(self) -> bool:
         """Whether it was trained with PS-KD, as far as its files say."""
         factors = self.examples.get("rescaling", np.empty(0))
         return bool(np.isfinite(factors).any() or any(e.get("alpha", 0) > 0 for e in self.epochs))
+
+    @property
+    def command(self) -> str:
+        """The command that made it; empty where it is not known."""
+        command = self.numbers.get("command")
+        return command if isinstance(command, str) else " ".join(command or ())
+
+    @property
+    def bins(self) -> int:
+        """How many bins the run's own ECE has: 15 where it does not say."""
+        places = (self.numbers.get("confidence", {}), self.numbers.get("last", {}), self.numbers)
+        found = (place.get("bins") for place in places)
+        return next((bins for bins in found if isinstance(bins, int)), 15)
+
+    def number(self, *path: str) -> float | None:
+        """Return what its numbers hold under a path of keys; None where that is no number."""
+        found: Any = self.numbers
+        for key in path:
+            found = (found or {}).get(key)
+        is_number = isinstance(found, int | float) and not isinstance(found, bool)
+        return float(found) if is_number else None
 
 
 def read_runs(words: Sequence[str]) -> list[Run]:
@@ -140,7 +148,7 @@ def read_run(folder: Path, name: str) -> Run:
             "evaluation.json in it or in its inference or evaluation folder, got "
             + (f"none of them{_elsewhere(folder)}" if folder.is_dir() else "no such folder")
         )
-    numbers = read_numbers(numbers_path) if numbers_path else {}
+    numbers = files.read_numbers(numbers_path) if numbers_path else {}
 
     def read(file: str, reader: Callable[[Path], Found], nothing: Found) -> Found:
         path = _find(folder, file)
@@ -151,13 +159,13 @@ def read_run(folder: Path, name: str) -> Run:
         folder=folder,
         task=_task(numbers, numbers_path),
         numbers=numbers,
-        rows=read("confidence.npz", read_rows, {}),
+        rows=read("confidence.npz", files.read_rows, {}),
         epochs=read_epochs(_find(folder, "metrics.json"), _find_log(folder, numbers)),
-        examples=read("examples.npz", read_examples, {}),
-        reweighted=read("reweighted.json", read_reweighted, {}),
-        pictures=read("test_pictures.json", read_pictures, {}),
-        sentences=read("sentences.json", read_sentences, None),
-        boxes=read("test_images.json", read_boxes, {}),
+        examples=read("examples.npz", files.read_examples, {}),
+        reweighted=read("reweighted.json", files.read_reweighted, {}),
+        pictures=read("test_pictures.json", files.read_pictures, {}),
+        sentences=read("sentences.json", files.read_sentences, None),
+        boxes=read("test_images.json", files.read_boxes, {}),
     )
 
 

@@ -5,18 +5,18 @@ Shapes: N rows, G groups of them.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
 from pskd.calibration.inputs import Doubles, Integers
 from pskd_tools.presets import Metric, Preset
-from pskd_tools.report.bootstrap import grouped_interval
-from pskd_tools.report.columns import columns_of
 from pskd_tools.report.compare import Comparison, Difference
-from pskd_tools.report.seeds import interval_over_seeds
+from pskd_tools.report.intervals import grouped_interval, interval_over_seeds
+from pskd_tools.report.tables import columns_of
 
-__all__ = ["Group", "Groups", "by_class", "by_confidence", "most_changed"]
+__all__ = ["Group", "Groups", "by_class", "by_confidence", "class_name", "most_changed"]
 
 _PARTS = 5
 _MOST_GROUPS = 20
@@ -74,9 +74,13 @@ def by_class(pair: Comparison, preset: Preset) -> Groups | None:
         return None
     rows = pair.tests.rows[0]
     labels, group = np.unique(rows["label"], return_inverse=True)
+    return _groups(pair, preset, group, [class_name(rows, label) for label in labels])
+
+
+def class_name(rows: Mapping[str, np.ndarray], label: int) -> str:
+    """Return the name of a class, or its number where the rows of a run do not know it."""
     names = rows.get("class_names", np.empty(0))
-    titles = [str(names[label]) if 0 <= label < len(names) else str(label) for label in labels]
-    return _groups(pair, preset, group, titles)
+    return str(names[label]) if 0 <= label < len(names) else str(label)
 
 
 def most_changed(groups: Groups) -> list[Group]:

@@ -136,6 +136,7 @@ def detection(folder: Path, seed: int = 1, *, pskd: bool = False, epochs: bool =
         "seed": seed,
         "seconds_per_iteration": 0.1,
         "bbox": {"AP": 40.0 + seed, "AP50": 60.0, "AP75": None, "AP-car": 41.0},
+        "voc": {"AP50": 44.0},
         "confidence": confidence,
         "ground_truth_rois": {"nll": 0.4, "accuracy": 0.9, "num_rois": 20},
     }

@@ -9,16 +9,16 @@ import numpy as np
 import pytest
 
 from pskd_tools.presets import measure
-from pskd_tools.report import bootstrap
-from pskd_tools.report.bootstrap import (
+from pskd_tools.report import intervals
+from pskd_tools.report.intervals import (
     RESAMPLES,
     RowMetrics,
     draws,
     grouped_interval,
+    interval_over_seeds,
     percentile_interval,
     resampled,
 )
-from pskd_tools.report.seeds import interval_over_seeds
 from pskd_tools.report.sentences import SentenceMetrics, bleu, chrf
 
 BINS = 10
@@ -111,7 +111,7 @@ def test_an_infinite_nll_has_no_interval():
 
 def test_about_19_of_20_intervals_hold_the_truth(monkeypatch):
     """Truth is the mean over test sets of this size: of fewer rows an ECE is larger."""
-    monkeypatch.setattr(bootstrap, "RESAMPLES", 300)
+    monkeypatch.setattr(intervals, "RESAMPLES", 300)
     rng = np.random.default_rng(7)
     size, trials, keys = 500, 150, ("top1_error", "nll", "ece", "aurc")
 

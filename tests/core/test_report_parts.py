@@ -11,12 +11,11 @@ import pytest
 from pskd_tools.cli import _parser, main
 from pskd_tools.presets import PRESETS
 from pskd_tools.report import figures
-from pskd_tools.report.columns import columns_of
 from pskd_tools.report.epochs import fairseq_epochs, read_epochs
 from pskd_tools.report.figures import hard_example_figures, teacher_figures
 from pskd_tools.report.plots import grouped_quartiles, hard_example_plot, teacher_plot
 from pskd_tools.report.runs import TASKS, read_run, read_runs
-from pskd_tools.report.tables import make_tables
+from pskd_tools.report.tables import columns_of, make_tables
 
 NEEDS_MATPLOTLIB = "needs matplotlib: pip install matplotlib"
 MAKERS = {task: getattr(made, task) for task in TASKS}
@@ -124,9 +123,41 @@ def test_an_evaluation_without_a_row_is_read_by_its_numbers(tmp_path):
     assert table.rows[0].values[0]["ece"] == 0.1
 
 
-def test_a_pickle_is_not_opened(tmp_path):
-    made.write(tmp_path, "confidence.npz", made.rows(1) | {"correct": np.array([True, None])})
-    with pytest.raises(ValueError, match="confidence.npz: expected arrays as numpy.savez writes"):
+@pytest.mark.parametrize(
+    ("file", "changes", "says"),
+    [
+        ("confidence.npz", {"correct": np.array([True, None])}, "expected arrays as numpy.savez"),
+        ("confidence.npz", {"correct": None}, "expected an array correct, got class_names, conf"),
+        ("confidence.npz", {"confidence": np.zeros((300, 2))}, r"confidence: expected a vector"),
+        ("confidence.npz", {"temperature": np.ones(2)}, "temperature: expected a single number"),
+        ("confidence.npz", {"label": np.zeros(300)}, "label: expected integers, got dtype float"),
+        ("examples.npz", {"rescaling": np.ones(61)}, r"rescaling: expected shape \(60,\), got"),
+        ("examples.npz", {"difficulty": np.full(60, 50.0)}, r"difficulty: expected values in \[0"),
+        ("examples.npz", {"rescaling": np.array(["x"] * 60)}, "rescaling: expected real numbers"),
+    ],
+)
+def test_a_damaged_array_is_named(file, changes, says, tmp_path):
+    path = made.classification(tmp_path) / file
+    with np.load(path) as found:
+        arrays = dict(found) | changes
+    np.savez(path, **{key: value for key, value in arrays.items() if value is not None})
+    with pytest.raises(ValueError, match=f"^{path}: {says}"):
+        read_run(tmp_path, "run")
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "says"),
+    [
+        ("test_pictures.json", {"a": "https://example.org"}, "images by id"),
+        ("sentences.json", {"translation": ["a"]}, "source, reference, translation"),
+        ("test_images.json", {"3": {"width": 3}}, "images with objects and detections"),
+        ("reweighted.json", {"most": [1]}, "examples with id, label and rescaling"),
+        ("metrics.json", [[1, 2], 3], "the numbers of a training"),
+    ],
+)
+def test_a_damaged_file_is_named(file, content, says, tmp_path):
+    made.write(made.classification(tmp_path), file, content)
+    with pytest.raises(ValueError, match=f"^{tmp_path / file}: expected {says}"):
         read_run(tmp_path, "run")
 
 
@@ -204,8 +235,12 @@ def test_iterations_are_not_drawn_over_epochs(tmp_path):
 
 def test_hard_examples_are_matched_by_id(tmp_path, monkeypatch):
     drawn = []
-    monkeypatch.setattr(figures, "_drawn", lambda draw: draw(None))
-    monkeypatch.setattr(figures, "hard_example_plot", lambda *pair: drawn.append(pair[:2]))
+
+    def draw(difficulty, rescaling, path):
+        drawn.append((difficulty, rescaling))
+        path.touch()
+
+    monkeypatch.setattr(figures, "hard_example_plot", draw)
     words = [made.classification(tmp_path / name, pskd=name == "pskd") for name in ("ce", "pskd")]
     (table,) = tables(*words)
     hard_example_figures(table)

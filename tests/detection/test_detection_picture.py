@@ -15,7 +15,7 @@ pytest.importorskip("matplotlib", reason="needs matplotlib: pip install matplotl
 from PIL import Image, ImageColor
 
 from demo import detection_picture as pictures
-from pskd_tools.report.example_files import Box, Boxes
+from pskd_tools.report.files import Box, Boxes
 from pskd_tools.report.runs import Run
 
 CAT, DOG = Box((10, 30, 20, 30), "cat"), Box((60, 60, 30, 30), "dog")

@@ -19,7 +19,7 @@ from pskd_detection import (
 )
 
 from pskd_tools.files import write_json
-from pskd_tools.report.example_files import Box, read_boxes
+from pskd_tools.report.files import Box, read_boxes
 
 
 def strict(path: Path) -> object:

@@ -18,7 +18,7 @@ pytest.importorskip("babel", reason="needs babel: pip install '.[demo]'")
 import sacrebleu  # noqa: E402
 
 from pskd.calibration import aurc, reliability_bins  # noqa: E402
-from pskd_tools.report.example_files import read_sentences  # noqa: E402
+from pskd_tools.report.files import read_sentences  # noqa: E402
 from pskd_tools.report.runs import read_run  # noqa: E402
 from pskd_tools.report.sentences import bleu, chrf  # noqa: E402
 

@@ -1,4 +1,4 @@
-"""What chance in the test set does to a metric: metrics of test examples drawn with replacement.
+"""What chance does to a metric: over test examples drawn with replacement, and over seeds.
 
 Shapes: N rows of a run (samples, tokens or boxes), U units that are drawn (samples, sentences or
 images, each with all its rows), R resamples, K sums, G groups of rows.
@@ -6,8 +6,7 @@ images, each with all its rows), R resamples, K sums, G groups of rows.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Protocol
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -18,9 +17,10 @@ __all__ = [
     "RESAMPLES",
     "Measured",
     "RowMetrics",
-    "percentile_interval",
     "draws",
     "grouped_interval",
+    "interval_over_seeds",
+    "percentile_interval",
     "resampled",
 ]
 
@@ -28,11 +28,8 @@ RESAMPLES = 1000
 _SEED = 20061
 _LEVEL = 0.95
 
-
-class Measured(Protocol):
-    """Metrics of a run as a function of how often each unit counts."""
-
-    def __call__(self, weights: Integers, /) -> dict[str, float]: ...
+#: Metrics of a run as a function of how often each unit counts.
+Measured = Callable[[Integers], dict[str, float]]
 
 
 def draws(units: int, seed: int = _SEED) -> Iterator[Integers]:
@@ -104,6 +101,40 @@ def grouped_interval(
         percentile_interval(mean, values)
         for mean, values in zip(means, np.array(totals).T, strict=True)
     ]
+
+
+def interval_over_seeds(
+    first: Sequence[float], second: Sequence[float], *, paired: bool
+) -> tuple[float, float] | None:
+    """Return the 95 % interval of ``mean(second) - mean(first)``; None if a value is not finite.
+
+    Args:
+        first: a value of each seed, two at least.
+        second: likewise.
+        paired: whether the i-th values are of the same seed: then Student's t over the
+            differences, or else Welch's t.
+
+    Raises:
+        ImportError: scipy is missing.
+    """
+    try:
+        from scipy.special import stdtrit
+    except ImportError as error:
+        raise ImportError(
+            "intervals over seeds need scipy, which could not be imported: pip install scipy"
+        ) from error
+    one, other = np.asarray(first, float), np.asarray(second, float)
+    if not (np.isfinite(one).all() and np.isfinite(other).all()):
+        return None
+    middle = other.mean() - one.mean()
+    parts = [other - one] if paired else [one, other]
+    variances = np.array([part.var(ddof=1) / len(part) for part in parts])
+    total = variances.sum()
+    if total == 0.0:
+        return float(middle), float(middle)
+    within = sum(v**2 / (len(part) - 1) for v, part in zip(variances, parts, strict=True))
+    reach = stdtrit(total**2 / within, 0.975) * np.sqrt(total)
+    return float(middle - reach), float(middle + reach)
 
 
 class RowMetrics:
