@@ -32,7 +32,7 @@ Step = Callable[[], tuple[Tensor, Tensor]]  # to the loss and its gradient on th
 
 
 class Case(NamedTuple):
-    """The rows that all forms are given. The teacher is ready: its forward is none of the loss.
+    """The rows that all forms are given. The teacher's forward is not part of the loss.
 
     Attributes:
         values: (N, C) the student's scores.
@@ -154,13 +154,13 @@ def steps_of(case: Case, *, compiled: bool, names: Iterable[str] | None = None) 
 
 
 def _as_activations(values: Tensor) -> Tensor:
-    """Return a copy that is no leaf, as a network's logits are none, with nothing large below."""
+    """Return a copy that is not a leaf, as a network's logits are, with nothing large below."""
     return values + torch.zeros((), device=values.device, requires_grad=True)
 
 
 def _step(form: Form, logits: Tensor) -> tuple[Tensor, Tensor]:
     loss = form(logits)
-    # backward() might copy the gradient into a leaf's .grad, which is none of the loss.
+    # backward() might copy the gradient into a leaf's .grad, which is not part of the loss.
     (grad,) = torch.autograd.grad(loss, logits)
     return loss.detach(), grad
 

@@ -96,13 +96,13 @@ def machine(device: torch.device | str) -> str:
 
 
 def conditions(args: argparse.Namespace, device: torch.device | str, *settings: str) -> dict:
-    """Return what is told with figures: the machine, torch, and some of the options."""
+    """Return what figures depend on: the machine, torch, and some of the options."""
     told = {"machine": machine(device), "torch": torch.__version__}
     return told | {name: getattr(args, name) for name in settings}
 
 
 def seconds(function: Step, device: torch.device | str) -> float:
-    """Return the seconds until the device has done what a call asks."""
+    """Return the seconds of a call, until the device has finished it."""
     start = time.perf_counter()
     function()
     if is_gpu(device):
@@ -127,7 +127,7 @@ def measure(
 ) -> dict[str, dict]:
     """Return seconds a call of each form and its ratio to one of them: median and quartiles.
 
-    The order is turned round after each round, so that no form always comes after the same other.
+    The order is reversed after each round, so that no form always follows the same other.
 
     Args:
         forms: what is timed.
@@ -197,7 +197,7 @@ def extra_peak(step: Step, device: str) -> int | None:
     On a CPU the allocator first gives back what it holds free, and the kernel forgets its last
     peak.
     """
-    step()  # what is made only once is none of the step
+    step()  # what is made only once is not part of a step
     gc.collect()
     if is_gpu(device):
         torch.cuda.synchronize()

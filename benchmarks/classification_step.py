@@ -33,7 +33,7 @@ BASE = "cross-entropy"
 FORMS = (BASE, "memory", "snapshot", "published")
 PARTS = ((128, 100), (256, 1000))  # images and classes of CIFAR-100 and ImageNet
 PART_CALLS = 25  # a round
-SETTINGS = ("model", "classes", "batch_size", "rows", "steps", "rounds")  # told with the figures
+SETTINGS = ("model", "classes", "batch_size", "rows", "steps", "rounds")  # written with the figures
 
 
 class Published:
@@ -95,7 +95,7 @@ class Bench:
 
     @torch.no_grad()
     def begin_second_epoch(self) -> None:
-        """Give all teachers what the snapshot will say of each row."""
+        """Give all teachers the snapshot's prediction for each row."""
         past = self.models["snapshot"].eval()(self.images).softmax(dim=1)
         self.models["snapshot"].train()
         for rows in self.rows:
@@ -126,7 +126,7 @@ class Bench:
         return self.published(logits, self.target, rows)
 
     def measure(self, rounds: int, calls: int) -> dict:
-        """Return what `measure` says of steps of the second epoch."""
+        """Measure steps of the second epoch."""
         self.begin_second_epoch()
         steps = {name: partial(self.step, name) for name in FORMS}
         return measure(steps, BASE, rounds, self.images.device, calls=calls)

@@ -40,7 +40,7 @@ LIMIT = 1.05  # of a step with the images on the device over the bare network's
 BASE = "network"
 SIDE, CLASSES = 32, 100
 VIEW = View("crop", SIDE, 0.5, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
-#: Told with the figures.
+#: Written with the figures.
 SETTINGS = (
     "model", "batch_size", "steps", "rounds", "workers", "amp", "channels_last", "compile_mode",
     "cpu_time",

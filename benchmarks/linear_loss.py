@@ -34,7 +34,7 @@ from pskd_tools.files import write_json
 
 BASE = "cross-entropy"
 ALPHA = 0.7
-SETTINGS = ("rows", "classes", "hidden", "dtype", "rounds")  # told with the figures
+SETTINGS = ("rows", "classes", "hidden", "dtype", "rounds")  # written with the figures
 
 
 class Case:

@@ -47,8 +47,8 @@ from pskd_tools.files import write_json
 
 SHAPES = ("128x100", "512x81", "256x1000", "4096x6000", "2048x32000", "1024x128000")
 CHECKED_ROWS = 8
-SAMPLE_SECONDS = 0.02  # at least, of the base; shorter ones tell of the clock
-MEASURABLE_BYTES = 1 << 24  # of logits; what a process allocates by the way is 0.2 MB
+SAMPLE_SECONDS = 0.02  # at least, of the base; shorter ones measure the clock
+MEASURABLE_BYTES = 1 << 24  # of logits; a process allocates 0.2 MB for other things
 MANY_CLASSES = 1000
 #: What pskd's loss may cost: on a CPU time over cross-entropy's, memory over the logits'; and the
 #: least share of the copy bandwidth on a GPU, of logits that no cache holds.
@@ -113,7 +113,7 @@ def times(rows: int, classes: int, args: argparse.Namespace, bandwidth: float | 
     found = {"rows": rows, "classes": classes, "logits_bytes": case.values.nbytes}
     found |= {"threads": {}, "of_copy": None}
     for threads in args.threads:
-        torch.set_num_threads(threads)  # also where OMP_NUM_THREADS says otherwise
+        torch.set_num_threads(threads)  # also where OMP_NUM_THREADS is another number
         for step in steps.values():
             step()  # what is compiled is compiled for a number of threads
         calls = 1

@@ -10,11 +10,12 @@ bytes, the target tokens of WMT14 English-German, are 8.5 GB an epoch.
 from __future__ import annotations
 
 import statistics
+import sys
 import tempfile
 from pathlib import Path
 
 import torch
-from _measuring import at_least, machine, options, resident_bytes, seconds
+from _measuring import at_least, machine, markdown, options, resident_bytes, seconds
 
 from pskd import PredictionMemory, TopK
 
@@ -27,6 +28,10 @@ FORMS = {
     "top 64 of 32,768, float16, file": (32768, 64, torch.float16, True),
     "top 16 of 100,000, float32, file": (100_000, 16, torch.float32, True),
 }
+HEAD = [
+    "rows", "form", "bytes a row", "GB an epoch", "M rows/s written", "M rows/s read",
+    "s between epochs", "MB of RAM added",
+]  # fmt: skip
 LARGE = 10_000_000  # rows from which only the form that is meant for them is measured
 
 
@@ -48,7 +53,7 @@ def median_seconds(function, calls: int) -> float:
     return statistics.median(seconds(function, "cpu") for _ in range(calls))
 
 
-def row_of(rows: int, form: str, folder: str, batches: int) -> str:
+def line_of(rows: int, form: str, folder: str, batches: int) -> list[str]:
     classes, k, dtype, in_file = FORMS[form]
     with tempfile.TemporaryDirectory(dir=folder) as path:
         memory = PredictionMemory(
@@ -61,12 +66,11 @@ def row_of(rows: int, form: str, folder: str, batches: int) -> str:
         read = median_seconds(lambda: memory.read(random_rows(rows)), batches)
         grown = resident_bytes() - before
         memory.close()
-    cells = [
+    return [
         f"{rows:,}", form, f"{memory.bytes_per_row}", f"{rows * memory.bytes_per_row / 1e9:.2f}",
         f"{BATCH / written / 1e6:.2f}", f"{BATCH / read / 1e6:.2f}", f"{turned:.1f}",
         f"{grown / 1e6:.0f}",
     ]  # fmt: skip
-    return f"| {' | '.join(cells)} |"
 
 
 def main() -> None:
@@ -81,15 +85,13 @@ def main() -> None:
         parser.error(f"--folder: expected a folder that is there, got {args.folder}")
     torch.manual_seed(1)
     print(f"{machine('cpu')}, torch {torch.__version__}, batches of {BATCH:,} rows")
-    print(
-        "| rows | form | bytes a row | GB an epoch | M rows/s written | M rows/s read "
-        "| s between epochs | MB of RAM added |"
-    )
-    print("| ---: | --- " + "| ---: " * 6 + "|")
+    lines = []
     for rows in args.rows:
         for form in FORMS:
             if rows < LARGE or form == "top 16 of 32,768, float16, file":
-                print(row_of(rows, form, args.folder, args.batches), flush=True)
+                print(f"{rows:,} rows, {form} ...", file=sys.stderr, flush=True)
+                lines.append(line_of(rows, form, args.folder, args.batches))
+    print(markdown(HEAD, lines))
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 One process, one model, one batch: the updates of the criterions alternate, so that a machine whose
 speed drifts slows all. An update is what fairseq's trainer does for one batch: forward, backward,
 step of the optimizer. The arithmetic limit of the snapshot is 1.33: it adds a forward to a forward
-and a backward of twice its cost. The memory adds none; its file lies in a temporary folder. Peak
+and a backward of twice its cost. The memory adds none; its file is in a temporary folder. Peak
 memory is that of a process of its own for each criterion: on a CPU what is resident beyond the
 imports (read from Linux's /proc), on a GPU what is allocated.
 
@@ -127,7 +127,7 @@ def run(args: argparse.Namespace, save_dir: str) -> dict:
 
 
 class _Adam(torch.optim.Adam):
-    """torch's Adam with the one method that fairseq's task asks of an optimizer."""
+    """torch's Adam with the one method more that fairseq's task calls."""
 
     def backward(self, loss: torch.Tensor) -> None:
         loss.backward()

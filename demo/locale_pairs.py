@@ -29,6 +29,7 @@ from typing import NamedTuple
 from babel.lists import format_list
 
 from demo.locale_items import LOCALES, SPLITS, Combination, Item, draw_item
+from demo.noise import write_lines
 
 logger = logging.getLogger(__name__)
 
@@ -126,8 +127,7 @@ def write_pairs(
     for split, size in sizes.items():
         pairs = list(draw_pairs(split, size, seed))
         for language in LOCALES:
-            with (out / f"{split}.{language}").open("w", encoding="utf-8", newline="\n") as text:
-                text.writelines(getattr(pair, language) + "\n" for pair in pairs)
+            write_lines(out / f"{split}.{language}", [getattr(pair, language) for pair in pairs])
         logger.info("wrote %d pairs to %s", size, out / f"{split}.{{en,de}}")
     return sizes
 

@@ -3,8 +3,8 @@
     python -m demo.noise lines train.en.gz --share 0.333 --out train.noisy.en
     python -m demo.noise boxes voc:BCCD:train --share 0.3 --out train.noisy.json
 
-``lines`` gives a share of the lines the text of another of them: beside an untouched source file
-these are misaligned sentence pairs. ``boxes`` gives a share of the boxes another class, drawn
+``lines`` permutes a share of the lines: next to an untouched source file they are misaligned
+sentence pairs. ``boxes`` gives a share of the boxes another class, drawn
 evenly from the others. Apply neither to data that is validated or tested on.
 """
 

@@ -116,7 +116,7 @@ class Printer:
 
 
 def read_metrics(log: Path) -> list[dict]:
-    """Return the whole lines of the metrics.json beside a log, which may still be written."""
+    """Return the whole lines of the metrics.json next to a log, which may still be written."""
     path = log.with_name("metrics.json")
     lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
     return [json.loads(line) for line in lines]
@@ -144,7 +144,7 @@ class Report(NamedTuple):
     Attributes:
         title: names the task, the framework and the test set.
         columns: key of a result -> title and format of its column.
-        results: run -> its numbers by key; None where there is none.
+        results: run -> its numbers by key; None where a number is missing.
         note: what the columns are.
         runs: as `pskd report` reads them; the first is the baseline.
     """

@@ -40,7 +40,7 @@ def check_folder(path: Path) -> None:
         path: where a step of the demo will write; absent and empty are fine.
 
     Raises:
-        ValueError: if it holds other files, or is none.
+        ValueError: if it holds other files, or is not a folder.
     """
     if not path.is_symlink() and not path.exists():
         return

@@ -6,8 +6,8 @@
 The embedded corpus has few pairs, a third of them misaligned, as crawled text has, and is trained
 on for long: label smoothing learns the wrong pairs by heart.
 
-Everything lies in runs/demo/translation afterwards: the data folder, both models with their logs
-and evaluations, results.json, reliability.png and risk_coverage.png.
+The data folder, both models with their logs and evaluations, results.json, reliability.png and
+risk_coverage.png go to runs/demo/translation.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 #!/bin/sh
 # The demo's baseline without Detectron2: a small Faster R-CNN on 128 x 128 images of handwritten
-# digits. A mirrored digit is none, so nothing is flipped.
+# digits. A mirrored digit is no digit, so nothing is flipped.
 #
 #     configs/detection/demo_torchvision.sh --train SPEC --test SPEC [any flag of train_torchvision.py,
 #                                                                     the last wins]
