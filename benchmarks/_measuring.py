@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from pskd_tools.files import write_json
+from pskd_tools.table import text_table
 
 Step = Callable[[], object]
 
@@ -224,10 +225,8 @@ def resident_bytes(name: str = "VmRSS") -> int:
 # ---- what is printed -----------------------------------------------------------------------------
 
 
-def markdown(head: list[str], lines: list[list[str]]) -> str:
-    """Return a table whose first column is text."""
-    rule = ["---"] + ["---:"] * (len(head) - 1)
-    return "\n".join(f"| {' | '.join(line)} |" for line in [head, rule, *lines])
+#: A table whose first column is text.
+markdown = partial(text_table, markdown=True)
 
 
 def ratio(found: dict[str, dict], name: str, digits: int = 2) -> str:

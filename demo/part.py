@@ -21,9 +21,9 @@ from pskd_tools.presets import PRESETS
 from pskd_tools.report.compare import Comparison, compare
 from pskd_tools.report.runs import Run, read_run
 from pskd_tools.report.tables import Table, make_tables
+from pskd_tools.table import text_table
 
 Commands = Mapping[str, Sequence[str | Path]]  # command lines by run
-_WIDTH, _NAME_WIDTH = 10, 15  # of the table's columns
 
 # ---- options -------------------------------------------------------------------------------------
 
@@ -157,15 +157,11 @@ class Report(NamedTuple):
 
     def text(self) -> str:
         """Return the table, a line a run, and the verdict."""
-        lines = [["", *(title for title, _ in self.columns.values())]]
+        head, lines = ["", *(title for title, _ in self.columns.values())], []
         for name, result in self.results.items():
             values = [(result[key], form) for key, (_, form) in self.columns.items()]
             lines.append([name, *("-" if v is None else format(v, form) for v, form in values)])
-        table = [
-            f"{line[0]:>{_NAME_WIDTH}}" + "".join(f"{cell:>{_WIDTH}}" for cell in line[1:])
-            for line in lines
-        ]
-        return "\n".join([self.title, *table, self.note, "", self.verdict()])
+        return "\n".join([self.title, text_table(head, lines), self.note, "", self.verdict()])
 
     def verdict(self) -> str:
         """Return a sentence on each run but the baseline: what is better, worse or noise."""

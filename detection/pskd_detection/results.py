@@ -16,6 +16,7 @@ from pskd_detection.confidence import DetectionConfidence
 from pskd_detection.datasets import DetectionDataset
 from pskd_tools.files import read_json, write_json, written_aside
 from pskd_tools.images import read_rgb
+from pskd_tools.table import text_table
 
 SHOWN_IMAGES, SHOWN_SIDE = 64, 256  # with 10 to 15 KB each, under 1 MB
 
@@ -132,8 +133,8 @@ def format_table(runs: Mapping[str, Mapping]) -> str:
         "score >=": ("score_threshold", "g"),
         "detections": ("num_detections", "d"),
     }
-    rows = [["run", *columns], ["---", *("---:" for _ in columns)]]
+    lines = []
     for name, run in runs.items():
         values = [(run.get(key), form) for key, form in columns.values()]
-        rows.append([name, *("-" if v is None else format(v, form) for v, form in values)])
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+        lines.append([name, *("-" if v is None else format(v, form) for v, form in values)])
+    return text_table(["run", *columns], lines, markdown=True)

@@ -173,7 +173,7 @@ def test_the_core_gives_its_names_and_no_others():
 
 def test_every_file_of_the_core_is_among_what_is_imported():
     found = set(modules_of("pskd"))
-    assert found >= {f"pskd.{name}" for name in ("loss", "schedule", "targets", "teacher")}
+    assert found >= {f"pskd.{name}" for name in ("loss", "schedule", "targets", "teachers")}
     assert found >= {f"pskd.{name}" for name in ("calibration", "criterion", "memory.table")}
 
 
