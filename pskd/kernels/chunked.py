@@ -30,14 +30,7 @@ _CHUNK_ELEMENTS = 1 << 19
 def torch_rows(rows: Rows, scale: Tensor | float, grad: Tensor | None) -> RowValues:
     """Return the values of each row; write ``scale`` times the gradient into ``grad``.
 
-    Args:
-        rows: on any device.
-        scale: factor of the gradient; a number or a 0-dim tensor.
-        grad: (N, C) as the logits, which it may be; None: not wanted.
-
-    Raises:
-        ValueError: on the CPU, if a label, a class of a sparse prediction or an alpha is out of
-            range; nothing has been written then.
+    ``grad`` may be the logits. On the CPU what is out of range is a ValueError, before any writing.
     """
     check_values(rows)
     logits, classes = rows.logits, rows.logits.size(1)

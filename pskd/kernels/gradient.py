@@ -19,11 +19,7 @@ _CHUNK_ELEMENTS = 1 << 16  # of half precision, so many are converted at a time
 def values_and_gradient(
     rows: Rows, reduction: str, *, with_stats: bool, inplace: bool
 ) -> tuple[RowValues, Tensor]:
-    """Return what `pskd.kernels.compute` does, and the gradient; over the logits if ``inplace``.
-
-    The logits are detached: with those that they are of they share memory and autograd's count of
-    its changes.
-    """
+    """Return what `pskd.kernels.compute` does, and the gradient; over the logits if ``inplace``."""
     logits = rows.logits
     if is_traced(logits):
         return _traced(rows, reduction, wants_grad=True)
@@ -32,7 +28,7 @@ def values_and_gradient(
         grad = torch.empty_like(logits, memory_format=torch.contiguous_format)
     values = compute(rows, reduction, grad, with_stats)
     if inplace:
-        torch.autograd.graph.increment_version(logits)
+        torch.autograd.graph.increment_version(logits)  # shared with what they are detached from
     return values, grad
 
 
@@ -52,11 +48,8 @@ def _traced(rows: Rows, reduction: str, wants_grad: bool) -> tuple[RowValues, Te
 def scaled(grad: Tensor, factor: Tensor) -> Tensor:
     """Return ``factor * grad``, written over the gradient where nobody asks for it again.
 
-    The product is made in the precision of the factor: a loss scale can exceed float16.
-
-    Args:
-        grad: (N, ...) a saved gradient, in its backward pass.
-        factor: one number, or (N,).
+    The product is made in the precision of the factor, which is one number or (N,): a loss scale
+    can exceed float16.
     """
     if factor.is_cpu and factor.dim() == 0 and not is_traced(grad) and factor.item() == 1.0:
         return grad  # the usual case: nothing to scale

@@ -110,20 +110,7 @@ def serves(rows: Rows) -> bool:
 def native_rows(
     rows: Rows, reduction: str, grad: Tensor | None, *, of_mean: bool, with_stats: bool
 ) -> RowValues:
-    """Return the reduced loss and, with ``with_stats``, the other values of each row.
-
-    Args:
-        rows: that `serves` accepts, from `pskd.kernels.rows.readable`.
-        reduction: ``"none"``, ``"sum"``, or ``"mean"`` over the rows that are not ignored.
-        grad: (N, C) as the logits, which it may be, contiguous within a row; is given the gradient
-            of the sum. None: not wanted.
-        of_mean: give the gradient of the mean instead.
-        with_stats: whether more than the loss is wanted.
-
-    Raises:
-        ValueError: if a label, a class of a sparse prediction or an alpha is out of range; nothing
-            has been written then.
-    """
+    """As `pskd.kernels.compute`, of readable rows that `serves` accepts; ``grad`` is contiguous."""
     logits, target = _with_dense_rows(rows.logits), rows.target.contiguous()
     count, classes = logits.shape
     loss = _floats(count) if reduction == "none" else _floats()

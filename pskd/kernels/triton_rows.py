@@ -44,20 +44,10 @@ def triton_rows(rows: Rows, scale: Tensor | float, grad: Tensor | None) -> RowVa
     """Return the values of each row, and write ``scale * dloss/dlogits`` into ``grad``.
 
     Sums are made in float32; the past prediction may have another dtype than the logits. Nothing
-    here waits for the device.
-
-    Args:
-        rows: N rows of any C, logits of float16, bfloat16 or float32; strides of rows are honoured,
-            classes that do not lie side by side are copied. Labels and listed classes are not
-            checked: one that is not in [0, C) makes the loss and the gradient of its row NaN, and
-            nothing is read or written for it.
-        scale: a number, or a tensor of one element on the device.
-        grad: (N, C) of the dtype of the logits, with classes side by side; may be the logits. None
-            if no gradient is wanted.
-
-    Returns:
-        Loss, NLL and the past prediction's probability of the label a row. The last is 0 in rows
-        whose alpha is 0, as their past prediction is not read, and where there is none.
+    here waits for the device, so labels and listed classes are not checked: one that is not in
+    [0, C) makes the loss and the gradient of its row NaN, and nothing is read or written for it.
+    ``grad`` may be the logits; its classes lie side by side. In rows whose alpha is 0 the past
+    prediction is not read, and its probability of the label is 0.
     """
     count = rows.logits.size(0)
     values = RowValues(*(rows.logits.new_empty(count, dtype=torch.float32) for _ in range(3)))
@@ -115,10 +105,6 @@ def triton_scale(grad: Tensor, factor: Tensor) -> None:
     """Multiply ``grad`` by ``factor`` in place, in the precision of the factor.
 
     A factor of 1, the usual case, costs no pass over the gradient, and is not waited for.
-
-    Args:
-        grad: (N, C), classes side by side.
-        factor: one float32 or float64 number, or (N,), on the device.
     """
     rows, classes = grad.shape
     if not grad.numel():

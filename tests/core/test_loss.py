@@ -189,9 +189,12 @@ def test_an_unsigned_label_is_not_taken_for_a_negative_ignore_index(alpha):
 def test_strides_change_nothing(form):
     batch = make(6, 7, chunk=15)
     expected = value_and_grad(loss_of(batch, form, 0.5), batch.logits)
-    column_major = batch.logits.t().contiguous().t()
-    assert not column_major.is_contiguous()
-    assert_same(value_and_grad(loss_of(batch, form, 0.5), column_major), expected)
+    logits = batch.logits.to(batch.dtype)
+    for strided in (logits.t().contiguous().t(), torch.cat([logits, logits], dim=1)[:, :7]):
+        assert not strided.is_contiguous()
+        leaf = strided.detach().requires_grad_()
+        loss = loss_of(batch, form, 0.5)(leaf)
+        assert_same((loss, *torch.autograd.grad(2 * loss, leaf)), expected)
     one_row = batch._replace(logits=batch.logits[:1].expand(6, 7))
     got = loss_of(one_row, form, 0.5)(one_row.logits)
     torch.testing.assert_close(got, loss_of(one_row, form, 0.5)(one_row.logits.contiguous()))
@@ -202,16 +205,15 @@ def test_strides_change_nothing(form):
 
 @pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("ignore_index", [-100, 1])
-@pytest.mark.parametrize("eps", [0.0, 0.1])
 @pytest.mark.parametrize(
     ("form", "alpha"), [(None, 0.5), ("probs", 0.0), *((form, 0.5) for form in FORMS)]
 )
-def test_ignored_rows_may_hold_anything(form, alpha, eps, ignore_index, poison):
+def test_ignored_rows_may_hold_anything(form, alpha, ignore_index, poison):
     ignored = torch.tensor([False, True, False, True, True])
     batch = make(5, 4, chunk=9)
     target = torch.tensor([0, 1, 2, 1, 1]).masked_fill(ignored, ignore_index)
     batch = batch._replace(target=target, ignore_index=ignore_index)
-    options = {"label_smoothing": eps, "reduction": "none"}
+    options = {"label_smoothing": 0.1, "reduction": "none"}
     expected = value_and_grad(loss_of(batch, form, alpha, **options), batch.logits)
 
     options |= {} if form is None else batch.teacher(form)

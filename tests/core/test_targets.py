@@ -11,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pskd import TopK, mix_targets
-from pskd.checks import check_weights
 
 torch.set_num_threads(1)  # tiny tensors: more threads would only wait for each other
 
@@ -173,30 +172,23 @@ PROBS = torch.full((2, 3), 1 / 3)
 INDICES = torch.tensor([[0, 1], [1, 2]])
 GOOD = {"target": torch.tensor([0, 2]), "teacher_probs": PROBS, "alpha": 0.5}
 
-# What is changed of the good arguments -> what the error says.
+# What is changed of the good arguments -> what the error says. Of each check one or two: the loss
+# makes the same (test_loss_errors.py).
 REFUSED = [
-    ({"alpha": -0.1}, "alpha: expected a number in [0, 1], got -0.1"),
     ({"alpha": 1.5}, "alpha: expected a number in [0, 1], got 1.5"),
-    ({"alpha": math.nan}, "alpha: expected a number in [0, 1], got nan"),
     ({"alpha": "x"}, "alpha: expected a number in [0, 1], got 'x'"),
     ({"alpha": torch.tensor(1.5)}, "alpha: expected a number in [0, 1], got 1.5"),
     ({"alpha": torch.zeros(3)}, "alpha: expected a number or shape (2,), got (3,)"),
-    ({"alpha": torch.zeros(2, 1)}, "alpha: expected a number or shape (2,), got (2, 1)"),
-    ({"alpha": torch.tensor([0.5, 1.5])}, "alpha: expected every row in [0, 1], got"),
-    ({"alpha": torch.tensor([-0.5, 0.5])}, "alpha: expected every row in [0, 1], got"),
     ({"alpha": torch.tensor([0.5, math.nan])}, "alpha: expected every row in [0, 1], got"),
-    ({"label_smoothing": -0.1}, "label_smoothing: expected a number in [0, 1], got -0.1"),
-    ({"label_smoothing": 1.1}, "label_smoothing: expected a number in [0, 1], got 1.1"),
     ({"label_smoothing": math.nan}, "label_smoothing: expected a number in [0, 1], got nan"),
+    ({"target": [0, 1]}, "target: expected a tensor, got list"),
     ({"target": torch.tensor([0, 3])}, "target: expected labels in [0, 2], got [0, 3]"),
     ({"target": torch.tensor([-100, 1])}, "target: expected labels in [0, 2], got [-100, 1]"),
     ({"target": torch.zeros(2)}, "expected integer labels of shape (N,), got torch.float32"),
-    ({"target": torch.ones(2) > 0}, "expected integer labels of shape (N,), got torch.bool"),
-    ({"target": INDICES}, "integer labels of shape (N,), got torch.int64 of shape (2, 2)"),
-    ({"target": torch.tensor(1)}, "integer labels of shape (N,), got torch.int64 of shape ()"),
+    ({"target": torch.ones(2, 2)}, "teacher: expected shape (2, 2) as the logits, got (2, 3)"),
+    ({"teacher_probs": [[1.0]], "num_classes": 3}, "teacher: expected a tensor, got list"),
     ({"teacher_probs": PROBS[:1]}, "teacher: expected shape (2, 3) as the logits, got (1, 3)"),
     ({"num_classes": 4}, "teacher: expected shape (2, 4) as the logits, got (2, 3)"),
-    ({"teacher_probs": PROBS.long()}, "teacher: expected a floating-point tensor, got torch.int64"),
     ({"teacher_probs": None}, "num_classes: expected the number of classes, got None"),
     (
         {"teacher_probs": TopK(INDICES, PROBS[:, :2])},
@@ -207,28 +199,12 @@ REFUSED = [
         "teacher_probs: expected 1 to 3 integer classes a row, got 4",
     ),
     (
-        {"teacher_probs": TopK(INDICES[:, :0], PROBS[:, :0]), "num_classes": 3},
-        "teacher_probs: expected 1 to 3 integer classes a row, got 0",
+        {"teacher_probs": TopK(INDICES + 1, PROBS[:, :2]), "num_classes": 3},
+        "teacher_probs: expected TopK of classes in [0, 2], got [1, 3]",
     ),
     (
-        {"teacher_probs": TopK(INDICES.float(), PROBS[:, :2]), "num_classes": 3},
-        "teacher_probs: expected 1 to 3 integer classes a row, got 2 of torch.float32",
-    ),
-    (
-        {"teacher_probs": TopK(INDICES, INDICES), "num_classes": 3},
-        "teacher: expected a floating-point tensor, got torch.int64",
-    ),
-    (
-        {"teacher_probs": TopK(INDICES, PROBS), "num_classes": 3},
-        "expected TopK of two tensors of shape (2, k), got (2, 2) and (2, 3)",
-    ),
-    (
-        {"teacher_probs": TopK(INDICES[:1], PROBS[:1, :2]), "num_classes": 3},
-        "expected TopK of two tensors of shape (2, k), got (1, 2) and (1, 2)",
-    ),
-    (
-        {"teacher_probs": TopK(INDICES[0], PROBS[0, :2]), "num_classes": 3},
-        "expected TopK of two tensors of shape (2, k), got (2,) and (2,)",
+        {"teacher_probs": TopK(INDICES * 0 + 2, PROBS[:, :2]), "num_classes": 3},
+        "teacher_probs: expected TopK of distinct classes in a row, got 2 twice",
     ),
 ]
 
@@ -241,12 +217,6 @@ def test_the_arguments_that_the_refused_ones_change_are_good():
 def test_bad_input_is_refused_with_what_was_expected_and_got(changed, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         mix_targets(**{**GOOD, **changed})
-
-
-def test_an_alpha_without_a_dimension_is_one_number():
-    assert check_weights(torch.tensor(0.25), 0.0, 3) == 0.25
-    with pytest.raises(ValueError, match=r"\[0, 1\], got 1.5"):
-        check_weights(torch.tensor(1.5), 0.0, 3)
 
 
 def test_top_k_of_logits_is_that_of_their_softmax():
@@ -293,28 +263,6 @@ def test_the_tail_may_be_kept_from_some_classes():
     torch.testing.assert_close(dense, torch.tensor([[0.5, 0.1, 0.0, 0.2, 0.2]]))
     nobody = sparse.dense(5, torch.zeros_like(allowed))
     torch.testing.assert_close(nobody, torch.tensor([[0.5, 0.1, 0.0, 0.0, 0.0]]))
-
-
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
-        ({"target": [0, 1]}, "target: expected a tensor, got list"),
-        ({"teacher_probs": [[1.0]]}, "teacher: expected a tensor, got list"),
-        ({"target": torch.ones(2, 2)}, "teacher: expected shape (2, 2) as the logits, got (2, 3)"),
-        (
-            {"teacher_probs": TopK(torch.tensor([[0, 3]] * 2), torch.full((2, 2), 0.5))},
-            "teacher_probs: expected TopK of classes in [0, 2], got [0, 3]",
-        ),
-        (
-            {"teacher_probs": TopK(torch.tensor([[0, 1], [2, 2]]), torch.full((2, 2), 0.5))},
-            "teacher_probs: expected TopK of distinct classes in a row, got 2 twice",
-        ),
-    ],
-)
-def test_other_types_and_classes_are_refused(given, message):
-    good = {"target": torch.tensor([0, 1]), "teacher_probs": torch.full((2, 3), 1 / 3)}
-    with pytest.raises(ValueError, match=re.escape(message)):
-        mix_targets(**good | given, alpha=0.5, num_classes=None if "target" in given else 3)
 
 
 def test_a_row_of_alpha_zero_may_list_any_class_twice():
