@@ -10,6 +10,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 from sklearn.datasets import load_digits
 
+from pskd_tools.digits import last_of_each_class
+
 PARTS = ("train", "test")
 TEST_SHARE = 0.2  # of each digit's scans
 HEIGHTS = (24, 48)  # of a digit, in pixels
@@ -38,12 +40,8 @@ class Digit(NamedTuple):
 def scans_of(part: str) -> tuple[np.ndarray, np.ndarray]:
     """Return the scans that a part may use, (n, 8, 8) float in [0, 1], and their classes."""
     data = load_digits()
-    chosen: list[int] = []
-    for label in range(10):
-        scans = np.flatnonzero(data.target == label)
-        first_test = len(scans) - round(TEST_SHARE * len(scans))
-        chosen += (scans[:first_test] if part == "train" else scans[first_test:]).tolist()
-    chosen.sort()
+    is_test = last_of_each_class(data.target, lambda n: round(TEST_SHARE * n))
+    chosen = is_test if part == "test" else ~is_test
     return data.images[chosen] / 16.0, data.target[chosen]
 
 
