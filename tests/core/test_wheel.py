@@ -75,7 +75,7 @@ def test_report_makes_a_page(installed, tmp_path):
     reason="Detectron2 is not installed: https://detectron2.readthedocs.io",
 )
 def test_train_net_is_there_without_a_checkout(installed, tmp_path):
-    told = run(tmp_path, installed / "python", "-m", "pskd_detectron2.train_net", "--help")
+    told = run(tmp_path, installed / "pskd-detect", "--help")
     assert "--config-file" in told and "--train SPEC" in told
 
 
@@ -102,6 +102,8 @@ def test_train_programs_are_there_without_a_checkout(program, flag, installed, t
     reason="fairseq is not installed: pip install --no-build-isolation fairseq-fixed",
 )
 def test_fairseq_finds_the_plugin_by_its_folder(installed, tmp_path):
+    for program, flag in (("pskd-prepare", "--bpe-size"), ("pskd-evaluate", "--data")):
+        assert flag in run(tmp_path, installed / program, "--help")
     code = "import importlib.util as u; print(u.find_spec('pskd_fairseq').origin)"
     plugin = Path(run(tmp_path, installed / "python", "-c", code).strip()).parent
     assert plugin.is_relative_to(installed.parent)
