@@ -62,8 +62,9 @@ def build(cfg: CfgNode, teacher: str | None, rows: int) -> nn.Module:
     model = DefaultTrainer.build_model(cfg).train()
     if teacher:
         hook = PSKDHook(model, epoch_iters=1, teacher=teacher, num_annotations=rows)
-        model.roi_heads.pskd.alpha = ALPHA
-        hook._refresh()
+        pskd = model.roi_heads.pskd
+        pskd.alpha = ALPHA
+        (pskd.memory or pskd.snapshot).turn(1, hook.student)
     return model
 
 

@@ -114,12 +114,12 @@ class PSKDHook(HookBase):
         self._checkpoint_period, self._log_period = checkpoint_period, log_period
         # The RPN and the losses of the teacher are never asked for.
         student = {name: self._model.get_submodule(name) for name in ("backbone", "roi_heads")}
-        self._student = nn.ModuleDict(student)
+        self.student = nn.ModuleDict(student)
         self._pskd.memory = None
         if teacher != "memory":
             self._pskd.snapshot = make_teacher(teacher)
             if alpha_final:
-                self._pskd.snapshot.check(self._student)
+                self._pskd.snapshot.check(self.student)
         elif alpha_final:
             self._pskd.memory = _new_memory(heads, num_annotations, fingerprint)
             self._pskd.rows_per_stage = num_annotations
@@ -138,7 +138,7 @@ class PSKDHook(HookBase):
         options["num_epochs"] = num_epochs
         schedule = AlphaSchedule(options["alpha_final"], num_epochs, options["alpha_schedule"])
         teacher = self._pskd.memory or self._pskd.snapshot
-        self._driver = EpochDriver(schedule, teacher, self._student, {})
+        self._driver = EpochDriver(schedule, teacher, self.student, {})
         logger.info("PS-KD: %s", ", ".join(f"{name} {value}" for name, value in options.items()))
         if num_epochs == 1:
             logger.warning("PS-KD: the training is one epoch long, and the first has no teacher")
@@ -213,7 +213,7 @@ class PSKDHook(HookBase):
         memory = self._pskd.memory
         if memory is None:
             if self._options["alpha_final"] and "snapshot" in state:
-                self._pskd.snapshot.load_state_dict(state["snapshot"], self._student)
+                self._pskd.snapshot.load_state_dict(state["snapshot"], self.student)
             return
         if "memory_file" in state:
             self._read_memory(memory, state["memory_file"])

@@ -113,7 +113,7 @@ flagged(
 flagged(
     "`--pskd-teacher oracle`",
     "--pskd-teacher oracle",
-    "argument --pskd-teacher: invalid choice: 'oracle' (choose from ...snapshot...memory...)",
+    "argument --pskd-teacher: invalid choice: 'oracle' (choose from ...memory...snapshot...)",
     ends=2,
 )
 flagged(

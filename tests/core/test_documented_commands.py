@@ -282,7 +282,7 @@ def test_commands_are_found_on_all_pages():
     assert {"README.md", "detection/README.md", "docs/scaling.md"} <= {str(p) for p, _ in COMMANDS}
     # A block of commands is told by its language.
     languages = {language for path in PAGES for language, _ in blocks(path.read_text())}
-    assert languages <= {"sh", "diff", "python", "yaml"}
+    assert languages <= {"sh", "diff", "mermaid", "python", "yaml"}
 
 
 @pytest.mark.parametrize(

@@ -142,7 +142,7 @@ def test_the_whole_demo_tells_of_both_halves(monkeypatch, capsys, tmp_path):
     printed = capsys.readouterr().out
     order = [printed.index(f"verdict on {name}") for name in PARTS]
     assert order == sorted(order)
-    assert printed.count("PS-KD      2.00") == 3 and str(tmp_path / "runs/demo") in printed
+    assert printed.count("PS-KD     2.00") == 3 and str(tmp_path / "runs/demo") in printed
     makefile = (ROOT / "Makefile").read_text()
     assert re.search(r"^demo: .*\n\t\$\(BIN\)/python -m demo$", makefile, flags=re.MULTILINE)
 
