@@ -6,20 +6,19 @@ import contextlib
 import logging
 import os
 import zipfile
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from pskd.files import open_regular, same_value, shown
+from pskd.files import open_regular, same_value
 from pskd.teachers import load_into
 from pskd_tools.files import named, written_aside
 
 __all__ = [
     "check_classes",
     "check_is_new",
-    "check_same",
     "load_archive",
     "load_optimizer",
     "load_weights",
@@ -114,17 +113,6 @@ def naming(path: Path) -> Iterator[None]:
             if str(error).startswith(f"{path}: "):
                 raise
             raise ValueError(f"{path}: {error}") from error
-
-
-def check_same(
-    path: Path, saved: Mapping[str, object], now: Mapping[str, object], names: Iterable[str]
-) -> None:
-    """Raise ValueError, naming the file, if an option is another than that of the checkpoint."""
-    for name in names:
-        if not same_value(got := saved.get(name), now[name]):
-            raise ValueError(
-                f"{path}: expected {name} {now[name]!r} as in this run, got {shown(got)}"
-            )
 
 
 def check_classes(path: Path, saved: Sequence[str], now: Sequence[str]) -> None:

@@ -12,10 +12,10 @@ from typing import Any
 from torch import nn
 
 from pskd.distributed import World
+from pskd.schedule import check_unchanged
 from pskd_tools.checkpoint import (
     check_classes,
     check_is_new,
-    check_same,
     load_weights,
     naming,
     read_checkpoint,
@@ -99,7 +99,7 @@ class Job:
         if self.saved is None:
             return
         with naming(self.path):
-            check_same(self.path, self.saved["options"], self.options, fixed)
+            check_unchanged(self.saved["options"], {name: self.options[name] for name in fixed})
             check_classes(self.path, self.saved["class_names"], self.class_names)
             load_weights(self.path, self.model, self.saved["model"])
 

@@ -21,7 +21,7 @@ from collections.abc import Mapping, Sequence
 from pskd_detection import format_table, write_results
 
 from pskd.distributed import World
-from pskd_tools.checkpoint import check_same
+from pskd.schedule import check_unchanged
 from pskd_tools.program import run_program
 from pskd_tools.training import run_epochs
 from pskd_torchvision.evaluation import evaluate
@@ -40,7 +40,7 @@ def train(job: DetectorJob) -> dict:
     epochs, period = trainer.epochs, args.eval_period or args.epochs
 
     def load(saved: dict) -> None:
-        check_same(job.path, saved["options"], job.options, FIXED)
+        check_unchanged(saved["options"], {name: job.options[name] for name in FIXED})
         epochs.load_state_dict(saved["pskd"], allowed_by="--pskd-allow-schedule-change")
 
     run_epochs(

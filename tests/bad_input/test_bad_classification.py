@@ -286,28 +286,30 @@ going_on(
 going_on(
     "`--resume` with another length",
     f"{PSKD} --resume --epochs 9",
-    "run/checkpoint.pth: expected epochs 9 as in this run, got 2",
+    "run/checkpoint.pth: epochs: expected 2, with which the checkpoint was trained, got 9",
 )
 going_on(
     "`--resume` with another network",
     f"{PSKD} --resume --model preact_resnet18",
-    "run/checkpoint.pth: expected model 'preact_resnet18' as in this run, got "
-    "'preact_resnet10_tiny'",
+    "run/checkpoint.pth: model: expected 'preact_resnet10_tiny', with which the checkpoint was "
+    "trained, got 'preact_resnet18'",
 )
 going_on(
     "`--resume` with other wrong labels",
     f"{PSKD} --resume --label-noise 0.5",
-    "run/checkpoint.pth: expected label_noise '0.5:symmetric' as in this run, got None",
+    "run/checkpoint.pth: label_noise: expected None, with which the checkpoint was trained, "
+    "got '0.5:symmetric'",
 )
 going_on(
     "`--resume` with another learning rate",
     f"{PSKD} --resume --lr 0.3",
-    "run/checkpoint.pth: expected lr 0.3 as in this run, got 0.01",
+    "run/checkpoint.pth: lr: expected 0.01, with which the checkpoint was trained, got 0.3",
 )
 going_on(
     "`--resume` with another label",
     f"{PSKD} --resume",
-    "run/checkpoint.pth: expected fingerprint '...' as in this run, got '...'",
+    "run/checkpoint.pth: fingerprint: expected '...', with which the checkpoint was trained, "
+    "got '...'",
     lambda: [
         Path("train/a/0.png").rename("train/b/9.png"),
         Path("train/b/0.png").rename("train/a/9.png"),
@@ -316,7 +318,7 @@ going_on(
 going_on(
     "`--resume` with an image less",
     f"{PSKD} --resume",
-    "run/checkpoint.pth: expected samples 11 as in this run, got 12",
+    "run/checkpoint.pth: samples: expected 12, with which the checkpoint was trained, got 11",
     lambda: Path("train/a/0.png").unlink(),
 )
 going_on(

@@ -179,7 +179,7 @@ unbuilt(
 unbuilt(
     "`--resume` with another optimizer",
     f"{PSKD} --resume --opt adamw",
-    "run/checkpoint.pth: expected opt 'adamw' as in this run, got 'sgd'",
+    "run/checkpoint.pth: opt: expected 'sgd', with which the checkpoint was trained, got 'adamw'",
 )
 unbuilt(
     "`--resume` with a class more",
@@ -190,7 +190,8 @@ unbuilt(
 unbuilt(
     "`--resume` with other annotations",
     f"{PSKD} --resume",
-    "run/checkpoint.pth: expected fingerprint '...' as in this run, got '...'",
+    "run/checkpoint.pth: fingerprint: expected '...', with which the checkpoint was trained, "
+    "got '...'",
     lambda: change(lambda content: content["annotations"].pop()),
 )
 

@@ -173,18 +173,19 @@ def test_the_scale_of_mixed_precision_goes_on(tmp_path, monkeypatch):
 def test_wrong_labels_are_recorded_and_another_draw_is_not_resumed(tmp_path, capsys):
     noise = ["--label-noise", "0.25", "--train-per-class", "8", "--epochs", "2"]
     stopped(tmp_path, *noise, after=1)
-    for other, message in (
-        (["--label-noise", "0.5"], "label_noise '0.5:symmetric' as in this run, got '0.25"),
-        (["--label-noise", "0.25:next"], "label_noise '0.25:next' as in this run, got '0.25:sym"),
-        (["--label-noise", "0"], "label_noise None as in this run, got '0.25:symmetric'"),
-        (["--label-noise-seed", "1"], "label_noise_seed 1 as in this run, got 0"),
-        (["--train-per-class", "7"], "train_per_class 7 as in this run, got 8"),
-        (["--num-classes", "2"], "num_classes 2 as in this run, got None"),
-        (["--mean", ".1", ".2", ".3"], "mean [0.1, 0.2, 0.3] as in this run, got [0.485, 0.456,"),
-        (["--std", ".1", ".2", ".3"], "std [0.1, 0.2, 0.3] as in this run, got [0.229, 0.224,"),
+    for other, (name, trained, given) in (
+        (["--label-noise", "0.5"], ("label_noise", "'0.25:symmetric'", "'0.5:symmetric'")),
+        (["--label-noise", "0.25:next"], ("label_noise", "'0.25:symmetric'", "'0.25:next'")),
+        (["--label-noise", "0"], ("label_noise", "'0.25:symmetric'", "None")),
+        (["--label-noise-seed", "1"], ("label_noise_seed", "0", "1")),
+        (["--train-per-class", "7"], ("train_per_class", "8", "7")),
+        (["--num-classes", "2"], ("num_classes", "None", "2")),
+        (["--mean", ".1", ".2", ".3"], ("mean", "[0.485, 0.456, 0.406]", "[0.1, 0.2, 0.3]")),
+        (["--std", ".1", ".2", ".3"], ("std", "[0.229, 0.224, 0.225]", "[0.1, 0.2, 0.3]")),
     ):
         assert train(tmp_path, *noise, *other, "--resume") == 1
-        assert f"checkpoint.pth: expected {message}" in capsys.readouterr().err
+        told = f"{name}: expected {trained}, with which the checkpoint was trained, got {given}"
+        assert f"checkpoint.pth: {told}" in capsys.readouterr().err
     assert train(tmp_path, *noise, "--resume") == 0
     options = results(tmp_path)["options"]
     assert options == checkpoint(tmp_path)["options"]

@@ -512,8 +512,8 @@ def test_strict_data_refuses_what_would_be_mended(tool, capsys, option):
 def test_checkpoints_of_another_run_are_refused(tool, straight, capsys):
     shutil.copytree(straight.folder, tool.folder / "mismatched")
     cases = [
-        (["--model", "maskrcnn_tiny_fpn"], "expected model 'maskrcnn_tiny_fpn' as in this run"),
-        (["--frozen-bn"], "expected frozen_bn True as in this run, got False"),
+        (["--model", "maskrcnn_tiny_fpn"], "got 'maskrcnn_tiny_fpn'"),
+        (["--frozen-bn"], "frozen_bn: expected False, with which"),
         (["--pskd-alpha-schedule", "cosine"], "alpha_schedule: expected 'linear', with which"),
         (["--epochs", "5"], "num_epochs: expected 3, with which"),
     ]
