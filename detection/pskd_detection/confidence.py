@@ -7,13 +7,13 @@ A detection is *correct* if it is matched to an object of its class. All values 
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 
 import numpy as np
 from pycocotools import mask
 
 from pskd.calibration import ReliabilityBins, aurc, excess_aurc, reliability_bins
-from pskd_detection.datasets import DetectionDataset
+from pskd_detection.datasets import DetectionDataset, Object
 from pskd_detection.detections import Detections, check_image, checked_detections, to_xywh
 
 #: The least score of a detection that is looked at: what both frameworks keep by default.
@@ -48,6 +48,45 @@ def match_detections(iou: np.ndarray, crowd: np.ndarray, threshold: float) -> np
         elif (row[crowd] >= threshold).any():
             matched[i] = np.nan
     return matched
+
+
+def match_image(
+    boxes: np.ndarray,
+    scores: np.ndarray,
+    labels: np.ndarray,
+    objects: Sequence[Object],
+    threshold: float,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Match the detections of an image to the objects of their class, by falling score.
+
+    Args:
+        boxes: (n, 4) float, x, y, width, height in pixels.
+        scores: (n,) float.
+        labels: (n,) integers.
+        objects: of the image.
+        threshold: as of `match_detections`.
+
+    Returns:
+        The rows of the detections that are right or wrong, not those on a crowd, and the IoU of
+        each with its object, 0 without one.
+    """
+    found = [(np.empty(0, np.int64), np.empty(0))]
+    for label in np.unique(labels):
+        rows = np.flatnonzero(labels == label)
+        # Stable, as in COCO's evaluation: equal scores stay in the detector's order.
+        rows = rows[np.argsort(-scores[rows], kind="stable")]
+        own = [o for o in objects if o.label == label]
+        iou = np.zeros(len(rows))
+        if own:
+            crowd = np.array([o.crowd for o in own])
+            overlap = mask.iou(
+                boxes[rows], np.array([o.box for o in own]), crowd.astype(int).tolist()
+            )
+            iou = match_detections(overlap, crowd, threshold)
+        counts = ~np.isnan(iou)
+        found.append((rows[counts], iou[counts]))
+    rows, iou = (np.concatenate(parts) for parts in zip(*found, strict=True))
+    return rows, iou
 
 
 class DetectionConfidence:
@@ -126,23 +165,10 @@ class DetectionConfidence:
         self._seen.add(image_id)
         kept = found.scores >= self._options["score_threshold"]
         boxes, scores, labels = to_xywh(found.boxes[kept]), found.scores[kept], found.labels[kept]
-        for label in np.unique(labels):
-            of_class = np.flatnonzero(labels == label)
-            # Stable, as in COCO's evaluation: equal scores stay in the detector's order.
-            of_class = of_class[np.argsort(-scores[of_class], kind="stable")]
-            iou = self._matched(image_id, int(label), boxes[of_class])
-            counts = ~np.isnan(iou)
-            of_class, iou = of_class[counts], iou[counts]
-            ids = np.full(len(of_class), str(image_id))
-            self._rows.append((scores[of_class], iou, labels[of_class], boxes[of_class], ids))
-
-    def _matched(self, image_id: Hashable, label: int, boxes: np.ndarray) -> np.ndarray:
-        objects = [o for o in self._dataset.objects[image_id] if o.label == label]
-        if not objects:
-            return np.zeros(len(boxes))
-        crowd = np.array([o.crowd for o in objects])
-        iou = mask.iou(boxes, np.array([o.box for o in objects]), crowd.astype(int).tolist())
-        return match_detections(iou, crowd, self._options["iou_threshold"])
+        objects = self._dataset.objects[image_id]
+        rows, iou = match_image(boxes, scores, labels, objects, self._options["iou_threshold"])
+        ids = np.full(len(rows), str(image_id))
+        self._rows.append((scores[rows], iou, labels[rows], boxes[rows], ids))
 
     @property
     def confidence(self) -> np.ndarray:

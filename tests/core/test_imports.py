@@ -37,7 +37,7 @@ ADAPTERS = {
 OTHERS = {
     "pskd_tools": set(),
     "pskd_classification": {"torchvision"},
-    "pskd_detection": set(),
+    "pskd_detection": {"torchmetrics"},  # one metric, in whose absence the rest works
     "pskd_torchvision": {"torchvision"},
     # Its configuration is Detectron2's: omegaconf in a LazyConfig, whose overrides hydra reads.
     "pskd_detectron2": {"detectron2", "hydra", "omegaconf"},

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pskd_detection import DetectionConfidence, DetectionDataset, Detections, average_precision
@@ -425,3 +426,39 @@ def test_ap_leaves_the_data_set_as_it_was_and_prints_nothing(capsys, caplog):
     assert repr(data.coco) == before
     assert capsys.readouterr() == ("", "")
     assert "Average Precision" in caplog.text
+
+
+# ---- as torchmetrics -----------------------------------------------------------------------------
+
+
+def test_d_ece_in_torchmetrics_loop_is_the_same():
+    torchmetrics = pytest.importorskip("torchmetrics", reason="needs torchmetrics")
+    from pskd_detection.metric import DetectionECE
+
+    rng = np.random.default_rng(0)
+
+    def boxes(count: int) -> np.ndarray:
+        corners = rng.integers(0, 60, (count, 2))
+        return np.concatenate([corners, corners + rng.integers(30, 60, (count, 2))], axis=1)
+
+    objects = {i: boxes(4) for i in range(8)}
+    labels = {i: rng.integers(3, size=4) for i in objects}
+    crowd = {i: rng.random(4) < 0.2 for i in objects}
+    data = dataset({i: list(zip(labels[i], *objects[i].T, crowd[i], strict=True)) for i in objects})
+    detections = {
+        i: Detections(
+            np.concatenate([objects[i], boxes(4)]).astype(float),
+            rng.random(8),
+            np.concatenate([labels[i], rng.integers(3, size=4)]),
+        )
+        for i in objects
+    }
+    expected = measured(data, detections).compute()
+    assert 0 < expected["num_matched"] < expected["num_detections"]
+    metric = torchmetrics.MetricCollection([DetectionECE()])
+    for image in detections.values():
+        preds = {name: torch.as_tensor(value) for name, value in image._asdict().items()}
+        i = next(i for i in detections if detections[i] is image)
+        target = {"boxes": objects[i], "labels": labels[i], "iscrowd": crowd[i]}
+        metric.update([preds], [{k: torch.as_tensor(v) for k, v in target.items()}])
+    assert metric.compute()["DetectionECE"].item() == pytest.approx(expected["d_ece"], rel=1e-5)
