@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pskd.calibration.bins import ReliabilityBins, fill_bins, reliability_bins
+from pskd.calibration.bins import ReliabilityBins, fill_bins
 from pskd.calibration.inputs import (
     Array,
     Booleans,
@@ -29,23 +29,10 @@ from pskd.calibration.inputs import (
 )
 from pskd.calibration.risk_coverage import (
     aurc,
-    excess_aurc,
     optimal_aurc,
-    optimal_risk_coverage_curve,
-    risk_coverage_curve,
 )
 
-__all__ = [
-    "ConfidenceAccumulator",
-    "ReliabilityBins",
-    "aurc",
-    "excess_aurc",
-    "expected_calibration_error",
-    "negative_log_likelihood",
-    "optimal_risk_coverage_curve",
-    "reliability_bins",
-    "risk_coverage_curve",
-]
+__all__ = ["ConfidenceAccumulator", "expected_calibration_error", "negative_log_likelihood"]
 
 Kind = TypeVar("Kind", bound=np.generic)
 
