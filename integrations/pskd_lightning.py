@@ -13,7 +13,7 @@
     + loader = DataLoader(pskd.WithRows(dataset), batch_size=128, shuffle=True)
     + trainer = Trainer(max_epochs=300, callbacks=[PSKDCallback(num_classes=100)])
 
-With ``PSKDCallback(teacher="snapshot")`` the data set stays as it is and the loss is
+With ``PSKDCallback(teacher="snapshot")`` (or ``"ema"``) the data set stays as it is and the loss is
 ``self.pskd(self(inputs), target, inputs)``: last epoch's weights are called as the module is.
 """
 
@@ -38,7 +38,7 @@ class PSKDCallback(Callback):
 
     Args:
         num_classes: C; a snapshot needs none.
-        options: ``teacher`` (``"memory"`` or ``"snapshot"``) and options of its criterion, such as
+        options: ``teacher``, one of `pskd.teachers.TEACHERS`, and options of its criterion, such as
             ``alpha_final``.
 
     Raises:

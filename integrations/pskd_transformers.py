@@ -14,6 +14,7 @@ from transformers import TrainerCallback
 
 from pskd.criterion import MemoryCriterion, make_criterion
 from pskd.rows import ROWS
+from pskd.teachers import MODEL_TEACHERS
 from pskd_tools.checkpoint import read_checkpoint, write_checkpoint
 
 __all__ = ["PSKDTrainerMixin"]
@@ -27,7 +28,7 @@ class PSKDTrainerMixin(TrainerCallback):
     """Trains by a criterion of `pskd`; evaluation is the Trainer's own. It hears its own events.
 
     Args:
-        pskd_options: ``teacher`` (``"memory"`` or ``"snapshot"``) and options of its criterion.
+        pskd_options: ``teacher``, one of `pskd.teachers.TEACHERS`, and options of its criterion.
 
     Raises:
         ValueError: before the first step, for options, data or epochs that do not serve, and for a
@@ -59,7 +60,7 @@ class PSKDTrainerMixin(TrainerCallback):
         data = self.train_dataset, model.config.num_labels
         options: dict = {"num_epochs": int(epochs)} | self._options
         self._logits_of = options.get("logits_of", _logits)  # of the student and of a snapshot
-        if options.get("teacher") == "snapshot":
+        if options.get("teacher") in MODEL_TEACHERS:
             options["logits_of"] = self._logits_of
         self.criterion = make_criterion(model, *data, **options)
         if self._resumed:

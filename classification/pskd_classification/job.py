@@ -15,6 +15,7 @@ from torch.optim import lr_scheduler
 
 from pskd import ExampleStats, MemoryCriterion, SnapshotCriterion
 from pskd.distributed import World
+from pskd.teachers import MODEL_TEACHERS
 from pskd_classification.data import Images, Splits, load_splits
 from pskd_classification.evaluation import predict
 from pskd_classification.label_noise import LabelNoise
@@ -201,8 +202,8 @@ def _objective(job: ClassifierJob) -> Objective:
         "examples": ExampleStats(samples, device),
     }
     criterion: MemoryCriterion | SnapshotCriterion
-    if args.pskd_teacher == "snapshot":
-        criterion = SnapshotCriterion(job.model, **common)
+    if args.pskd_teacher in MODEL_TEACHERS:
+        criterion = SnapshotCriterion(job.model, teacher=args.pskd_teacher, **common)
     else:
         criterion = MemoryCriterion(
             samples,

@@ -115,6 +115,19 @@ def test_the_first_epoch_is_cross_entropy_and_the_second_is_not(run, tmp_path):
     assert losses[0][0] == losses[1][0] and losses[0][1] != losses[1][1]
 
 
+def test_the_teacher_is_the_one_that_was_asked_for(run, tmp_path, capsys):
+    made = {"memory": checkpoint(run)}
+    for teacher in ("snapshot", "ema"):
+        assert train(tmp_path / teacher, *PSKD, "--pskd-teacher", teacher) == 0
+        made[teacher] = checkpoint(tmp_path / teacher)
+    kinds = [content["criterion"]["options"]["criterion"] for content in made.values()]
+    assert kinds == ["MemoryCriterion", "SnapshotCriterion", "ema"]
+    assert not any(same(made["ema"]["model"], made[name]["model"]) for name in list(made)[:2])
+    flags = ["--pskd-teacher", "snapshot", "--resume"]
+    assert train(tmp_path / "ema", *PSKD, *flags) == 1
+    assert "criterion: expected 'ema', with which the checkpoint" in capsys.readouterr().err
+
+
 def test_a_resume_without_a_checkpoint_starts_from_the_beginning(tmp_path, caplog):
     caplog.set_level("INFO")
     assert train(tmp_path, "--epochs", "1", "--resume") == 0
@@ -127,6 +140,7 @@ def test_a_resume_without_a_checkpoint_starts_from_the_beginning(tmp_path, caplo
     [
         [*PSKD, *ALL, "--pskd-top-k", "2", "--pskd-momentum", "0.5"],
         [*PSKD, *ALL, "--pskd-teacher", "snapshot", "--lr-schedule", "cosine"],
+        [*PSKD, *ALL, "--pskd-teacher", "ema"],
         # Of 8 pixels the last map is one pixel wide, where torch's bfloat16 convolution on a CPU
         # leaves the gradients of unused taps undefined.
         [*PSKD, "--amp", "--image-size", "16", "--channels-last"],

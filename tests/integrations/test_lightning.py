@@ -36,7 +36,7 @@ torch.set_num_threads(1)
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # of few workers, of no logger
 
 PRELOADED = ["lightning.pytorch", "pskd_lightning"]
-FORMS = pytest.mark.parametrize("teacher", ["memory", "snapshot"])
+FORMS = pytest.mark.parametrize("teacher", ["memory", "snapshot", "ema"])
 
 
 def callback(teacher: str, /, **options) -> PSKDCallback:
@@ -51,7 +51,7 @@ def loader(teacher: str) -> DataLoader:
 
 def fit(folder: Path, teacher: str, *more, path=None, validate=False, **options):
     """Return the module and the callback of a training that may be resumed from a path."""
-    module, made = Module(snapshot=teacher == "snapshot"), callback(teacher)
+    module, made = Module(snapshot=teacher != "memory"), callback(teacher)
     validation = DataLoader(DATA, batch_size=BATCH) if validate else None
     run = trainer(folder, made, *more, **options)
     run.fit(module, loader(teacher), validation, ckpt_path=path)
@@ -64,7 +64,7 @@ def by_hand(teacher: str):
     criterion = (
         pskd.MemoryCriterion(M, C, num_epochs=EPOCHS, alpha_final=0.9)
         if teacher == "memory"
-        else pskd.SnapshotCriterion(model, num_epochs=EPOCHS, alpha_final=0.9)
+        else pskd.SnapshotCriterion(model, num_epochs=EPOCHS, alpha_final=0.9, teacher=teacher)
     )
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9)
     data = loader("memory")
@@ -119,7 +119,7 @@ def test_labels_may_be_any_integers(teacher, dtype, tmp_path):
     """In the training, and in a validation before it, in it and without one."""
     inputs, target = DATA.tensors
     data = TensorDataset(inputs, target.to(dtype))
-    module, made = Module(snapshot=teacher == "snapshot"), callback(teacher)
+    module, made = Module(snapshot=teacher != "memory"), callback(teacher)
     validation = DataLoader(data, batch_size=BATCH)
     run = trainer(tmp_path, made)
     rows = pskd.WithRows(data) if teacher == "memory" else data
@@ -149,7 +149,7 @@ def test_a_validation_is_plain_cross_entropy(tmp_path):
 
 @FORMS
 def test_a_module_can_be_saved_whole_before_and_after_its_training(teacher, tmp_path):
-    module, made = Module(snapshot=teacher == "snapshot"), callback(teacher)
+    module, made = Module(snapshot=teacher != "memory"), callback(teacher)
     run, data = trainer(tmp_path, made), DataLoader(DATA, batch_size=M)
     run.validate(module, data, verbose=False)
     torch.save(module, tmp_path / "before.pt")
@@ -214,9 +214,9 @@ class StatefulLoader:
 @FORMS
 def test_a_training_resumed_inside_an_epoch_is_the_straight_one(teacher, tmp_path):
     saver = ModelCheckpoint(tmp_path, "{step}", save_top_k=-1, every_n_train_steps=1)
-    straight = Module(snapshot=teacher == "snapshot")
+    straight = Module(snapshot=teacher != "memory")
     trainer(tmp_path, callback(teacher), saver).fit(straight, StatefulLoader(teacher))
-    resumed, made = Module(snapshot=teacher == "snapshot"), callback(teacher)
+    resumed, made = Module(snapshot=teacher != "memory"), callback(teacher)
     path = tmp_path / "step=6.ckpt"  # of 4 steps an epoch
     trainer(tmp_path, made).fit(resumed, StatefulLoader(teacher), ckpt_path=path)
     assert resumed.losses == straight.losses[6:]

@@ -38,7 +38,7 @@ IMAGES = torch.randn(M, 3, 8, 8, generator=_made)
 LABELS = torch.randint(C, (M,), generator=_made)
 
 PRELOADED = ["transformers.trainer", "transformers.models.bert.modeling_bert", "pskd_transformers"]
-FORMS = pytest.mark.parametrize("teacher", ["memory", "snapshot"])
+FORMS = pytest.mark.parametrize("teacher", ["memory", "snapshot", "ema"])
 
 
 class Sentences(Dataset):
@@ -123,9 +123,10 @@ def test_it_is_the_loop_by_hand(teacher, accumulated, smoothing, tmp_path):
 
     model, losses, told = bert(dropout=0.0).train(), [], []
     options = {"num_epochs": EPOCHS, "alpha_final": 0.9, "label_smoothing": smoothing}
-    memory = pskd.MemoryCriterion(M, C, **options)
-    snapshot = pskd.SnapshotCriterion(model, **options)
-    criterion = memory if teacher == "memory" else snapshot
+    if teacher == "memory":
+        criterion = pskd.MemoryCriterion(M, C, **options)
+    else:
+        criterion = pskd.SnapshotCriterion(model, teacher=teacher, **options)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     for step, rows in enumerate(made.orders):
         if step % 4 == 0:
@@ -171,6 +172,11 @@ def test_a_model_that_returns_tuples_trains_as_with_names(teacher, tmp_path):
     named = trainer(tmp_path, teacher)
     named.train()
     assert made.losses == named.losses
+    model = bert()
+    model.config.return_dict = False  # its outputs are tuples
+    bare = trainer(tmp_path, teacher, model=model)
+    bare.train()
+    assert bare.losses == named.losses
 
 
 class Second(BertForSequenceClassification):
@@ -181,15 +187,21 @@ class Second(BertForSequenceClassification):
         return logits.relu(), logits
 
 
-def test_the_students_logits_are_taken_as_the_teachers(tmp_path):
+@pytest.mark.parametrize("teacher", ["snapshot", "ema"])
+def test_the_students_logits_are_taken_as_the_teachers(teacher, tmp_path):
     model = Second(bert().config)
     model.load_state_dict(bert().state_dict())
     options = {"logits_of": operator.itemgetter(1)}
-    made = trainer(tmp_path, "snapshot", model=model, pskd_options=options)
+    made = trainer(tmp_path, teacher, model=model, pskd_options=options)
     made.train()
-    named = trainer(tmp_path, "snapshot")
+    named = trainer(tmp_path, teacher)
     named.train()
     assert made.losses == named.losses
+    model = bert()
+    model.config.return_dict = False  # its outputs are tuples
+    bare = trainer(tmp_path, teacher, model=model)
+    bare.train()
+    assert bare.losses == named.losses
 
 
 @pytest.mark.parametrize("with_rows", [False, True])
@@ -217,7 +229,7 @@ def test_evaluation_is_plain_cross_entropy(with_rows, tmp_path):
 def straight_runs(tmp_path_factory) -> dict[str, PSKDTrainer]:
     """A training with each teacher, with a checkpoint at every step."""
     runs = {}
-    for teacher in ("memory", "snapshot"):
+    for teacher in ("memory", "snapshot", "ema"):
         saves = {"save_strategy": "steps", "save_steps": 1}
         runs[teacher] = trainer(tmp_path_factory.mktemp(teacher), teacher, **saves)
         runs[teacher].train()
