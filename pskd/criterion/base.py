@@ -138,7 +138,8 @@ class Criterion(ABC):
 
         Args:
             inside_epoch: for a run that goes on with the batches that are left of this epoch, and
-                not with `begin_epoch`. A snapshot teacher's weights are in the state then.
+                not with `begin_epoch`. A snapshot's weights are in the state then, those of
+                ``ema`` always.
         """
         state = self._driver.state_dict()
         if self.examples is not None:

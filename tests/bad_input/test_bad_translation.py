@@ -154,6 +154,12 @@ flagged(
     "pytorch_ddp, got fully_sharded",
 )
 flagged(
+    "a mean of a sharded model's weights",
+    "--ddp-backend fully_sharded --pskd-teacher ema",
+    "--pskd-teacher ema copies the whole model: expected --ddp-backend legacy_ddp or pytorch_ddp, "
+    "got fully_sharded",
+)
+flagged(
     "`--restore-file nowhere.pt`",
     "--restore-file nowhere.pt",
     "--restore-file: expected a checkpoint (a path from the working directory, which "

@@ -13,7 +13,7 @@ from pskd_detectron2.resume import AsideCheckpointer
 
 ITERATIONS, EPOCH = 8, 3
 SCHEDULED = f"MODEL.PSKD.ALPHA_FINAL 0.6 MODEL.PSKD.EPOCH_ITERS {EPOCH}"
-TEACHERS = ("snapshot", "memory")
+TEACHERS = ("snapshot", "memory", "ema")
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +76,15 @@ def test_the_teacher_travels_only_where_the_model_is_not_the_teacher(straight):
             for name, weight in hook["snapshot"]["model"].items():
                 assert torch.equal(weight, taught[name])
         assert not any("pskd" in name for name in state["model"])
+
+
+def test_the_mean_of_weights_is_another_teacher_and_always_in_the_checkpoint(straight):
+    """From the second epoch's end on no model equals it."""
+    for done in range(EPOCH + 1, ITERATIONS + 1):
+        state = tiny.checkpoint(straight["ema"], f"model_{done - 1:07d}")
+        assert "snapshot" in state["trainer"]["hooks"]["PSKDHook"]
+    model = [tiny.checkpoint(straight[teacher])["model"] for teacher in ("ema", "snapshot")]
+    assert tiny.differing(*model) != []
 
 
 def test_a_checkpoint_is_written_whole_or_not_at_all(tmp_path, monkeypatch):

@@ -37,6 +37,7 @@ def chains(fairseq, straight, stock):
         "killed": fairseq.submit(kill_and_resume, fairseq),
         "half": fairseq.submit(half_precision, fairseq),
         "shards": fairseq.submit(sharded, fairseq),
+        "mean": fairseq.submit(mean_of_weights, fairseq),
         "bleu": fairseq.submit(stop_and_resume, fairseq, "bleu", *BLEU),
         "warm": resume(
             fairseq, stock, "checkpoint2.pt", "--reset-optimizer", "--save-interval-updates", "1",
@@ -63,6 +64,20 @@ def kill_and_resume(fairseq):
     flags = ["killed", *TO_THE_END, "--save-interval-updates", "4"]
     killed = fairseq.train(*flags, kill_at="checkpoint_3_16.pt")
     return killed, fairseq.train(*flags[:-2])
+
+
+def mean_of_weights(fairseq):
+    """Return a straight run, those that go on from its checkpoints, and one that starts over."""
+    flags = ["--max-epoch", "3", "--pskd-teacher", "ema", "--save-interval-updates", "4"]
+    whole = fairseq.train("mean", *flags).expect_success()
+    runs = {}
+    for cut in ("checkpoint2.pt", "checkpoint_3_16.pt"):
+        runs[cut] = f"mean_from_{cut}"
+        continued_from(whole.save_dir / cut, fairseq.folder / runs[cut])
+        runs[cut] = fairseq.train(runs[cut], *flags)
+    cut = str(whole.save_dir / "checkpoint2.pt")
+    over = ["--reset-dataloader", "--reset-optimizer", "--restore-file", cut]
+    return whole, runs, fairseq.train("mean_anew", *flags, *over)
 
 
 def half_precision(fairseq):
@@ -104,6 +119,18 @@ def test_resuming_inside_an_epoch_restores_its_teacher(chains, straight):
     run = chains["middle"].result().expect_success()
     assert same(run.teacher("checkpoint_3_17.pt"), straight.model("checkpoint2.pt"))
     assert "restored the teacher of epoch 3" in run.output
+
+
+def test_a_run_with_the_mean_of_weights_ends_as_the_straight_run(chains, straight):
+    whole, runs, _ = chains["mean"].result()
+    assert not same(whole.model("checkpoint3.pt"), straight.model("checkpoint3.pt"))
+    for run in runs.values():
+        assert same(run.expect_success().model("checkpoint3.pt"), whole.model("checkpoint3.pt"))
+
+
+def test_a_training_that_starts_over_takes_no_mean_with_weights_of_the_old_one(chains):
+    run = chains["mean"].result()[2].expect_success()
+    assert same(run.teacher("checkpoint_2_8.pt"), run.model("checkpoint1.pt"))
 
 
 def test_resuming_inside_the_first_epoch_has_no_teacher(chains):

@@ -288,7 +288,7 @@ def _check_options(cfg: PSKDCriterionConfig, types: int) -> None:
         ),
         (
             is_sharded and not is_memory,
-            f"--pskd-teacher snapshot copies the whole model: {backend}",
+            f"--pskd-teacher {cfg.pskd_teacher} copies the whole model: {backend}",
         ),
         (
             is_sharded and is_fused,
