@@ -289,10 +289,17 @@ class EMATeacher(SnapshotTeacher):
     def refresh(self, student: nn.Module) -> None:
         if self._model is None or _kinds(self._model) != _kinds(student):
             return super().refresh(student)
+        mean = [own.clone() for own in self._model.parameters()]
+        super().refresh(student)
+        pairs = [
+            pair
+            for pair in zip(mean, self._model.parameters(), strict=True)
+            if pair[0].is_floating_point()
+        ]
         average = get_ema_multi_avg_fn(self.decay)
-        average(list(self._model.parameters()), list(student.parameters()), 1)
-        for own, new in zip(self._model.buffers(), student.buffers(), strict=True):
-            own.copy_(new)
+        average([past for past, _ in pairs], [own.clone() for _, own in pairs], 1)
+        for past, own in pairs:
+            own.copy_(past)
 
 
 #: The teachers that are past weights, by the name that configs and flags use.
@@ -307,7 +314,7 @@ TEACHERS = ("memory", *MODEL_TEACHERS)
 
 def make_teacher(name: str) -> SnapshotTeacher:
     """Return a teacher of `MODEL_TEACHERS`; raise ValueError for another name."""
-    if name not in MODEL_TEACHERS:
+    if name not in list(MODEL_TEACHERS):  # which may be compared with anything
         expected = ", ".join(map(repr, MODEL_TEACHERS))
         raise ValueError(f"teacher: expected one of {expected}, got {name!r}")
     return MODEL_TEACHERS[name]()

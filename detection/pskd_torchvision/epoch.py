@@ -56,7 +56,7 @@ class PSKDEpochs:
         options: dict[str, object] = {"label_smoothing": self._pskd.label_smoothing}
         if alpha_final:
             options["foreground_only"] = self._pskd.foreground_only
-            options |= {} if teacher == "snapshot" else {"teacher": teacher}
+            options["teacher"] = teacher
         # The RPN of the teacher is never asked for.
         parts = {name: self._model.get_submodule(name) for name in ("backbone", "roi_heads")}
         student = nn.ModuleDict(parts)

@@ -113,6 +113,7 @@ def build_trainer(job: DetectorJob) -> Trainer:
         num_epochs=args.epochs,
         alpha_final=args.pskd_alpha_final,
         alpha_schedule=args.pskd_alpha_schedule,
+        teacher=args.pskd_teacher,
         allow_schedule_change=args.pskd_allow_schedule_change,
     )
     return Trainer(

@@ -7,6 +7,7 @@ import argparse
 from pskd_detection import DetectionDataset, add_dataset_arguments
 
 from pskd.distributed import World
+from pskd.teachers import MODEL_TEACHERS
 from pskd_tools.options import add_pskd_options, add_run_options, add_training_options, in_range
 
 __all__ = ["build_parser", "check", "recorded"]
@@ -78,6 +79,9 @@ def _add_training(group) -> None:
 def _add_pskd(group) -> None:
     add_pskd_options(group)
     add = group.add_argument
+    add(
+        "--pskd-teacher", choices=list(MODEL_TEACHERS), default="snapshot", help="default: snapshot"
+    )
     add(
         "--pskd-foreground-only", action="store_true", help="background ROIs keep their hard target"
     )

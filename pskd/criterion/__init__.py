@@ -9,7 +9,7 @@ from torch import nn
 from pskd.criterion.memory import MemoryCriterion
 from pskd.criterion.snapshot import SnapshotCriterion
 from pskd.rows import WithRows
-from pskd.teachers import MODEL_TEACHERS, TEACHERS
+from pskd.teachers import TEACHERS
 
 __all__ = ["MemoryCriterion", "SnapshotCriterion", "make_criterion"]
 
@@ -34,11 +34,11 @@ def make_criterion(
     Raises:
         ValueError: for an unknown teacher, data without row numbers, an option out of range.
     """
-    if teacher in MODEL_TEACHERS:
-        return SnapshotCriterion(model, teacher=teacher, **options)
     if teacher not in TEACHERS:
         expected = " or ".join(map(repr, TEACHERS))
         raise ValueError(f"teacher: expected {expected}, got {teacher!r}")
+    if teacher != "memory":
+        return SnapshotCriterion(model, teacher=teacher, **options)
     if not isinstance(dataset, WithRows):
         name = type(dataset).__name__
         raise ValueError(f"training data: expected pskd.WithRows(dataset), got {name}")

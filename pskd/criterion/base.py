@@ -57,14 +57,15 @@ class Criterion(ABC):
         self.means = Means()
 
     def _drive(
-        self, teacher: Teacher | None, student: nn.Module | None, kind: str | None = None
+        self, teacher: Teacher | None, student: nn.Module | None, named: dict[str, object]
     ) -> None:
         """Make the driver, whose options tell this training from others."""
         options: dict[str, object] = {"label_smoothing": self.label_smoothing}
         if self.weight is not None:
             options["weight"] = self.weight.tolist()
         if self.alpha_final:
-            options["criterion"] = kind or type(self).__name__
+            options["criterion"] = type(self).__name__
+            options |= named
         self._driver = EpochDriver(self._schedule, teacher, student, options)
 
     @property

@@ -90,7 +90,7 @@ class MemoryCriterion(Criterion):
             PredictionMemory(num_rows, num_classes, **memory) if self.alpha_final else None
         )
         self._handle = None if self.memory is None else traced.handle_of(self.memory)
-        self._drive(self.memory, None)
+        self._drive(self.memory, None, {})
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)

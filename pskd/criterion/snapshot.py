@@ -76,7 +76,7 @@ class SnapshotCriterion(Criterion):
         self.teacher = make_teacher(teacher)
         self._tried: Tensor | None = None  # what the first epoch's copy said of the first batch
         self._is_tried = not self.alpha_final
-        self._drive(self.teacher, self._student, None if teacher == "snapshot" else teacher)
+        self._drive(self.teacher, self._student, {"teacher": teacher})
         if self.alpha_final:
             self.teacher.check(self._student)
 

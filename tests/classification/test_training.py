@@ -120,12 +120,12 @@ def test_the_teacher_is_the_one_that_was_asked_for(run, tmp_path, capsys):
     for teacher in ("snapshot", "ema"):
         assert train(tmp_path / teacher, *PSKD, "--pskd-teacher", teacher) == 0
         made[teacher] = checkpoint(tmp_path / teacher)
-    kinds = [content["criterion"]["options"]["criterion"] for content in made.values()]
-    assert kinds == ["MemoryCriterion", "SnapshotCriterion", "ema"]
+    kept = [content["criterion"]["options"] for content in made.values()]
+    assert [options.get("teacher") for options in kept] == [None, "snapshot", "ema"]
     assert not any(same(made["ema"]["model"], made[name]["model"]) for name in list(made)[:2])
     flags = ["--pskd-teacher", "snapshot", "--resume"]
     assert train(tmp_path / "ema", *PSKD, *flags) == 1
-    assert "criterion: expected 'ema', with which the checkpoint" in capsys.readouterr().err
+    assert "teacher: expected 'ema', with which the checkpoint" in capsys.readouterr().err
 
 
 def test_a_resume_without_a_checkpoint_starts_from_the_beginning(tmp_path, caplog):

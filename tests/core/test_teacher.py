@@ -509,5 +509,33 @@ def test_an_ema_teacher_is_the_mean_that_halves_with_each_epoch(student):
 
 def test_a_teacher_is_made_by_its_name():
     assert {name: type(make_teacher(name)) for name in MODEL_TEACHERS} == MODEL_TEACHERS
-    with pytest.raises(ValueError, match="teacher: expected one of 'snapshot', 'ema', got 'me'"):
-        make_teacher("me")
+    for name in ("me", ["me"]):
+        with pytest.raises(
+            ValueError, match="teacher: expected one of 'snapshot', 'ema', got .*me"
+        ):
+            make_teacher(name)
+
+
+def test_an_ema_teacher_copies_what_has_no_mean():
+    class Quantised(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.short = nn.Parameter(torch.ones(2, dtype=torch.float16))
+            self.weight = nn.Parameter(torch.ones(2))
+            self.codes = nn.Parameter(torch.ones(2, dtype=torch.int8), requires_grad=False)
+
+        def get_extra_state(self) -> float:
+            return float(self.weight[0])
+
+        def set_extra_state(self, state: float) -> None:
+            self.extra = state
+
+    student, teacher = Quantised(), EMATeacher()
+    teacher.refresh(student)
+    with torch.no_grad():
+        for parameter in student.parameters():
+            parameter.add_(2)
+    teacher.refresh(student)
+    own = teacher.model
+    assert [p.tolist() for p in (own.short, own.weight, own.codes)] == [[2, 2], [2, 2], [3, 3]]
+    assert own.extra == 3.0

@@ -444,6 +444,31 @@ def test_alpha_follows_the_schedule_and_the_teacher_the_model(student, schedule,
     assert f"epoch 4 of 4, alpha {ALPHA:.4f}" in caplog.text
 
 
+def test_a_mean_of_weights_goes_on_after_a_resume(student):
+    def turned(epochs: PSKDEpochs, model, numbers) -> None:
+        for epoch in numbers:
+            model.backbone.fpn.layer_blocks[0][0].bias.data.fill_(epoch)
+            epochs.begin_epoch(epoch)
+
+    def mean() -> torch.Tensor:
+        teacher = student.roi_heads.pskd.snapshot.model
+        return teacher["backbone"].fpn.layer_blocks[0][0].bias.clone()
+
+    options = {"num_epochs": 4, "alpha_final": ALPHA, "teacher": "ema"}
+    turned(straight := PSKDEpochs(student, **options), student, (1, 2, 3))
+    state = straight.state_dict()
+    turned(straight, student, (4,))
+    # What the teacher turned to at the beginning of the epochs 2, 3 and 4.
+    expected = mean()
+    assert torch.allclose(expected, torch.tensor(0.25 * 2 + 0.25 * 3 + 0.5 * 4))
+    resumed = PSKDEpochs(student, **options)
+    resumed.load_state_dict(state)
+    turned(resumed, student, (4,))
+    assert torch.equal(mean(), expected)
+    with pytest.raises(ValueError, match="teacher: expected 'ema', with which the checkpoint"):
+        PSKDEpochs(student, **(options | {"teacher": "snapshot"})).load_state_dict(state)
+
+
 def test_without_alpha_there_is_never_a_teacher(student):
     epochs = PSKDEpochs(student, num_epochs=2, alpha_final=0.0)
     epochs.begin_epoch(1)
