@@ -1,7 +1,7 @@
 # make setup   make .venv with everything, as constraints.txt pins it
 # make demo    train baselines and PS-KD, translation and detection; print a table, write pictures
 # make test    run the tests
-# make test-fast  run the core and bad input, the slow files aside: before each commit, 2 minutes
+# make test-fast  run the core and bad input without the slow files: before each commit
 # make lint    run ruff and mypy
 # make coverage  run the tests (some 15 minutes) and list the lines that none of them ran
 #
