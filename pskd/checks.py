@@ -174,7 +174,7 @@ def check_weights(alpha: float | Tensor, label_smoothing: float, rows: int) -> f
 
 
 def check_row_weights(alpha: float | Tensor) -> None:
-    """Raise ValueError unless each row's alpha lies in [0, 1]; checked on the CPU only."""
+    """Raise ValueError unless each row's alpha is in [0, 1]; checked on the CPU only."""
     if not isinstance(alpha, Tensor) or alpha.device.type != "cpu":
         return
     if not bool(((alpha >= 0) & (alpha <= 1)).all()):

@@ -34,7 +34,7 @@ KEYS = frozenset({"model", "optimizer", "scaler", "epoch", "options", "class_nam
 
 
 def checkpoint_path(args: argparse.Namespace) -> Path:
-    """Return where a run's state lies."""
+    """Return the path of a run's checkpoint."""
     return Path(args.output_dir) / "checkpoint.pth"
 
 

@@ -94,7 +94,7 @@ def load_config(config_file: str | os.PathLike, opts: Sequence[str] = ()) -> Cfg
 def check_options(
     alpha_final: float, alpha_schedule: str, teacher: str, label_smoothing: float, epoch_iters: int
 ) -> None:
-    """Refuse a value that is none of its option's."""
+    """Raise ValueError for a value that its option does not allow."""
     check_alpha(alpha_final, "MODEL.PSKD.ALPHA_FINAL")
     check_label_smoothing(label_smoothing)
     if alpha_schedule not in SCHEDULES:
@@ -113,7 +113,7 @@ def check_options(
 def check_label_smoothing(
     label_smoothing: float, sigmoid: bool = False, name: str = "MODEL.PSKD.LABEL_SMOOTHING"
 ) -> None:
-    """Refuse a label smoothing that is none, or that a head of binary outputs would not apply."""
+    """Refuse a label smoothing outside [0, 1], or above 0 for a sigmoid head, which ignores it."""
     check_alpha(label_smoothing, name)
     if sigmoid and label_smoothing:
         raise ValueError(

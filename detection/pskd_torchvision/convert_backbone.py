@@ -149,7 +149,7 @@ def convert(state_dict: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Archit
             raise ValueError(f"{key}: expected shape {shape}, got {tuple(value.shape)}")
         if not bool(value.isfinite().all()):
             raise ValueError(f"{key}: expected finite values, got NaN or infinity")
-    # Copies: a view would take all that lies in its storage into the file.
+    # Copies: torch would write the whole storage of a view.
     weights = {
         detectron2_name(key): state_dict[key]
         .detach()

@@ -207,7 +207,7 @@ Figure().savefig(io.BytesIO(), format="png")
 
 
 def code_of(name: str) -> str:
-    """Return the code of a step; it fails by raising, and what it leaves in ``value`` is told."""
+    """Return the code of a step; it fails by raising, and its ``value`` is reported."""
     return _CODE.get(name, f"import {name}")
 
 
@@ -215,7 +215,7 @@ def code_of(name: str) -> str:
 class Step:
     """What the failure of something that is tried means.
 
-    ``problem`` is told before the error, and may name any package of `PACKAGES` (with underscores)
+    ``problem`` is shown before the error, and may name any package of `PACKAGES` (with underscores)
     for its version, and torch's ``build``; without it the step's own name "does not load".
     ``framework`` is the module without which the step is moot (its absence is judged elsewhere);
     ``needs`` is a step whose failure explains this one's.
