@@ -28,7 +28,7 @@ from pskd.kernels.gradient import scaled, values_and_gradient, values_only
 from pskd.kernels.rows import check_values, readable
 from pskd.targets import TopK, check_teacher, mixture
 
-__all__ = ["PSKDStats", "pskd_cross_entropy"]
+__all__ = ["PSKDStats", "computed", "pskd_cross_entropy"]
 
 _TINY = torch.finfo(torch.float32).tiny
 
@@ -204,7 +204,7 @@ def pskd_cross_entropy(
     )
     if weight is not None:
         check_class_weights(weight, logits, target, label_smoothing)
-        loss, stats = _computed(logits, rows, "none", return_stats, inplace)
+        loss, stats = computed(logits, rows, "none", return_stats, inplace)
         loss = _weighted(loss, rows, weight, reduction)
     elif is_soft(target):
         rows = _checked_values(rows)
@@ -212,13 +212,13 @@ def pskd_cross_entropy(
         stats = None
         if return_stats and past is not None:
             stats = _expected_stats(rows, past)  # before logits are written over
-        loss, _ = _computed(logits, _mixed(rows, past), reduction, False, inplace)
+        loss, _ = computed(logits, _mixed(rows, past), reduction, False, inplace)
     else:
-        loss, stats = _computed(logits, rows, reduction, return_stats, inplace)
+        loss, stats = computed(logits, rows, reduction, return_stats, inplace)
     return loss if stats is None else (loss, stats)
 
 
-def _computed(
+def computed(
     logits: Tensor, rows: Rows, reduction: str, with_stats: bool, inplace: bool
 ) -> tuple[Tensor, PSKDStats | None]:
     """Return the reduced loss and, if they are wanted, the statistics."""

@@ -24,6 +24,7 @@ __all__ = [
     "ExampleStats",
     "Means",
     "TeacherEffect",
+    "TeacherMeans",
     "agreement",
     "gradient_on_label",
     "gradient_rescaling",
@@ -31,6 +32,7 @@ __all__ = [
     "rescaling",
     "teacher_effect",
     "teacher_means",
+    "teacher_sums",
 ]
 
 
@@ -116,13 +118,12 @@ def rescaling(error: Tensor | float, removed: Tensor | float) -> Tensor | float:
     return 1.0 - removed / error
 
 
-def teacher_means(
+@torch.no_grad()
+def teacher_sums(
     logits: Tensor, past: Tensor | TopK, alpha: Tensor, stats: PSKDStats
-) -> dict[str, tuple[Tensor, Tensor]]:
-    """Return the means that a log shows, as two sums each, over the rows that have a teacher.
-
-    ``pskd/teacher_nll`` is in nats, ``pskd/teacher_agreement`` a fraction,
-    ``pskd/gradient_rescaling`` as of `rescaling`.
+) -> Tensor:
+    """Return the (5,) float32 sums of a batch: those of `TeacherEffect` in order, and the rows
+    that have a teacher and agree with it on the best class.
 
     Args:
         logits: (N, C) the student's.
@@ -132,11 +133,24 @@ def teacher_means(
     """
     effect = teacher_effect(stats.nll, stats.teacher_probs_at_label, alpha)
     # Of a row that is not finite NaN has the best score, which equals nothing.
-    agree = ((alpha > 0) & agreement(logits, past)).sum()
+    agreed = ((alpha > 0) & agreement(logits, past)).sum()
+    return torch.stack([value.float() for value in (*effect, agreed)])
+
+
+def teacher_means(sums: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return the means that a log shows, as two sums each, over the rows that have a teacher.
+
+    ``pskd/teacher_nll`` is in nats, ``pskd/teacher_agreement`` a fraction,
+    ``pskd/gradient_rescaling`` as of `rescaling`.
+
+    Args:
+        sums: (5,) of `teacher_sums`.
+    """
+    rows, teacher_nll, error, removed, agreed = sums.unbind()
     return {
-        "pskd/teacher_nll": (effect.teacher_nll, effect.rows),
-        "pskd/teacher_agreement": (agree, effect.rows),
-        "pskd/gradient_rescaling": (effect.error - effect.removed, effect.error),
+        "pskd/teacher_nll": (teacher_nll, rows),
+        "pskd/teacher_agreement": (agreed, rows),
+        "pskd/gradient_rescaling": (error - removed, error),
     }
 
 
@@ -219,14 +233,6 @@ class Means:
         pair = torch.stack([top, denominator.float()])
         self._sums[name] = self._sums[name] + pair if name in self._sums else pair
 
-    @torch.no_grad()
-    def add_teacher(
-        self, logits: Tensor, past: Tensor | TopK, alpha: Tensor, stats: PSKDStats
-    ) -> None:
-        """Add what the teacher did to a batch; arguments and names are of `teacher_means`."""
-        for name, sums in teacher_means(logits, past, alpha, stats).items():
-            self.add(name, *sums)
-
     def take(self) -> dict[str, float]:
         """Return the means over all processes and start anew; a mean of nothing is left out.
 
@@ -234,6 +240,37 @@ class Means:
         """
         sums, self._sums = self._sums, {}
         return ratios(sums, shared=True)
+
+
+class TeacherMeans:
+    """What the teacher did to the rows since the means were last taken.
+
+    Adding does not wait for the device; taking does.
+    """
+
+    def __init__(self) -> None:
+        self._sums: Tensor | None = None
+
+    def add(self, logits: Tensor, past: Tensor | TopK, alpha: Tensor, stats: PSKDStats) -> None:
+        """Add a batch; the arguments are those of `teacher_sums`."""
+        sums = teacher_sums(logits, past, alpha, stats)
+        sums = sums.double() if sums.is_cpu else sums  # not every device has float64
+        self._sums = sums if self._sums is None else self._sums + sums
+
+    def sums_on_cpu(self) -> Tensor:
+        """Return the (5,) float64 sums, for the compiled loss to add to."""
+        if self._sums is None or not self._sums.is_cpu:
+            first = torch.zeros(5, dtype=torch.float64, device="cpu")
+            self._sums = first if self._sums is None else self._sums.to(first)
+        return self._sums
+
+    def take(self) -> dict[str, float]:
+        """Return `teacher_means` over all processes and start anew; a mean of nothing is left out.
+
+        Either every process has added batches or none has.
+        """
+        sums, self._sums = self._sums, None
+        return {} if sums is None else ratios(teacher_means(sums), shared=True)
 
 
 _VISITS, _ERROR, _SOFTENED_ERROR, _REMOVED = range(4)

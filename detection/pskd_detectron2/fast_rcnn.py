@@ -17,7 +17,7 @@ from detectron2.utils.logger import log_first_n
 from torch import Tensor
 
 from pskd import PSKDStats, pskd_cross_entropy
-from pskd.stats import ratios, teacher_means
+from pskd.stats import ratios, teacher_means, teacher_sums
 from pskd.targets import row_alphas
 from pskd_detectron2.config import check_label_smoothing
 from pskd_detectron2.memory import AnnotationMemory
@@ -188,5 +188,5 @@ class PSKDFastRCNNOutputLayers(FastRCNNOutputLayers):
 
 def _log(scores: Tensor, past: Tensor, alpha: Tensor, stats: PSKDStats) -> None:
     """Log what the teacher did, over the ROIs that have one."""
-    means = teacher_means(scores, past, alpha, stats)
+    means = teacher_means(teacher_sums(scores, past, alpha, stats))
     get_event_storage().put_scalars(**ratios(means, shared=False))

@@ -98,7 +98,7 @@ def _softened(pskd: PSKDState, scores: Tensor, labels: Tensor, past: Tensor | No
             reduction="sum",
             return_stats=True,
         )
-        pskd.means.add_teacher(scores, past, alpha, stats)
+        pskd.means.add(scores, past, alpha, stats)
     # An empty batch has the loss 0 and stays in the graph.
     return loss / max(1, len(labels))
 

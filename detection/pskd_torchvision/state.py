@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from pskd import SnapshotTeacher
-from pskd.stats import Means
+from pskd.stats import TeacherMeans
 
 __all__ = ["PSKDState"]
 
@@ -31,7 +31,7 @@ class PSKDState:
         self.alpha = 0.0
         self.snapshot = SnapshotTeacher()
         self.images: Tensor | None = None
-        self.means = Means()
+        self.means = TeacherMeans()
 
     def __reduce__(self) -> tuple:
         # A copy of the model (the teacher's own, an average of weights, a pickle) does not drag a

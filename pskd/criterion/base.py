@@ -23,13 +23,13 @@ from pskd.driver import EpochDriver
 from pskd.kernels import sum_dtype
 from pskd.loss import pskd_cross_entropy
 from pskd.schedule import AlphaSchedule
-from pskd.stats import ExampleStats, Means
+from pskd.stats import ExampleStats, TeacherMeans
 from pskd.targets import TopK
 from pskd.teachers import Teacher
 
-__all__ = ["Criterion", "cross_entropy"]
+__all__ = ["IGNORED", "Criterion", "cross_entropy"]
 
-_IGNORED = -100  # torch's label of rows that do not count
+IGNORED = -100  # torch's label of rows that do not count
 
 
 class Criterion(ABC):
@@ -54,7 +54,7 @@ class Criterion(ABC):
         self.label_smoothing = float(label_smoothing)
         self.weight, self.examples = weight, examples
         #: What the teacher did, under names ``pskd/...``, until they are taken.
-        self.means = Means()
+        self.means = TeacherMeans()
 
     def _drive(
         self, teacher: Teacher | None, student: nn.Module | None, named: dict[str, object]
@@ -127,7 +127,8 @@ class Criterion(ABC):
             return_stats=True,
         )
         if recorded:
-            self.means.add_teacher(logits, past, alpha, stats)
+            taught = alpha if is_soft(target) else alpha.masked_fill(target == IGNORED, 0.0)
+            self.means.add(logits, past, taught, stats)
             if rows is not None and self.examples is not None:
                 self.examples.add(rows, stats.nll, stats.teacher_probs_at_label, alpha)
         return loss
@@ -199,4 +200,4 @@ def _torch_serves(logits: Tensor, target: Tensor) -> bool:
         return False
     if is_soft(target):  # torch's is NaN where a class is excluded, whatever its probability
         return not bool((logits == -torch.inf).any())
-    return not bool((target == _IGNORED).any())
+    return not bool((target == IGNORED).any())

@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any, TypedDict
 import torch
 from torch import Tensor
 
-from pskd.checks import check_batch
-from pskd.criterion.base import Criterion, cross_entropy
+from pskd.checks import check_batch, is_soft, is_traced
+from pskd.criterion.base import IGNORED, Criterion, cross_entropy
+from pskd.kernels import Records, Rows, native
+from pskd.loss import computed
 from pskd.memory import PredictionMemory, traced
 from pskd.rows import check_distinct, check_given, check_range
 from pskd.stats import ExampleStats
@@ -113,12 +115,52 @@ class MemoryCriterion(Criterion):
         if not torch.is_grad_enabled():
             return cross_entropy(logits, target, weight=self.weight)
         check_batch(logits, target)
-        rows = check_given(rows, len(logits))
+        rows = check_given(rows, logits.size(0))
+        records = self._records(logits, target, rows)
+        if records is not None:
+            return self._loss_in_one_pass(logits, target, rows, records)
         check_distinct(rows)
         loss = self.loss(logits, target, rows)
         if self.memory is not None:
             probs = logits.detach().float().softmax(dim=1)
             traced.write(self.memory, self._handle, rows.to(logits.device), probs)
+        return loss
+
+    def _records(self, logits: Tensor, target: Tensor, rows: Tensor) -> Records | None:
+        """Return the memory's tables where the compiled loss reads and writes them itself."""
+        if self.memory is None or self.weight is not None or is_soft(target):
+            return None
+        if is_traced(logits) or not native.serves_logits(logits) or not self.epoch:
+            return None
+        alphas = None
+        if self.examples is not None:
+            alphas = torch.empty(rows.size(0), dtype=torch.float32, device="cpu")
+        effect = self.means.sums_on_cpu() if self.epoch > 1 else None
+        return self.memory.records(rows, alphas, effect)
+
+    def _loss_in_one_pass(
+        self, logits: Tensor, target: Tensor, rows: Tensor, records: Records
+    ) -> Tensor:
+        """Return what the call does: what is kept is of the same softmax as the loss."""
+        is_taught, alphas = records.past is not None, records.alphas
+        given = Rows(
+            logits.detach(),
+            target.long(),
+            None,
+            None,
+            None,
+            self.alpha if is_taught else 0.0,
+            IGNORED,
+            self.label_smoothing,
+            records,
+        )
+        if is_taught:
+            loss, stats = computed(logits, given, "mean", alphas is not None, False)
+        else:  # torch's loss to the last bit, as without a teacher
+            loss = cross_entropy(logits, target, self.label_smoothing)
+            _, stats = computed(given.logits, given, "none", alphas is not None, False)
+        if alphas is not None and stats is not None and self.examples is not None:
+            self.examples.add(rows, *stats, alphas)
         return loss
 
     def loss(

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from pskd.kernels import native
 from pskd.kernels.chunked import torch_rows
-from pskd.kernels.rows import Rows, RowValues, readable, sum_dtype
+from pskd.kernels.rows import Records, Rows, RowValues, readable, sum_dtype
 
 __all__ = [
+    "Records",
     "RowValues",
     "Rows",
     "backend_of",
@@ -70,6 +71,7 @@ def compute(rows: Rows, reduction: str, grad: Tensor | None, with_stats: bool) -
     of_mean = gradient_is_of_mean(rows.logits, reduction)
     if native.serves(rows):
         return native.native_rows(rows, reduction, grad, of_mean=of_mean, with_stats=with_stats)
+    assert rows.records is None, "the compiled form alone reads and writes records"
     return _by_rows(rows, reduction, grad, of_mean)
 
 

@@ -14,15 +14,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pskd.kernels.rows import Rows, RowValues, check_values
+from pskd.kernels.rows import Records, Rows, RowValues, check_values
+from pskd.rows import check_distinct, check_range
 
-__all__ = ["is_built", "native_rows", "serves"]
+__all__ = ["is_built", "native_rows", "serves", "serves_logits"]
 
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 # Fewer logits than this for each thread are done before a second thread has woken up.
 _LOGITS_A_THREAD = 1 << 14
 _REDUCTIONS = {"none": 0, "sum": 1, "mean": 2}
-_VERSION = 2  # kVersion of native_rows.cpp
+_VERSION = 3  # kVersion of native_rows.cpp
 _NO_MEMORY, _BAD_CALL = 4, 5
 
 logger = logging.getLogger(__name__)
@@ -59,7 +60,20 @@ class _Call(ctypes.Structure):
         ("threads", ctypes.c_int32),
         ("reduction", ctypes.c_int32),
         ("gradient_is_of_mean", ctypes.c_int32),
+        ("numbers", ctypes.c_void_p),
+        ("past", ctypes.c_void_p),
+        ("present", ctypes.c_void_p),
+        ("records", ctypes.c_int64),
+        ("record_bytes", ctypes.c_int64),
+        ("record_width", ctypes.c_int64),
+        ("record_type", ctypes.c_int32),
+        ("index_bytes", ctypes.c_int32),
+        ("alphas", ctypes.c_void_p),
+        ("effect", ctypes.c_void_p),
     ]
+
+
+_SIZE = ctypes.sizeof(_Call)
 
 
 @cache
@@ -99,12 +113,12 @@ def is_built() -> bool:
 def serves(rows: Rows) -> bool:
     """Return whether the compiled form is there and takes these rows: on the CPU, no float64."""
     teacher = rows.teacher_logits if rows.probs is None else rows.probs
-    return (
-        rows.logits.is_cpu
-        and rows.logits.dtype in _TYPES
-        and (teacher is None or teacher.dtype in _TYPES)
-        and is_built()
-    )
+    return (teacher is None or teacher.dtype in _TYPES) and serves_logits(rows.logits)
+
+
+def serves_logits(logits: Tensor) -> bool:
+    """As `serves`, whatever the past prediction is."""
+    return logits.is_cpu and logits.dtype in _TYPES and is_built()
 
 
 def native_rows(
@@ -113,10 +127,13 @@ def native_rows(
     """As `pskd.kernels.compute`, of readable rows that `serves` accepts; ``grad`` is contiguous."""
     logits, target = _with_dense_rows(rows.logits), rows.target.contiguous()
     count, classes = logits.shape
-    loss = _floats(count) if reduction == "none" else _floats()
-    nll, at_label = _floats(2, count).unbind() if with_stats else (_NOTHING, _NOTHING)
+    # On the CPU as the logits, whatever torch's default device is.
+    loss = logits.new_empty(count if reduction == "none" else (), dtype=torch.float32)
+    nll = at_label = _NOTHING
+    if with_stats:
+        nll, at_label = (logits.new_empty(count, dtype=torch.float32) for _ in range(2))
     call = _Call(
-        size=ctypes.sizeof(_Call),
+        size=_SIZE,
         version=_VERSION,
         rows=count,
         classes=classes,
@@ -152,6 +169,8 @@ def native_rows(
         call.grad, call.grad_stride = grad.data_ptr(), grad.stride(0)
     if with_stats:
         call.nll, call.teacher_at_label = nll.data_ptr(), at_label.data_ptr()
+    if rows.records is not None:
+        _point_at(call, rows.records)
     library = _library()
     assert library is not None, "not built: see serves"
     problem = library.pskd_rows(ctypes.byref(call))
@@ -160,16 +179,32 @@ def native_rows(
     if problem:
         assert problem != _BAD_CALL, "pskd: the compiled form has another struct than _Call"
         check_values(rows)  # says which it is
+        if rows.records is not None:
+            _check_records(rows.records, classes)
         raise AssertionError(f"pskd: the compiled form refused what is good ({problem})")
     return RowValues(loss, nll, at_label)
 
 
-def _floats(*size: int) -> Tensor:
-    """Return what the library writes, float32 on the CPU, whatever torch's defaults are."""
-    return torch.empty(size, dtype=torch.float32, device="cpu")
+def _check_records(records: Records, classes: int) -> None:
+    check_range(records.numbers, len(records.present))
+    check_distinct(records.numbers)
+    raise ValueError(f"memory: expected records of classes in [0, {classes - 1}], got others")
 
 
-_NOTHING = _floats(0)
+def _point_at(call: _Call, records: Records) -> None:
+    table = records.present
+    call.present, call.numbers = table.data_ptr(), records.numbers.data_ptr()
+    call.records, call.record_bytes = table.shape
+    call.record_width, call.record_type = records.width, _TYPES[records.dtype]
+    call.index_bytes = records.index_bytes
+    if records.past is not None:
+        call.past = records.past.data_ptr()
+    for name in ("alphas", "effect"):
+        if (wanted := getattr(records, name)) is not None:
+            setattr(call, name, wanted.data_ptr())
+
+
+_NOTHING = torch.empty(0, dtype=torch.float32, device="cpu")
 
 
 def _with_dense_rows(matrix: Tensor) -> Tensor:

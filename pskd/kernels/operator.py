@@ -70,7 +70,8 @@ def cross_entropy(rows: Rows, reduction: str, wants_grad: bool) -> tuple[RowValu
         *rows[:5],
         rows.alpha if by_row else None,
         0.0 if by_row else rows.alpha,
-        *rows[6:],
+        rows.ignore_index,
+        rows.label_smoothing,
         reduction,
         wants_grad,
     )

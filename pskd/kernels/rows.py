@@ -20,11 +20,38 @@ from pskd.checks import (
 )
 from pskd.targets import TopK
 
-__all__ = ["RowValues", "Rows", "check_values", "readable", "sum_dtype"]
+__all__ = ["Records", "RowValues", "Rows", "check_values", "readable", "sum_dtype"]
+
+
+class Records(NamedTuple):
+    """A memory's tables in place of a past prediction: read, and written, in the same pass.
+
+    The compiled form alone serves it. A row without a past record has alpha 0.
+
+    Attributes:
+        numbers: (N,) int64, contiguous, the record of each row; those that count are distinct, and
+            a negative one is none.
+        past: (M, B) uint8 records of `pskd.memory.records`; None in the first epoch.
+        present: (M, B) uint8, takes what the rows predict now.
+        width: probabilities of a record.
+        dtype: of these, float16 or float32.
+        index_bytes: of each index, 2 or 4; 0 where all classes are kept.
+        alphas: (N,) float32, takes each row's alpha; None: not wanted.
+        effect: (5,) float64, is added `pskd.stats.teacher_sums`; None: not wanted.
+    """
+
+    numbers: Tensor
+    past: Tensor | None
+    present: Tensor
+    width: int
+    dtype: torch.dtype
+    index_bytes: int
+    alphas: Tensor | None = None
+    effect: Tensor | None = None
 
 
 class Rows(NamedTuple):
-    """The rows of one call, with ``probs``, with ``teacher_logits``, or without a past prediction.
+    """The rows of one call, with ``probs``, ``teacher_logits`` or ``records``, or without a past.
 
     Attributes:
         logits: (N, C) float16, bfloat16, float32 or float64; the student's scores.
@@ -36,6 +63,7 @@ class Rows(NamedTuple):
         alpha: weight of the past prediction, one number or (N,) of any floating-point dtype.
         ignore_index: label of rows whose loss, gradient and NLL are 0, whatever they hold.
         label_smoothing: eps of the hard part, spread over all C classes.
+        records: of a memory, on the CPU.
     """
 
     logits: Tensor
@@ -46,6 +74,7 @@ class Rows(NamedTuple):
     alpha: Tensor | float
     ignore_index: int
     label_smoothing: float
+    records: Records | None = None
 
     def part(self, some: slice) -> Rows:
         """Return some of the rows."""

@@ -18,6 +18,7 @@ from torch import Tensor
 from pskd.checks import check_epoch, check_keys, check_tensors
 from pskd.distributed import Machines, Processes, in_all_processes, on_first_process
 from pskd.files import same_value, shown
+from pskd.kernels.rows import Records
 from pskd.memory.epoch_files import EpochFiles
 from pskd.memory.exchange import exchange, mark_received
 from pskd.memory.records import WRITTEN_HERE, RecordLayout
@@ -217,6 +218,36 @@ class PredictionMemory:
         table[:, :-1].index_copy_(0, rows, records[:, :-1])
         table[:, -1].index_copy_(0, rows, records[:, -1])
         self._present.touched(len(rows))
+
+    def records(
+        self, rows: Tensor, alphas: Tensor | None = None, effect: Tensor | None = None
+    ) -> Records | None:
+        """Return the tables of this epoch, for the compiled loss to `read` and `write` as it goes.
+
+        Args:
+            rows: (N,) int64; whether each is in [0, M) and there once is not looked at.
+            alphas, effect: as of `Records`.
+
+        Returns:
+            None where the two have to be called: on another device than the CPU, or with momentum.
+
+        Raises:
+            ValueError: as `read`.
+        """
+        if self._present is None or self._past is None:
+            self._check_rows(rows)  # opens the files of a copy
+            self._check_past()
+        if self._present is None:
+            self.next_epoch()
+        assert self._present is not None
+        if self.momentum or not (rows.is_cpu and self._present.records.is_cpu):
+            return None
+        for table in (self._past, self._present):
+            if table is not None:
+                table.touched(rows.size(0))
+        past = None if self._past is None else self._past.records
+        tables = rows.contiguous(), past, self._present.records
+        return Records(*tables, *self._layout.form, alphas, effect)
 
     def carry_over(self, rows: Tensor) -> None:
         """Keep last epoch's predictions of some rows for another epoch, bit for bit.

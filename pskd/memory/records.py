@@ -9,6 +9,7 @@ Shapes: N rows of a call, C classes, k kept classes, B bytes a record.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -68,10 +69,15 @@ class RecordLayout:
             fields.insert(0, ("indices", index, self.width))
         return np.dtype(fields)
 
-    @property
+    @cached_property
     def record_bytes(self) -> int:
         """B."""
         return self.record.itemsize
+
+    @cached_property
+    def form(self) -> tuple[int, torch.dtype, int]:
+        """Width, dtype and bytes of an index, as `pskd.kernels.rows.Records` has them."""
+        return self.width, self.dtype, 0 if self.top_k is None else self.index_dtype.itemsize
 
     def kept_form(self, probs: Tensor | TopK, rows: int) -> Tensor | TopK:
         """Return predictions with as many classes as are kept, float32.

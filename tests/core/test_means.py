@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import pskd
-from pskd.stats import Means
+from pskd.stats import Means, TeacherMeans
 
 
 def test_a_mean_is_the_ratio_of_two_sums_and_starts_anew():
@@ -24,8 +24,8 @@ def test_a_teacher_is_told_over_the_rows_that_have_one():
     logits, target = torch.tensor([[2.0, 0.0], [0.0, 1.0], [0.0, 3.0]]), torch.tensor([0, 0, 1])
     past, alpha = torch.tensor([[0.9, 0.1], [0.8, 0.2], [0.5, 0.5]]), torch.tensor([0.4, 0.4, 0.0])
     _, stats = pskd.pskd_cross_entropy(logits, target, past, alpha, return_stats=True)
-    means = Means()
-    means.add_teacher(logits, past, alpha, stats)
+    means = TeacherMeans()
+    means.add(logits, past, alpha, stats)
     told = means.take()
     rows = past[:2, 0]
     error = 1.0 - logits.softmax(1)[:2, 0]
@@ -40,6 +40,6 @@ def test_of_no_row_with_a_teacher_nothing_is_told():
     alpha = torch.zeros(2)
     target = torch.tensor([0, 1])
     _, stats = pskd.pskd_cross_entropy(logits, target, past, alpha, return_stats=True)
-    means = Means()
-    means.add_teacher(logits, past, alpha, stats)
+    means = TeacherMeans()
+    means.add(logits, past, alpha, stats)
     assert means.take() == {}

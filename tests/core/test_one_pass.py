@@ -1,0 +1,195 @@
+"""The memory's criterion in one pass of the compiled loss, against reading, loss and writing apart."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from loss_cases import few
+
+import pskd
+from pskd.criterion import MemoryCriterion
+from pskd.kernels import native
+
+pytestmark = pytest.mark.skipif(not native.is_built(), reason="needs the compiled loss")
+
+ROWS, CLASSES, IGNORED = 11, 23, -100
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class InThreePasses(MemoryCriterion):
+    """Reads, computes and writes one after the other."""
+
+    def _records(self, logits, target, rows):
+        return None
+
+
+@dataclass
+class Step:
+    logits: torch.Tensor
+    target: torch.Tensor
+    rows: torch.Tensor
+
+
+def steps(seed: int, dtype: torch.dtype, count: int = 3) -> list[Step]:
+    """Return batches that meet again in each epoch, with what a training may hold."""
+    numbers = torch.Generator().manual_seed(seed)
+    found = []
+    for number in range(count):
+        logits = 4.0 * torch.randn(5, CLASSES, generator=numbers)
+        logits[0, 3:9] = -torch.inf  # classes that the model excludes
+        if number == 0:
+            logits[3] = torch.nan  # a step that overflowed
+        target = torch.randint(9, CLASSES, (5,), generator=numbers)
+        target[1] = IGNORED
+        rows = torch.randperm(ROWS, generator=numbers)[:5]
+        found.append(Step(logits.to(dtype), target, rows))
+    return found
+
+
+def trained(kind, logits_dtype: torch.dtype, seed: int = 1, epochs: int = 3, **options):
+    """Return a criterion after some epochs, and each step's loss and gradient."""
+    criterion = kind(ROWS, CLASSES, num_epochs=epochs, alpha_final=0.9, **options)
+    made = []
+    for epoch in range(1, epochs + 1):
+        criterion.begin_epoch(epoch)
+        for step in steps(seed + epoch, logits_dtype):
+            logits = step.logits.clone().requires_grad_()
+            loss = criterion(logits, step.target, step.rows)
+            loss.backward()
+            made.append((loss.detach(), logits.grad))
+    return criterion, made
+
+
+@given(
+    seed=st.integers(0, 99),
+    dtype=st.sampled_from(DTYPES),
+    kept=st.sampled_from((torch.float16, torch.float32)),
+    top_k=st.sampled_from((None, 1, 4, CLASSES)),
+    smoothing=st.sampled_from((0.0, 0.1)),
+)
+@few
+def test_one_pass_is_three(seed, dtype, kept, top_k, smoothing):
+    options = {"dtype": kept, "top_k": top_k, "label_smoothing": smoothing}
+    one, made = trained(MemoryCriterion, dtype, seed, **options)
+    three, expected = trained(InThreePasses, dtype, seed, **options)
+    # Half a unit of float16 decides which of its numbers is kept.
+    rounded = {"rtol": 2e-3, "atol": 2e-4, "equal_nan": True}
+    torch.testing.assert_close(made, expected, **rounded)
+    assert one.take_means() == pytest.approx(three.take_means(), rel=1e-3)
+    rows = torch.arange(ROWS)
+    for criterion in (one, three):
+        criterion.memory.next_epoch()
+    (past, seen), (past_expected, seen_expected) = one.memory.read(rows), three.memory.read(rows)
+    assert torch.equal(seen, seen_expected)
+    if top_k is not None:
+        past, past_expected = past.dense(CLASSES), past_expected.dense(CLASSES)
+    torch.testing.assert_close(past, past_expected, rtol=2e-3, atol=1e-4)
+
+
+def test_it_is_what_the_criterion_computes_by(monkeypatch):
+    calls = []
+    monkeypatch.setattr(pskd.PredictionMemory, "read", lambda *_: calls.append("read"))
+    monkeypatch.setattr(pskd.PredictionMemory, "write", lambda *_: calls.append("write"))
+    _, made = trained(MemoryCriterion, torch.float32)
+    assert len(made) == 9
+    assert not calls
+
+
+def test_examples_are_told_the_same():
+    told = []
+    for kind in (MemoryCriterion, InThreePasses):
+        examples = pskd.ExampleStats(ROWS)
+        trained(kind, torch.float32, examples=examples)
+        told.append(examples.compute())
+    torch.testing.assert_close(*told, rtol=1e-3, atol=1e-5, equal_nan=True)
+
+
+def test_a_memory_in_files_keeps_the_same(tmp_path):
+    _, in_files = trained(MemoryCriterion, torch.float32, path=tmp_path)
+    _, in_ram = trained(MemoryCriterion, torch.float32)
+    torch.testing.assert_close(in_files, in_ram, rtol=0, atol=0, equal_nan=True)
+
+
+def test_many_threads_keep_the_same_to_the_last_bit():
+    threads, states = torch.get_num_threads(), []
+    numbers = torch.Generator().manual_seed(1)
+    logits = torch.randn(512, 200, generator=numbers)
+    target = torch.randint(200, (512,), generator=numbers)
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            criterion = MemoryCriterion(512, 200, num_epochs=2)
+            for epoch in (1, 2):
+                criterion.begin_epoch(epoch)
+                loss = criterion(logits.clone().requires_grad_(), target, torch.arange(512))
+            records = criterion.memory.state_dict()["present"]
+            states.append((loss.detach(), records, criterion.take_means()))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(states[0][0], states[1][0])
+    assert torch.equal(states[0][1], states[1][1])
+    assert states[0][2] == states[1][2]
+
+
+@pytest.mark.parametrize("order", ["falling", "rising", "equal", "random"])
+@pytest.mark.parametrize(("classes", "k"), [(40, 7), (1000, 16), (5000, 3), (70_000, 16)])
+def test_the_largest_classes_are_kept(order, classes, k):
+    logits = torch.linspace(8.0, -8.0, classes).expand(2, -1).clone()
+    if order == "rising":
+        logits = logits.flip(1)
+    elif order == "equal":
+        logits.zero_()
+    elif order == "random":
+        logits = logits[:, torch.randperm(classes, generator=torch.Generator().manual_seed(1))]
+    criterion = MemoryCriterion(2, classes, num_epochs=2, top_k=k, dtype=torch.float32)
+    criterion.begin_epoch(1)
+    criterion(logits.requires_grad_(), torch.tensor([0, 1]), torch.arange(2))
+    criterion.begin_epoch(2)
+    past, _ = criterion.memory.read(torch.arange(2))
+    expected = logits.detach().softmax(1).topk(k)
+    torch.testing.assert_close(past.probs, expected.values)
+    torch.testing.assert_close(logits.detach().softmax(1).gather(1, past.indices), past.probs)
+    assert all(len(set(row)) == k for row in past.indices.tolist())
+    if order != "equal":
+        assert torch.equal(past.indices, expected.indices)
+
+
+@pytest.mark.parametrize(
+    ("target", "rows", "message"),
+    [
+        ([0, CLASSES], [0, 1], "target: expected labels in [0, 22], got [0, 23]"),
+        ([0, 1], [0, ROWS], "rows: expected numbers in [0, 10], got [0, 11]"),
+        ([0, 1], [-1, 0], "rows: expected numbers in [0, 10], got [-1, 0]"),
+        ([0, 1], [4, 4], "rows: expected each sample once in a batch, got 4 more than once"),
+    ],
+)
+@pytest.mark.parametrize("epoch", [1, 2])
+def test_what_is_refused_leaves_the_records_as_they_were(target, rows, message, epoch):
+    criterion = MemoryCriterion(ROWS, CLASSES, num_epochs=2)
+    for running in range(1, epoch + 1):
+        criterion.begin_epoch(running)
+        good = torch.zeros(2, CLASSES, requires_grad=True)
+        criterion(good, torch.tensor([0, 1]), torch.tensor([0, 1]))
+    before = criterion.memory.state_dict()
+    with pytest.raises(ValueError, match=re.escape(message)):
+        criterion(torch.ones(2, CLASSES, requires_grad=True), torch.tensor(target), rows)
+    after = criterion.memory.state_dict()
+    assert torch.equal(after["present"], before["present"])
+
+
+def test_a_damaged_record_is_refused():
+    criterion = MemoryCriterion(ROWS, CLASSES, num_epochs=2, top_k=4)
+    logits, rows = torch.zeros(2, CLASSES, requires_grad=True), torch.tensor([0, 1])
+    criterion.begin_epoch(1)
+    criterion(logits, torch.tensor([0, 1]), rows)
+    criterion.begin_epoch(2)
+    state = criterion.state_dict(inside_epoch=True)
+    state["memory"]["past"][1, 0] = CLASSES  # an index
+    criterion.load_state_dict(state)
+    with pytest.raises(ValueError, match=r"memory: expected records of classes in \[0, 22\]"):
+        criterion(logits, torch.tensor([0, 1]), rows)
