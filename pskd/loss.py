@@ -23,12 +23,12 @@ from pskd.checks import (
     is_soft,
     is_traced,
 )
-from pskd.kernels import Rows, gradient_is_of_mean, sum_dtype
+from pskd.kernels import Rows, gradient_is_of_mean, native, sum_dtype
 from pskd.kernels.gradient import scaled, values_and_gradient, values_only
 from pskd.kernels.rows import check_values, readable
 from pskd.targets import TopK, check_teacher, mixture
 
-__all__ = ["PSKDStats", "computed", "pskd_cross_entropy"]
+__all__ = ["PSKDStats", "adds_effect", "computed", "loss_and_stats", "pskd_cross_entropy"]
 
 _TINY = torch.finfo(torch.float32).tiny
 
@@ -181,6 +181,42 @@ def pskd_cross_entropy(
     Source: Kim et al. 2021, section 3.1; the contract is that of
     `torch.nn.functional.cross_entropy`.
     """
+    loss, stats = loss_and_stats(
+        logits,
+        target,
+        teacher_probs,
+        alpha,
+        teacher_logits=teacher_logits,
+        weight=weight,
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
+        reduction=reduction,
+        return_stats=return_stats,
+        inplace=inplace,
+    )
+    return loss if stats is None else (loss, stats)
+
+
+def loss_and_stats(
+    logits: Tensor,
+    target: Tensor,
+    teacher_probs: Tensor | TopK | None,
+    alpha: float | Tensor,
+    *,
+    teacher_logits: Tensor | None = None,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    reduction: str = "mean",
+    return_stats: bool = False,
+    inplace: bool = False,
+    effect: Tensor | None = None,
+) -> tuple[Tensor, PSKDStats | None]:
+    """As `pskd_cross_entropy`, and None in place of statistics that are not wanted.
+
+    Args:
+        effect: (5,) float64, is added `pskd.stats.teacher_sums` where `adds_effect`.
+    """
     _check(logits, target, teacher_probs, teacher_logits, reduction)
     given = teacher_probs if teacher_logits is None else teacher_logits
     alpha = _weights(alpha, label_smoothing, logits)
@@ -201,6 +237,7 @@ def pskd_cross_entropy(
         alpha.detach() if isinstance(alpha, Tensor) else alpha,
         check_ignore_index(ignore_index),
         float(label_smoothing),
+        effect=effect,
     )
     if weight is not None:
         check_class_weights(weight, logits, target, label_smoothing)
@@ -215,7 +252,15 @@ def pskd_cross_entropy(
         loss, _ = computed(logits, _mixed(rows, past), reduction, False, inplace)
     else:
         loss, stats = computed(logits, rows, reduction, return_stats, inplace)
-    return loss if stats is None else (loss, stats)
+    return loss, stats
+
+
+def adds_effect(logits: Tensor, target: Tensor, teacher_probs: Tensor | TopK | None) -> bool:
+    """Return whether `loss_and_stats` adds to an ``effect``: the compiled loss does, of labels."""
+    if teacher_probs is None or is_soft(target) or is_traced(logits):
+        return False
+    probs = teacher_probs.probs if isinstance(teacher_probs, TopK) else teacher_probs
+    return native.serves(Rows(logits, target, probs, None, None, 0.0, 0, 0.0))
 
 
 def computed(

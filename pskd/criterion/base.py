@@ -21,7 +21,7 @@ from pskd.checks import (
 )
 from pskd.driver import EpochDriver
 from pskd.kernels import sum_dtype
-from pskd.loss import pskd_cross_entropy
+from pskd.loss import adds_effect, loss_and_stats, pskd_cross_entropy
 from pskd.schedule import AlphaSchedule
 from pskd.stats import ExampleStats, TeacherMeans
 from pskd.targets import TopK
@@ -117,20 +117,23 @@ class Criterion(ABC):
                 nll = pskd_cross_entropy(logits.detach(), target, None, 0.0, reduction="none")
                 self.examples.add(rows, nll, None, torch.zeros_like(nll))
             return loss
-        loss, stats = pskd_cross_entropy(
+        is_added = recorded and adds_effect(logits, target, past)
+        examples = self.examples if recorded else None
+        loss, stats = loss_and_stats(
             logits,
             target,
             past,
             alpha,
             weight=self.weight,
             label_smoothing=self.label_smoothing,
-            return_stats=True,
+            return_stats=examples is not None or not is_added,
+            effect=self.means.sums_on_cpu() if is_added else None,
         )
-        if recorded:
+        if stats is not None and recorded and not is_added:
             taught = alpha if is_soft(target) else alpha.masked_fill(target == IGNORED, 0.0)
             self.means.add(logits, past, taught, stats)
-            if rows is not None and self.examples is not None:
-                self.examples.add(rows, stats.nll, stats.teacher_probs_at_label, alpha)
+        if stats is not None and examples is not None and rows is not None:
+            examples.add(rows, *stats, alpha)
         return loss
 
     def state_dict(self, *, inside_epoch: bool = False) -> dict[str, Any]:

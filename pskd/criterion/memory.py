@@ -135,8 +135,7 @@ class MemoryCriterion(Criterion):
         alphas = None
         if self.examples is not None:
             alphas = torch.empty(rows.size(0), dtype=torch.float32, device="cpu")
-        effect = self.means.sums_on_cpu() if self.epoch > 1 else None
-        return self.memory.records(rows, alphas, effect)
+        return self.memory.records(rows, alphas)
 
     def _loss_in_one_pass(
         self, logits: Tensor, target: Tensor, rows: Tensor, records: Records
@@ -153,6 +152,7 @@ class MemoryCriterion(Criterion):
             IGNORED,
             self.label_smoothing,
             records,
+            self.means.sums_on_cpu() if is_taught else None,
         )
         if is_taught:
             loss, stats = computed(logits, given, "mean", alphas is not None, False)

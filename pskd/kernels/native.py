@@ -171,6 +171,8 @@ def native_rows(
         call.nll, call.teacher_at_label = nll.data_ptr(), at_label.data_ptr()
     if rows.records is not None:
         _point_at(call, rows.records)
+    if rows.effect is not None:
+        call.effect = rows.effect.data_ptr()
     library = _library()
     assert library is not None, "not built: see serves"
     problem = library.pskd_rows(ctypes.byref(call))
@@ -199,9 +201,8 @@ def _point_at(call: _Call, records: Records) -> None:
     call.index_bytes = records.index_bytes
     if records.past is not None:
         call.past = records.past.data_ptr()
-    for name in ("alphas", "effect"):
-        if (wanted := getattr(records, name)) is not None:
-            setattr(call, name, wanted.data_ptr())
+    if records.alphas is not None:
+        call.alphas = records.alphas.data_ptr()
 
 
 _NOTHING = torch.empty(0, dtype=torch.float32, device="cpu")

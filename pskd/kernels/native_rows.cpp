@@ -456,7 +456,7 @@ class Row {
     max_ = largest(z_, classes_);
     const double label_shifted = z_[label] - max_;
     const double smoothing = call_.label_smoothing, hard = 1.0 - alpha;
-    const bool wanted = alpha != 0.0 || call_.teacher_at_label || effect_;
+    const bool wanted = alpha != 0.0 || call_.teacher_at_label;
     const bool soft = (call_.teacher || has_past) && wanted;
     const bool is_sparse = call_.indices || call_.index_bytes;
     Teacher teacher;

@@ -37,7 +37,6 @@ class Records(NamedTuple):
         dtype: of these, float16 or float32.
         index_bytes: of each index, 2 or 4; 0 where all classes are kept.
         alphas: (N,) float32, takes each row's alpha; None: not wanted.
-        effect: (5,) float64, is added `pskd.stats.teacher_sums`; None: not wanted.
     """
 
     numbers: Tensor
@@ -47,7 +46,6 @@ class Records(NamedTuple):
     dtype: torch.dtype
     index_bytes: int
     alphas: Tensor | None = None
-    effect: Tensor | None = None
 
 
 class Rows(NamedTuple):
@@ -64,6 +62,8 @@ class Rows(NamedTuple):
         ignore_index: label of rows whose loss, gradient and NLL are 0, whatever they hold.
         label_smoothing: eps of the hard part, spread over all C classes.
         records: of a memory, on the CPU.
+        effect: (5,) float64 on the CPU, is added `pskd.stats.teacher_sums`; None: not wanted. Like
+            ``records`` for the compiled form only.
     """
 
     logits: Tensor
@@ -75,6 +75,7 @@ class Rows(NamedTuple):
     ignore_index: int
     label_smoothing: float
     records: Records | None = None
+    effect: Tensor | None = None
 
     def part(self, some: slice) -> Rows:
         """Return some of the rows."""

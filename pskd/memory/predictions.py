@@ -219,14 +219,12 @@ class PredictionMemory:
         table[:, -1].index_copy_(0, rows, records[:, -1])
         self._present.touched(len(rows))
 
-    def records(
-        self, rows: Tensor, alphas: Tensor | None = None, effect: Tensor | None = None
-    ) -> Records | None:
+    def records(self, rows: Tensor, alphas: Tensor | None = None) -> Records | None:
         """Return the tables of this epoch, for the compiled loss to `read` and `write` as it goes.
 
         Args:
             rows: (N,) int64; whether each is in [0, M) and there once is not looked at.
-            alphas, effect: as of `Records`.
+            alphas: as of `Records`.
 
         Returns:
             None where the two have to be called: on another device than the CPU, or with momentum.
@@ -247,7 +245,7 @@ class PredictionMemory:
                 table.touched(rows.size(0))
         past = None if self._past is None else self._past.records
         tables = rows.contiguous(), past, self._present.records
-        return Records(*tables, *self._layout.form, alphas, effect)
+        return Records(*tables, *self._layout.form, alphas)
 
     def carry_over(self, rows: Tensor) -> None:
         """Keep last epoch's predictions of some rows for another epoch, bit for bit.

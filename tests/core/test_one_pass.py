@@ -1,4 +1,4 @@
-"""The memory's criterion in one pass of the compiled loss, against reading, loss and writing apart."""
+"""The memory's criterion in one pass, against reading, loss and writing one after the other."""
 
 from __future__ import annotations
 
