@@ -68,8 +68,7 @@ class WithRows(Dataset[tuple[Any, ...] | dict[str, Any]]):
         samples = of_batch(rows) if of_batch else [self.dataset[row] for row in rows]
         return [self._numbered(*pair) for pair in zip(rows, samples, strict=True)]
 
-    @staticmethod
-    def _numbered(row: int, sample: object) -> tuple[Any, ...] | dict[str, Any]:
+    def _numbered(self, row: int, sample: object) -> tuple[Any, ...] | dict[str, Any]:
         if isinstance(sample, Mapping):
             return {**sample, ROWS: row}
         if isinstance(sample, (tuple, list)):

@@ -22,13 +22,14 @@ import pytest
 import pskd
 
 FRAMEWORKS = {"detectron2", "fairseq", "hydra", "matplotlib", "omegaconf", "torchvision"}
-FRAMEWORKS |= {"lightning", "torchmetrics", "transformers"}
+FRAMEWORKS |= {"lightning", "timm", "torchmetrics", "transformers"}
 ADAPTERS = {
     "pskd_classification",
     "pskd_detection",
     "pskd_detectron2",
     "pskd_fairseq",
     "pskd_lightning",
+    "pskd_timm",
     "pskd_torchmetrics",
     "pskd_torchvision",
     "pskd_transformers",
@@ -45,6 +46,7 @@ OTHERS = {
 #: The adapters that are one module, and the framework of each.
 MODULES = {
     "pskd_lightning": "lightning",
+    "pskd_timm": "timm",
     "pskd_torchmetrics": "torchmetrics",
     "pskd_transformers": "transformers",
 }
