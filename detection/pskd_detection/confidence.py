@@ -12,9 +12,10 @@ from collections.abc import Hashable, Sequence
 import numpy as np
 from pycocotools import mask
 
-from pskd.calibration import ReliabilityBins, aurc, excess_aurc, reliability_bins
+from pskd.calibration import ReliabilityBins, reliability_bins
 from pskd_detection.datasets import DetectionDataset, Object
 from pskd_detection.detections import Detections, check_image, checked_detections, to_xywh
+from pskd_tools.presets import measure
 
 #: The least score of a detection that is looked at: what both frameworks keep by default.
 SCORE_THRESHOLD = 0.05
@@ -214,15 +215,11 @@ class DetectionConfidence:
             ``score_threshold`` and ``bins``.
         """
         confidence, correct = self.confidence, self.correct
-        metrics = dict.fromkeys(("d_ece", "la_ece", "aurc", "e_aurc"))
+        metrics: dict[str, float | None] = dict.fromkeys(("d_ece", "la_ece", "aurc", "e_aurc"))
         if len(confidence):
-            bins = reliability_bins(confidence, correct, bins=self._bins)
-            metrics = {
-                "d_ece": bins.expected_calibration_error,
-                "la_ece": self._la_ece(),
-                "aurc": aurc(confidence, correct),
-                "e_aurc": excess_aurc(confidence, correct),
-            }
+            raw = measure(confidence, correct, bins=self._bins)
+            raw |= {"d_ece": raw["ece"], "la_ece": self._la_ece()}
+            metrics = {name: raw[name] for name in metrics}
         counts = {"num_detections": len(confidence), "num_matched": int(correct.sum())}
         return {**metrics, **counts, **self._options}
 

@@ -16,6 +16,7 @@ from pskd_detection.confidence import DetectionConfidence
 from pskd_detection.datasets import DetectionDataset
 from pskd_tools.files import read_json, write_json, written_aside
 from pskd_tools.images import read_rgb
+from pskd_tools.plots import reliability_diagram, risk_coverage_plot
 from pskd_tools.table import text_table
 
 SHOWN_IMAGES, SHOWN_SIDE = 64, 256  # with 10 to 15 KB each, under 1 MB
@@ -52,11 +53,12 @@ def write_detections(
     found: DetectionConfidence,
     *,
     open_file: Callable[[str, str], Any] = open,
-) -> None:
-    """Write confidence.npz and test_images.json: what `pskd report` compares detections by.
+) -> Path:
+    """Write what `pskd report` compares detections by, and return the folder.
 
-    The images are the first of the data set, so that any two runs have the same. One that cannot
-    be opened is left out.
+    Which is ``confidence.npz`` and ``test_images.json``, and of at least one detection
+    ``reliability.png`` and ``risk_coverage.png``. The images are the first of the data set, so that
+    any two runs have the same. One that cannot be opened is left out.
 
     Args:
         output_dir: an evaluation's folder, made if there is none.
@@ -98,6 +100,11 @@ def write_detections(
             ],
         }
     write_json(folder / "test_images.json", images)
+    if len(found.confidence):
+        runs = {"detections": (found.confidence, found.correct)}
+        reliability_diagram(runs, folder / "reliability.png")
+        risk_coverage_plot(runs, folder / "risk_coverage.png")
+    return folder
 
 
 def _data_uri(path: str, open_file: Callable[[str, str], Any]) -> str | None:

@@ -50,13 +50,11 @@ class PSKDFastRCNNOutputLayers(FastRCNNOutputLayers):
     def of(
         cls, predictor: FastRCNNOutputLayers, pskd: PSKDState, stage: int = 0
     ) -> PSKDFastRCNNOutputLayers:
-        """Return a predictor that PS-KD trains; in place of a stock one, a new one.
-
-        The new one has the stock one's options and its very parameters: nothing is drawn again, so
-        a model starts from the values that the seed gives the stock model.
+        """Return a predictor that learns from the teacher of ``pskd``.
 
         Args:
-            predictor: stock, or of this class or a subclass, which is returned itself.
+            predictor: of this class; or a stock one, whose options and very parameters a new one
+                takes over: nothing is drawn again, so a model starts from the stock one's values.
             pskd: of the heads.
             stage: of a cascade, from 0.
 
@@ -73,7 +71,7 @@ class PSKDFastRCNNOutputLayers(FastRCNNOutputLayers):
                 f"got {type(predictor).__name__}"
             )
         check_label_smoothing(
-            pskd.label_smoothing, pskd.enabled and predictor.use_sigmoid_ce, "pskd_label_smoothing"
+            pskd.label_smoothing, predictor.use_sigmoid_ce, "pskd_label_smoothing"
         )
         predictor.pskd, predictor.stage = pskd, stage
         return predictor

@@ -97,6 +97,7 @@ class PSKDHook(HookBase):
         self._pskd.is_driven = True
         if not self._pskd.enabled:
             raise ValueError("PSKDHook: expected heads with MODEL.PSKD.ENABLED True, got False")
+        _check_predictors(heads)
         self._options: _Options = {
             "epoch_iters": epoch_iters,
             "alpha_final": float(alpha_final),
@@ -240,6 +241,17 @@ class PSKDHook(HookBase):
         path = self._output_dir / str(name)
         with naming(path):
             memory.load_state_dict(load_archive(path, "the memory of the checkpoint"))
+
+
+def _check_predictors(heads: ROIHeads) -> None:
+    """Refuse predictors that were set after the heads were built: no teacher would reach them."""
+    predictors = heads.get_submodule("box_predictor")
+    for predictor in predictors if isinstance(predictors, nn.ModuleList) else (predictors,):
+        if getattr(predictor, "pskd", None) is not heads.pskd:
+            raise ValueError(
+                f"box_predictor: expected that of {type(heads).__name__}'s arguments, got "
+                f"{type(predictor).__name__}, which was set afterwards"
+            )
 
 
 def _new_memory(heads: ROIHeads, num_annotations: int, fingerprint: str) -> AnnotationMemory:

@@ -15,7 +15,14 @@ from typing import Any
 
 from detectron2.config import LazyConfig, instantiate
 from detectron2.data import DatasetMapper, get_detection_dataset_dicts
-from detectron2.engine import SimpleTrainer, default_setup, default_writers, defaults, hooks
+from detectron2.engine import (
+    AMPTrainer,
+    SimpleTrainer,
+    create_ddp_model,
+    default_setup,
+    default_writers,
+    hooks,
+)
 from detectron2.evaluation import DatasetEvaluators, inference_on_dataset, print_csv_format
 from detectron2.utils import comm
 from detectron2.utils.registry import locate
@@ -47,7 +54,7 @@ from pskd_detectron2.resume import (
     same_random_state_after,
 )
 from pskd_detectron2.state import PSKDState
-from pskd_detectron2.trainer import cpu_parts, seconds_per_iteration
+from pskd_detectron2.trainer import ddp_options, seconds_per_iteration
 
 logger = logging.getLogger("detectron2." + __name__)
 
@@ -139,10 +146,8 @@ def train(cfg: DictConfig, model, resume: bool) -> dict:
     cfg.optimizer.params.model = model
     optimizer = instantiate(cfg.optimizer)
     loader = instantiate(cfg.dataloader.train)
-    with cpu_parts(cfg.train.device):
-        model = defaults.create_ddp_model(model, **cfg.train.ddp)
-        step = defaults.AMPTrainer if cfg.train.amp.enabled else SimpleTrainer
-        trainer = step(model, loader, optimizer)
+    model = create_ddp_model(model, **(ddp_options(cfg.train.device) | dict(cfg.train.ddp)))
+    trainer = (AMPTrainer if cfg.train.amp.enabled else SimpleTrainer)(model, loader, optimizer)
     checkpointer = AsideCheckpointer(model, cfg.train.output_dir, trainer=trainer)
     results: dict = {}
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import weakref
-from collections.abc import Iterator
 from functools import partial
 from unittest.mock import patch
 
@@ -14,7 +12,7 @@ import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import build_detection_test_loader, build_detection_train_loader
-from detectron2.engine import DefaultTrainer, SimpleTrainer, create_ddp_model, defaults
+from detectron2.engine import DefaultTrainer, create_ddp_model, defaults
 from detectron2.engine.hooks import EvalHook
 from detectron2.evaluation import DatasetEvaluators
 from detectron2.modeling import GeneralizedRCNNWithTTA
@@ -55,26 +53,9 @@ from pskd_detectron2.resume import (
 logger = logging.getLogger("detectron2." + __name__)
 
 
-class CPUAMPTrainer(SimpleTrainer):
-    """Mixed precision on a CPU: bfloat16, which needs no loss scale. `AMPTrainer` wants CUDA."""
-
-    def run_step(self) -> None:
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            super().run_step()
-
-
-@contextlib.contextmanager
-def cpu_parts(device: torch.device | str) -> Iterator[None]:
-    """Let `DefaultTrainer` make a trainer on the CPU, in several processes and mixed precision."""
-    with contextlib.ExitStack() as stack:
-        if torch.device(device).type == "cpu":
-            # `DefaultTrainer.__init__` has no method to override for these two: it names DDP's
-            # device by the rank of its process, which a model on the CPU refuses.
-            ddp = partial(create_ddp_model, device_ids=None)
-            stack.enter_context(
-                patch.multiple(defaults, AMPTrainer=CPUAMPTrainer, create_ddp_model=ddp)
-            )
-        yield
+def ddp_options(device: torch.device | str) -> dict[str, None]:
+    """Return what `create_ddp_model` needs for a model on the CPU: it has no device of a rank."""
+    return {"device_ids": None} if torch.device(device).type == "cpu" else {}
 
 
 class Trainer(DefaultTrainer):
@@ -92,7 +73,9 @@ class Trainer(DefaultTrainer):
         check_config(cfg)
         warn_of_unused_keys(cfg)
         self._tta_results: dict = {}
-        with cpu_parts(cfg.MODEL.DEVICE):
+        # `DefaultTrainer.__init__` has no method to override for it.
+        ddp = partial(create_ddp_model, **ddp_options(cfg.MODEL.DEVICE))
+        with patch.object(defaults, "create_ddp_model", ddp):
             super().__init__(cfg)
 
     @classmethod

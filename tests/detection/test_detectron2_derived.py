@@ -107,7 +107,6 @@ def named(monkeypatch):
     [
         ("fpn", Heads),
         ("fpn", HeadsWithLayers),
-        ("fpn", HeadsThatSetLayers),
         ("fpn", HeadsOfOldStyle),
         ("c4", Res5),
         ("cascade", Cascade),
@@ -119,9 +118,16 @@ def test_derived_heads_have_a_teacher(kind, heads, named, spec, tmp_path):
     assert last["stage0/pskd/teacher_nll" if kind == "cascade" else "pskd/teacher_nll"] > 0
 
 
-def test_a_predictor_that_would_lose_its_loss_is_refused(named, spec, tmp_path):
-    with pytest.raises(ValueError, match="subclass of PSKDFastRCNNOutputLayers, got StockLayers"):
-        tiny.run("fpn", tmp_path, named(HeadsWithStockLayers), train=spec)
+@pytest.mark.parametrize(
+    "heads, message",
+    [
+        (HeadsWithStockLayers, "subclass of PSKDFastRCNNOutputLayers, got StockLayers"),
+        (HeadsThatSetLayers, "HeadsThatSetLayers's arguments, got FastRCNNOutputLayers, which was"),
+    ],
+)
+def test_a_predictor_that_would_lose_its_loss_is_refused(heads, message, named, spec, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        tiny.run("fpn", tmp_path, named(heads), train=spec)
 
 
 @pytest.mark.parametrize("heads", [HeadsWithStockLayers, StockHeadsWithLayers])

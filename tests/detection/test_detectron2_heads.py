@@ -298,14 +298,15 @@ def test_the_teachers_batch_norm_keeps_its_statistics(scene):
     assert tiny.differing(before, s.pskd.snapshot.model.state_dict()) == []
 
 
-def test_under_autocast_the_teacher_works_in_the_students_precision(scene, seen):
-    s = taught(scene("fpn"))
+@pytest.mark.parametrize("kind", ["fpn", "c4", "cascade"])
+def test_under_autocast_the_teacher_works_in_the_students_precision(kind, scene, seen):
+    s = taught(scene(kind))
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        losses = forward(s)
+        loss = forward(s)[LOSS.get(kind, "loss_cls")]
     _, scores, proposals = seen[0]
     assert scores.dtype == torch.bfloat16
     assert all(p.get(TEACHER_FIELD).dtype == torch.bfloat16 for p in proposals)
-    assert losses["loss_cls"].dtype == torch.float32 and losses["loss_cls"].isfinite()
+    assert loss.dtype == torch.float32 and loss.isfinite()
 
 
 def test_in_eval_mode_the_heads_are_stock(scene):
