@@ -12,7 +12,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from pskd_detection.datasets import DetectionDataset
-from pskd_detection.detections import Detections, check_image, checked_detections, to_xywh
+from pskd_detection.detections import Detections, checked_detections, to_xywh
 
 _METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")  # the first six of COCOeval.stats
 _log = logging.getLogger(__name__)
@@ -61,7 +61,6 @@ def in_coco_format(
     """
     rows: list[dict] = []
     for image_id, found in detections.items():
-        check_image(image_id, dataset.objects)
         found = checked_detections(image_id, found, dataset)
         boxes = to_xywh(found.boxes).tolist()
         for box, score, label in zip(boxes, found.scores.tolist(), found.labels, strict=True):

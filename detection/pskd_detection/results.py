@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 
-from pskd.files import shown
 from pskd_detection.confidence import DetectionConfidence
 from pskd_detection.datasets import DetectionDataset
 from pskd_tools.files import read_json, write_json, written_aside
@@ -39,10 +38,6 @@ def write_results(
     trained_nothing = results.get("seconds_per_iteration", 0.0) is None
     if trained_nothing and path.exists():
         before = read_json(path).get("seconds_per_iteration")
-        if not isinstance(before, int | float | None):
-            raise ValueError(
-                f"{path}: seconds_per_iteration: expected a number, got {shown(before)}"
-            )
         results = {**results, "seconds_per_iteration": before}
     return write_json(path, results, indent=2)
 

@@ -157,11 +157,6 @@ def class_count(cfg: CfgNode) -> int | None:
     return None
 
 
-def set_class_count(cfg: CfgNode, num_classes: int) -> None:
-    """Let a detector of either architecture have K classes, in place."""
-    cfg.MODEL.ROI_HEADS.NUM_CLASSES = cfg.MODEL.RETINANET.NUM_CLASSES = num_classes
-
-
 def has_pskd_heads(cfg: CfgNode) -> bool:
     """Return whether MODEL.ROI_HEADS.NAME is one of PS-KD's heads or derived from one."""
     ours = tuple(ROI_HEADS_REGISTRY.get(name) for name in HEADS.values())

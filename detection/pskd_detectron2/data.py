@@ -125,16 +125,10 @@ def check_records(
     mask_format: str = "polygon",
     sem_seg: bool = False,
 ) -> None:
-    """Refuse training data that Detectron2 would stumble on later, or train on as something else.
+    """Refuse records that Detectron2 would stumble on later, or train on as something else.
 
+    ``num_classes`` is K, or None: the model trains on no boxes, or its classes are not known.
     Boxes outside their image are left out by Detectron2, which is logged.
-
-    Args:
-        records: images and annotations in Detectron2's format.
-        num_classes: K; None: the model trains on no boxes, or its classes are not known.
-        masks: whether the model learns masks.
-        mask_format: INPUT.MASK_FORMAT.
-        sem_seg: whether the model learns semantic segmentation.
     """
     mended = Mended("training set")
     expected = ["file_name"]

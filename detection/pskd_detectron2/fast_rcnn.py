@@ -50,17 +50,14 @@ class PSKDFastRCNNOutputLayers(FastRCNNOutputLayers):
     def of(
         cls, predictor: FastRCNNOutputLayers, pskd: PSKDState, stage: int = 0
     ) -> PSKDFastRCNNOutputLayers:
-        """Return a predictor that learns from the teacher of ``pskd``.
+        """Return a predictor that learns from the teacher of ``pskd``, the state of the heads.
 
-        Args:
-            predictor: of this class; or a stock one, whose options and very parameters a new one
-                takes over: nothing is drawn again, so a model starts from the stock one's values.
-            pskd: of the heads.
-            stage: of a cascade, from 0.
+        In place of a stock one a new one, which takes over its options and very parameters: nothing
+        is drawn again, so a model starts from the stock one's values.
 
         Raises:
-            ValueError: if the predictor is another, whose own loss would be lost; for a label
-                smoothing outside [0, 1], or with a sigmoid head.
+            ValueError: if it is another, whose own loss would be lost; for a label smoothing
+                outside [0, 1], or with a sigmoid head.
         """
         if type(predictor) is FastRCNNOutputLayers:
             stock, predictor = predictor, cls.__new__(cls)

@@ -8,7 +8,6 @@ Such a config is one of Detectron2's with ``model.roi_heads._target_`` set to a 
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -53,10 +52,7 @@ from pskd_detectron2.resume import (
     EvaluationCheckpointer,
     same_random_state_after,
 )
-from pskd_detectron2.state import PSKDState
 from pskd_detectron2.trainer import ddp_options, seconds_per_iteration
-
-logger = logging.getLogger("detectron2." + __name__)
 
 #: Where a lazy model has its classes: ROI heads, and RetinaNet or FCOS.
 _CLASS_COUNTS = ("model.roi_heads.num_classes", "model.num_classes")
@@ -213,14 +209,9 @@ def _located(target):
 
 def pskd_hook(cfg: DictConfig, model, records: Sequence[dict]) -> PSKDHook | None:
     """Build the hook of ``train.pskd``; None if the config has no such section."""
-    section = OmegaConf.select(cfg, "train.pskd")
-    if section is None:
-        heads = getattr(getattr(model, "module", model), "roi_heads", None)
-        state = getattr(heads, "pskd", None)
-        if isinstance(state, PSKDState) and state.enabled:
-            logger.warning("train.pskd is missing: the PSKD head trains without a teacher")
-        return None
-    options: dict[str, Any] = dict(section)
+    if "pskd" not in cfg.train:
+        return None  # and an enabled PSKD head says that it trains as the stock one
+    options: dict[str, Any] = dict(cfg.train.pskd)
     if not options.get("epoch_iters"):
         batch = cfg.dataloader.train.total_batch_size
         options["epoch_iters"] = epoch_length(len(records), batch)

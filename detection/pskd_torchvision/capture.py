@@ -7,8 +7,6 @@ from contextlib import contextmanager
 
 from torch import nn
 
-__all__ = ["captured"]
-
 
 @contextmanager
 def captured(module: nn.Module) -> Iterator[list]:

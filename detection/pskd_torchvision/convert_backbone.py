@@ -79,11 +79,7 @@ def is_left_out(key: str) -> bool:
 
 
 def find_architecture(state_dict: Mapping[str, Tensor]) -> Architecture:
-    """Tell which of torchvision's ResNets a state dict is, from its stem and its block counts.
-
-    Raises:
-        ValueError: the keys are no ResNet's, its stem is not ImageNet's, or no known depth fits.
-    """
+    """Tell which of torchvision's ResNets a state dict is, from its stem and its block counts."""
     stem = state_dict.get("conv1.weight")
     if stem is None or "layer1.0.conv1.weight" not in state_dict:
         raise ValueError(
@@ -127,11 +123,6 @@ def _widths(state_dict: Mapping[str, Tensor], depth: int) -> Architecture:
 
 def convert(state_dict: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Architecture]:
     """Return Detectron2's names with float32 weights on the CPU, and the architecture.
-
-    The classifier and the counters of batches are left out: Detectron2 has no use for them.
-
-    Args:
-        state_dict: of one of torchvision's ResNets.
 
     Raises:
         ValueError: naming the key, what was expected and what came.
@@ -212,9 +203,6 @@ def write_weights(path: str | os.PathLike, weights: Mapping[str, Tensor]) -> Non
 
     A ``.pth`` holds tensors and is read as data; a ``.pkl`` is a pickle of numpy arrays, as those
     of Detectron2's model zoo, which another major version of numpy may not read.
-
-    Raises:
-        ValueError: another suffix, or a folder that is not there.
 
     Source: detectron2/checkpoint/detection_checkpoint.py (keys of the file).
     """

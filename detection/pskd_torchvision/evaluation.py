@@ -27,8 +27,6 @@ from pskd_torchvision.capture import captured
 from pskd_torchvision.data import DetectionImages, collate
 from pskd_torchvision.roi_heads import class_logits
 
-__all__ = ["evaluate"]
-
 logger = logging.getLogger(__name__)
 
 

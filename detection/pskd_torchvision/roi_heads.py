@@ -19,8 +19,6 @@ from pskd.targets import row_alphas
 from pskd_torchvision.capture import captured
 from pskd_torchvision.state import PSKDState
 
-__all__ = ["PSKDRoIHeads", "add_pskd", "class_logits"]
-
 
 class PSKDRoIHeads(RoIHeads):
     """`RoIHeads` whose ``loss_classifier`` is PS-KD's; boxes, masks and keypoints are stock.
@@ -109,13 +107,10 @@ def class_logits(
     boxes: list[Tensor],
     image_shapes: list[tuple[int, int]],
 ) -> Tensor:
-    """Return the (R, K + 1) scores of given boxes, background first.
+    """Return the (R, K + 1) scores of given boxes, background first, by heads in eval mode.
 
-    Args:
-        heads: in eval mode.
-        features: of the batch, as the backbone returns them.
-        boxes: (R_i, 4) of each image, x1 y1 x2 y2 in pixels of the transformed image.
-        image_shapes: (height, width) of each transformed image without its padding.
+    ``boxes``, (R_i, 4) of each image, are x1 y1 x2 y2 in pixels of the transformed image, and
+    ``image_shapes`` (height, width) of each without its padding.
     """
     if isinstance(features, Tensor):  # of a backbone with one map; torchvision names it so
         features = {"0": features}
@@ -155,6 +150,7 @@ def add_pskd(
     if not 0.0 <= label_smoothing <= 1.0:  # NaN is refused too
         raise ValueError(f"label_smoothing: expected a number in [0, 1], got {label_smoothing}")
     if type(heads) is RoIHeads:
+        # Not built anew: RoIHeads hides its constructor's arguments in objects of their own.
         heads.__class__ = PSKDRoIHeads
     heads.pskd = PSKDState(foreground_only, label_smoothing)
     model.transform.register_forward_hook(heads.pskd.keep_images)

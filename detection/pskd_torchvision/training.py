@@ -22,8 +22,6 @@ from pskd_tools import training
 from pskd_torchvision.data import DetectionImages, collate
 from pskd_torchvision.epoch import PSKDEpochs
 
-__all__ = ["LearningRate", "Trainer"]
-
 WARMUP_START = 1e-3  # of the learning rate, as in torchvision's reference
 
 
