@@ -1,4 +1,4 @@
-"""Results as files that `pskd report` reads, and as a table for the console."""
+"""Results as files that `pskd report` reads."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from pskd_detection.datasets import DetectionDataset
 from pskd_tools.files import read_json, write_json, written_aside
 from pskd_tools.images import read_rgb
 from pskd_tools.plots import reliability_diagram, risk_coverage_plot
-from pskd_tools.table import text_table
 
 SHOWN_IMAGES, SHOWN_SIDE = 64, 256  # with 10 to 15 KB each, under 1 MB
 
@@ -112,31 +111,3 @@ def _data_uri(path: str, open_file: Callable[[str, str], Any]) -> str | None:
     buffer = io.BytesIO()
     picture.save(buffer, format="JPEG", quality=80)
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
-
-
-def format_table(runs: Mapping[str, Mapping]) -> str:
-    """Return runs as a Markdown table, a row each.
-
-    AP in percent, the others as fractions. The last three columns tell what the confidence was
-    measured on, without which D-ECE says little.
-
-    Args:
-        runs: by name, `average_precision` and `DetectionConfidence.compute` in one dictionary;
-            "-" stands for what is missing or None.
-    """
-    columns = {
-        "AP": ("AP", ".1f"),
-        "AP50": ("AP50", ".1f"),
-        "AP75": ("AP75", ".1f"),
-        "D-ECE": ("d_ece", ".4f"),
-        "LaECE": ("la_ece", ".4f"),
-        "AURC": ("aurc", ".4f"),
-        "IoU >=": ("iou_threshold", "g"),
-        "score >=": ("score_threshold", "g"),
-        "detections": ("num_detections", "d"),
-    }
-    lines = []
-    for name, run in runs.items():
-        values = [(run.get(key), form) for key, form in columns.values()]
-        lines.append([name, *("-" if v is None else format(v, form) for v, form in values)])
-    return text_table(["run", *columns], lines, markdown=True)

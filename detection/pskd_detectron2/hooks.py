@@ -72,7 +72,7 @@ class PSKDHook(HookBase):
         allow_schedule_change: bool = False,
         log_period: int = 20,
     ) -> None:
-        check_options(alpha_final, alpha_schedule, teacher, 0.0, epoch_iters)
+        check_options(alpha_final, alpha_schedule, teacher)
         if epoch_iters < 1:
             raise ValueError(f"epoch_iters: expected 1 or more, got {epoch_iters}")
         self._model = getattr(model, "module", model)

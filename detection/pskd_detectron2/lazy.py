@@ -36,7 +36,6 @@ from pskd_detectron2.data import (
     check_image_files,
     count_annotations,
     epoch_length,
-    number_annotations,
     training_fingerprint,
     training_records,
 )
@@ -180,19 +179,12 @@ def train(cfg: DictConfig, model, resume: bool) -> dict:
     return {"seconds_per_iteration": seconds_per_iteration(trainer.storage), **results}
 
 
-def numbered_records(**kwargs) -> list[dict]:
-    """`training_records`, every annotation with its row of the memory."""
-    return number_annotations(training_records(**kwargs))
-
-
 def use_own_parts(cfg: DictConfig) -> None:
     """Let this project's mappers and records stand in for Detectron2's own, in place."""
     memory = OmegaConf.select(cfg, "train.pskd.teacher") == "memory"
-    records = numbered_records if memory else training_records
-    mapper = PSKDDatasetMapper if memory else ImageMapper
     for path, stock, ours in (
-        ("dataloader.train.dataset", get_detection_dataset_dicts, records),
-        ("dataloader.train.mapper", DatasetMapper, mapper),
+        ("dataloader.train.dataset", get_detection_dataset_dicts, training_records),
+        ("dataloader.train.mapper", DatasetMapper, PSKDDatasetMapper if memory else ImageMapper),
         ("dataloader.test.mapper", DatasetMapper, ImageMapper),
     ):
         part = OmegaConf.select(cfg, path)

@@ -25,7 +25,6 @@ from pskd_detectron2.data import (
     PSKDDatasetMapper,
     count_annotations,
     epoch_length,
-    number_annotations,
     training_fingerprint,
     training_records,
 )
@@ -102,16 +101,14 @@ class Trainer(DefaultTrainer):
         An override with a mapper of its own derives it, for that teacher, from `PSKDDatasetMapper`
         and numbers its annotations (`number_annotations`).
         """
-        records, mapper, options = training_dicts(cfg), ImageMapper, {}
-        if cfg.MODEL.PSKD.ENABLED and cfg.MODEL.PSKD.TEACHER == "memory":
-            number_annotations(records)
-            mapper = PSKDDatasetMapper
+        records, options = training_dicts(cfg), {}
+        remembers = cfg.MODEL.PSKD.ENABLED and cfg.MODEL.PSKD.TEACHER == "memory"
+        mapper = (PSKDDatasetMapper if remembers else ImageMapper)(cfg, is_train=True)
         if cfg.DATALOADER.SAMPLER_TRAIN == ResumableTrainingSampler.__name__:
             # Seeds for the workers from a generator of their own: the global one is then where
             # it was at the stop.
             sampler = ResumableTrainingSampler(len(records), seed=cfg.SEED)
             options = {"sampler": sampler, "seed": cfg.SEED}
-        mapper = mapper(cfg, is_train=True)
         return build_detection_train_loader(cfg, dataset=records, mapper=mapper, **options)
 
     @classmethod

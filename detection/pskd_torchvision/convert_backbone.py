@@ -31,6 +31,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from pskd_tools.checkpoint import write_archive
 from pskd_tools.files import written_aside
+from pskd_tools.program import exit_status
 from pskd_torchvision.weights import read_state_dict, some
 
 BLOCKS = {  # depth: blocks of each stage
@@ -250,15 +251,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("source", metavar="IN", help="torchvision-layout checkpoint")
     parser.add_argument("target", metavar="OUT", help="the file to write, .pth or .pkl")
     args = parser.parse_args(argv)
-    try:
+
+    def work() -> None:
         config = convert_file(args.source, args.target)
-    except (OSError, ValueError) as error:
-        print(f"convert_backbone: {error}", file=sys.stderr)
-        return 1
-    print(f"{args.target}: a backbone of depth {config['MODEL.RESNETS.DEPTH']}. Its config keys:")
-    for key, value in config.items():
-        print(f"    {key} {shlex.quote(str(value))}")
-    return 0
+        depth = config["MODEL.RESNETS.DEPTH"]
+        print(f"{args.target}: a backbone of depth {depth}. Its config keys:")
+        for key, value in config.items():
+            print(f"    {key} {shlex.quote(str(value))}")
+
+    return exit_status("convert_backbone", work)
 
 
 if __name__ == "__main__":

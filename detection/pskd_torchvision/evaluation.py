@@ -23,9 +23,8 @@ from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 
 from pskd.distributed import World, gather, sum_over_processes
 from pskd_tools.files import write_json
-from pskd_torchvision.capture import captured
 from pskd_torchvision.data import DetectionImages, collate
-from pskd_torchvision.roi_heads import class_logits
+from pskd_torchvision.roi_heads import captured, class_logits
 
 logger = logging.getLogger(__name__)
 

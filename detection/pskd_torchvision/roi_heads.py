@@ -9,6 +9,9 @@ gets the student's boxes, in the student's order, after they were sampled.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
@@ -16,8 +19,18 @@ from torchvision.models.detection.roi_heads import RoIHeads
 
 from pskd import pskd_cross_entropy
 from pskd.targets import row_alphas
-from pskd_torchvision.capture import captured
 from pskd_torchvision.state import PSKDState
+
+
+@contextmanager
+def captured(module: nn.Module) -> Iterator[list]:
+    """Yield a list to which every output of ``module`` is added until the block ends."""
+    outputs: list = []
+    handle = module.register_forward_hook(lambda _module, _args, output: outputs.append(output))
+    try:
+        yield outputs
+    finally:
+        handle.remove()
 
 
 class PSKDRoIHeads(RoIHeads):

@@ -382,22 +382,6 @@ def test_the_hook_wants_a_model_that_can_be_copied(spec, tmp_path):
     PSKDHook(model, epoch_iters=3, teacher="memory", num_annotations=5)
 
 
-def test_a_loader_of_ones_own_is_trained_from(spec, tmp_path):
-    built = []
-
-    class Own(Trainer):
-        @classmethod
-        def build_train_loader(cls, cfg):
-            built.append(super().build_train_loader(cfg))
-            return built[-1]
-
-    opts = "DATALOADER.SAMPLER_TRAIN ResumableTrainingSampler TEST.PRECISE_BN.ENABLED True"
-    cfg = tiny.config("fpn", tmp_path, opts, "MODEL.PSKD.TEACHER memory", train=spec)
-    trainer = Own(cfg)
-    assert trainer.data_loader is built[0] and len(built) == 2  # precise BN has one of its own
-    assert trainer._sampler is not None
-
-
 def test_a_loader_that_hides_its_data_is_trained_from_by_epochs_of_the_training_set(spec, tmp_path):
     class Own(Trainer):
         @classmethod
@@ -537,6 +521,7 @@ def test_a_lazy_config_reads_images_the_same_way(part):
     loader = cfg.dataloader[part]
     use_own_parts(cfg)
     assert loader.mapper._target_ is ImageMapper
+    assert (loader.dataset._target_ is training_records) == (part == "train")
     loader.mapper._target_ = "somewhere.Mapper"
     use_own_parts(cfg)
     assert loader.mapper._target_ == "somewhere.Mapper"

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import re
-from pathlib import Path
 
 import detectron2_tiny as tiny
 import pytest
-from detectron2.data.datasets import register_coco_instances
 from detectron2.engine import DefaultTrainer
 from pskd_detectron2 import PSKDHook
 
@@ -63,21 +60,6 @@ def test_a_lazy_config_trains_and_resumes(teacher, spec, tmp_path):
     evaluated = tiny.results(out, "evaluation")
     assert evaluated["ground_truth_rois"] == results["ground_truth_rois"]
     assert evaluated["bbox"] == results["bbox"]
-
-
-def test_a_lazy_config_trains_on_flags_that_are_text(spec, tmp_path):
-    _, path, images = spec.split(":")
-    content = json.loads(Path(path).read_text())
-    for annotation in content["annotations"]:
-        annotation["iscrowd"] = "0"
-    (tmp_path / "text.json").write_text(json.dumps(content))
-    register_coco_instances("flags_as_text", {}, str(tmp_path / "text.json"), images)
-    words = ["dataloader.train.dataset.names=flags_as_text", "model.roi_heads.num_classes=2"]
-    words += ["train.pskd.teacher=snapshot"]
-    tiny.main(tiny.lazy_arguments(tmp_path / "run", *words, test=spec))
-    log = (tmp_path / "run" / "log.txt").read_text()
-    assert "0 crowd or difficult objects are left out of training" in log
-    assert "7 images left" in log
 
 
 def test_a_trainer_of_your_own_takes_the_hook(spec, tmp_path):

@@ -1,4 +1,4 @@
-"""Files of results: strict JSON, whole or not there; and the table for the console."""
+"""Files of results: strict JSON, whole or not there; their images."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from pskd_detection import (
     DetectionConfidence,
     DetectionDataset,
     Detections,
-    format_table,
     write_detections,
     write_results,
 )
@@ -81,18 +80,6 @@ def test_detections_are_kept_with_their_images(tmp_path):
         Box((10.0, 20.0, 30.0, 40.0), "cat", 0.75, True),
         Box((400.0, 20.0, 30.0, 40.0), "cat", 0.5, False),
     ]
-
-
-def test_the_table_tells_what_the_confidence_was_measured_on():
-    run = {"AP": 12.345, "AP50": 30.0, "d_ece": 0.12345, "aurc": None}
-    run |= {"iou_threshold": 0.5, "score_threshold": 0.05, "num_detections": 321}
-    head, rule, row = format_table({"baseline": run}).splitlines()
-    assert head.count("|") == rule.count("|") == row.count("|")
-    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in (head, row)]
-    assert dict(zip(*cells, strict=True)) == {
-        **{"run": "baseline", "AP": "12.3", "AP50": "30.0", "AP75": "-", "D-ECE": "0.1235"},
-        **{"LaECE": "-", "AURC": "-", "IoU >=": "0.5", "score >=": "0.05", "detections": "321"},
-    }
 
 
 def test_a_picture_of_the_report_is_as_shown(tmp_path):

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from pskd_torchvision import PSKDEpochs, PSKDRoIHeads, add_pskd, build_detector, roi_heads
-from pskd_torchvision.capture import captured
+from pskd_torchvision.roi_heads import captured
 from torch import nn
 from torchvision.models.detection import FasterRCNN, retinanet_resnet50_fpn
 from torchvision.models.detection.anchor_utils import AnchorGenerator
@@ -453,40 +453,31 @@ def test_epochs_need_a_model_with_pskd_and_come_in_order(plain):
             epochs.begin_epoch(epoch)
 
 
-def test_a_resumed_schedule_is_the_same_one(student):
-    options = {"num_epochs": 4, "alpha_final": ALPHA, "alpha_schedule": "linear"}
-    epochs = PSKDEpochs(student, **options)
-    epochs.begin_epoch(1)
-    state = epochs.state_dict()
-    changes = {"num_epochs": 5, "alpha_final": 0.5, "alpha_schedule": "cosine"}
-    for name, value in changes.items():
-        changed = options | {name: value}
-        message = f"{name}: expected {options[name]!r}, .* {value!r} .allow_schedule_change"
-        with pytest.raises(ValueError, match=message):
-            PSKDEpochs(student, **changed).load_state_dict(state)
-        PSKDEpochs(student, **changed, allow_schedule_change=True).load_state_dict(state)
-    resumed = PSKDEpochs(student, **options)
-    resumed.load_state_dict(state)
-    resumed.begin_epoch(2)
-    assert student.roi_heads.pskd.alpha == linear_alpha(2, 4, ALPHA)
-    assert student.roi_heads.pskd.snapshot.available
-
-
-def test_the_heads_options_and_alpha_belong_to_the_schedule(stock):
-    def epochs(alpha_final=ALPHA, num_epochs=4, allow=False, **options):
-        model = add_pskd(copy.deepcopy(stock), **options)
-        return PSKDEpochs(
-            model, num_epochs=num_epochs, alpha_final=alpha_final, allow_schedule_change=allow
+@pytest.mark.parametrize(
+    "changes, allowed",
+    [
+        ({"num_epochs": 5}, True),
+        ({"alpha_final": 0.5}, True),
+        ({"alpha_schedule": "cosine"}, True),
+        ({"foreground_only": True}, False),  # what may change is the schedule, not the loss
+        ({"label_smoothing": 0.1}, False),
+    ],
+)
+def test_a_resumed_run_has_the_options_of_the_checkpoint(stock, changes, allowed):
+    def epochs(allow=False, foreground_only=False, label_smoothing=0.0, **options):
+        model = add_pskd(
+            copy.deepcopy(stock), foreground_only=foreground_only, label_smoothing=label_smoothing
         )
+        given = {"num_epochs": 4, "alpha_final": ALPHA} | options
+        return PSKDEpochs(model, **given, allow_schedule_change=allow)
 
-    state = epochs().state_dict()
-    for changes in ({"foreground_only": True}, {"label_smoothing": 0.1}, {"alpha_final": 0.0}):
-        with pytest.raises(ValueError, match=f"{next(iter(changes))}: expected"):
-            epochs(**changes).load_state_dict(state)
-        if "alpha_final" not in changes:  # what may change is the schedule, not the loss
-            with pytest.raises(ValueError, match=rf"{next(iter(changes))}: .* got \S+$"):
-                epochs(**changes, allow=True).load_state_dict(state)
-    with pytest.raises(ValueError, match="alpha_final: expected 0.0"):
-        epochs().load_state_dict(epochs(alpha_final=0.0).state_dict())
+    state, name = epochs().state_dict(), next(iter(changes))
+    with pytest.raises(ValueError, match=f"{name}: expected"):
+        epochs(**changes).load_state_dict(state)
+    if allowed:
+        epochs(True, **changes).load_state_dict(state)
+    else:
+        with pytest.raises(ValueError, match=rf"{name}: .* got \S+$"):
+            epochs(True, **changes).load_state_dict(state)
     # The length of the baseline is no part of PS-KD.
     epochs(alpha_final=0.0, num_epochs=9).load_state_dict(epochs(alpha_final=0.0).state_dict())

@@ -19,8 +19,8 @@ from pskd_torchvision import (
     load_weights,
     model_names,
 )
-from pskd_torchvision.capture import captured
 from pskd_torchvision.data import SMALLEST_SIDE, collate
+from pskd_torchvision.roi_heads import captured
 from pycocotools import mask as coco_mask
 from torch import nn
 from torch.utils.data import DataLoader
