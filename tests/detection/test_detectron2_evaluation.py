@@ -42,16 +42,23 @@ def test_results_are_a_file(evaluated, spec):
         assert found["correct"].sum() == confidence["num_matched"]
 
 
-@pytest.mark.parametrize("case", ["with --train", "without", "stock heads"])
-def test_eval_only_gives_the_same_results(case, evaluated, spec, tmp_path):
-    opts = f"DATASETS.TRAIN ('nowhere',) MODEL.WEIGHTS {evaluated / 'model_final.pth'}"
-    opts += f" {tiny.stock('fpn')}" if case == "stock heads" else ""
-    specs = {"train": spec if case == "with --train" else None, "test": spec}
-    out = tiny.run("fpn", tmp_path, opts, flags=("--eval-only",), **specs)
+def expect_the_same_results(evaluated: Path, out: Path, *opts: str, **specs) -> None:
+    """Evaluate the trained weights; of other training sets nothing is asked."""
+    weights = f"DATASETS.TRAIN ('nowhere',) MODEL.WEIGHTS {evaluated / 'model_final.pth'}"
+    tiny.run("fpn", out, weights, *opts, flags=("--eval-only",), **specs)
     trained, alone = tiny.results(evaluated), tiny.results(out, "evaluation")
     assert not (out / "results.json").exists()
     for part in ("bbox", "confidence", "ground_truth_rois"):
         assert alone[part] == trained[part]
+
+
+@pytest.mark.parametrize("train", [True, False], ids=["with --train", "without"])
+def test_eval_only_gives_the_same_results(train, evaluated, spec, tmp_path):
+    expect_the_same_results(evaluated, tmp_path, train=spec if train else None, test=spec)
+
+
+def test_a_stock_model_reads_the_checkpoint(evaluated, spec, tmp_path):
+    expect_the_same_results(evaluated, tmp_path, tiny.stock("fpn"), train=None, test=spec)
 
 
 def test_a_test_set_that_is_named_twice_counts_once_and_the_threshold_that_held_is_told(

@@ -220,7 +220,7 @@ def test_label_smoothing_is_torchs_and_of_the_hard_part(scene, seen):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_teacher_does_not_change_and_is_no_part_of_the_model(kind, scene):
+def test_the_teacher_gets_no_gradient_and_is_no_part_of_the_model(kind, scene):
     s = scene(kind)
     before = set(s.model.state_dict()), len(list(s.model.parameters()))
     taught(s)
