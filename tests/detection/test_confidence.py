@@ -195,22 +195,12 @@ def test_images_are_added_once_and_known():
         average_precision(data, {2: NOTHING})
 
 
-@pytest.mark.parametrize(
-    "option",
-    [
-        {"iou_threshold": 0},
-        {"iou_threshold": 1.1},
-        {"iou_threshold": float("nan")},
-        {"score_threshold": -0.1},
-        {"score_threshold": 2},
-        {"bins": 0},
-        {"bins": 1.5},
-    ],
-)
-def test_options_out_of_range_are_refused(option):
-    (name,) = option
+@pytest.mark.parametrize("name, value", [
+    ("iou_threshold", 0), ("iou_threshold", float("nan")), ("score_threshold", 2), ("bins", 1.5),
+])  # fmt: skip
+def test_options_out_of_range_are_refused(name, value):
     with pytest.raises(ValueError, match=f"{name}: expected"):
-        DetectionConfidence(dataset({1: []}), **option)
+        DetectionConfidence(dataset({1: []}), **{name: value})
 
 
 def random_scene(seed: int, *, decimals: int = 6) -> tuple[DetectionDataset, dict]:
