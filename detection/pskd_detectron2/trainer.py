@@ -79,13 +79,8 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_model(cls, cfg: CfgNode):
-        """As `DefaultTrainer`; a model that PS-KD or TEST.AUG cannot use is refused."""
+        """As `DefaultTrainer`; a model that TEST.AUG cannot use is refused."""
         model = super().build_model(cfg)
-        if cfg.MODEL.PSKD.ENABLED and not hasattr(model, "roi_heads"):
-            raise ValueError(
-                "MODEL.META_ARCHITECTURE: with PS-KD expected a model with ROI heads, such as "
-                f"GeneralizedRCNN, got {cfg.MODEL.META_ARCHITECTURE}"
-            )
         if cfg.TEST.AUG.ENABLED:
             try:
                 GeneralizedRCNNWithTTA(cfg, model)

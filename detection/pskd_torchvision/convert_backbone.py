@@ -112,10 +112,9 @@ def find_architecture(state_dict: Mapping[str, Tensor]) -> Architecture:
 def _widths(state_dict: Mapping[str, Tensor], depth: int) -> Architecture:
     """ResNeXt and Wide ResNet differ in the first stage's 3x3 convolution."""
     middle = state_dict.get("layer1.0.conv2.weight")
-    shape = () if middle is None else tuple(middle.shape)
-    if len(shape) != 4 or 0 in shape:
-        raise ValueError(f"layer1.0.conv2.weight: expected a convolution, got shape {shape}")
-    width, per_group = shape[:2]
+    if middle is None or middle.dim() != 4 or not middle.numel():
+        return Architecture(depth)  # whose keys and shapes are looked at next
+    width, per_group = middle.shape[:2]
     return Architecture(depth, groups=max(1, width // per_group), width_per_group=per_group)
 
 

@@ -146,7 +146,7 @@ def add_pskd(
 
     Raises:
         ValueError: for another kind of model, one that has PS-KD already, or heads of a foreign
-            class, whose own loss would be lost; a label smoothing out of range.
+            class, whose own loss would be lost.
     """
     heads = getattr(model, "roi_heads", None)
     if not isinstance(model, GeneralizedRCNN) or not isinstance(heads, RoIHeads):
@@ -160,8 +160,6 @@ def add_pskd(
         raise ValueError(
             f"roi_heads: expected RoIHeads or PSKDRoIHeads' subclass, got {type(heads).__name__}"
         )
-    if not 0.0 <= label_smoothing <= 1.0:  # NaN is refused too
-        raise ValueError(f"label_smoothing: expected a number in [0, 1], got {label_smoothing}")
     if type(heads) is RoIHeads:
         # Not built anew: RoIHeads hides its constructor's arguments in objects of their own.
         heads.__class__ = PSKDRoIHeads

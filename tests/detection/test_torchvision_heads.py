@@ -373,13 +373,6 @@ def test_models_that_cannot_have_pskd_are_refused(plain):
         add_pskd(add_pskd(plain))
 
 
-@pytest.mark.parametrize("smoothing", [-0.1, 1.1, float("nan")])
-def test_a_label_smoothing_out_of_range_is_refused(plain, smoothing):
-    with pytest.raises(ValueError, match=r"label_smoothing: expected a number in \[0, 1\]"):
-        add_pskd(plain, label_smoothing=smoothing)
-    assert type(plain.roi_heads) is RoIHeads
-
-
 # ---- epochs --------------------------------------------------------------------------------------
 
 
