@@ -1,6 +1,7 @@
 """What the detection adapters share: data sets, AP, confidence of detections, results.
 
-Needs numpy, pycocotools, Pillow and the core; neither torchvision nor Detectron2.
+Needs numpy, pycocotools, Pillow, for plots matplotlib, and the core; neither torchvision nor
+Detectron2.
 """
 
 from pskd_detection.confidence import DetectionConfidence
