@@ -24,12 +24,7 @@ _log = logging.getLogger(__name__)
 
 
 class Mended:
-    """Counts what was changed in a data set, by kind, and reports it at the end.
-
-    Args:
-        source: the data set's file or name, for the messages.
-        strict: whether the end is an error.
-    """
+    """Counts what was changed in a data set, by kind, and reports it at the end."""
 
     def __init__(self, source: object, strict: bool = False) -> None:
         self._source, self._strict = source, strict
@@ -38,24 +33,14 @@ class Mended:
         self._tolerated: set[str] = set()
 
     def note(self, kind: str, where: str, *, tolerated: bool = False) -> None:
-        """Count one more.
-
-        Args:
-            kind: what was done to what, in the plural.
-            where: names the annotation and what came.
-            tolerated: even if strict.
-        """
+        """Count one more of a kind, such as "boxes left out"; ``tolerated``: even if strict."""
         self._counts[kind] += 1
         self._first.setdefault(kind, where)
         if tolerated:
             self._tolerated.add(kind)
 
     def finish(self) -> None:
-        """Log each kind once, with its count and the first of it.
-
-        Raises:
-            ValueError: in their place, if strict and not all is tolerated.
-        """
+        """Log each kind once, with its count and the first of it; if strict, raise ValueError."""
         for kind, number in self._counts.items() if self._strict else ():
             if kind not in self._tolerated:
                 raise ValueError(
@@ -73,13 +58,8 @@ def is_finite(value: object) -> bool:
 
 
 def fitted(box: object, size: tuple[int, int], where: str, mended: Mended) -> list[float] | None:
-    """Return a box x, y, width, height inside its image; None if it is to be left out.
-
-    Args:
-        box: as it was read.
-        size: width and height of the image in pixels.
-        where: names the annotation in messages.
-        mended: counts what was changed.
+    """Return a box x, y, width, height inside an image of ``size`` (width, height); None if it is
+    to be left out.
     """
     if not isinstance(box, (list, tuple)) or len(box) != 4 or not all(map(is_finite, box)):
         raise ValueError(f"{where}: expected bbox as four finite numbers, got {box!r}")

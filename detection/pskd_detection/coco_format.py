@@ -113,16 +113,10 @@ def checked_coco(raw: RawAnnotations, strict: bool = False) -> dict:
     ``ignore`` becomes ``iscrowd``, which is what COCO's evaluation looks at and what training
     skips. Categories are ordered by id.
 
-    What Detectron2 trains on all the same is mended as it does, counted and logged: ids that are
-    not integers are replaced, annotations of images that are not in the file and polygons of fewer
-    than three points are left out, and `boxes` says what happens to boxes.
-
-    Args:
-        raw: what a reader found.
-        strict: whether what would be mended is an error.
-
-    Raises:
-        ValueError: naming the file, the entry, what was expected and what came.
+    What Detectron2 trains on all the same is mended as it does, counted and logged, or refused if
+    ``strict``: ids that are not integers are replaced, annotations of images that are not in the
+    file and polygons of fewer than three points are left out, and `boxes` says what happens to
+    boxes. All else is a ValueError that names the file and the entry.
     """
     mended = Mended(raw.source, strict)
     images = _checked_images(raw, mended)

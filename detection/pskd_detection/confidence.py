@@ -12,27 +12,21 @@ from collections.abc import Hashable, Sequence
 import numpy as np
 from pycocotools import mask
 
-from pskd.calibration import ReliabilityBins, aurc, excess_aurc, reliability_bins
+from pskd.calibration import ReliabilityBins, reliability_bins
 from pskd_detection.datasets import DetectionDataset, Object
-from pskd_detection.detections import Detections, check_image, checked_detections, to_xywh
+from pskd_detection.detections import Detections, checked_detections, to_xywh
+from pskd_tools.presets import measure
 
 #: The least score of a detection that is looked at: what both frameworks keep by default.
 SCORE_THRESHOLD = 0.05
 
 
 def match_detections(iou: np.ndarray, crowd: np.ndarray, threshold: float) -> np.ndarray:
-    """Match detections to objects greedily, in the order given, as COCO's evaluation does.
+    """Return the (n,) IoU of each detection with its object, 0 without one, NaN for one on a crowd.
 
-    Each detection takes the free object of highest IoU, if that is at least ``threshold``. One
-    that finds none but lies on a crowd is neither right nor wrong.
-
-    Args:
-        iou: (n, G) float; for a crowd, the part of the detection that lies inside it.
-        crowd: (G,) bool.
-        threshold: in (0, 1].
-
-    Returns:
-        (n,) float: the IoU with the matched object, 0 without one, NaN for one on a crowd.
+    In the order given, each detection takes the free object of highest IoU, if that is at least
+    ``threshold``, in (0, 1]. One that finds none but lies on a crowd is neither right nor wrong.
+    ``iou`` is (n, G); for a ``crowd``, (G,) bool, it is the part of the detection inside it.
 
     Source: the order and the treatment of ties are those of `pycocotools.cocoeval.COCOeval`.
     """
@@ -58,13 +52,6 @@ def match_image(
     threshold: float,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Match the detections of an image to the objects of their class, by falling score.
-
-    Args:
-        boxes: (n, 4) float, x, y, width, height in pixels.
-        scores: (n,) float.
-        labels: (n,) integers.
-        objects: of the image.
-        threshold: as of `match_detections`.
 
     Returns:
         The rows of the detections that are right or wrong, not those on a crowd, and the IoU of
@@ -158,7 +145,6 @@ class DetectionConfidence:
             ValueError: an image that the data set does not have or that was added before;
                 detections that are none.
         """
-        check_image(image_id, self._dataset.objects)
         if image_id in self._seen:
             raise ValueError(f"detections: expected image {image_id} once, got it again")
         found = checked_detections(image_id, detections, self._dataset)
@@ -214,15 +200,11 @@ class DetectionConfidence:
             ``score_threshold`` and ``bins``.
         """
         confidence, correct = self.confidence, self.correct
-        metrics = dict.fromkeys(("d_ece", "la_ece", "aurc", "e_aurc"))
+        metrics: dict[str, float | None] = dict.fromkeys(("d_ece", "la_ece", "aurc", "e_aurc"))
         if len(confidence):
-            bins = reliability_bins(confidence, correct, bins=self._bins)
-            metrics = {
-                "d_ece": bins.expected_calibration_error,
-                "la_ece": self._la_ece(),
-                "aurc": aurc(confidence, correct),
-                "e_aurc": excess_aurc(confidence, correct),
-            }
+            raw = measure(confidence, correct, bins=self._bins)
+            raw |= {"d_ece": raw["ece"], "la_ece": self._la_ece()}
+            metrics = {name: raw[name] for name in metrics}
         counts = {"num_detections": len(confidence), "num_matched": int(correct.sum())}
         return {**metrics, **counts, **self._options}
 

@@ -5,7 +5,6 @@ Shapes: n detections, K classes.
 
 from __future__ import annotations
 
-from collections.abc import Container
 from typing import NamedTuple
 
 import numpy as np
@@ -28,25 +27,16 @@ class Detections(NamedTuple):
     labels: np.ndarray
 
 
-def check_image(image_id: object, known: Container[object]) -> None:
-    """Refuse an image that the data set does not have.
-
-    Raises:
-        ValueError: if ``image_id`` is not among ``known``.
-    """
-    if image_id not in known:
-        raise ValueError(f"detections: expected the id of an image of the data set, got {image_id}")
-
-
 def checked_detections(
     image_id: object, detections: Detections, dataset: DetectionDataset
 ) -> Detections:
     """Return the detections as arrays of float64, the scores' own float type, and int64.
 
     Raises:
-        ValueError: shapes that do not match, boxes that are not finite or whose corners are
-            swapped, scores outside [0, 1], labels that are no class.
+        ValueError: for an image that the data set does not have, or what `Detections` does not say.
     """
+    if image_id not in dataset.objects:
+        raise ValueError(f"detections: expected the id of an image of the data set, got {image_id}")
     where = f"detections of image {image_id}"
     boxes, scores, labels = (np.asarray(values) for values in detections)
     if scores.ndim != 1 or boxes.shape != (len(scores), 4) or labels.shape != scores.shape:

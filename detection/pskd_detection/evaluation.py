@@ -12,7 +12,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from pskd_detection.datasets import DetectionDataset
-from pskd_detection.detections import Detections, check_image, checked_detections, to_xywh
+from pskd_detection.detections import Detections, checked_detections, to_xywh
 
 _METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")  # the first six of COCOeval.stats
 _log = logging.getLogger(__name__)
@@ -52,12 +52,32 @@ def average_precision(
     return results
 
 
+def in_coco_format(
+    dataset: DetectionDataset, detections: Mapping[Hashable, Detections]
+) -> list[dict]:
+    """Return detections in COCO's results format, a dictionary each.
+
+    Args, Raises: as `average_precision`.
+    """
+    rows: list[dict] = []
+    for image_id, found in detections.items():
+        found = checked_detections(image_id, found, dataset)
+        boxes = to_xywh(found.boxes).tolist()
+        for box, score, label in zip(boxes, found.scores.tolist(), found.labels, strict=True):
+            category = dataset.category_ids[label]
+            row = {"image_id": image_id, "category_id": category, "bbox": box, "score": score}
+            rows.append(row)
+    return rows
+
+
 def _evaluated(dataset: DetectionDataset, detections: Mapping[Hashable, Detections]) -> COCOeval:
-    # A dictionary of its own: the evaluation marks the annotations.
+    # Dictionaries of their own: the evaluation marks the annotations.
     truth = [dict(annotation) for annotation in dataset.coco["annotations"]]
-    evaluation = COCOeval(
-        _indexed(dataset, truth), _indexed(dataset, _as_annotations(dataset, detections)), "bbox"
-    )
+    found = [
+        row | {"id": i, "area": row["bbox"][2] * row["bbox"][3], "iscrowd": 0}
+        for i, row in enumerate(in_coco_format(dataset, detections), start=1)
+    ]
+    evaluation = COCOeval(_indexed(dataset, truth), _indexed(dataset, found), "bbox")
     evaluation.evaluate()
     evaluation.accumulate()
     return evaluation
@@ -69,29 +89,6 @@ def _indexed(dataset: DetectionDataset, annotations: list[dict]) -> COCO:
     coco.dataset = {**dataset.coco, "annotations": annotations}
     coco.createIndex()
     return coco
-
-
-def _as_annotations(
-    dataset: DetectionDataset, detections: Mapping[Hashable, Detections]
-) -> list[dict]:
-    rows: list[dict] = []
-    for image_id, found in detections.items():
-        check_image(image_id, dataset.objects)
-        found = checked_detections(image_id, found, dataset)
-        boxes = to_xywh(found.boxes).tolist()
-        for box, score, label in zip(boxes, found.scores.tolist(), found.labels, strict=True):
-            rows.append(
-                {
-                    "id": len(rows) + 1,
-                    "image_id": image_id,
-                    "category_id": dataset.category_ids[label],
-                    "bbox": box,
-                    "area": box[2] * box[3],
-                    "iscrowd": 0,
-                    "score": score,
-                }
-            )
-    return rows
 
 
 def _percent(value: float) -> float | None:

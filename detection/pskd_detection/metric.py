@@ -22,8 +22,6 @@ from pskd_detection.confidence import SCORE_THRESHOLD, match_image
 from pskd_detection.datasets import Object
 from pskd_detection.detections import to_xywh
 
-__all__ = ["DetectionECE"]
-
 
 class DetectionECE(Metric):
     """The ``d_ece`` of `pskd_detection.DetectionConfidence`: the gap of score and precision.

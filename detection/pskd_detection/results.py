@@ -1,4 +1,4 @@
-"""Results as files that `pskd report` reads, and as a table for the console."""
+"""Results as files that `pskd report` reads."""
 
 from __future__ import annotations
 
@@ -11,12 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from pskd.files import shown
 from pskd_detection.confidence import DetectionConfidence
 from pskd_detection.datasets import DetectionDataset
 from pskd_tools.files import read_json, write_json, written_aside
 from pskd_tools.images import read_rgb
-from pskd_tools.table import text_table
+from pskd_tools.plots import reliability_diagram, risk_coverage_plot
 
 SHOWN_IMAGES, SHOWN_SIDE = 64, 256  # with 10 to 15 KB each, under 1 MB
 
@@ -38,10 +37,6 @@ def write_results(
     trained_nothing = results.get("seconds_per_iteration", 0.0) is None
     if trained_nothing and path.exists():
         before = read_json(path).get("seconds_per_iteration")
-        if not isinstance(before, int | float | None):
-            raise ValueError(
-                f"{path}: seconds_per_iteration: expected a number, got {shown(before)}"
-            )
         results = {**results, "seconds_per_iteration": before}
     return write_json(path, results, indent=2)
 
@@ -52,11 +47,12 @@ def write_detections(
     found: DetectionConfidence,
     *,
     open_file: Callable[[str, str], Any] = open,
-) -> None:
-    """Write confidence.npz and test_images.json: what `pskd report` compares detections by.
+) -> Path:
+    """Write what `pskd report` compares detections by, and return the folder.
 
-    The images are the first of the data set, so that any two runs have the same. One that cannot
-    be opened is left out.
+    Which is ``confidence.npz`` and ``test_images.json``, and of at least one detection
+    ``reliability.png`` and ``risk_coverage.png``. The images are the first of the data set, so that
+    any two runs have the same. One that cannot be opened is left out.
 
     Args:
         output_dir: an evaluation's folder, made if there is none.
@@ -98,6 +94,11 @@ def write_detections(
             ],
         }
     write_json(folder / "test_images.json", images)
+    if len(found.confidence):
+        runs = {"detections": (found.confidence, found.correct)}
+        reliability_diagram(runs, folder / "reliability.png")
+        risk_coverage_plot(runs, folder / "risk_coverage.png")
+    return folder
 
 
 def _data_uri(path: str, open_file: Callable[[str, str], Any]) -> str | None:
@@ -110,31 +111,3 @@ def _data_uri(path: str, open_file: Callable[[str, str], Any]) -> str | None:
     buffer = io.BytesIO()
     picture.save(buffer, format="JPEG", quality=80)
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
-
-
-def format_table(runs: Mapping[str, Mapping]) -> str:
-    """Return runs as a Markdown table, a row each.
-
-    AP in percent, the others as fractions. The last three columns tell what the confidence was
-    measured on, without which D-ECE says little.
-
-    Args:
-        runs: by name, `average_precision` and `DetectionConfidence.compute` in one dictionary;
-            "-" stands for what is missing or None.
-    """
-    columns = {
-        "AP": ("AP", ".1f"),
-        "AP50": ("AP50", ".1f"),
-        "AP75": ("AP75", ".1f"),
-        "D-ECE": ("d_ece", ".4f"),
-        "LaECE": ("la_ece", ".4f"),
-        "AURC": ("aurc", ".4f"),
-        "IoU >=": ("iou_threshold", "g"),
-        "score >=": ("score_threshold", "g"),
-        "detections": ("num_detections", "d"),
-    }
-    lines = []
-    for name, run in runs.items():
-        values = [(run.get(key), form) for key, form in columns.values()]
-        lines.append([name, *("-" if v is None else format(v, form) for v, form in values)])
-    return text_table(["run", *columns], lines, markdown=True)

@@ -22,11 +22,8 @@ def with_three_points(segmentation: list) -> list:
 def segmentation_problem(segmentation: object, height: int, width: int) -> str | None:
     """Return what is wrong with a segmentation in COCO's format; None if nothing is.
 
-    Args:
-        segmentation: polygons, each a list or array of x, y, x, y, ...; or a run-length code with
-            ``size`` [H, W] and ``counts``, compressed or not.
-        height: H.
-        width: W.
+    It is polygons, each a list or array of x, y, x, y, ...; or a run-length code with ``size``
+    [H, W] and ``counts``, compressed or not.
     """
     if isinstance(segmentation, dict):
         return _code_problem(segmentation, height, width)

@@ -22,7 +22,7 @@ _ENCODINGS = {"ansi": "cp1252", "gb2312": "gb18030", "gbk": "gb18030"}
 
 
 def read_voc(root: Path, split: str | None = None) -> RawAnnotations:
-    """Read a folder of VOC's XML.
+    """Read a folder of VOC's XML; all that is there without a ``split``, a list's name.
 
     In VOC's own layout annotations are in ``Annotations``, images in ``JPEGImages`` or ``images``,
     and ``ImageSets/Main/SPLIT.txt`` has a name a line. Without these folders it is a flat one, as
@@ -38,10 +38,6 @@ def read_voc(root: Path, split: str | None = None) -> RawAnnotations:
     A difficult object becomes a crowd (``iscrowd`` 1): training leaves it out, and in evaluation it
     neither counts as missed nor makes a detection on it wrong. VOC's own evaluation does the same,
     but takes a box as being *on* it by IoU, where COCO's takes the part of the detection inside it.
-
-    Args:
-        root: the folder.
-        split: names the list of images; None for all XML that is there.
     """
     listing = root / "ImageSets" / "Main" / f"{split}.txt"
     xml_dir = _subfolder(root, "Annotations")

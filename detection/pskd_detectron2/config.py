@@ -91,23 +91,14 @@ def load_config(config_file: str | os.PathLike, opts: Sequence[str] = ()) -> Cfg
     return cfg
 
 
-def check_options(
-    alpha_final: float, alpha_schedule: str, teacher: str, label_smoothing: float, epoch_iters: int
-) -> None:
+def check_options(alpha_final: float, alpha_schedule: str, teacher: str) -> None:
     """Raise ValueError for a value that its option does not allow."""
     check_alpha(alpha_final, "MODEL.PSKD.ALPHA_FINAL")
-    check_label_smoothing(label_smoothing)
-    if alpha_schedule not in SCHEDULES:
-        raise ValueError(
-            f"MODEL.PSKD.ALPHA_SCHEDULE: expected one of {', '.join(SCHEDULES)}, "
-            f"got {alpha_schedule!r}"
-        )
-    if teacher not in TEACHERS:
-        raise ValueError(
-            f"MODEL.PSKD.TEACHER: expected one of {', '.join(TEACHERS)}, got {teacher!r}"
-        )
-    if epoch_iters < 0:
-        raise ValueError(f"MODEL.PSKD.EPOCH_ITERS: expected 0 or more, got {epoch_iters}")
+    choices = ("ALPHA_SCHEDULE", alpha_schedule, SCHEDULES), ("TEACHER", teacher, TEACHERS)
+    for key, value, known in choices:
+        if value not in known:
+            expected = ", ".join(known)
+            raise ValueError(f"MODEL.PSKD.{key}: expected one of {expected}, got {value!r}")
 
 
 def check_label_smoothing(
@@ -128,13 +119,10 @@ def check_pskd_config(cfg: CfgNode) -> None:
         ValueError: naming the key, what was expected and what came.
     """
     pskd = cfg.MODEL.PSKD
-    check_options(
-        pskd.ALPHA_FINAL,
-        pskd.ALPHA_SCHEDULE,
-        pskd.TEACHER,
-        pskd.LABEL_SMOOTHING,
-        pskd.EPOCH_ITERS,
-    )
+    check_options(pskd.ALPHA_FINAL, pskd.ALPHA_SCHEDULE, pskd.TEACHER)
+    check_label_smoothing(pskd.LABEL_SMOOTHING)
+    if pskd.EPOCH_ITERS < 0:
+        raise ValueError(f"MODEL.PSKD.EPOCH_ITERS: expected 0 or more, got {pskd.EPOCH_ITERS}")
     if not pskd.ENABLED:
         return
     name = cfg.MODEL.ROI_HEADS.NAME
@@ -155,11 +143,6 @@ def class_count(cfg: CfgNode) -> int | None:
     if issubclass(kind, GeneralizedRCNN) or has_pskd_heads(cfg):
         return cfg.MODEL.ROI_HEADS.NUM_CLASSES
     return None
-
-
-def set_class_count(cfg: CfgNode, num_classes: int) -> None:
-    """Let a detector of either architecture have K classes, in place."""
-    cfg.MODEL.ROI_HEADS.NUM_CLASSES = cfg.MODEL.RETINANET.NUM_CLASSES = num_classes
 
 
 def has_pskd_heads(cfg: CfgNode) -> bool:

@@ -52,8 +52,10 @@ def named(name: object) -> Iterator[None]:
 def training_records(
     names: str | Sequence[str], *, filter_empty: bool = True, **options
 ) -> list[dict]:
-    """Return images and annotations as `get_detection_dataset_dicts`, to which an ``iscrowd`` that
-    is text, as in ``"0"``, is set: it would leave the object out."""
+    """Return what `get_detection_dataset_dicts` does, every annotation with its row.
+
+    An ``iscrowd`` that is text, as in ``"0"``, is read: to Detectron2 it is set.
+    """
     with named(f"training set {names}"):
         records = get_detection_dataset_dicts(names, filter_empty=False, **options)
     if not isinstance(records, list):
@@ -71,7 +73,7 @@ def training_records(
             records = filter_images_with_only_crowd_annotations(records)
     if not records:
         raise ValueError(f"{names}: expected annotations to train on, got crowds or none")
-    return records
+    return number_annotations(records)
 
 
 def source(loader: object) -> tuple[ResumableTrainingSampler | None, Sequence[dict] | None]:
@@ -125,16 +127,10 @@ def check_records(
     mask_format: str = "polygon",
     sem_seg: bool = False,
 ) -> None:
-    """Refuse training data that Detectron2 would stumble on later, or train on as something else.
+    """Refuse records that Detectron2 would stumble on later, or train on as something else.
 
+    ``num_classes`` is K, or None: the model trains on no boxes, or its classes are not known.
     Boxes outside their image are left out by Detectron2, which is logged.
-
-    Args:
-        records: images and annotations in Detectron2's format.
-        num_classes: K; None: the model trains on no boxes, or its classes are not known.
-        masks: whether the model learns masks.
-        mask_format: INPUT.MASK_FORMAT.
-        sem_seg: whether the model learns semantic segmentation.
     """
     mended = Mended("training set")
     expected = ["file_name"]

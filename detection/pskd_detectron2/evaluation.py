@@ -6,7 +6,6 @@ import math
 import os
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -37,7 +36,6 @@ from pskd_detectron2.registered import (
     is_voc,
 )
 from pskd_detectron2.scoring import class_probs, has_class_logits
-from pskd_tools.plots import reliability_diagram, risk_coverage_plot
 
 
 class ConfidenceEvaluator(DatasetEvaluator):
@@ -45,8 +43,7 @@ class ConfidenceEvaluator(DatasetEvaluator):
 
     Args:
         dataset_name: a registered one in COCO or VOC format.
-        output_dir: where ``confidence.npz``, ``test_images.json`` and, if there are detections,
-            ``reliability.png`` and ``risk_coverage.png`` are written; None for none.
+        output_dir: where the files of `write_detections` are written; None for none.
         options: of `pskd_detection.DetectionConfidence`, such as ``iou_threshold``.
     """
 
@@ -79,17 +76,9 @@ class ConfidenceEvaluator(DatasetEvaluator):
         results = confidence.compute()
         if self._output_dir:
             with output_folder(self._output_dir) as folder:
-                self._write(folder, self._dataset, confidence)
+                write_detections(folder, self._dataset, confidence, open_file=PathManager.open)
         # Detectron2 prints and logs floats only.
         return {"confidence": {k: math.nan if v is None else v for k, v in results.items()}}
-
-    @staticmethod
-    def _write(folder: Path, dataset: DetectionDataset, confidence: DetectionConfidence) -> None:
-        write_detections(folder, dataset, confidence, open_file=PathManager.open)
-        if len(confidence.confidence):
-            runs = {"detections": (confidence.confidence, confidence.correct)}
-            reliability_diagram(runs, folder / "reliability.png")
-            risk_coverage_plot(runs, folder / "risk_coverage.png")
 
 
 class VOCEvaluator(PascalVOCDetectionEvaluator):

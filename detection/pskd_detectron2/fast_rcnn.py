@@ -50,19 +50,14 @@ class PSKDFastRCNNOutputLayers(FastRCNNOutputLayers):
     def of(
         cls, predictor: FastRCNNOutputLayers, pskd: PSKDState, stage: int = 0
     ) -> PSKDFastRCNNOutputLayers:
-        """Return a predictor that PS-KD trains; in place of a stock one, a new one.
+        """Return a predictor that learns from the teacher of ``pskd``, the state of the heads.
 
-        The new one has the stock one's options and its very parameters: nothing is drawn again, so
-        a model starts from the values that the seed gives the stock model.
-
-        Args:
-            predictor: stock, or of this class or a subclass, which is returned itself.
-            pskd: of the heads.
-            stage: of a cascade, from 0.
+        In place of a stock one a new one, which takes over its options and very parameters: nothing
+        is drawn again, so a model starts from the stock one's values.
 
         Raises:
-            ValueError: if the predictor is another, whose own loss would be lost; for a label
-                smoothing outside [0, 1], or with a sigmoid head.
+            ValueError: if it is another, whose own loss would be lost; for a label smoothing
+                outside [0, 1], or with a sigmoid head.
         """
         if type(predictor) is FastRCNNOutputLayers:
             stock, predictor = predictor, cls.__new__(cls)
@@ -73,7 +68,7 @@ class PSKDFastRCNNOutputLayers(FastRCNNOutputLayers):
                 f"got {type(predictor).__name__}"
             )
         check_label_smoothing(
-            pskd.label_smoothing, pskd.enabled and predictor.use_sigmoid_ce, "pskd_label_smoothing"
+            pskd.label_smoothing, predictor.use_sigmoid_ce, "pskd_label_smoothing"
         )
         predictor.pskd, predictor.stage = pskd, stage
         return predictor

@@ -25,9 +25,7 @@ def local_path(path: str | os.PathLike) -> Path:
 def output_folder(path: str | os.PathLike, *known: str) -> Iterator[Path]:
     """Give a local folder to write files to: ``path``, or one whose files are copied there then.
 
-    Args:
-        path: the folder, which may be remote; made if there is none.
-        known: names of files that are to be in the local folder if they are in ``path``.
+    ``known`` are names of files that are to be in the local folder if they are in ``path``.
     """
     if not is_remote(path):
         yield Path(path)

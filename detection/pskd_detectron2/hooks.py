@@ -6,7 +6,7 @@ import logging
 import math
 import os
 from pathlib import Path
-from typing import TypedDict
+from typing import Any
 
 from detectron2.engine import HookBase
 from detectron2.modeling import ROIHeads
@@ -22,25 +22,11 @@ from pskd_detectron2.memory import AnnotationMemory
 from pskd_detectron2.state import PSKDState
 from pskd_tools.checkpoint import load_archive, naming
 
-__all__ = ["PSKDHook"]
-
 logger = logging.getLogger("detectron2." + __name__)
 
 # What ALLOW_SCHEDULE_CHANGE allows to be another after a resume.
 _CHANGEABLE = SCHEDULE_OPTIONS | {"epoch_iters"}
 _LOGGED = ("pskd/teacher_nll", "pskd/teacher_agreement", "pskd/gradient_rescaling")
-
-
-class _Options(TypedDict, total=False):
-    epoch_iters: int
-    alpha_final: float
-    alpha_schedule: str
-    teacher: str
-    num_classes: int
-    training_set: str
-    label_smoothing: float
-    foreground_only: bool
-    num_epochs: int
 
 
 class PSKDHook(HookBase):
@@ -86,7 +72,7 @@ class PSKDHook(HookBase):
         allow_schedule_change: bool = False,
         log_period: int = 20,
     ) -> None:
-        check_options(alpha_final, alpha_schedule, teacher, 0.0, epoch_iters)
+        check_options(alpha_final, alpha_schedule, teacher)
         if epoch_iters < 1:
             raise ValueError(f"epoch_iters: expected 1 or more, got {epoch_iters}")
         self._model = getattr(model, "module", model)
@@ -97,7 +83,8 @@ class PSKDHook(HookBase):
         self._pskd.is_driven = True
         if not self._pskd.enabled:
             raise ValueError("PSKDHook: expected heads with MODEL.PSKD.ENABLED True, got False")
-        self._options: _Options = {
+        _check_predictors(heads)
+        self._options: dict[str, Any] = {
             "epoch_iters": epoch_iters,
             "alpha_final": float(alpha_final),
             "alpha_schedule": alpha_schedule,
@@ -126,11 +113,10 @@ class PSKDHook(HookBase):
         self._driver: EpochDriver | None = None  # until the number of epochs is known
 
     def before_train(self) -> None:
-        """Fix the number of epochs; refuse to go on without the teacher that there must be.
+        """Fix the number of epochs.
 
         Raises:
-            ValueError: if the training has another length than the checkpoint's, or goes on inside
-                a later epoch than the first from a checkpoint without a teacher.
+            ValueError: if it is not the checkpoint's, or the teacher that there must be is missing.
         """
         options, start = self._options, self.trainer.start_iter
         num_epochs = math.ceil(self.trainer.max_iter / options["epoch_iters"])
@@ -240,6 +226,17 @@ class PSKDHook(HookBase):
         path = self._output_dir / str(name)
         with naming(path):
             memory.load_state_dict(load_archive(path, "the memory of the checkpoint"))
+
+
+def _check_predictors(heads: ROIHeads) -> None:
+    """Refuse predictors that were set after the heads were built: no teacher would reach them."""
+    predictors = heads.get_submodule("box_predictor")
+    for predictor in predictors if isinstance(predictors, nn.ModuleList) else (predictors,):
+        if getattr(predictor, "pskd", None) is not heads.pskd:
+            raise ValueError(
+                f"box_predictor: expected that of {type(heads).__name__}'s arguments, got "
+                f"{type(predictor).__name__}, which was set afterwards"
+            )
 
 
 def _new_memory(heads: ROIHeads, num_annotations: int, fingerprint: str) -> AnnotationMemory:

@@ -8,14 +8,20 @@ Such a config is one of Detectron2's with ``model.roi_heads._target_`` set to a 
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 from collections.abc import Sequence
 from typing import Any
 
 from detectron2.config import LazyConfig, instantiate
 from detectron2.data import DatasetMapper, get_detection_dataset_dicts
-from detectron2.engine import SimpleTrainer, default_setup, default_writers, defaults, hooks
+from detectron2.engine import (
+    AMPTrainer,
+    SimpleTrainer,
+    create_ddp_model,
+    default_setup,
+    default_writers,
+    hooks,
+)
 from detectron2.evaluation import DatasetEvaluators, inference_on_dataset, print_csv_format
 from detectron2.utils import comm
 from detectron2.utils.registry import locate
@@ -30,7 +36,6 @@ from pskd_detectron2.data import (
     check_image_files,
     count_annotations,
     epoch_length,
-    number_annotations,
     training_fingerprint,
     training_records,
 )
@@ -46,10 +51,7 @@ from pskd_detectron2.resume import (
     EvaluationCheckpointer,
     same_random_state_after,
 )
-from pskd_detectron2.state import PSKDState
-from pskd_detectron2.trainer import cpu_parts, seconds_per_iteration
-
-logger = logging.getLogger("detectron2." + __name__)
+from pskd_detectron2.trainer import ddp_options, seconds_per_iteration
 
 #: Where a lazy model has its classes: ROI heads, and RetinaNet or FCOS.
 _CLASS_COUNTS = ("model.roi_heads.num_classes", "model.num_classes")
@@ -139,10 +141,8 @@ def train(cfg: DictConfig, model, resume: bool) -> dict:
     cfg.optimizer.params.model = model
     optimizer = instantiate(cfg.optimizer)
     loader = instantiate(cfg.dataloader.train)
-    with cpu_parts(cfg.train.device):
-        model = defaults.create_ddp_model(model, **cfg.train.ddp)
-        step = defaults.AMPTrainer if cfg.train.amp.enabled else SimpleTrainer
-        trainer = step(model, loader, optimizer)
+    model = create_ddp_model(model, **(ddp_options(cfg.train.device) | dict(cfg.train.ddp)))
+    trainer = (AMPTrainer if cfg.train.amp.enabled else SimpleTrainer)(model, loader, optimizer)
     checkpointer = AsideCheckpointer(model, cfg.train.output_dir, trainer=trainer)
     results: dict = {}
 
@@ -179,19 +179,12 @@ def train(cfg: DictConfig, model, resume: bool) -> dict:
     return {"seconds_per_iteration": seconds_per_iteration(trainer.storage), **results}
 
 
-def numbered_records(**kwargs) -> list[dict]:
-    """`training_records`, every annotation with its row of the memory."""
-    return number_annotations(training_records(**kwargs))
-
-
 def use_own_parts(cfg: DictConfig) -> None:
     """Let this project's mappers and records stand in for Detectron2's own, in place."""
     memory = OmegaConf.select(cfg, "train.pskd.teacher") == "memory"
-    records = numbered_records if memory else training_records
-    mapper = PSKDDatasetMapper if memory else ImageMapper
     for path, stock, ours in (
-        ("dataloader.train.dataset", get_detection_dataset_dicts, records),
-        ("dataloader.train.mapper", DatasetMapper, mapper),
+        ("dataloader.train.dataset", get_detection_dataset_dicts, training_records),
+        ("dataloader.train.mapper", DatasetMapper, PSKDDatasetMapper if memory else ImageMapper),
         ("dataloader.test.mapper", DatasetMapper, ImageMapper),
     ):
         part = OmegaConf.select(cfg, path)
@@ -208,14 +201,9 @@ def _located(target):
 
 def pskd_hook(cfg: DictConfig, model, records: Sequence[dict]) -> PSKDHook | None:
     """Build the hook of ``train.pskd``; None if the config has no such section."""
-    section = OmegaConf.select(cfg, "train.pskd")
-    if section is None:
-        heads = getattr(getattr(model, "module", model), "roi_heads", None)
-        state = getattr(heads, "pskd", None)
-        if isinstance(state, PSKDState) and state.enabled:
-            logger.warning("train.pskd is missing: the PSKD head trains without a teacher")
-        return None
-    options: dict[str, Any] = dict(section)
+    if "pskd" not in cfg.train:
+        return None  # and an enabled PSKD head says that it trains as the stock one
+    options: dict[str, Any] = dict(cfg.train.pskd)
     if not options.get("epoch_iters"):
         batch = cfg.dataloader.train.total_batch_size
         options["epoch_iters"] = epoch_length(len(records), batch)

@@ -16,17 +16,14 @@ from torch import Tensor
 from pskd.distributed import is_first, sum_over_processes
 from pskd.files import shown
 
-__all__ = ["AnnotationMemory"]
+_TENSORS = ("probs", "seen", "sums", "counts")
 
 
 class AnnotationMemory:
     """Mean predictions by row, written in one epoch and read in the next.
 
-    Args:
-        num_rows: M, one row an annotation and stage of the head.
-        num_classes: C, the classes of a prediction.
-        fingerprint: names the annotations that the rows belong to.
-        device: where the rows lie.
+    Its M = ``num_rows`` rows are one an annotation and stage of the head; ``fingerprint`` names the
+    annotations that they belong to.
     """
 
     def __init__(
@@ -36,8 +33,8 @@ class AnnotationMemory:
         shape = (num_rows, num_classes)
         self.probs = torch.zeros(shape, dtype=torch.float32, device=device)
         self.seen = torch.zeros(num_rows, dtype=torch.bool, device=device)
-        self._sums = torch.zeros(shape, dtype=torch.float32, device=device)
-        self._counts = torch.zeros(num_rows, dtype=torch.int64, device=device)
+        self.sums = torch.zeros(shape, dtype=torch.float32, device=device)
+        self.counts = torch.zeros(num_rows, dtype=torch.int64, device=device)
 
     @property
     def available(self) -> bool:
@@ -50,25 +47,18 @@ class AnnotationMemory:
             self.next_epoch()
 
     def read(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Return (R, C) past predictions and (R,) whether there is one; zeros where not.
-
-        Args:
-            rows: (R,) int64 in [0, M).
-        """
+        """Return (R, C) past predictions of (R,) rows and whether there is one; zeros where not."""
         return self.probs[rows], self.seen[rows]
 
     def write(self, rows: Tensor, probs: Tensor, counts: Tensor) -> None:
-        """Add predictions to this epoch's means; a row may occur often.
+        """Add (R, C) predictions to this epoch's means of (R,) rows, of which one may occur often.
 
-        Args:
-            rows: (R,) int64 in [0, M).
-            probs: (R, C) float.
-            counts: (R,) bool; the others are left out, as are predictions that are not finite.
+        Left out are those without ``counts``, (R,) bool, and those that are not finite.
         """
-        probs = probs.detach().to(self._sums.dtype)
+        probs = probs.detach().to(self.sums.dtype)
         counts = counts & probs.isfinite().all(dim=1)
-        self._sums.index_add_(0, rows, torch.where(counts[:, None], probs, 0.0))
-        self._counts.index_add_(0, rows, counts.long())
+        self.sums.index_add_(0, rows, torch.where(counts[:, None], probs, 0.0))
+        self.counts.index_add_(0, rows, counts.long())
 
     def next_epoch(self) -> None:
         """Turn what this epoch wrote, on all processes, into what the next one reads.
@@ -77,8 +67,8 @@ class AnnotationMemory:
         aspect-ratio buckets or drawn at random, some miss an epoch.
         """
         self._add_up()
-        new = self._counts > 0
-        means = self._sums / self._counts.clamp_min(1)[:, None]
+        new = self.counts > 0
+        means = self.sums / self.counts.clamp_min(1)[:, None]
         self.probs[new] = means[new].to(self.probs.dtype)
         self.seen |= new
         self.forget_unfinished_epoch()
@@ -94,36 +84,30 @@ class AnnotationMemory:
 
     def forget_unfinished_epoch(self) -> None:
         """Drop what was written since the epoch began."""
-        self._sums.zero_()
-        self._counts.zero_()
+        self.sums.zero_()
+        self.counts.zero_()
 
     def _add_up(self) -> None:
-        self._sums = sum_over_processes(self._sums)
-        self._counts = sum_over_processes(self._counts)
+        self.sums = sum_over_processes(self.sums)
+        self.counts = sum_over_processes(self.counts)
 
     def state_dict(self, *, ended: bool = False) -> dict[str, str | int | Tensor]:
         """Return everything, this process's part of the unfinished epoch included, on the CPU."""
-        tensors = {
-            name: getattr(self, attribute).cpu().clone() for name, attribute in _TENSORS.items()
-        }
+        tensors = {name: getattr(self, name).cpu().clone() for name in _TENSORS}
         return {"fingerprint": self.fingerprint, "crc32": _checksum(tensors), **tensors}
 
     def load_state_dict(self, state: dict[str, str | int | Tensor], student: object = None) -> None:
         """Restore what `state_dict` returned.
 
         Raises:
-            ValueError: if it is that of other annotations, of another number of rows or classes,
-                damaged, or no memory at all.
+            ValueError: if it is that of other annotations or classes, damaged, or no memory.
         """
         keys = {"fingerprint", "crc32", *_TENSORS}
         if not isinstance(state, dict) or not keys <= state.keys():
             found = sorted(map(str, state)) if isinstance(state, dict) else type(state)
             raise ValueError(f"expected a memory with {sorted(keys)}, got {shown(found)}")
-        for name, kind in (("fingerprint", str), ("crc32", int)):
-            if not isinstance(state[name], kind):
-                raise ValueError(f"{name}: expected {kind.__name__}, got {shown(state[name])}")
-        for name, attribute in _TENSORS.items():
-            own, new = getattr(self, attribute), state[name]
+        for name in _TENSORS:
+            own, new = getattr(self, name), state[name]
             if not isinstance(new, Tensor) or (new.shape, new.dtype) != (own.shape, own.dtype):
                 got = (tuple(new.shape), new.dtype) if isinstance(new, Tensor) else shown(new)
                 raise ValueError(
@@ -138,11 +122,8 @@ class AnnotationMemory:
         checksum = _checksum(state)
         if state["crc32"] != checksum:
             raise ValueError(f"damaged: expected CRC-32 {state['crc32']:#x}, got {checksum:#x}")
-        for name, attribute in _TENSORS.items():
-            getattr(self, attribute).copy_(state[name])
-
-
-_TENSORS = {"probs": "probs", "seen": "seen", "sums": "_sums", "counts": "_counts"}
+        for name in _TENSORS:
+            getattr(self, name).copy_(state[name])
 
 
 def _checksum(state: Mapping[str, str | int | Tensor]) -> int:

@@ -249,11 +249,8 @@ def check_sets(
 ) -> None:
     """Refuse data sets on which a run would fail, some of them at its end; test sets are read.
 
-    Args:
-        train: names of the training sets; none, if nothing is trained.
-        test: names of the test sets.
-        num_classes: K; None: neither classes nor boxes are looked at.
-        masks: whether the model predicts masks, which COCO's evaluation compares with all others.
+    Without ``num_classes``, K, neither classes nor boxes are looked at. ``masks``: the model
+    predicts masks, which COCO's evaluation compares with all others.
     """
     for name in (*train, *test):
         if name not in DatasetCatalog.list():

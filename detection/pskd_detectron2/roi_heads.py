@@ -37,6 +37,7 @@ class _PSKDHeads(_Stock):
         pskd_foreground_only: background ROIs keep their hard target.
         pskd_label_smoothing: torch's, of the hard part, over all K + 1 classes; 0 with a sigmoid
             head.
+        parts: of the stock heads. Box predictors become PS-KD's if it is enabled.
 
     Raises:
         ValueError: as `PSKDFastRCNNOutputLayers.of`.
@@ -52,22 +53,18 @@ class _PSKDHeads(_Stock):
         pskd_enabled: bool = True,
         pskd_foreground_only: bool = False,
         pskd_label_smoothing: float = 0.0,
-        **kwargs,
+        **parts,
     ) -> None:
-        super().__init__(**kwargs)
-        self.pskd = PSKDState(pskd_enabled, pskd_foreground_only, pskd_label_smoothing)
-        self._use_pskd_predictors()
+        pskd = PSKDState(pskd_enabled, pskd_foreground_only, pskd_label_smoothing)
+        of = PSKDFastRCNNOutputLayers.of
+        if pskd_enabled and "box_predictors" in parts:  # of a cascade
+            stages = enumerate(parts["box_predictors"])
+            parts["box_predictors"] = [of(stock, pskd, stage) for stage, stock in stages]
+        elif pskd_enabled:
+            parts["box_predictor"] = of(parts["box_predictor"], pskd)
+        super().__init__(**parts)
+        self.pskd = pskd
         self._teacher_features: dict[str, Tensor] | None = None
-
-    def _use_pskd_predictors(self) -> None:
-        if not self.pskd.enabled:
-            return  # whatever they are, they train as they do in the stock heads
-        of, predictors = PSKDFastRCNNOutputLayers.of, self.get_submodule("box_predictor")
-        if isinstance(predictors, torch.nn.ModuleList):  # of a cascade
-            for stage, predictor in enumerate(predictors):
-                predictors[stage] = of(predictor, self.pskd, stage)
-        else:
-            self.box_predictor = of(predictors, self.pskd)
 
     @classmethod
     def from_config(cls, cfg, input_shape) -> dict:
@@ -92,8 +89,6 @@ class _PSKDHeads(_Stock):
         Raises:
             ValueError: if the memory is the teacher and the annotations do not tell their rows.
         """
-        if self.training:
-            self._use_pskd_predictors()  # which derived heads may have set after `__init__`
         if self.training and self.pskd.memory is not None:
             _check_rows(targets or [])
         if self.training and self.pskd.alpha and self.pskd.snapshot.available:

@@ -23,20 +23,7 @@ def has_class_logits(heads: object) -> bool:
 def class_logits(
     heads: ROIHeads, features: dict[str, Tensor], proposals: list[Instances], stage: int = 0
 ) -> Tensor:
-    """Return the (R, K + 1) scores of the proposals' boxes, background last.
-
-    Args:
-        heads: Standard (FPN), Res5 (C4) or Cascade heads, in eval mode.
-        features: of the batch, as the backbone returns them.
-        proposals: one an image, with ``proposal_boxes``; R boxes together.
-        stage: of a cascade.
-
-    Raises:
-        ValueError: for heads of another kind.
-    """
-    if not has_class_logits(heads):
-        kind = type(heads).__name__
-        raise ValueError(f"expected Standard, Res5 or Cascade ROI heads, got {kind}")
+    """Return the (R, K + 1) scores of the proposals' boxes in eval mode, background last."""
     names = heads.in_features if isinstance(heads, Res5ROIHeads) else heads.box_in_features
     maps = [features[name] for name in names]
     boxes = [p.proposal_boxes for p in proposals]

@@ -5,8 +5,6 @@ from __future__ import annotations
 from pskd import SnapshotTeacher
 from pskd_detectron2.memory import AnnotationMemory
 
-__all__ = ["PSKDState"]
-
 
 class PSKDState:
     """Alpha and teacher of one model, shared by its heads, its predictors and `PSKDHook`.
@@ -14,13 +12,11 @@ class PSKDState:
     No `nn.Module`: it adds nothing to the model's parameters, state dict, optimizer or DDP buckets.
 
     Attributes:
-        enabled: whether training is PS-KD's at all.
         alpha: weight of the teacher in this epoch; 0 in the first.
         snapshot: last epoch's model, a module dict of ``backbone`` and ``roi_heads``.
         memory: last epoch's predictions by annotation, or None with the snapshot teacher.
         is_driven: whether a hook was made for the model; without one there is never a teacher.
-        rows_per_stage: the annotations of the training set; stage s of a cascade has its rows from
-            ``s * rows_per_stage`` on.
+        rows_per_stage: stage s of a cascade has its rows from ``s * rows_per_stage`` on.
     """
 
     def __init__(

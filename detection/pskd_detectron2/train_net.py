@@ -23,7 +23,7 @@ from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 from pskd_detection import add_dataset_arguments
 
-from pskd_detectron2.config import load_config, recipe_path, set_class_count
+from pskd_detectron2.config import load_config, recipe_path
 from pskd_detectron2.data import check_image_files
 from pskd_detectron2.files import save_results
 from pskd_detectron2.lazy import run_lazy
@@ -44,7 +44,7 @@ def setup(args) -> CfgNode:
     if args.test:
         cfg.DATASETS.TEST = (args.test,)
     if num_classes is not None:
-        set_class_count(cfg, num_classes)
+        cfg.MODEL.ROI_HEADS.NUM_CLASSES = cfg.MODEL.RETINANET.NUM_CLASSES = num_classes
     cfg.freeze()
     default_setup(cfg, args)
     return cfg

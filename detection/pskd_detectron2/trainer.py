@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import weakref
-from collections.abc import Iterator
 from functools import partial
 from unittest.mock import patch
 
@@ -14,7 +12,7 @@ import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import build_detection_test_loader, build_detection_train_loader
-from detectron2.engine import DefaultTrainer, SimpleTrainer, create_ddp_model, defaults
+from detectron2.engine import DefaultTrainer, create_ddp_model, defaults
 from detectron2.engine.hooks import EvalHook
 from detectron2.evaluation import DatasetEvaluators
 from detectron2.modeling import GeneralizedRCNNWithTTA
@@ -27,7 +25,6 @@ from pskd_detectron2.data import (
     PSKDDatasetMapper,
     count_annotations,
     epoch_length,
-    number_annotations,
     training_fingerprint,
     training_records,
 )
@@ -55,26 +52,9 @@ from pskd_detectron2.resume import (
 logger = logging.getLogger("detectron2." + __name__)
 
 
-class CPUAMPTrainer(SimpleTrainer):
-    """Mixed precision on a CPU: bfloat16, which needs no loss scale. `AMPTrainer` wants CUDA."""
-
-    def run_step(self) -> None:
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            super().run_step()
-
-
-@contextlib.contextmanager
-def cpu_parts(device: torch.device | str) -> Iterator[None]:
-    """Let `DefaultTrainer` make a trainer on the CPU, in several processes and mixed precision."""
-    with contextlib.ExitStack() as stack:
-        if torch.device(device).type == "cpu":
-            # `DefaultTrainer.__init__` has no method to override for these two: it names DDP's
-            # device by the rank of its process, which a model on the CPU refuses.
-            ddp = partial(create_ddp_model, device_ids=None)
-            stack.enter_context(
-                patch.multiple(defaults, AMPTrainer=CPUAMPTrainer, create_ddp_model=ddp)
-            )
-        yield
+def ddp_options(device: torch.device | str) -> dict[str, None]:
+    """Return what `create_ddp_model` needs for a model on the CPU: it has no device of a rank."""
+    return {"device_ids": None} if torch.device(device).type == "cpu" else {}
 
 
 class Trainer(DefaultTrainer):
@@ -92,18 +72,15 @@ class Trainer(DefaultTrainer):
         check_config(cfg)
         warn_of_unused_keys(cfg)
         self._tta_results: dict = {}
-        with cpu_parts(cfg.MODEL.DEVICE):
+        # `DefaultTrainer.__init__` has no method to override for it.
+        ddp = partial(create_ddp_model, **ddp_options(cfg.MODEL.DEVICE))
+        with patch.object(defaults, "create_ddp_model", ddp):
             super().__init__(cfg)
 
     @classmethod
     def build_model(cls, cfg: CfgNode):
-        """As `DefaultTrainer`; a model that PS-KD or TEST.AUG cannot use is refused."""
+        """As `DefaultTrainer`; a model that TEST.AUG cannot use is refused."""
         model = super().build_model(cfg)
-        if cfg.MODEL.PSKD.ENABLED and not hasattr(model, "roi_heads"):
-            raise ValueError(
-                "MODEL.META_ARCHITECTURE: with PS-KD expected a model with ROI heads, such as "
-                f"GeneralizedRCNN, got {cfg.MODEL.META_ARCHITECTURE}"
-            )
         if cfg.TEST.AUG.ENABLED:
             try:
                 GeneralizedRCNNWithTTA(cfg, model)
@@ -119,16 +96,14 @@ class Trainer(DefaultTrainer):
         An override with a mapper of its own derives it, for that teacher, from `PSKDDatasetMapper`
         and numbers its annotations (`number_annotations`).
         """
-        records, mapper, options = training_dicts(cfg), ImageMapper, {}
-        if cfg.MODEL.PSKD.ENABLED and cfg.MODEL.PSKD.TEACHER == "memory":
-            number_annotations(records)
-            mapper = PSKDDatasetMapper
+        records, options = training_dicts(cfg), {}
+        remembers = cfg.MODEL.PSKD.ENABLED and cfg.MODEL.PSKD.TEACHER == "memory"
+        mapper = (PSKDDatasetMapper if remembers else ImageMapper)(cfg, is_train=True)
         if cfg.DATALOADER.SAMPLER_TRAIN == ResumableTrainingSampler.__name__:
             # Seeds for the workers from a generator of their own: the global one is then where
             # it was at the stop.
             sampler = ResumableTrainingSampler(len(records), seed=cfg.SEED)
             options = {"sampler": sampler, "seed": cfg.SEED}
-        mapper = mapper(cfg, is_train=True)
         return build_detection_train_loader(cfg, dataset=records, mapper=mapper, **options)
 
     @classmethod

@@ -21,8 +21,6 @@ from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign
 
 from pskd_torchvision.weights import read_state_dict, some
 
-__all__ = ["build_detector", "has_masks", "load_weights", "model_names"]
-
 KINDS = {"fasterrcnn_": FasterRCNN, "maskrcnn_": MaskRCNN}
 # Beside the builders that torchvision has: its own parts with other ResNets.
 RESNETS = ("resnet18", "resnet34", "resnet101")

@@ -31,6 +31,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from pskd_tools.checkpoint import write_archive
 from pskd_tools.files import written_aside
+from pskd_tools.program import exit_status
 from pskd_torchvision.weights import read_state_dict, some
 
 BLOCKS = {  # depth: blocks of each stage
@@ -79,11 +80,7 @@ def is_left_out(key: str) -> bool:
 
 
 def find_architecture(state_dict: Mapping[str, Tensor]) -> Architecture:
-    """Tell which of torchvision's ResNets a state dict is, from its stem and its block counts.
-
-    Raises:
-        ValueError: the keys are no ResNet's, its stem is not ImageNet's, or no known depth fits.
-    """
+    """Tell which of torchvision's ResNets a state dict is, from its stem and its block counts."""
     stem = state_dict.get("conv1.weight")
     if stem is None or "layer1.0.conv1.weight" not in state_dict:
         raise ValueError(
@@ -115,10 +112,9 @@ def find_architecture(state_dict: Mapping[str, Tensor]) -> Architecture:
 def _widths(state_dict: Mapping[str, Tensor], depth: int) -> Architecture:
     """ResNeXt and Wide ResNet differ in the first stage's 3x3 convolution."""
     middle = state_dict.get("layer1.0.conv2.weight")
-    shape = () if middle is None else tuple(middle.shape)
-    if len(shape) != 4 or 0 in shape:
-        raise ValueError(f"layer1.0.conv2.weight: expected a convolution, got shape {shape}")
-    width, per_group = shape[:2]
+    if middle is None or middle.dim() != 4 or not middle.numel():
+        return Architecture(depth)  # whose keys and shapes are looked at next
+    width, per_group = middle.shape[:2]
     return Architecture(depth, groups=max(1, width // per_group), width_per_group=per_group)
 
 
@@ -127,11 +123,6 @@ def _widths(state_dict: Mapping[str, Tensor], depth: int) -> Architecture:
 
 def convert(state_dict: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Architecture]:
     """Return Detectron2's names with float32 weights on the CPU, and the architecture.
-
-    The classifier and the counters of batches are left out: Detectron2 has no use for them.
-
-    Args:
-        state_dict: of one of torchvision's ResNets.
 
     Raises:
         ValueError: naming the key, what was expected and what came.
@@ -213,9 +204,6 @@ def write_weights(path: str | os.PathLike, weights: Mapping[str, Tensor]) -> Non
     A ``.pth`` holds tensors and is read as data; a ``.pkl`` is a pickle of numpy arrays, as those
     of Detectron2's model zoo, which another major version of numpy may not read.
 
-    Raises:
-        ValueError: another suffix, or a folder that is not there.
-
     Source: detectron2/checkpoint/detection_checkpoint.py (keys of the file).
     """
     path = _checked_target(path)
@@ -262,15 +250,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("source", metavar="IN", help="torchvision-layout checkpoint")
     parser.add_argument("target", metavar="OUT", help="the file to write, .pth or .pkl")
     args = parser.parse_args(argv)
-    try:
+
+    def work() -> None:
         config = convert_file(args.source, args.target)
-    except (OSError, ValueError) as error:
-        print(f"convert_backbone: {error}", file=sys.stderr)
-        return 1
-    print(f"{args.target}: a backbone of depth {config['MODEL.RESNETS.DEPTH']}. Its config keys:")
-    for key, value in config.items():
-        print(f"    {key} {shlex.quote(str(value))}")
-    return 0
+        depth = config["MODEL.RESNETS.DEPTH"]
+        print(f"{args.target}: a backbone of depth {depth}. Its config keys:")
+        for key, value in config.items():
+            print(f"    {key} {shlex.quote(str(value))}")
+
+    return exit_status("convert_backbone", work)
 
 
 if __name__ == "__main__":

@@ -21,8 +21,6 @@ from torchvision.transforms.v2 import functional as F
 
 from pskd_tools.images import read_rgb
 
-__all__ = ["SMALLEST_SIDE", "DetectionImages", "collate", "read_image"]
-
 #: Boxes with a shorter side, in pixels, are left out: in float32 their corners may coincide, which
 #: torchvision refuses in the middle of a training.
 SMALLEST_SIDE = 0.01
@@ -123,11 +121,7 @@ class DetectionImages(Dataset):
 
 
 def read_image(dataset: DetectionDataset, entry: dict) -> Tensor:
-    """Return an image of a data set as it is shown, (C, H, W) uint8.
-
-    Raises:
-        ValueError: naming an image that cannot be read or has another size than annotated.
-    """
+    """Return an image as it is shown, (C, H, W) uint8; one that is not as annotated is named."""
     path = dataset.image_dir / entry["file_name"]
     image = read_rgb(path)
     size = (entry["width"], entry["height"])

@@ -11,8 +11,6 @@ from pskd.schedule import AlphaSchedule
 from pskd.teachers import make_teacher
 from pskd_torchvision.state import PSKDState
 
-__all__ = ["PSKDEpochs"]
-
 logger = logging.getLogger(__name__)
 
 

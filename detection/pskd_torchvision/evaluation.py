@@ -7,30 +7,24 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from pskd_detection import (
     DetectionConfidence,
-    DetectionDataset,
     Detections,
     average_precision,
     write_detections,
 )
+from pskd_detection.evaluation import in_coco_format
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 
 from pskd.distributed import World, gather, sum_over_processes
 from pskd_tools.files import write_json
-from pskd_tools.plots import reliability_diagram, risk_coverage_plot
-from pskd_torchvision.capture import captured
 from pskd_torchvision.data import DetectionImages, collate
-from pskd_torchvision.roi_heads import class_logits
-
-__all__ = ["evaluate"]
+from pskd_torchvision.roi_heads import captured, class_logits
 
 logger = logging.getLogger(__name__)
 
@@ -53,8 +47,7 @@ def evaluate(
         batch_size: images a process takes at a time.
         workers: that read images, a process.
         output_dir: where ``coco_instances_results.json`` (COCO's results format),
-            ``confidence.npz``, ``test_images.json`` and, if there are detections,
-            ``reliability.png`` and ``risk_coverage.png`` are written; None for none.
+            and the files of `write_detections` are written; None for none.
 
     Returns:
         In the first process ``bbox``, `average_precision` (percent); ``confidence``, that is
@@ -75,7 +68,9 @@ def evaluate(
     for image_id, of_image in found.items():
         confidence.update(image_id, of_image)
     if output_dir is not None:
-        _write(Path(output_dir), images.dataset, found, confidence)
+        folder = write_detections(output_dir, images.dataset, confidence)
+        rows = in_coco_format(images.dataset, found)
+        write_json(folder / "coco_instances_results.json", rows)
     rois = {"nll": nll / max(count, 1), "accuracy": hits / max(count, 1), "num_rois": int(count)}
     return {
         "bbox": average_precision(images.dataset, found),
@@ -123,35 +118,3 @@ def _score_true_boxes(model: GeneralizedRCNN, features, images, targets: list[di
     nll = F.cross_entropy(scores, labels, reduction="sum")
     hits = (scores.argmax(dim=1) == labels).sum()
     return torch.stack([nll, hits.double(), torch.full_like(nll, len(labels))])
-
-
-def _write(
-    folder: Path,
-    dataset: DetectionDataset,
-    detections: Mapping[int, Detections],
-    confidence: DetectionConfidence,
-) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "coco_instances_results.json", _in_coco_format(dataset, detections))
-    write_detections(folder, dataset, confidence)
-    if len(confidence.confidence):
-        runs = {"detections": (confidence.confidence, confidence.correct)}
-        reliability_diagram(runs, folder / "reliability.png")
-        risk_coverage_plot(runs, folder / "risk_coverage.png")
-
-
-def _in_coco_format(dataset: DetectionDataset, detections: Mapping[int, Detections]) -> list[dict]:
-    rows: list[dict] = []
-    for image_id, found in detections.items():
-        for (x1, y1, x2, y2), score, label in zip(
-            found.boxes.tolist(), found.scores.tolist(), found.labels, strict=True
-        ):
-            rows.append(
-                {
-                    "image_id": image_id,
-                    "category_id": dataset.category_ids[label],
-                    "bbox": [x1, y1, x2 - x1, y2 - y1],
-                    "score": score,
-                }
-            )
-    return rows

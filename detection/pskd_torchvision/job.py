@@ -22,8 +22,6 @@ from pskd_torchvision.options import check, recorded
 from pskd_torchvision.roi_heads import add_pskd
 from pskd_torchvision.training import LearningRate, Trainer
 
-__all__ = ["DetectorJob", "build_trainer", "prepare"]
-
 logger = logging.getLogger(__name__)
 
 #: Options that shape the weights.
@@ -98,11 +96,7 @@ def _model(args: argparse.Namespace, num_classes: int) -> nn.Module:
 
 
 def build_trainer(job: DetectorJob) -> Trainer:
-    """Return the trainer of a job, at its beginning.
-
-    Raises:
-        ValueError: for a training set without the masks that the model learns.
-    """
+    """Return the trainer of a job, at its beginning."""
     args = job.args
     assert job.train is not None
     images = DetectionImages(

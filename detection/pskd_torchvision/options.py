@@ -10,8 +10,6 @@ from pskd.distributed import World
 from pskd.teachers import MODEL_TEACHERS
 from pskd_tools.options import add_pskd_options, add_run_options, add_training_options, in_range
 
-__all__ = ["build_parser", "check", "recorded"]
-
 # What a run that is resumed is compared with; the rest is about where and how it runs.
 RECORDED = (
     "model", "min_size", "max_size", "frozen_bn", "epochs", "batch_size", "opt", "lr", "momentum",
@@ -96,11 +94,7 @@ def _add_pskd(group) -> None:
 
 
 def check(args: argparse.Namespace) -> None:
-    """Refuse options that do not go together.
-
-    Raises:
-        ValueError: naming the option, what was expected and what came.
-    """
+    """Refuse options that do not go together."""
     if not args.test_only and not args.train:
         raise ValueError("--train: expected a training set, got none")
     if args.test_only and not args.test:

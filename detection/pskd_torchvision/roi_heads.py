@@ -9,6 +9,9 @@ gets the student's boxes, in the student's order, after they were sampled.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
@@ -16,10 +19,18 @@ from torchvision.models.detection.roi_heads import RoIHeads
 
 from pskd import pskd_cross_entropy
 from pskd.targets import row_alphas
-from pskd_torchvision.capture import captured
 from pskd_torchvision.state import PSKDState
 
-__all__ = ["PSKDRoIHeads", "add_pskd", "class_logits"]
+
+@contextmanager
+def captured(module: nn.Module) -> Iterator[list]:
+    """Yield a list to which every output of ``module`` is added until the block ends."""
+    outputs: list = []
+    handle = module.register_forward_hook(lambda _module, _args, output: outputs.append(output))
+    try:
+        yield outputs
+    finally:
+        handle.remove()
 
 
 class PSKDRoIHeads(RoIHeads):
@@ -109,13 +120,10 @@ def class_logits(
     boxes: list[Tensor],
     image_shapes: list[tuple[int, int]],
 ) -> Tensor:
-    """Return the (R, K + 1) scores of given boxes, background first.
+    """Return the (R, K + 1) scores of given boxes, background first, by heads in eval mode.
 
-    Args:
-        heads: in eval mode.
-        features: of the batch, as the backbone returns them.
-        boxes: (R_i, 4) of each image, x1 y1 x2 y2 in pixels of the transformed image.
-        image_shapes: (height, width) of each transformed image without its padding.
+    ``boxes``, (R_i, 4) of each image, are x1 y1 x2 y2 in pixels of the transformed image, and
+    ``image_shapes`` (height, width) of each without its padding.
     """
     if isinstance(features, Tensor):  # of a backbone with one map; torchvision names it so
         features = {"0": features}
@@ -138,7 +146,7 @@ def add_pskd(
 
     Raises:
         ValueError: for another kind of model, one that has PS-KD already, or heads of a foreign
-            class, whose own loss would be lost; a label smoothing out of range.
+            class, whose own loss would be lost.
     """
     heads = getattr(model, "roi_heads", None)
     if not isinstance(model, GeneralizedRCNN) or not isinstance(heads, RoIHeads):
@@ -152,9 +160,8 @@ def add_pskd(
         raise ValueError(
             f"roi_heads: expected RoIHeads or PSKDRoIHeads' subclass, got {type(heads).__name__}"
         )
-    if not 0.0 <= label_smoothing <= 1.0:  # NaN is refused too
-        raise ValueError(f"label_smoothing: expected a number in [0, 1], got {label_smoothing}")
     if type(heads) is RoIHeads:
+        # Not built anew: RoIHeads hides its constructor's arguments in objects of their own.
         heads.__class__ = PSKDRoIHeads
     heads.pskd = PSKDState(foreground_only, label_smoothing)
     model.transform.register_forward_hook(heads.pskd.keep_images)

@@ -7,8 +7,6 @@ from torch import Tensor, nn
 from pskd import SnapshotTeacher
 from pskd.stats import TeacherMeans
 
-__all__ = ["PSKDState"]
-
 
 class PSKDState:
     """Alpha and teacher of one model.

@@ -18,7 +18,7 @@ import logging
 import sys
 from collections.abc import Mapping, Sequence
 
-from pskd_detection import format_table, write_results
+from pskd_detection import write_results
 
 from pskd.distributed import World
 from pskd.schedule import check_unchanged
@@ -84,11 +84,14 @@ def run(args: argparse.Namespace, world: World) -> None:
     """Do what the command line asks for."""
     job = prepare(args, world)
     results = {"command": sys.argv, "seed": args.seed}
-    results |= test(job) if args.test_only else train(job)
+    found = test(job) if args.test_only else train(job)
+    results |= found
     if world.is_first:
         path = write_results(args.output_dir, results, evaluation=args.test_only)
-        row = results.get("bbox", {}) | results.get("confidence", {})
-        logger.info("%s\n%s", path, format_table({args.model: row}))
+        if args.test_only:  # a training has logged them
+            numbers = flat(found).items()
+            logger.info("  ".join(f"{k} {v:.4g}" for k, v in numbers if v is not None))
+        logger.info("results: %s", path)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -22,8 +22,6 @@ from pskd_tools import training
 from pskd_torchvision.data import DetectionImages, collate
 from pskd_torchvision.epoch import PSKDEpochs
 
-__all__ = ["LearningRate", "Trainer"]
-
 WARMUP_START = 1e-3  # of the learning rate, as in torchvision's reference
 
 
@@ -147,12 +145,10 @@ class Trainer(training.Trainer):
         for name, value in losses.items():
             self._losses.add(name, value)
         total = len(self._loader)
-        reported = done % self._print_freq == 0 or done == total
-        if not reported and self.world.device.type != "cpu":
-            return  # to look at a loss would be to wait for the device
         iteration = (epoch - 1) * total + done - 1  # from 0, as Detectron2 counts
-        if not reported:
+        if self.world.device.type == "cpu":  # elsewhere to look at a loss would be to wait for it
             _check_finite({k: v.item() for k, v in losses.items()}, iteration, 1)
+        if done % self._print_freq and done != total:
             return
         means = self._losses.take()
         _check_finite(means, iteration, (done - 1) % self._print_freq + 1)

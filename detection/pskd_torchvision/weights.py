@@ -12,8 +12,6 @@ from torch import Tensor
 
 from pskd_tools.checkpoint import load_archive
 
-__all__ = ["read_state_dict", "some"]
-
 PREFIXES = ("module.", "_orig_mod.")  # of DataParallel and torch.compile, in any nesting
 CONTAINERS = ("model", "state_dict")
 SHOWN_KEYS = 5  # in an error
@@ -23,8 +21,7 @@ def read_state_dict(path: str | os.PathLike) -> dict[str, Tensor]:
     """Return the state dict of a checkpoint, without a prefix that all its keys share.
 
     Raises:
-        OSError: the file cannot be opened.
-        ValueError: the file is no checkpoint, or holds no state dict.
+        OSError, ValueError: it cannot be opened, or is no checkpoint with a state dict.
     """
     # torchvision's own training script keeps its argparse.Namespace beside the model.
     with torch.serialization.safe_globals(_not_yet_safe(argparse.Namespace)):

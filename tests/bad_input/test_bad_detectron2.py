@@ -269,6 +269,8 @@ def hook_of(iteration: int = 0, max_iter: int = 4, **options):
 
     heads = torch.nn.Linear(1, 1)
     heads.num_classes, heads.pskd = CLASSES, PSKDState(True)
+    heads.box_predictor = torch.nn.Identity()
+    heads.box_predictor.pskd = heads.pskd
     model = torch.nn.Module()
     model.backbone, model.roi_heads = torch.nn.Linear(1, 1), heads
     given = {"epoch_iters": 2, "teacher": "memory", "num_annotations": ANNOTATIONS}

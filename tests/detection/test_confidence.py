@@ -93,15 +93,6 @@ def test_known_numbers():
     }
 
 
-def test_a_class_with_more_detections_does_not_weigh_more_in_la_ece():
-    data = dataset({1: [(0, *BOX)]})
-    one = {1: found((0.5, 0, *AWAY), (0.25, 1, *AWAY))}
-    many = {1: found(*[(0.5, 0, *AWAY)] * 9, (0.25, 1, *AWAY))}
-    expected = pytest.approx((0.5 + 0.25) / 2)
-    assert measured(data, one).compute()["la_ece"] == expected
-    assert measured(data, many).compute()["la_ece"] == expected
-
-
 def test_the_best_free_object_is_taken_in_order_of_score():
     # Both lie over both objects; the surer one takes what fits it best, the other what is left.
     data = dataset({1: [(0, 10, 10, 50, 50), (0, 14, 10, 54, 50)]})
@@ -123,12 +114,6 @@ def test_thresholds_belong_to_what_they_admit():
         assert measured(data, {1: rows}).compute()["num_detections"] == 1
 
 
-def test_only_the_class_that_was_found_counts():
-    data = dataset({1: [(0, *BOX)], 2: []})
-    assert measured(data, {1: found((0.5, 1, *BOX))}).compute()["num_matched"] == 0
-    assert measured(data, {2: found((0.5, 0, *BOX))}).compute()["num_matched"] == 0
-
-
 def test_a_detection_on_a_crowd_is_neither_right_nor_wrong():
     data = dataset({1: [(0, 0, 0, 100, 100, True), (0, 60, 60, 90, 90)]})
     rows = [(0.9, 0, 60, 60, 90, 90), (0.8, 0, 60, 60, 90, 90), (0.7, 0, 5, 5, 20, 20)]
@@ -141,21 +126,6 @@ def test_a_detection_on_a_crowd_is_neither_right_nor_wrong():
     assert loose.iou.tolist() == pytest.approx([2 / 3])
 
 
-def test_duplicates_are_wrong():
-    data = dataset({1: [(0, *BOX)]})
-    results = measured(data, {1: found(*[(0.9, 0, *BOX)] * 3)}).compute()
-    assert (results["num_detections"], results["num_matched"]) == (3, 1)
-
-
-def test_scores_that_tell_the_precision_have_no_calibration_error():
-    # In each image one of four is right at score 1/4, and three of four at 3/4.
-    data = dataset({i: [(0, *BOX)] * (1 + (i % 2) * 2) for i in range(8)})
-    detections = {i: found(*[((1 + (i % 2) * 2) / 4, 0, *BOX)] * 4) for i in range(8)}
-    results = measured(data, detections).compute()
-    assert results["d_ece"] == pytest.approx(0, abs=1e-12)
-    assert results["la_ece"] == pytest.approx(0, abs=1e-12)
-
-
 def test_la_ece_asks_for_the_fit_of_the_box_too():
     data = dataset({1: [(0, *BOX)]})
     results = measured(data, {1: found((1.0, 0, *HALF))}).compute()
@@ -166,7 +136,9 @@ def test_la_ece_asks_for_the_fit_of_the_box_too():
     assert results["la_ece"] == pytest.approx(0)
 
 
-@pytest.mark.parametrize("detections", [{}, {1: NOTHING}, {1: found((0.04, 0, *BOX))}])
+@pytest.mark.parametrize(
+    "detections", [{}, {1: NOTHING}, {1: Detections([], [], [])}, {1: found((0.04, 0, *BOX))}]
+)
 @pytest.mark.parametrize("objects", [[], [(0, *BOX)], [(0, *BOX, True)]])
 def test_without_detections_there_is_nothing_to_measure(detections, objects):
     confidence = measured(dataset({1: objects}), detections)
@@ -174,11 +146,6 @@ def test_without_detections_there_is_nothing_to_measure(detections, objects):
     assert [results[k] for k in ("d_ece", "la_ece", "aurc", "e_aurc")] == [None] * 4
     assert results["num_detections"] == results["num_matched"] == 0
     assert confidence.correct.shape == confidence.confidence.shape == (0,)
-
-
-def test_lists_in_place_of_empty_arrays_are_an_image_without_detections():
-    confidence = measured(dataset({1: []}), {1: Detections([], [], [])})
-    assert confidence.compute()["num_detections"] == 0
 
 
 def test_more_images_may_follow():
@@ -228,22 +195,12 @@ def test_images_are_added_once_and_known():
         average_precision(data, {2: NOTHING})
 
 
-@pytest.mark.parametrize(
-    "option",
-    [
-        {"iou_threshold": 0},
-        {"iou_threshold": 1.1},
-        {"iou_threshold": float("nan")},
-        {"score_threshold": -0.1},
-        {"score_threshold": 2},
-        {"bins": 0},
-        {"bins": 1.5},
-    ],
-)
-def test_options_out_of_range_are_refused(option):
-    (name,) = option
+@pytest.mark.parametrize("name, value", [
+    ("iou_threshold", 0), ("iou_threshold", float("nan")), ("score_threshold", 2), ("bins", 1.5),
+])  # fmt: skip
+def test_options_out_of_range_are_refused(name, value):
     with pytest.raises(ValueError, match=f"{name}: expected"):
-        DetectionConfidence(dataset({1: []}), **option)
+        DetectionConfidence(dataset({1: []}), **{name: value})
 
 
 def random_scene(seed: int, *, decimals: int = 6) -> tuple[DetectionDataset, dict]:
@@ -372,17 +329,6 @@ def test_the_numbers_are_those_of_the_core_on_the_kept_detections(seed, bins):
     assert results["la_ece"] == pytest.approx(np.mean(errors))
 
 
-@settings(max_examples=15, deadline=None)
-@given(seed=st.integers(0, 2**32 - 1))
-def test_repeated_detections_are_never_right(seed):
-    data, detections = random_scene(seed)
-    twice = {i: Detections(*(np.concatenate([c, c]) for c in d)) for i, d in detections.items()}
-    once, again = (measured(data, d, score_threshold=0).compute() for d in (detections, twice))
-    # Nothing is lost: a copy can at most take another object that its original overlaps.
-    assert once["num_matched"] <= again["num_matched"] <= len(data.coco["annotations"])
-    assert again["num_detections"] >= once["num_detections"]
-
-
 def test_perfect_detections_have_ap_100():
     data = dataset({1: [(0, *BOX), (1, *AWAY)], 2: [(0, *AWAY)]})
     detections = {1: found((0.9, 0, *BOX), (0.8, 1, *AWAY)), 2: found((0.7, 0, *AWAY))}
@@ -435,30 +381,14 @@ def test_d_ece_in_torchmetrics_loop_is_the_same():
     torchmetrics = pytest.importorskip("torchmetrics", reason="needs torchmetrics")
     from pskd_detection.metric import DetectionECE
 
-    rng = np.random.default_rng(0)
-
-    def boxes(count: int) -> np.ndarray:
-        corners = rng.integers(0, 60, (count, 2))
-        return np.concatenate([corners, corners + rng.integers(30, 60, (count, 2))], axis=1)
-
-    objects = {i: boxes(4) for i in range(8)}
-    labels = {i: rng.integers(3, size=4) for i in objects}
-    crowd = {i: rng.random(4) < 0.2 for i in objects}
-    data = dataset({i: list(zip(labels[i], *objects[i].T, crowd[i], strict=True)) for i in objects})
-    detections = {
-        i: Detections(
-            np.concatenate([objects[i], boxes(4)]).astype(float),
-            rng.random(8),
-            np.concatenate([labels[i], rng.integers(3, size=4)]),
-        )
-        for i in objects
-    }
+    data, detections = random_scene(0)
     expected = measured(data, detections).compute()
-    assert 0 < expected["num_matched"] < expected["num_detections"]
     metric = torchmetrics.MetricCollection([DetectionECE()])
-    for image in detections.values():
+    for i, image in detections.items():
         preds = {name: torch.as_tensor(value) for name, value in image._asdict().items()}
-        i = next(i for i in detections if detections[i] is image)
-        target = {"boxes": objects[i], "labels": labels[i], "iscrowd": crowd[i]}
+        boxes = np.array([o.box for o in data.objects[i]]).reshape(-1, 4)
+        target = {"boxes": np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1)}
+        target["labels"] = np.array([o.label for o in data.objects[i]], int)
+        target["iscrowd"] = np.array([o.crowd for o in data.objects[i]], bool)
         metric.update([preds], [{k: torch.as_tensor(v) for k, v in target.items()}])
     assert metric.compute()["DetectionECE"].item() == pytest.approx(expected["d_ece"], rel=1e-5)

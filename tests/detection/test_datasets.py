@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import copy
 import json
 import logging
@@ -13,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from pskd_detection import add_dataset_arguments, load_dataset, write_voc
+from pskd_detection import load_dataset, write_voc
 from pskd_detection.boxes import SLACK
 from pycocotools import mask as coco_mask
 
@@ -67,20 +66,16 @@ def test_what_evaluation_needs_is_filled_in_and_the_rest_is_kept(tmp_path, conte
 
 
 @pytest.mark.parametrize("size", [{}, {"width": 0, "height": 0}, {"width": None, "height": 5}])
-def test_a_size_that_is_not_told_is_read_from_the_image(tmp_path, content, size):
+def test_a_size_that_is_not_told_is_that_of_the_image_as_shown(tmp_path, content, size):
+    exif = Image.Exif()
+    exif[0x0112] = 8  # a quarter turn to the left
     for key in ("width", "height"):
         del content["images"][1][key]
     content["images"][1].update(size)
-    image = load_dataset(made(tmp_path, content)).coco["images"][1]
+    spec = made(tmp_path, content)
+    Image.new("RGB", (HEIGHT, WIDTH)).save(tmp_path / "images" / "b.png", exif=exif)
+    image = load_dataset(spec).coco["images"][1]
     assert (image["width"], image["height"]) == (WIDTH, HEIGHT)
-
-
-@pytest.mark.parametrize("key", ["iscrowd", "ignore"])
-def test_ignored_annotations_become_crowds(tmp_path, content, key):
-    content["annotations"][0][key] = 1
-    first, second = load_dataset(made(tmp_path, content)).coco["annotations"]
-    assert (first["iscrowd"], second["iscrowd"]) == (1, 0)
-    assert "ignore" not in first  # which Detectron2 refuses
 
 
 @pytest.mark.parametrize(
@@ -132,17 +127,13 @@ def drop(part, key):
 
 BAD = {
     "annotation id twice": (set_in("annotations", id=0), "annotation 0: .*every 'id' once"),
-    "image id twice": (set_in("images", id=7), "image number 2: .*every 'id' once, got 7"),
     "image without id": (drop("images", "id"), "image number 2: .*integer 'id', got none"),
     "file name twice": (set_in("images", file_name="a.png"), "image number 2.*'a.png' again"),
     "no file name": (drop("images", "file_name"), "image number 2: expected 'file_name'"),
-    "no image file": (set_in("images", file_name="c.png"), "got 1 of 2 missing.*is c.png"),
     "negative size": (set_in("images", width=-4), "image 3: .*positive integers, got .-4, 30"),
     "size as text": (set_in("images", width="40"), "image 3: .*positive integers, got"),
-    "unknown class": (set_in("annotations", category_id=1), "annotation 5: .*'category_id'.*got 1"),
     "no class": (drop("annotations", "category_id"), "annotation 5: .*'category_id'.*got None"),
     "no box": (drop("annotations", "bbox"), "annotation 5: .*four finite numbers, got None"),
-    "three numbers": (set_box([1, 2, 3]), "annotation 5: .*four finite numbers"),
     "NaN": (set_box([1, 2, float("nan"), 4]), "annotation 5: .*four finite numbers"),
     "infinity": (set_box([1, 2, float("inf"), 4]), "annotation 5: .*four finite numbers"),
     "text": (set_box([1, 2, "3", 4]), "annotation 5: .*four finite numbers"),
@@ -154,12 +145,9 @@ BAD = {
         "category number 2: .*as a list of names, got 17",
     ),
     "size NaN": (set_in("images", width=float("nan")), "image 3: .*positive integers, got"),
-    "size infinite": (set_in("images", width=float("inf")), "image 3: .*positive integers, got"),
     "no images": (lambda c: c["images"].clear(), "at least one image, got none"),
     "no annotations": (lambda c: c["annotations"].clear(), "to train on, got 0"),
-    "no images key": (lambda c: c.pop("images"), "expected 'images' as a list.*got none"),
     "no annotations key": (lambda c: c.pop("annotations"), "'annotations' as a list.*got none"),
-    "no categories key": (lambda c: c.pop("categories"), "'categories' as a list.*got none"),
     "images no list": (lambda c: c.update(images={}), "'images' as a list.*something else"),
     "images of text": (lambda c: c.update(images=["a"]), "'images' as a list of objects"),
 }
@@ -221,13 +209,6 @@ def test_what_detectron2_trains_on_is_mended_and_counted(
         load_dataset(spec, strict=True)
 
 
-def test_what_is_mended_is_counted(tmp_path, content):
-    for annotation in content["annotations"]:
-        annotation["bbox"] = [30, 2, 40, 12]  # corners in place of sizes
-    with pytest.raises(ValueError, match="got 2 boxes .* clipped; the first is .*annotation 0: bb"):
-        load_dataset(made(tmp_path, content), strict=True)
-
-
 def as_text(value):
     return f"number {value}"
 
@@ -272,6 +253,7 @@ def test_flags_are_read_as_label_tools_write_them(tmp_path, content, key, value,
         data = load_dataset(made(tmp_path, content))
     is_set = any(value is known for known in SET)
     assert [a["iscrowd"] for a in data.coco["annotations"]] == [int(is_set), 0]
+    assert "ignore" not in data.coco["annotations"][0]  # which Detectron2 refuses
     assert ("1 of 2 objects are crowd or difficult: left out of training" in caplog.text) == is_set
 
 
@@ -290,7 +272,6 @@ def code(counts, size=(HEIGHT, WIDTH)):
 PIXELS = WIDTH * HEIGHT
 COMPRESSED = coco_mask.encode(np.asfortranarray(np.eye(HEIGHT, WIDTH, dtype=np.uint8)))["counts"]
 SEGMENTATIONS = {
-    "NaN": ([[1, 2, 3, 4, 5, float("nan")]], "within 400 pixels"),
     "infinity": ([[1, 2, 3, 4, 5, float("inf")]], "within 400 pixels"),
     "1e9": ([[1, 2, 3, 4, 5, 1e9]], "within 400 pixels"),
     "second polygon": ([[1, 2, 3, 4, 5, 6], [1, 2, 3, 4, 5, -1e9]], "within 400 pixels"),
@@ -300,7 +281,6 @@ SEGMENTATIONS = {
     "flat": ([1, 2, 3, 4, 5, 6], "lists of numbers"),
     "text": ("1 2 3", "polygons or a run-length code, got str"),
     "number": (3, "polygons or a run-length code, got int"),
-    "counts too short": (code([PIXELS - 1]), "30 x 40 = 1200 pixels, got those of 1199"),
     "counts too long": (code([PIXELS, 1]), "1200 pixels, got those of 1201"),
     "no counts": (code([]), "1200 pixels, got those of 0"),
     "negative counts": (code([PIXELS + 5, -5]), "'counts' as a run-length code"),
@@ -431,55 +411,17 @@ def test_images_of_lvis_are_named_by_their_url(tmp_path, content, below):
     assert names == (["val2017/a.png", "val2017/b.png"] if below else ["a.png", "b.png"])
 
 
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [("{", "expected JSON, got"), ("[]", "JSON object, got list"), ("\udcff", "expected JSON")],
-)
-def test_a_file_that_is_no_coco_file_is_refused(tmp_path, content, text, words):
+def test_an_image_that_is_none_has_no_size(tmp_path, content):
+    del content["images"][1]["width"]
     spec = made(tmp_path, content)
-    (tmp_path / "set.json").write_bytes(text.encode(errors="surrogateescape"))
-    with pytest.raises(ValueError, match=f"set.json: .*{words}"):
-        load_dataset(spec)
-
-
-def test_missing_files_are_refused(tmp_path, content):
-    spec = made(tmp_path, content)
-    with pytest.raises(ValueError, match="nowhere.json: expected a COCO annotation file"):
-        load_dataset(f"coco:{tmp_path}/nowhere.json:{tmp_path}/images")
-    with pytest.raises(ValueError, match="nowhere: expected the folder of the images of .*json"):
-        load_dataset(f"coco:{tmp_path}/set.json:{tmp_path}/nowhere")
     (tmp_path / "images" / "b.png").write_text("no image")
-    del content["images"][1]["width"]
-    (tmp_path / "set.json").write_text(json.dumps(content))
     with pytest.raises(ValueError, match="b.png: expected an image"):
-        load_dataset(spec)
-
-
-def test_a_size_that_is_not_annotated_is_that_of_the_image_as_shown(tmp_path, content):
-    spec = made(tmp_path, content)
-    exif = Image.Exif()
-    exif[0x0112] = 8  # a quarter turn to the left
-    Image.new("RGB", (HEIGHT, WIDTH)).save(tmp_path / "images" / "b.png", exif=exif)
-    del content["images"][1]["width"]
-    (tmp_path / "set.json").write_text(json.dumps(content))
-    image = load_dataset(spec).coco["images"][1]
-    assert (image["width"], image["height"]) == (WIDTH, HEIGHT)
-
-
-def test_the_size_of_an_image_too_large_for_pillow_is_refused(tmp_path, content, monkeypatch):
-    spec = made(tmp_path, content)
-    del content["images"][1]["width"]
-    (tmp_path / "set.json").write_text(json.dumps(content))
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
-    with pytest.raises(ValueError, match="b.png: expected an image, got Image size"):
         load_dataset(spec)
 
 
 @pytest.mark.parametrize("spec", ["", "coco", "coco:a.json", "voc:", "voc::train", "x:a:b"])
 def test_what_is_no_spec_is_refused(spec):
-    with pytest.raises(
-        ValueError, match="expected coco:ANNOTATIONS.json:IMAGE_DIR or voc:ROOT.:SPLIT"
-    ):
+    with pytest.raises(ValueError, match="expected coco:ANNOTATIONS.json:IMAGE_DIR or voc:ROOT"):
         load_dataset(spec)
 
 
@@ -546,11 +488,6 @@ def test_the_fingerprint_is_that_of_what_is_trained_on(tmp_path, content):
     assert len(seen) == 1 + len(changes)
 
 
-def test_reading_leaves_no_trace_on_a_second_reading(tmp_path, content):
-    spec = made(tmp_path, content)
-    assert load_dataset(spec).coco == load_dataset(spec).coco
-
-
 VOC_OBJECT = """<object><name>{name}</name><difficult>{difficult}</difficult><bndbox>
 <xmin>{box[0]}</xmin><ymin>{box[1]}</ymin><xmax>{box[2]}</xmax><ymax>{box[3]}</ymax>
 </bndbox></object>"""
@@ -596,20 +533,7 @@ def test_voc_becomes_coco(tmp_path, suffix):
     assert (whole["area"], pixel["area"]) == (WIDTH * HEIGHT, 5)
 
 
-def test_the_classes_of_a_voc_test_split_are_those_of_training(tmp_path):
-    train = load_dataset(voc(tmp_path, {"a": voc_object("x") + voc_object("y")}))
-    spec = voc(tmp_path, {"b": voc_object("y")}, split="test")
-    test = load_dataset(spec, train.class_names)
-    assert test.class_names == train.class_names == ("x", "y")
-    assert test.coco["annotations"][0]["category_id"] == 2
-    empty = load_dataset(voc(tmp_path, {"c": ""}, split="empty"), train.class_names)
-    assert (empty.class_names, empty.coco["annotations"]) == (("x", "y"), [])
-
-
 VOC_BAD = {
-    "no XML": ("<object>", "a.xml: expected VOC annotations in XML"),
-    "no name": (voc_object(name=""), "a.xml: object 1: expected a name"),
-    "no box": ("<object><name>x</name></object>", "a.xml: object 1: expected bndbox"),
     "text in the box": (voc_object(box=("l", 1, 2, 3)), "a.xml: object 1: .*got .'l', '1'"),
     "NaN": (voc_object() + voc_object(box=("nan", 1, 2, 3)), "a.xml: object 2: .*four finite"),
     "no flag": (voc_object(difficult="2"), "a.xml: object 1: expected 'difficult' as 0 or 1"),
@@ -631,9 +555,6 @@ def test_missing_files_of_voc_are_refused(tmp_path):
     (tmp_path / "JPEGImages" / "b.jpg").unlink()
     with pytest.raises(ValueError, match="JPEGImages, got 1 of 2 missing; the first is b.jpg"):
         load_dataset(spec)
-    (tmp_path / "Annotations" / "a.xml").unlink()
-    with pytest.raises(ValueError, match="a.xml: expected VOC annotations in XML"):
-        load_dataset(spec)
     (tmp_path / "ImageSets" / "Main" / "train.txt").write_text("b\nb\n")
     with pytest.raises(ValueError, match="every 'file_name' once, got 'b.jpg' again"):
         load_dataset(spec)
@@ -651,7 +572,7 @@ def test_boxes_of_voc_are_mended_as_those_of_coco(tmp_path, box, words, caplog):
         load_dataset(spec, strict=True)
 
 
-@pytest.mark.parametrize("value", [*UNSET, *SET], ids=repr)
+@pytest.mark.parametrize("value", ["Unspecified", None, "true"], ids=repr)
 def test_difficult_is_read_as_label_tools_write_it(tmp_path, value, caplog):
     spec = voc(tmp_path, {"a": voc_object() + voc_object(difficult="" if value is None else value)})
     is_set = any(value is known for known in SET)
@@ -777,28 +698,6 @@ def test_file_names_need_not_be_utf_8(tmp_path):
 def test_a_folder_without_xml_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"expected VOC annotations, \*.xml, got none"):
         load_dataset(f"voc:{tmp_path}")
-
-
-def test_images_of_written_voc_are_named_by_number(tmp_path):
-    images = {"a": "the same.png", "b": "the same.jpg"}
-    coco = load_dataset(flat(tmp_path / "set", images)).coco
-    write_voc(coco, tmp_path / "written", "all")
-    assert (tmp_path / "written/ImageSets/Main/all.txt").read_text() == "1\n2\n"
-    written = sorted(path.name for path in (tmp_path / "written/Annotations").iterdir())
-    assert written == ["1.xml", "2.xml"]
-
-
-def test_the_arguments_are_those_of_the_train_scripts():
-    parser = argparse.ArgumentParser()
-    add_dataset_arguments(parser)
-    args = parser.parse_args(["--train", "voc:a:train", "--test", "voc:a:test"])
-    assert (args.train, args.test) == ("voc:a:train", "voc:a:test")
-    assert not args.strict_data
-    with pytest.raises(SystemExit):
-        parser.parse_args(["--train", "voc:a:train"])
-    parser = argparse.ArgumentParser()
-    add_dataset_arguments(parser, required=False)
-    assert parser.parse_args([]).test is None
 
 
 BCCD = Path(os.environ.get("PSKD_DATA", "")) / "bccd"

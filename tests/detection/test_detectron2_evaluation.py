@@ -42,23 +42,34 @@ def test_results_are_a_file(evaluated, spec):
         assert found["correct"].sum() == confidence["num_matched"]
 
 
-@pytest.mark.parametrize("train", [True, False], ids=["with --train", "without"])
-def test_eval_only_gives_the_same_results(train, evaluated, spec, tmp_path):
-    opts = f"DATASETS.TRAIN ('nowhere',) MODEL.WEIGHTS {evaluated / 'model_final.pth'}"
-    specs = {"train": spec if train else None, "test": spec}  # of others nothing is asked
-    out = tiny.run("fpn", tmp_path, opts, flags=("--eval-only",), **specs)
+def expect_the_same_results(evaluated: Path, out: Path, *opts: str, **specs) -> None:
+    """Evaluate the trained weights; of other training sets nothing is asked."""
+    weights = f"DATASETS.TRAIN ('nowhere',) MODEL.WEIGHTS {evaluated / 'model_final.pth'}"
+    tiny.run("fpn", out, weights, *opts, flags=("--eval-only",), **specs)
     trained, alone = tiny.results(evaluated), tiny.results(out, "evaluation")
     assert not (out / "results.json").exists()
     for part in ("bbox", "confidence", "ground_truth_rois"):
         assert alone[part] == trained[part]
 
 
-def test_a_test_set_that_is_named_twice_counts_once(evaluated, spec, tmp_path):
-    weights = ("MODEL.WEIGHTS", evaluated / "model_final.pth")
-    twice = ("DATASETS.TEST", f"('{spec}','{spec}')")
-    tiny.run("fpn", tmp_path, *weights, *twice, train=spec, flags=("--eval-only",))
+@pytest.mark.parametrize("train", [True, False], ids=["with --train", "without"])
+def test_eval_only_gives_the_same_results(train, evaluated, spec, tmp_path):
+    expect_the_same_results(evaluated, tmp_path, train=spec if train else None, test=spec)
+
+
+def test_a_stock_model_reads_the_checkpoint(evaluated, spec, tmp_path):
+    expect_the_same_results(evaluated, tmp_path, tiny.stock("fpn"), train=None, test=spec)
+
+
+def test_a_test_set_that_is_named_twice_counts_once_and_the_threshold_that_held_is_told(
+    evaluated, spec, tmp_path
+):
+    opts = f"MODEL.WEIGHTS {evaluated / 'model_final.pth'} MODEL.ROI_HEADS.SCORE_THRESH_TEST 0.3"
+    twice = f"DATASETS.TEST ('{spec}','{spec}')"
+    tiny.run("fpn", tmp_path, opts, twice, train=spec, flags=("--eval-only",))
     results = tiny.results(tmp_path, "evaluation")
     assert results["ground_truth_rois"]["num_rois"] == 14
+    assert results["confidence"]["score_threshold"] == 0.3
 
 
 def test_weights_of_other_classes_are_not_evaluated(evaluated, spec, tmp_path):
@@ -88,13 +99,6 @@ def test_a_test_set_has_the_class_order_of_a_registered_training_set(spec, tmp_p
     assert MetadataCatalog.get(cfg.DATASETS.TEST[0]).thing_classes == list(tiny.CLASSES)
 
 
-def test_a_stock_model_reads_the_checkpoint(evaluated, spec, tmp_path):
-    opts = (tiny.stock("fpn"), f"MODEL.WEIGHTS {evaluated / 'model_final.pth'}")
-    out = tiny.run("fpn", tmp_path, *opts, flags=("--eval-only",), train=spec, test=spec)
-    stock = tiny.results(out, "evaluation")
-    assert stock["bbox"] == tiny.results(evaluated)["bbox"]
-
-
 def test_a_finished_run_that_is_resumed_keeps_its_seconds(evaluated, spec, tmp_path):
     out = tmp_path / "again"
     shutil.copytree(evaluated, out)
@@ -102,13 +106,6 @@ def test_a_finished_run_that_is_resumed_keeps_its_seconds(evaluated, spec, tmp_p
     before, after = (tiny.results(f) for f in (evaluated, out))
     assert after["seconds_per_iteration"] == before["seconds_per_iteration"] > 0
     assert after["bbox"] == before["bbox"]
-
-
-def test_the_threshold_that_is_told_is_the_one_that_held(evaluated, spec, tmp_path):
-    opts = f"MODEL.WEIGHTS {evaluated / 'model_final.pth'} MODEL.ROI_HEADS.SCORE_THRESH_TEST 0.3"
-    out = tiny.run("fpn", tmp_path, opts, flags=("--eval-only",), train=spec, test=spec)
-    confidence = tiny.results(out, "evaluation")["confidence"]
-    assert confidence["score_threshold"] == 0.3
 
 
 def test_a_dataset_that_is_known_by_its_function_only(evaluated, spec, tmp_path):

@@ -2,49 +2,26 @@
 
 from __future__ import annotations
 
-import json
 import re
-from pathlib import Path
 
 import detectron2_tiny as tiny
 import pytest
-from detectron2.data.datasets import register_coco_instances
 from detectron2.engine import DefaultTrainer
 from pskd_detectron2 import PSKDHook
 
-SCHEDULED = "MODEL.PSKD.ALPHA_FINAL 0.6 MODEL.PSKD.EPOCH_ITERS 2"
 TEACHERS = ("snapshot", "memory")
 
 
-def test_a_sigmoid_head_trains(spec, tmp_path):
-    def trained(name: str, option: str) -> Path:
-        sigmoid = "MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE True SOLVER.MAX_ITER 6"
-        epoch = "MODEL.PSKD.EPOCH_ITERS 4"  # of all eight images
-        return tiny.run("fpn", tmp_path / name, sigmoid, epoch, option, train=spec)
-
-    hard = trained("hard", "MODEL.PSKD.ALPHA_FINAL 0.0")
-    assert "pskd/teacher_nll" not in tiny.metrics(hard)[-1]
-    for teacher in TEACHERS:
-        soft = trained(teacher, f"MODEL.PSKD.TEACHER {teacher}")
-        assert tiny.metrics(soft)[-1]["pskd/teacher_nll"] > 0
-        models = [tiny.checkpoint(out)["model"] for out in (hard, soft)]
-        assert "roi_heads.box_predictor.cls_score.weight" in tiny.differing(*models)
-
-
-@pytest.mark.parametrize("kind", ["fpn", "c4", "cascade"])
-def test_mixed_precision_on_the_cpu(kind, spec, tmp_path):
-    options = (SCHEDULED, "SOLVER.MAX_ITER 4")
-    out = tiny.run(kind, tmp_path, *options, "SOLVER.AMP.ENABLED True", train=spec)
-    plain = tiny.run(kind, tmp_path / "plain", *options, train=spec)
-    last = [tiny.metrics(folder)[-1] for folder in (out, plain)]
-    assert last[0]["total_loss"] != last[1]["total_loss"]
-    assert last[0]["total_loss"] == pytest.approx(last[1]["total_loss"], rel=0.2)
-    key = "stage0/pskd/teacher_nll" if kind == "cascade" else "pskd/teacher_nll"
-    assert last[0][key] == pytest.approx(last[1][key], rel=0.2)
+@pytest.mark.parametrize("teacher", TEACHERS)
+def test_a_sigmoid_head_trains(teacher, spec, tmp_path):
+    opts = f"MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE True MODEL.PSKD.TEACHER {teacher}"
+    epoch = "MODEL.PSKD.EPOCH_ITERS 4 SOLVER.MAX_ITER 5"  # of all eight images
+    out = tiny.run("fpn", tmp_path, opts, epoch, train=spec)
+    assert tiny.metrics(out)[-1]["pskd/teacher_nll"] > 0
 
 
 def test_the_console_shows_the_teacher(spec, tmp_path):
-    out = tiny.run("cascade", tmp_path, SCHEDULED, "SOLVER.MAX_ITER 20", train=spec)
+    out = tiny.run("cascade", tmp_path, "SOLVER.MAX_ITER 20 SOLVER.IMS_PER_BATCH 1", train=spec)
     log = (out / "log.txt").read_text()
     line = next(line for line in log.splitlines() if "pskd/alpha: " in line)
     for name in ("teacher_nll", "teacher_agreement", "gradient_rescaling"):
@@ -83,21 +60,6 @@ def test_a_lazy_config_trains_and_resumes(teacher, spec, tmp_path):
     evaluated = tiny.results(out, "evaluation")
     assert evaluated["ground_truth_rois"] == results["ground_truth_rois"]
     assert evaluated["bbox"] == results["bbox"]
-
-
-def test_a_lazy_config_trains_on_flags_that_are_text(spec, tmp_path):
-    _, path, images = spec.split(":")
-    content = json.loads(Path(path).read_text())
-    for annotation in content["annotations"]:
-        annotation["iscrowd"] = "0"
-    (tmp_path / "text.json").write_text(json.dumps(content))
-    register_coco_instances("flags_as_text", {}, str(tmp_path / "text.json"), images)
-    words = ["dataloader.train.dataset.names=flags_as_text", "model.roi_heads.num_classes=2"]
-    words += ["train.pskd.teacher=snapshot"]
-    tiny.main(tiny.lazy_arguments(tmp_path / "run", *words, test=spec))
-    log = (tmp_path / "run" / "log.txt").read_text()
-    assert "0 crowd or difficult objects are left out of training" in log
-    assert "7 images left" in log
 
 
 def test_a_trainer_of_your_own_takes_the_hook(spec, tmp_path):

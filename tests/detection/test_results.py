@@ -1,4 +1,4 @@
-"""Files of results: strict JSON, whole or not there; and the table for the console."""
+"""Files of results: strict JSON, whole or not there; their images."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from pskd_detection import (
     DetectionConfidence,
     DetectionDataset,
     Detections,
-    format_table,
     write_detections,
     write_results,
 )
@@ -30,27 +29,11 @@ def strict(path: Path) -> object:
 
 
 def test_what_json_lacks_becomes_null_or_plain(tmp_path):
-    value = {
-        "nan": float("nan"),
-        "inf": [float("inf"), -np.inf, np.float32("nan")],
-        "numpy": (np.float32(0.5), np.int64(3), np.bool_(True)),
-        "array": np.array([[1.0, np.nan]]),
-        "path": tmp_path,
-        "none": None,
-        "text": "ä",
-        7: True,
-    }
-    path = write_json(tmp_path / "x.json", value)
-    assert strict(path) == {
-        "nan": None,
-        "inf": [None, None, None],
-        "numpy": [0.5, 3, True],
-        "array": [[1.0, None]],
-        "path": str(tmp_path),
-        "none": None,
-        "text": "ä",
-        "7": True,
-    }
+    value = {"inf": [float("inf"), np.float32("nan")], "array": np.array([[1.0, np.nan]])}
+    value |= {"numpy": (np.float32(0.5), np.int64(3), np.bool_(True)), "path": tmp_path, 7: "ä"}
+    expected = {"inf": [None, None], "array": [[1.0, None]], "numpy": [0.5, 3, True]}
+    expected |= {"path": str(tmp_path), "7": "ä"}
+    assert strict(write_json(tmp_path / "x.json", value)) == expected
 
 
 def test_results_go_to_their_place(tmp_path):
@@ -97,28 +80,6 @@ def test_detections_are_kept_with_their_images(tmp_path):
         Box((10.0, 20.0, 30.0, 40.0), "cat", 0.75, True),
         Box((400.0, 20.0, 30.0, 40.0), "cat", 0.5, False),
     ]
-
-
-def test_the_table_tells_what_the_confidence_was_measured_on():
-    run = {"AP": 12.345, "AP50": 30.0, "d_ece": 0.12345, "aurc": None}
-    run |= {"iou_threshold": 0.5, "score_threshold": 0.05, "num_detections": 321}
-    head, rule, row = format_table({"baseline": run}).splitlines()
-    assert head.count("|") == rule.count("|") == row.count("|")
-    cells = dict(
-        zip(*([c.strip() for c in line.split("|")[1:-1]] for line in (head, row)), strict=True)
-    )
-    assert cells == {
-        "run": "baseline",
-        "AP": "12.3",
-        "AP50": "30.0",
-        "AP75": "-",
-        "D-ECE": "0.1235",
-        "LaECE": "-",
-        "AURC": "-",
-        "IoU >=": "0.5",
-        "score >=": "0.05",
-        "detections": "321",
-    }
 
 
 def test_a_picture_of_the_report_is_as_shown(tmp_path):

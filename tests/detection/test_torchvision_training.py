@@ -12,7 +12,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
@@ -28,6 +27,7 @@ from pskd_torchvision.training import Trainer
 from torch.utils.data import DistributedSampler
 from torchvision_toys import CLASSES, ROOT, same, write_images
 
+from pskd_tools.report.files import read_boxes
 from pskd_tools.seeding import seed_epoch
 
 SCRIPT = ROOT / "detection" / "train_torchvision.py"
@@ -143,22 +143,16 @@ def test_results_tell_the_command_and_every_metric(tool, straight):
     assert rois["num_rois"] == 8 and rois["nll"] > 0.0 and 0.0 <= rois["accuracy"] <= 1.0
 
 
-def test_detections_and_plots_lie_beside_the_results(tool, straight):
-    folder = straight.folder / "inference"
-    assert (folder / "reliability.png").stat().st_size > 1000
-    assert (folder / "risk_coverage.png").stat().st_size > 1000
-    with np.load(folder / "confidence.npz") as found:
-        assert len(found["confidence"]) == straight.results()["confidence"]["num_detections"]
-        assert found["correct"].sum() == straight.results()["confidence"]["num_matched"]
-        images = json.loads((folder / "test_images.json").read_text())
-        assert set(found["ids"].tolist()) <= images.keys()
-        for key, image in images.items():
-            assert image["image"].startswith("data:image/jpeg;base64,")
-            right = [box["correct"] for box in image["detections"]]
-            assert sorted(right) == sorted(found["correct"][found["ids"] == key].tolist())
+def test_detections_and_plots_lie_beside_the_results(straight):
+    folder, found = straight.folder / "inference", straight.results()["confidence"]
+    for name in ("reliability.png", "risk_coverage.png"):
+        assert (folder / name).stat().st_size > 1000
+    with np.load(folder / "confidence.npz") as arrays:
+        assert len(arrays["confidence"]) == found["num_detections"]
+        assert arrays["correct"].sum() == found["num_matched"]
+        assert set(arrays["ids"].tolist()) <= read_boxes(folder / "test_images.json").keys()
     rows = json.loads((folder / "coco_instances_results.json").read_text())
-    kept = [row for row in rows if row["score"] >= 0.05]
-    assert len(kept) == straight.results()["confidence"]["num_detections"]
+    assert sum(row["score"] >= 0.05 for row in rows) == found["num_detections"]
     assert {row["category_id"] for row in rows} <= {1, 2}
     assert all(set(row) == {"image_id", "category_id", "bbox", "score"} for row in rows)
 
@@ -206,11 +200,6 @@ def test_an_evaluation_in_between(baseline):
     assert [(line["epoch"], line["iteration"]) for line in evaluated] == [(2, 7), (3, 11)]
     assert evaluated[-1]["bbox/AP"] == baseline.results()["bbox"]["AP"]
     assert evaluated[-1]["ground_truth_rois/nll"] == baseline.results()["ground_truth_rois"]["nll"]
-
-
-def test_training_learns(straight):
-    losses = [line["loss_objectness"] for line in straight.training()]
-    assert losses[-1] < losses[0]
 
 
 # ---- resume --------------------------------------------------------------------------------------
@@ -264,10 +253,24 @@ VARIANTS = {
 }  # fmt: skip
 
 
+#: Of what the box head got in the run "rest", a batch each: the dtypes of its maps and boxes.
+POOLED: list[tuple[torch.dtype, torch.dtype]] = []
+
+
 @pytest.fixture(scope="module")
 def rest(tool) -> Run:
     """Everything that the other runs do not use: bfloat16, AdamW, foreground only, smoothing."""
-    return tool.run("rest", *VARIANTS["rest"]).expect_success()
+    original = program.build_trainer
+
+    def watched(job):
+        job.model.roi_heads.box_roi_pool.register_forward_pre_hook(
+            lambda _module, args: POOLED.append((args[0]["0"].dtype, args[1][0].dtype))
+        )
+        return original(job)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(program, "build_trainer", watched)
+        return tool.run("rest", *VARIANTS["rest"]).expect_success()
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -286,24 +289,7 @@ def test_mixed_precision_trains_with_a_teacher(rest, straight):
     assert lines[0]["total_loss"] != straight.training()[0]["total_loss"]
     dtypes = {value.dtype for value in rest.checkpoint()["model"].values()}
     assert torch.bfloat16 not in dtypes
-
-
-def test_under_mixed_precision_boxes_are_computed_in_float32(tool, monkeypatch):
-    kinds = []
-    original = program.build_trainer
-
-    def spy(job):
-        trainer = original(job)
-        heads = job.model.roi_heads
-        heads.box_roi_pool.register_forward_pre_hook(
-            lambda _module, args: kinds.append((args[0]["0"].dtype, args[1][0].dtype))
-        )
-        return trainer
-
-    monkeypatch.setattr(program, "build_trainer", spy)
-    tool.run("boxes", "--amp", "--epochs", "1").expect_success()
-    in_training = kinds[:ITERATIONS]
-    assert set(in_training) == {(torch.bfloat16, torch.float32)}
+    assert set(POOLED[:ITERATIONS]) == {(torch.bfloat16, torch.float32)}  # boxes stay exact
 
 
 def test_a_finished_run_is_evaluated_again(tool, straight):
@@ -314,29 +300,6 @@ def test_a_finished_run_is_evaluated_again(tool, straight):
     assert again.results()["seconds_per_iteration"] is None
     assert again.results()["bbox"] == straight.results()["bbox"]
     assert same(again.checkpoint()["model"], straight.checkpoint()["model"])
-
-
-def test_resume_without_a_checkpoint_starts_from_the_beginning(tool, baseline, caplog):
-    caplog.set_level("INFO")
-    run = tool.run("fresh", "--resume", "--epochs", "1").expect_success()
-    assert "checkpoint.pth, so from the start" in caplog.text
-    assert run.training() == baseline.training()[:ITERATIONS]
-
-
-def test_a_failing_write_leaves_the_last_checkpoint(tool, straight, monkeypatch):
-    folder = tool.folder / "full"
-    shutil.copytree(straight.folder, folder)
-    before = (folder / CHECKPOINT).read_bytes()
-
-    def full(content, file):
-        file.write(b"half")
-        raise OSError("no space left on device")
-
-    monkeypatch.setattr(torch, "save", full)
-    flags = [*PSKD, "--epochs", "4", "--pskd-allow-schedule-change", "--resume"]
-    assert tool.run("full", *flags).code == 1
-    assert (folder / CHECKPOINT).read_bytes() == before
-    assert not [path for path in folder.iterdir() if ".part" in path.name]
 
 
 # ---- evaluation of given weights -----------------------------------------------------------------
@@ -420,8 +383,8 @@ def test_two_processes_end_with_the_same_model_and_teacher(tool, pair):
     )
 
 
-def test_two_processes_log_once_and_the_mean_of_what_each_does(tool, pair):
-    """One process makes the first two steps of both: the mean of gradients, and of losses."""
+def test_two_processes_log_once_the_mean_of_what_each_does(tool, pair):
+    """The first step's losses, which one process computes on the images of both."""
     lines = pair.training()
     assert [line["iteration"] for line in lines] == list(range(2 * ITERATIONS))
     assert pair.output.count("epoch 2 of 2") == 1
@@ -429,28 +392,16 @@ def test_two_processes_log_once_and_the_mean_of_what_each_does(tool, pair):
     images.set_epoch(1)
     torch.manual_seed(3)
     model = build_detector("fasterrcnn_tiny_fpn", len(CLASSES), min_size=[96]).train()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=1e-4)
-    random_states, orders = [], []
+    orders, losses = [], []
     for rank in (0, 1):
-        seed_epoch(3, 1, rank)
-        random_states.append(torch.get_rng_state())
         sampler = DistributedSampler(images, 2, rank, seed=3)
         sampler.set_epoch(1)
         orders.append(list(sampler))
+        seed_epoch(3, 1, rank)
+        with torch.no_grad():
+            losses.append(float(sum(model(*collate([images[orders[rank][0]]])).values())))
     assert sorted(orders[0] + orders[1]) == list(range(8))
-    for i, rate in enumerate((1e-5, 0.005005)):
-        losses = []
-        optimizer.zero_grad()
-        for rank in (0, 1):
-            torch.set_rng_state(random_states[rank])
-            parts = model(*collate([images[orders[rank][i]]]))
-            random_states[rank] = torch.get_rng_state()
-            losses.append(sum(parts.values()))
-            (losses[-1] / 2).backward()
-        assert lines[i]["lr"] == pytest.approx(rate)
-        assert lines[i]["total_loss"] == pytest.approx(float(sum(losses).detach()) / 2, rel=1e-5)
-        optimizer.param_groups[0]["lr"] = rate
-        optimizer.step()
+    assert lines[0]["total_loss"] == pytest.approx(sum(losses) / 2, rel=1e-5)
 
 
 def test_two_processes_evaluate_every_image_once(tool, pair):
@@ -491,13 +442,6 @@ def test_random_weights_are_not_evaluated(tool, capsys):
         expect_refusal(tool, capsys, "random", ["--test-only", "--weights", str(path)], message)
 
 
-def test_a_test_set_with_other_classes_is_refused(tool, capsys):
-    spec = write_images(tool.folder / "other_classes", 4)
-    path = tool.folder / "other_classes" / "set.json"
-    path.write_text(path.read_text().replace('"green"', '"blue"'))
-    expect_refusal(tool, capsys, "refused", ["--test", spec], "(red, green), got also blue")
-
-
 @pytest.mark.parametrize("option", ["--train", "--test"])
 def test_strict_data_refuses_what_would_be_mended(tool, capsys, option):
     spec = write_images(tool.folder / f"outside{option}", 4)
@@ -514,8 +458,6 @@ def test_checkpoints_of_another_run_are_refused(tool, straight, capsys):
     cases = [
         (["--model", "maskrcnn_tiny_fpn"], "got 'maskrcnn_tiny_fpn'"),
         (["--frozen-bn"], "frozen_bn: expected False, with which"),
-        (["--pskd-alpha-schedule", "cosine"], "alpha_schedule: expected 'linear', with which"),
-        (["--epochs", "5"], "num_epochs: expected 3, with which"),
     ]
     for flags, message in cases:
         expect_refusal(tool, capsys, "mismatched", [*PSKD, "--resume", *flags], CHECKPOINT, message)
@@ -583,11 +525,3 @@ def test_every_image_is_checked_before_the_first_step(tool, capsys, caplog):
     assert "--check-images: expected 8 images that can be read, got 2 that cannot: " in error
     assert "checked/2.png: expected an image, got" in error
     assert not (run.folder / "metrics.json").exists()
-
-
-def test_the_process_ends_with_the_status():
-    command = [sys.executable, "-W", "ignore", SCRIPT, "--train", "coco:absent:."]
-    process = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S)
-    assert process.returncode == 1
-    assert process.stderr.startswith("train_torchvision: absent: expected")
-    assert process.stderr.count("\n") == 1
