@@ -26,7 +26,6 @@ __all__ = [
     "read_checkpoint",
     "tell_changes",
     "write_archive",
-    "write_checkpoint",
 ]
 
 logger = logging.getLogger(__name__)
@@ -64,11 +63,6 @@ def load_archive(path: str | os.PathLike[str], expected: str) -> Any:
                 raise ValueError(f"an archive of {claimed:,} bytes in {size:,}")
         file.seek(0)
         return torch.load(file, map_location="cpu", weights_only=True)
-
-
-def write_checkpoint(path: Path, content: Mapping[str, object]) -> None:
-    """As `write_archive`, what a run needs."""
-    write_archive(path, dict(content))
 
 
 def read_checkpoint(path: Path, keys: Collection[str]) -> dict[str, Any]:

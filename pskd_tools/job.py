@@ -20,7 +20,7 @@ from pskd_tools.checkpoint import (
     naming,
     read_checkpoint,
     tell_changes,
-    write_checkpoint,
+    write_archive,
 )
 from pskd_tools.log import MetricsLog
 from pskd_tools.training import Trainer
@@ -149,5 +149,4 @@ class Job:
             task: what the task keeps beside it.
         """
         if self.world.is_first:
-            content = self.weights(epoch) | trainer.state_dict() | task
-            write_checkpoint(self.path, content)
+            write_archive(self.path, self.weights(epoch) | trainer.state_dict() | task)

@@ -17,7 +17,7 @@ from pskd_tools import checkpoint
 from pskd_tools.log import MetricsLog
 from pskd_tools.options import in_range
 from pskd_tools.program import exit_status, run_program
-from pskd_tools.seeding import seed_epoch
+from pskd_tools.training import seed_epoch
 
 
 @pytest.mark.parametrize(
@@ -78,7 +78,7 @@ def test_a_program_runs_in_one_process_without_torchrun():
 
 def test_a_checkpoint_comes_back(tmp_path):
     path = tmp_path / "checkpoint.pth"
-    checkpoint.write_checkpoint(path, {"model": {"weight": torch.ones(2)}, "epoch": 3})
+    checkpoint.write_archive(path, {"model": {"weight": torch.ones(2)}, "epoch": 3})
     content = checkpoint.read_checkpoint(path, {"model", "epoch"})
     assert content["epoch"] == 3 and torch.equal(content["model"]["weight"], torch.ones(2))
     assert [file.name for file in tmp_path.iterdir()] == ["checkpoint.pth"]
