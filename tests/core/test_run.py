@@ -14,6 +14,7 @@ import torch
 
 from pskd.distributed import World
 from pskd_tools import checkpoint
+from pskd_tools.job import KEYS, find_saved
 from pskd_tools.log import MetricsLog
 from pskd_tools.options import in_range
 from pskd_tools.program import exit_status, run_program
@@ -95,13 +96,14 @@ def test_what_is_no_checkpoint_is_named(content, message, tmp_path):
 
 
 def test_another_runs_checkpoint_is_written_over_where_that_is_asked_for(tmp_path):
-    path = tmp_path / "checkpoint.pth"
-    checkpoint.check_is_new(path, resume=False, overwrite=False)
-    path.touch()
-    checkpoint.check_is_new(path, resume=True, overwrite=False)
-    checkpoint.check_is_new(path, resume=False, overwrite=True)
+    torch.save(dict.fromkeys(KEYS, 1), tmp_path / "checkpoint.pth")
+    asked = dict.fromkeys(("resume", "overwrite", "test_only"), False)
+    asked |= {"output_dir": str(tmp_path)}
+    assert find_saved(argparse.Namespace(**asked | {"resume": True}), ()) == dict.fromkeys(KEYS, 1)
+    for flag in ("overwrite", "test_only"):
+        assert find_saved(argparse.Namespace(**asked | {flag: True}), ()) is None
     with pytest.raises(ValueError, match="--output-dir: expected a folder without a training"):
-        checkpoint.check_is_new(path, resume=False, overwrite=False)
+        find_saved(argparse.Namespace(**asked), ())
 
 
 def test_what_does_not_fit_a_checkpoint_is_named(tmp_path):
