@@ -52,7 +52,7 @@ def shared_test_set(runs: Sequence[Run]) -> SharedTestSet | None:
     if not all(rows):
         return None
     if not all("ids" in arrays for arrays in rows):
-        return _separate_boxes(rows) if task == "detection" else _by_position(runs)
+        return _by_position(runs)
     if task == "detection":
         ids = [arrays["ids"].astype(str) for arrays in rows]
         names = np.unique(np.concatenate(ids))
@@ -84,30 +84,28 @@ def _in_order_of_ids(arrays: _Rows) -> _Rows:
 
 
 def _by_position(runs: Sequence[Run]) -> SharedTestSet | None:
-    rows = [run.rows for run in runs]
+    rows, task = [run.rows for run in runs], runs[0].task
     counts = [len(arrays["confidence"]) for arrays in rows]
-    is_text = runs[0].task == "translation"
+    unit = [np.arange(count) for count in counts]
+    if task == "detection":
+        note = (
+            "The files do not say which image a detection is of, so each run's detections are "
+            "drawn on their own."
+        )
+        return SharedTestSet(
+            rows, unit, counts, "detections", joint=False, matched=False, note=note
+        )
     for run, count in zip(runs, counts, strict=True):
         if count != counts[0]:
-            if is_text:  # the same sentences, perhaps, in other tokens
+            if task == "translation":  # the same sentences, perhaps, in other tokens
                 return None
             raise _other_examples(run, runs[0], f"{count:,} rows instead of {counts[0]:,}")
     _check_labels(runs, rows)
     note = "The files do not name their rows: row i is taken to be the same in all runs."
-    if is_text:
-        note += " Tokens are drawn one by one, not by sentence, so intervals are too narrow."
-    name = "tokens" if is_text else "test examples"
-    return SharedTestSet(rows, [np.arange(n) for n in counts], counts, name, note=note)
-
-
-def _separate_boxes(rows: list[_Rows]) -> SharedTestSet:
-    counts = [len(arrays["confidence"]) for arrays in rows]
-    note = (
-        "The files do not say which image a detection is of, so each run's detections are drawn on "
-        "their own."
-    )
-    unit = [np.arange(count) for count in counts]
-    return SharedTestSet(rows, unit, counts, "detections", joint=False, matched=False, note=note)
+    if task == "classification":
+        return SharedTestSet(rows, unit, counts, "test examples", note=note)
+    note += " Tokens are drawn one by one, not by sentence, so intervals are too narrow."
+    return SharedTestSet(rows, unit, counts, "tokens", note=note)
 
 
 def _check_labels(runs: Sequence[Run], rows: list[_Rows]) -> None:
