@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 from pskd.criterion import MemoryCriterion, make_criterion
 from pskd.rows import ROWS
 from pskd.teachers import MODEL_TEACHERS
-from pskd_tools.checkpoint import read_checkpoint, write_checkpoint
+from pskd_tools.checkpoint import read_checkpoint, write_archive
 
 __all__ = ["PSKDTrainerMixin"]
 
@@ -90,4 +90,4 @@ class PSKDTrainerMixin(TrainerCallback):
         path = Path(args.output_dir, f"checkpoint-{state.global_step}", "pskd.pt")
         content = self.criterion.state_dict(inside_epoch=True)
         if args.should_save:
-            write_checkpoint(path, content)
+            write_archive(path, content)

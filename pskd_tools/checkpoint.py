@@ -18,7 +18,6 @@ from pskd_tools.files import named, written_aside
 
 __all__ = [
     "check_classes",
-    "check_is_new",
     "load_archive",
     "load_optimizer",
     "load_weights",
@@ -26,7 +25,6 @@ __all__ = [
     "read_checkpoint",
     "tell_changes",
     "write_archive",
-    "write_checkpoint",
 ]
 
 logger = logging.getLogger(__name__)
@@ -66,11 +64,6 @@ def load_archive(path: str | os.PathLike[str], expected: str) -> Any:
         return torch.load(file, map_location="cpu", weights_only=True)
 
 
-def write_checkpoint(path: Path, content: Mapping[str, object]) -> None:
-    """As `write_archive`, what a run needs."""
-    write_archive(path, dict(content))
-
-
 def read_checkpoint(path: Path, keys: Collection[str]) -> dict[str, Any]:
     """Read a checkpoint that has at least these keys; no code in it is run.
 
@@ -85,15 +78,6 @@ def read_checkpoint(path: Path, keys: Collection[str]) -> dict[str, Any]:
         got = sorted(content) if isinstance(content, dict) else type(content).__name__
         raise ValueError(f"{path}: expected a checkpoint with {sorted(keys)}, got {got}")
     return content
-
-
-def check_is_new(path: Path, *, resume: bool, overwrite: bool) -> None:
-    """Raise ValueError if a run that starts anew would write over the checkpoint of another."""
-    if path.exists() and not (resume or overwrite):
-        raise ValueError(
-            f"--output-dir: expected a folder without a training, got {path} (--resume goes on "
-            "with it, --overwrite replaces it)"
-        )
 
 
 def load_weights(path: Path, model: torch.nn.Module, weights: Mapping[str, Any]) -> None:

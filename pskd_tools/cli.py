@@ -47,25 +47,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
+    try:
+        # Importing pskd would import torch, and the doctor must start where torch does not load.
+        own = version("pskd")
+    except PackageNotFoundError:  # a checkout on the PYTHONPATH
+        own = "(not installed)"
     parser = argparse.ArgumentParser(
         prog="pskd", description="Progressive self-knowledge distillation."
     )
-    parser.add_argument("--version", action="version", version=f"%(prog)s {_version()}")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {own}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    _add_doctor(commands)
-    _add_report(commands)
-    return parser
-
-
-def _version() -> str:
-    # Importing pskd would import torch, and the doctor must start where torch does not load.
-    try:
-        return version("pskd")
-    except PackageNotFoundError:  # a checkout on the PYTHONPATH
-        return "(not installed)"
-
-
-def _add_doctor(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     command = commands.add_parser(
         "doctor",
         help="say what is installed, what does not fit, and what mends it",
@@ -90,9 +81,6 @@ def _add_doctor(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         help="for trying all parts together (default: %(default)g); more for a part that timed out",
     )
     command.set_defaults(run=_doctor)
-
-
-def _add_report(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     command = commands.add_parser(
         "report",
         help="compare runs of any task on one page",
@@ -116,6 +104,7 @@ def _add_report(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         "(default: %(default)s)",
     )
     command.set_defaults(run=_report)
+    return parser
 
 
 def _part(text: str) -> str:
@@ -147,12 +136,9 @@ def _report(args: argparse.Namespace) -> int:
         from pskd_tools.report import write_report  # needs torch, of which the doctor is to tell
 
         print(write_report(args.runs, args.out, preset=args.preset))
-    except (ImportError, ValueError) as error:
+    except (ImportError, ValueError, OSError) as error:
         print(f"pskd report: error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"pskd report: error: {error}", file=sys.stderr)
-        return 1
+        return 1 if isinstance(error, OSError) else 2
     return 0
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.lines import Line2D
     from matplotlib.text import Text
 
-__all__ = ["INK", "RUN_COLORS", "curve", "legend", "new_figure", "save", "short", "style"]
+__all__ = ["INK", "RUN_COLORS", "curves", "legend", "new_figure", "save", "short", "style"]
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart; its yellow is too pale here.
 RUN_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#555555")
@@ -88,15 +89,22 @@ def style(axes: Axes, x: str = "", y: str = "", title: str = "") -> None:
         spine.set_color("#999999")
 
 
-def curve(axes: Axes, points: Sequence[tuple[float, float]], label: str, color: str) -> Line2D:
-    """Draw a line through points."""
-    # Between the many iterations of a log a marker at each hides the line.
-    marker = "o" if len(points) <= _MOST_MARKERS else ""
-    x, y = zip(*points, strict=True)
-    (line,) = axes.plot(
-        x, y, label=short(label), color=color, linewidth=1.8, marker=marker, markersize=3
-    )
-    return line
+def curves(axes: Axes, points: Mapping[str, Sequence[tuple[float, float]]]) -> dict[str, Line2D]:
+    """Draw a line through the points of each name, in its colour; return those that have any."""
+    lines = {}
+    for (name, own), color in zip(points.items(), itertools.cycle(RUN_COLORS), strict=False):
+        if own:
+            # Between the many iterations of a log a marker at each hides the line.
+            marker = "o" if len(own) <= _MOST_MARKERS else ""
+            (lines[name],) = axes.plot(
+                *zip(*own, strict=True),
+                label=short(name),
+                color=color,
+                linewidth=1.8,
+                marker=marker,
+                markersize=3,
+            )
+    return lines
 
 
 def legend(figure: Figure, columns: int, handles: Sequence[Artist] | None = None) -> Legend:

@@ -15,12 +15,11 @@ from pskd.distributed import World
 from pskd.schedule import check_unchanged
 from pskd_tools.checkpoint import (
     check_classes,
-    check_is_new,
     load_weights,
     naming,
     read_checkpoint,
     tell_changes,
-    write_checkpoint,
+    write_archive,
 )
 from pskd_tools.log import MetricsLog
 from pskd_tools.training import Trainer
@@ -50,12 +49,15 @@ def find_saved(args: argparse.Namespace, keys: Collection[str]) -> dict[str, Any
             the task.
     """
     path = checkpoint_path(args)
-    if not args.test_only:
-        check_is_new(path, resume=args.resume, overwrite=args.overwrite)
     if args.resume and path.exists():
         return read_checkpoint(path, KEYS | set(keys))
     if args.resume:
         logger.info("--resume: no %s, so from the start", path)
+    elif path.exists() and not (args.test_only or args.overwrite):
+        raise ValueError(
+            f"--output-dir: expected a folder without a training, got {path} (--resume goes on "
+            "with it, --overwrite replaces it)"
+        )
     return None
 
 
@@ -149,5 +151,4 @@ class Job:
             task: what the task keeps beside it.
         """
         if self.world.is_first:
-            content = self.weights(epoch) | trainer.state_dict() | task
-            write_checkpoint(self.path, content)
+            write_archive(self.path, self.weights(epoch) | trainer.state_dict() | task)

@@ -23,7 +23,7 @@ from pskd.calibration import (
     risk_coverage_curve,
 )
 from pskd.calibration.inputs import Array
-from pskd_tools.drawing import INK, RUN_COLORS, curve, legend, new_figure, save, short, style
+from pskd_tools.drawing import INK, RUN_COLORS, curves, legend, new_figure, save, short, style
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist
@@ -63,15 +63,8 @@ _STEADY_COVERAGE = 0.05
 
 
 def _check_runs(runs: Runs) -> None:
-    if not isinstance(runs, Mapping) or not runs:
-        raise ValueError(
-            f"runs: expected a mapping of at least one name to (confidence, correct), got {runs!r}"
-        )
-    for name, run in runs.items():
-        if not isinstance(run, (tuple, list)) or len(run) != 2:
-            raise ValueError(
-                f"runs[{name!r}]: expected a pair (confidence, correct), got {type(run).__name__}"
-            )
+    if not runs:
+        raise ValueError("runs: expected at least one name with (confidence, correct), got none")
 
 
 def _draw_reliability(axes: Axes, title: str, bins: ReliabilityBins) -> None:
@@ -255,17 +248,16 @@ def epoch_plot(records: Sequence[Mapping[str, float]], path: str | os.PathLike[s
 
     Source: Kim et al. 2021, section 3.2, whose factor the rescaling is.
     """
-    curves = {
-        name: [(record["epoch"], record[name]) for record in records if name in record]
-        for name in _EPOCH_CURVES
+    points = {
+        title: [(record["epoch"], record[name]) for record in records if name in record]
+        for name, title in _EPOCH_CURVES.items()
     }
-    if not any(curves.values()):
-        raise ValueError(f"records: expected an epoch with one of {list(curves)}, got none")
+    if not any(points.values()):
+        names = list(_EPOCH_CURVES)
+        raise ValueError(f"records: expected an epoch with one of {names}, got none")
     figure = new_figure(6.4, 4.8)
     axes = figure.add_subplot()
-    for (name, points), color in zip(curves.items(), RUN_COLORS, strict=False):
-        if points:
-            curve(axes, points, _EPOCH_CURVES[name], color)
+    curves(axes, points)
     axes.locator_params(axis="x", integer=True)
     axes.set_ylim(top=1.0)
     style(axes, "epoch")

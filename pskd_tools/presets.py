@@ -11,8 +11,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from pskd.calibration import aurc, optimal_risk_coverage_curve, reliability_bins
-from pskd.calibration.inputs import Array, Booleans, correct_rows, nll_rows
+from pskd.calibration import reliability_bins
+from pskd.calibration.inputs import Array, correct_rows, nll_rows
+from pskd.calibration.metrics import confidence_metrics
 
 __all__ = ["PRESETS", "Metric", "Preset", "measure"]
 
@@ -106,24 +107,14 @@ def measure(
             another length, an ``nll`` that is negative or NaN, no row at all.
     """
     filled = reliability_bins(confidence, correct, bins=bins)
-    area = aurc(confidence, correct)
+    ranked = confidence_metrics(filled, confidence, correct)
     rows = int(filled.count.sum())
     raw = {"top1_error": (rows - int(filled.correct_sum.sum())) / rows}
     if in_top5 is not None:
-        raw["top5_error"] = (~_named_rows("in_top5", in_top5, rows)).mean()
+        raw["top5_error"] = float((~correct_rows(in_top5, rows, "in_top5")).mean())
     if nll is not None:
-        raw["nll"] = nll_rows(nll, rows).mean(dtype="float64")
-    raw["ece"] = filled.expected_calibration_error
-    raw["aurc"] = area
-    raw["e_aurc"] = area - optimal_risk_coverage_curve(correct)[1].mean()
-    return {key: float(value) for key, value in raw.items()}
-
-
-def _named_rows(name: str, flags: Array, rows: int) -> Booleans:
-    try:
-        return correct_rows(flags, rows)
-    except ValueError as error:
-        raise ValueError(str(error).replace("correct", name, 1)) from error
+        raw["nll"] = float(nll_rows(nll, rows).mean(dtype="float64"))
+    return raw | ranked
 
 
 def _metrics(

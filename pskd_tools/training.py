@@ -8,11 +8,13 @@ not stopped.
 from __future__ import annotations
 
 import argparse
+import random
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Container, Mapping, Sized
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -21,9 +23,17 @@ from torch.utils.data import DistributedSampler
 from pskd.distributed import World
 from pskd_tools.checkpoint import load_optimizer
 from pskd_tools.log import MetricsLog
-from pskd_tools.seeding import seed_epoch
 
-__all__ = ["AMP", "Trainer", "amp_dtype", "autocast", "build_optimizer", "every", "run_epochs"]
+__all__ = [
+    "AMP",
+    "Trainer",
+    "amp_dtype",
+    "autocast",
+    "build_optimizer",
+    "every",
+    "run_epochs",
+    "seed_epoch",
+]
 
 #: The types that ``--amp`` takes; a bare one is float16 on a GPU and bfloat16 on a CPU.
 AMP = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -65,6 +75,15 @@ def build_optimizer(
         nesterov=nesterov and args.momentum > 0,
         fused=fused,
     )
+
+
+def seed_epoch(seed: int, epoch: int, rank: int) -> None:
+    """Set the random states of Python, numpy and torch for one process and epoch."""
+    # Mixed: neighbouring seeds, epochs and ranks must not share a stream.
+    mixed = int(np.random.SeedSequence((seed, epoch, rank)).generate_state(1)[0])
+    random.seed(mixed)
+    np.random.seed(mixed)
+    torch.manual_seed(mixed)
 
 
 class Trainer(ABC):

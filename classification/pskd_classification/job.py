@@ -85,7 +85,7 @@ class ClassifierJob(Job):
         """Save the weights if their error on the validation set is the least so far."""
         if self.best is None or error < self.best["top1_error"]:
             self.best = {"epoch": epoch, "top1_error": error}
-            checkpoint.write_checkpoint(self.best_path, self.weights(epoch))
+            checkpoint.write_archive(self.best_path, self.weights(epoch))
 
 
 def read_data(args: argparse.Namespace, world: World, on_device: bool | None) -> Data:

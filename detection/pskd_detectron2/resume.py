@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import os
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -99,7 +100,13 @@ def _set_random_state(state: dict) -> None:
 
 
 class NamingCheckpointer(DetectionCheckpointer):
-    """`DetectionCheckpointer` that names a damaged file in a ValueError."""
+    """`DetectionCheckpointer` that names a file that is missing or damaged in a ValueError."""
+
+    def load(self, path: str, *args, **kwargs) -> dict:
+        local = path and self.path_manager.get_local_path(path.partition("?")[0])
+        if path and not os.path.isfile(local):
+            raise ValueError(f"{path}: expected weights or a checkpoint, got no file")
+        return super().load(path, *args, **kwargs)
 
     def _load_file(self, filename: str) -> dict:
         try:

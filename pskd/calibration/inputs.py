@@ -150,11 +150,11 @@ def nll_rows(nll: Array, rows: int) -> Floats:
     return values.clip(0.0)
 
 
-def correct_rows(correct: Array, rows: int | None = None) -> Booleans:
-    correct = as_tensor("correct", correct)
-    check_vector("correct", correct, rows)
+def correct_rows(correct: Array, rows: int | None = None, name: str = "correct") -> Booleans:
+    correct = as_tensor(name, correct)
+    check_vector(name, correct, rows)
     if correct.dtype != torch.bool:
         strange = correct[(correct != 0) & (correct != 1)]
         if strange.numel():
-            raise ValueError(f"correct: expected booleans or 0 and 1, got {strange[0].item()!r}")
+            raise ValueError(f"{name}: expected booleans or 0 and 1, got {strange[0].item()!r}")
     return correct.bool().cpu().numpy()

@@ -27,12 +27,14 @@ from pskd.calibration.inputs import (
     float_rows,
     nll_rows,
 )
-from pskd.calibration.risk_coverage import (
-    aurc,
-    optimal_aurc,
-)
+from pskd.calibration.risk_coverage import aurc, optimal_aurc
 
-__all__ = ["ConfidenceAccumulator", "expected_calibration_error", "negative_log_likelihood"]
+__all__ = [
+    "ConfidenceAccumulator",
+    "confidence_metrics",
+    "expected_calibration_error",
+    "negative_log_likelihood",
+]
 
 Kind = TypeVar("Kind", bound=np.generic)
 
@@ -95,6 +97,18 @@ def expected_calibration_error(probs: Array, target: Array, *, bins: int = 15) -
     """
     bins = check_bins(bins)
     return fill_bins(*_top1(*check_pair(probs, target)), bins).expected_calibration_error
+
+
+def confidence_metrics(
+    filled: ReliabilityBins, confidence: Array, correct: Array
+) -> dict[str, float]:
+    """Return ``ece``, ``aurc`` and ``e_aurc`` of N rows, of which ``filled`` are the bins."""
+    area = aurc(confidence, correct)
+    return {
+        "ece": filled.expected_calibration_error,
+        "aurc": area,
+        "e_aurc": area - optimal_aurc(correct),
+    }
 
 
 def _joined(parts: list[NDArray[Kind]]) -> NDArray[Kind]:
@@ -199,13 +213,9 @@ class ConfidenceAccumulator:
             ValueError: there was no row yet.
         """
         check_not_empty(self.count)
-        correct = self.correct
-        area = aurc(self.confidence, correct)
         return {
             "nll": self._nll_sum / self.count,
-            "ece": self._bins.expected_calibration_error,
-            "aurc": area,
-            "e_aurc": area - optimal_aurc(correct),
-            "accuracy": float(correct.mean()),
+            **confidence_metrics(self._bins, self.confidence, self.correct),
+            "accuracy": float(self.correct.mean()),
             "count": self.count,
         }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -13,9 +14,8 @@ from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib import metadata
-from typing import IO
 
-from pskd_tools.doctor.parts import PACKAGES, PARTS, STEPS, code_of
+from pskd_tools.doctor.parts import DISTRIBUTIONS, PACKAGES, PARTS, STEPS, WAYS
 
 __all__ = ["UNSAFE_LOAD", "Attempt", "Environment", "Probe", "gather", "release", "run_probes"]
 
@@ -50,14 +50,14 @@ class Environment:
     Attributes:
         python: the interpreter's version, (major, minor, micro).
         versions: distribution name -> version, for those of `PACKAGES` that are installed.
-        variables: the environment variables that matter here, where set.
+        unsafe_load: the environment variable `UNSAFE_LOAD`; empty where it is not set.
         probes: part -> what happened when it was tried; its keys are the parts under check.
         asked: the parts that the user named; they must be present.
     """
 
     python: tuple[int, ...]
     versions: Mapping[str, str]
-    variables: Mapping[str, str]
+    unsafe_load: str
     probes: Mapping[str, Probe]
     asked: frozenset[str] = frozenset()
 
@@ -75,12 +75,21 @@ class Environment:
         missing = Attempt(False, f"ModuleNotFoundError: No module named '{module}'")
         return self.attempt(module) == missing
 
+    def has(self, framework: str) -> bool:
+        """Return whether a framework is there or its distribution claims that it is."""
+        packages = DISTRIBUTIONS.get(framework, (framework,))
+        return not self.versions.keys().isdisjoint(packages) or not self.lacks(framework)
+
+    def has_part(self, part: str) -> bool:
+        """Return whether a part has one of its frameworks, with the adapter for it."""
+        return not WAYS[part] or any(
+            self.has(way.framework) and not any(map(self.lacks, (way.adapter, *way.beside)))
+            for way in WAYS[part]
+        )
+
     def release_of(self, package: str) -> tuple[int, ...]:
         """Return the release of ``package``; (), below every other, if absent or unreadable."""
-        try:
-            return release(self.versions[package])
-        except (KeyError, ValueError):
-            return ()
+        return release(self.versions.get(package, ""))
 
     @property
     def torch_build(self) -> str:
@@ -92,15 +101,11 @@ def release(version: str) -> tuple[int, ...]:
     """Return the numbers of a version's release: ``"2.6.0rc1+cu124"`` -> ``(2, 6, 0)``.
 
     Pre-releases count as their release, as pip counts them against an upper bound. The result
-    compares rightly with any tuple that does not end in 0.
-
-    Raises:
-        ValueError: if ``version`` does not begin with a release, or has an epoch (``1!2.0``).
+    compares rightly with any tuple that does not end in 0. It is () for a version that does not
+    begin with a release or has an epoch (``1!2.0``).
     """
-    match = re.match(r"\d+(?:\.\d+)*", version)
-    if match is None or "!" in version:
-        raise ValueError(f"version: expected one that begins with a release, got {version!r}")
-    return tuple(int(number) for number in match.group().split("."))
+    match = re.match(r"\d+(?:\.\d+)*(?!.*!)", version)
+    return tuple(int(number) for number in match.group().split(".")) if match else ()
 
 
 def gather(asked: Iterable[str] = (), *, timeout: float = 120.0) -> Environment:
@@ -113,32 +118,21 @@ def gather(asked: Iterable[str] = (), *, timeout: float = 120.0) -> Environment:
     Returns:
         What there is. In the processes modules are found as in an installed command: not in the
         current directory, unless PYTHONPATH names it.
-
-    Raises:
-        ValueError: if a part is not one of `PARTS`.
     """
-    named = frozenset(asked)
-    if unknown := sorted(named.difference(PARTS)):
-        raise ValueError(f"asked: expected parts among {', '.join(PARTS)}, got {unknown}")
+    named, versions = frozenset(asked), {}
+    for package in PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            # Broken metadata may lack the field; that is reported, not hidden.
+            versions[package] = str(metadata.version(package))
     chosen = [part for part in PARTS if not named or part in named or part == "core"]
-    code = {part: {name: code_of(name) for name in STEPS[part]} for part in chosen}
+    code = {part: {name: step.code for name, step in STEPS[part].items()} for part in chosen}
     return Environment(
         python=tuple(sys.version_info[:3]),
-        versions=dict(_installed(PACKAGES)),
-        variables={name: os.environ[name] for name in (UNSAFE_LOAD,) if name in os.environ},
+        versions=versions,
+        unsafe_load=os.environ.get(UNSAFE_LOAD, ""),
         probes=run_probes(code, timeout),
         asked=named,
     )
-
-
-def _installed(names: Iterable[str]) -> Iterable[tuple[str, str]]:
-    """Give name and version of those distributions that are installed, importing none of them."""
-    for name in names:
-        try:
-            # Broken metadata may lack the field; that is reported, not hidden.
-            yield name, str(metadata.version(name))
-        except metadata.PackageNotFoundError:
-            continue
 
 
 # What a framework prints while it is imported goes to stderr, so that stdout carries the reports.
@@ -197,22 +191,20 @@ def _run_probe(steps: Mapping[str, str], timeout: float) -> Probe:
                 ended = f"was ended by {known.get(status, f'signal {-status}')}"
         except subprocess.TimeoutExpired:
             limit, ended = timeout, f"did not end within {timeout:g} seconds"
-        told, printed = _text(reports), _text(noise)
+        reports.seek(0)
+        noise.seek(0)
+        told, printed = reports.read().decode(), noise.read().decode("utf-8", "replace").strip()
     attempts, current = {}, ""
     for line in told.split("\n")[:-1]:  # after the last newline: a line that was cut off
         name, state, detail = json.loads(line)
         current = name if state == "started" else ""
         if not current:
             attempts[name] = Attempt(state == "ok", _one_line(detail))
-    if ended:
-        ended += f" (while trying {current})" if current else ""
-        ended += "".join(f": {line}" for line in printed.strip().splitlines()[-1:])
+    if ended and current:
+        ended += f" (while trying {current})"
+    if ended and printed:
+        ended += f": {printed.splitlines()[-1]}"
     return Probe(attempts, _one_line(ended), limit)
-
-
-def _text(file: IO[bytes]) -> str:
-    file.seek(0)
-    return file.read().decode("utf-8", "replace")
 
 
 def _one_line(text: str) -> str:

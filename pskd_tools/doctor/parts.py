@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 PARTS = ("core", "translation", "detection", "classification", "integrations", "plots")
 
@@ -126,7 +126,7 @@ WAYS: Mapping[str, tuple[Way, ...]] = {
 
 # ---- what is tried -------------------------------------------------------------------------------
 
-#: Step -> the code that is run, where it is more than the import of the module.
+# Step -> the code that is run, where it is more than the import of the module.
 _CODE: Mapping[str, str] = {
     "torch": """
 import torch
@@ -206,25 +206,23 @@ Figure().savefig(io.BytesIO(), format="png")
 }
 
 
-def code_of(name: str) -> str:
-    """Return the code of a step; it fails by raising, and its ``value`` is reported."""
-    return _CODE.get(name, f"import {name}")
-
-
 @dataclass(frozen=True)
 class Step:
-    """What the failure of something that is tried means.
+    """Something that is tried, and what its failure means.
 
-    ``problem`` is shown before the error, and may name any package of `PACKAGES` (with underscores)
-    for its version, and torch's ``build``; without it the step's own name "does not load".
-    ``framework`` is the module without which the step is moot (its absence is judged elsewhere);
-    ``needs`` is a step whose failure explains this one's.
+    Attributes:
+        problem: shown before the error; may name any package of `PACKAGES` (with underscores) for
+            its version, and torch's ``build``. Without it the step's own name "does not load".
+        framework: the module without which the step is moot; its absence is judged elsewhere.
+        needs: a step whose failure explains this one's.
+        code: fails by raising; its ``value`` is reported.
     """
 
     problem: str = ""
     mend: str = INSTALL_PSKD
     framework: str = ""
     needs: str = ""
+    code: str = ""
 
 
 def _on(framework: str, problem: str = "", mend: str = INSTALL_PSKD) -> Step:
@@ -236,7 +234,7 @@ def _package(name: str, framework: str) -> Step:
     return Step(f"{name} does not load", f"pip install {name}", framework)
 
 
-#: A step that tries a module is called like it.
+# A step that tries a module is called like it.
 _STEPS: Mapping[str, Step] = {
     "torch": Step(mend="pip install --force-reinstall torch"),
     "numpy": Step(
@@ -316,5 +314,9 @@ _TRIED = {
 
 #: Part -> name -> step, in the order of trying.
 STEPS: Mapping[str, Mapping[str, Step]] = {
-    part: {name: _STEPS[name] for name in names.split()} for part, names in _TRIED.items()
+    part: {
+        name: replace(_STEPS[name], code=_CODE.get(name, f"import {name}"))
+        for name in names.split()
+    }
+    for part, names in _TRIED.items()
 }

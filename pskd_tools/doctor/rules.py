@@ -72,7 +72,7 @@ def diagnose(env: Environment) -> Report:
         The state of each part under check and what was found about it. What is wrong with a part
         that is absent is an error only where that part was asked for, and else a warning.
     """
-    absent = {part for part in env.probes if not _present(env, part)}
+    absent = {part for part in env.probes if not env.has_part(part)}
     # In the order of mending: what a later rule finds may be explained by an earlier one.
     rules = (_versions, _probes, _absences, _surroundings)
     found = [finding for rule in rules for finding in rule(env) if finding.part in env.probes]
@@ -87,21 +87,6 @@ def diagnose(env: Environment) -> Report:
     return Report(env, states, tuple(found))
 
 
-def _present(env: Environment, part: str) -> bool:
-    ways = parts.WAYS[part]
-    return not ways or any(
-        _installed(env, way.framework)
-        and not any(env.lacks(module) for module in (way.adapter, *way.beside))
-        for way in ways
-    )
-
-
-def _installed(env: Environment, module: str) -> bool:
-    """Whether a module is there or its distribution claims that it is."""
-    packages = parts.DISTRIBUTIONS.get(module, (module,))
-    return any(package in env.versions for package in packages) or not env.lacks(module)
-
-
 def _versions(env: Environment) -> Iterator[Finding]:
     """Find versions that do not fit."""
     versions, python = env.versions, ".".join(map(str, env.python))
@@ -113,28 +98,26 @@ def _versions(env: Environment) -> Iterator[Finding]:
         message = f"torch {versions['torch']} is older than 2.4, the first that pskd supports."
         yield Finding("error", "core", message, "pip install --upgrade 'torch>=2.4'")
 
-    wanted = _installed(env, "fairseq") or "translation" in env.asked
+    wanted = env.has("fairseq") or "translation" in env.asked
     if wanted and not (3, 11) <= env.python[:2] <= (3, 12):
         message = (
             f"Python {python} is not one of those that fairseq-fixed is made for, 3.11 and 3.12."
         )
-        tried = env.attempt("fairseq")
-        severity = "error" if tried is not None and not tried.ok else "warning"
+        works = env.attempt("fairseq") is None or env.said("fairseq") is not None
+        severity = "warning" if works else "error"
         yield Finding(severity, "translation", message, "python3.12 -m venv .venv")
 
-    if fairseq := versions.get("fairseq"):
-        message = ""
-        if "fairseq-fixed" in versions:
-            message = (
-                f"fairseq {fairseq} and fairseq-fixed are both installed and share their files."
-            )
-        elif env.python >= (3, 11) and env.release_of("fairseq") < (0, 12, 3):
-            message = (
-                f"fairseq {fairseq} does not run on Python 3.11 and later (mutable dataclass "
-                "defaults); fairseq-fixed does."
-            )
-        if message:
-            yield Finding("error", "translation", message, parts.REPLACE_FAIRSEQ)
+    message = ""
+    if {"fairseq", "fairseq-fixed"} <= versions.keys():
+        message = "fairseq {fairseq} and fairseq-fixed are both installed and share their files."
+    elif env.python >= (3, 11) and () < env.release_of("fairseq") < (0, 12, 3):
+        message = (
+            "fairseq {fairseq} does not run on Python 3.11 and later (mutable dataclass defaults); "
+            "fairseq-fixed does."
+        )
+    if message:
+        message = message.format(fairseq=versions["fairseq"])
+        yield Finding("error", "translation", message, parts.REPLACE_FAIRSEQ)
 
     old = [
         f"{name} {versions[name]} is older than {'.'.join(map(str, bound))}"
@@ -154,13 +137,12 @@ def _versions(env: Environment) -> Iterator[Finding]:
 def _probes(env: Environment) -> Iterator[Finding]:
     """Find processes that did not finish, and steps that failed."""
     for part, probe in env.probes.items():
+        again = f"pskd doctor {part} --timeout"
         if probe.limit is not None:
             message = f"Whether this part works is not known: trying it {probe.failure}."
-            mend = f"pskd doctor {part} --timeout {5 * probe.limit:g}"
-            yield Finding("warning", part, message, mend)
+            yield Finding("warning", part, message, f"{again} {5 * probe.limit:g}")
         elif probe.failure:
-            message = f"Trying this part {probe.failure}."
-            yield Finding("error", part, message, f"pskd doctor {part} --timeout 600")
+            yield Finding("error", part, f"Trying this part {probe.failure}.", f"{again} 600")
     versions = {n.replace("-", "_"): env.versions.get(n, "(not installed)") for n in parts.PACKAGES}
     for part, probe in env.probes.items():
         for name, attempt in probe.attempts.items():
@@ -169,8 +151,8 @@ def _probes(env: Environment) -> Iterator[Finding]:
             if _counts_as_failure(env, part, name) and not explained:
                 problem = step.problem or f"{name} does not load"
                 problem = problem.format(build=env.torch_build, **versions)
-                mend = _mend_of(step, attempt.detail)
-                yield Finding("error", part, f"{problem}: {attempt.detail}", mend)
+                message = f"{problem}: {attempt.detail}"
+                yield Finding("error", part, message, _mend_of(step, attempt.detail))
 
 
 def _counts_as_failure(env: Environment, part: str, name: str) -> bool:
@@ -179,7 +161,7 @@ def _counts_as_failure(env: Environment, part: str, name: str) -> bool:
     absent = env.lacks(name) and name in {way.adapter for way in parts.WAYS[part]}
     if attempt is None or attempt.ok or absent:
         return False
-    return not framework or _installed(env, framework)
+    return not framework or env.has(framework)
 
 
 def _mend_of(step: parts.Step, error: str) -> str:
@@ -193,10 +175,10 @@ def _mend_of(step: parts.Step, error: str) -> str:
 def _absences(env: Environment) -> Iterator[Finding]:
     """Find frameworks, adapters and packages that are not there."""
     for part in env.probes:
-        wanted = part in env.asked and not _present(env, part)
+        wanted = part in env.asked and not env.has_part(part)
         serious = "error" if wanted else "note"
         for way in parts.WAYS[part]:
-            if not _installed(env, way.framework):
+            if not env.has(way.framework):
                 if way.framework == "detectron2":
                     yield _detectron2_is_absent(env, way)
                 else:
@@ -219,7 +201,7 @@ def _detectron2_is_absent(env: Environment, way: parts.Way) -> Finding:
         other = "works"
     elif env.attempt("pskd_torchvision") is None:
         other = "was not tried"
-    elif _present(env, "detection"):
+    elif env.has_part("detection"):
         other = "does not work either"
     message = f"Detectron2 is absent; the torchvision adapter {other}."
     return Finding("warning", "detection", message, way.install)
@@ -233,22 +215,21 @@ def _surroundings(env: Environment) -> Iterator[Finding]:
             "a CPU slower and with the same results. A C++ compiler (g++, clang++) mends that."
         )
         yield Finding("note", "core", message, parts.INSTALL_PSKD)
-    if env.variables.get(UNSAFE_LOAD, "").lower() in ("1", "y", "yes", "true"):
+    if env.unsafe_load.lower() in ("1", "y", "yes", "true"):
         message = (
             f"{UNSAFE_LOAD} is set, so torch.load runs whatever code a checkpoint holds; fairseq's "
             "checkpoints load without it where the command carries --user-dir with pskd_fairseq."
         )
         yield Finding("warning", "core", message, f"unset {UNSAFE_LOAD}")
     setuptools = env.versions.get("setuptools", "not installed")
-    if "detectron2" in env.versions and (
-        setuptools == "not installed" or env.release_of("setuptools") >= (82,)
-    ):
+    missing = setuptools == "not installed" or env.release_of("setuptools") >= (82,)
+    if "detectron2" in env.versions and missing:
         message = (
             f"setuptools ({setuptools}) brings no pkg_resources, which detectron2.model_zoo "
             "imports; the rest of Detectron2 does without."
         )
         yield Finding("warning", "detection", message, parts.INSTALL_SETUPTOOLS)
-    if _installed(env, "fairseq") and env.release_of("torch") >= (2, 6):
+    if env.has("fairseq") and env.release_of("torch") >= (2, 6):
         path = env.said("pskd_fairseq") or "translation/pskd_fairseq"
         message = (
             "From torch 2.6 on, torch.load refuses fairseq's checkpoints unless pskd_fairseq is "

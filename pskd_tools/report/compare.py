@@ -75,6 +75,27 @@ class Comparison:
         """Whether intervals are over seeds, and not over test examples."""
         return len(self.baseline.runs) > 1 and len(self.method.runs) > 1
 
+    @property
+    def runs(self) -> list[Run]:
+        """The runs of the baseline, then those of the method."""
+        return [*self.baseline.runs, *self.method.runs]
+
+    def difference(
+        self, values: Sequence[float], interval: tuple[float, float] | None = None
+    ) -> tuple[float, Difference]:
+        """Return the baseline's mean of a quantity, and the method's difference from it.
+
+        Args:
+            values: of each of the `runs`.
+            interval: where there is none over seeds.
+        """
+        split = len(self.baseline.runs)
+        first, second = values[:split], values[split:]
+        if self.over_seeds:
+            interval = interval_over_seeds(first, second, paired=self.paired)
+        start = float(np.mean(first))
+        return start, Difference(float(np.mean(second)) - start, interval)
+
 
 def compare(table: Table, preset: Preset) -> list[Comparison]:
     """Compare every other row of a table with the first.
@@ -95,24 +116,23 @@ def _compared(baseline: Row, method: Row, columns: Sequence[Column], preset: Pre
     redrawn = {} if bare.over_seeds else _redrawn(bare, preset)
     differences, basis = {}, [_basis(bare)]
     for column in columns:
-        if len(ways := _ways(bare, column.key)) > 1:
+        key, title = column.key, column.metric.title
+        ways = {way for run in bare.runs if (way := way_of(run.numbers, key)) is not None}
+        if len(ways) > 1:
             basis.append(
-                f"{column.metric.title} is not compared: it was computed in different ways, "
+                f"{title} is not compared: it was computed in different ways, "
                 f"{' and '.join(sorted(ways))}."
             )
             continue
-        first, second = baseline.mean(column.key), method.mean(column.key)
-        if not column.metric.better or first is None or second is None:
+        values = [v[key] for v in (*baseline.values, *method.values) if key in v]
+        if not column.metric.better or len(values) < len(bare.runs):
             continue
-        interval = None
-        if bare.over_seeds:
-            values = [[v[column.key] for v in row.values] for row in (baseline, method)]
-            interval = interval_over_seeds(*values, paired=paired)
-        elif column.key in redrawn:
-            interval = percentile_interval(
-                second - first, redrawn[column.key], centred=column.key.endswith("ece")
-            )
-        differences[column.key] = Difference(second - first, interval)
+        _, change = bare.difference(values)
+        if key in redrawn:
+            centred = key.endswith("ece")
+            interval = percentile_interval(change.value, redrawn[key], centred=centred)
+            change = replace(change, interval=interval)
+        differences[key] = change
     return replace(bare, differences=differences, basis=" ".join(basis))
 
 
@@ -124,11 +144,6 @@ def way_of(numbers: Mapping[str, Any], key: str) -> str | None:
     told = numbers.get(f"{key}_signature", numbers.get(f"{key}_model"))
     # sacreBLEU keeps scores comparable from version to version.
     return None if told is None else str(told).partition("|version:")[0]
-
-
-def _ways(pair: Comparison, key: str) -> set[str]:
-    told = (way_of(run.numbers, key) for run in (*pair.baseline.runs, *pair.method.runs))
-    return {way for way in told if way is not None}
 
 
 def _seeds(row: Row) -> list[object] | None:
@@ -147,7 +162,14 @@ def _basis(pair: Comparison) -> str:
         )
         return f"95 % intervals: {over}. They cover chance in the training, on this test set."
     if tests is None:
-        return _why_none([*pair.baseline.runs, *pair.method.runs])
+        without = [str(run.folder) for run in pair.runs if not run.rows]
+        if without:
+            places = ", ".join(without)
+            return f"No 95 % intervals: there is no confidence.npz with rows in {places}."
+        return (
+            "No 95 % intervals: the runs scored different numbers of tokens and do not say of "
+            "which sentences these are."
+        )
     drawn = "paired bootstrap" if tests.joint else "bootstrap, not paired,"
     size = " and ".join(f"{count:,}" for count in dict.fromkeys(tests.units))
     if min(tests.units) < _LEAST_UNITS:
@@ -159,23 +181,18 @@ def _basis(pair: Comparison) -> str:
     return f"{text} {tests.note}".strip()
 
 
-def _why_none(runs: Sequence[Run]) -> str:
-    without = [str(run.folder) for run in runs if not run.rows]
-    if without:
-        return f"No 95 % intervals: there is no confidence.npz with rows in {', '.join(without)}."
-    return (
-        "No 95 % intervals: the runs scored different numbers of tokens and do not say of which "
-        "sentences these are."
-    )
-
-
 def _redrawn(pair: Comparison, preset: Preset) -> dict[str, Doubles]:
     """Return the difference of each metric in each resample, (R,) by key."""
-    tests = pair.tests
-    runs = [*pair.baseline.runs, *pair.method.runs]
+    tests, runs = pair.tests, pair.runs
     if tests is None or min(tests.units) < _LEAST_UNITS:
         return {}
-    parts = _sentence_metrics(runs, tests) or [[] for _ in runs]
+    parts: list[list[Measured]] = [[] for _ in runs]
+    texts = [run.sentences for run in runs if run.sentences is not None]
+    # BLEU and chrF, if the sentences that are drawn are those that were translated.
+    if tests.name == "sentences" and len(texts) == len(runs):
+        drawn = [np.unique(rows["ids"]).tolist() for rows in tests.rows]
+        if drawn == [list(range(len(text.translation))) for text in texts]:
+            parts = [[SentenceMetrics(text.bleu, text.chrf)] for text in texts]
     if tests.matched or tests.name != "sentences":
         for part, rows, unit, units in zip(parts, tests.rows, tests.unit, tests.units, strict=True):
             part.append(RowMetrics(rows, unit, units, preset.bins))
@@ -188,14 +205,3 @@ def _redrawn(pair: Comparison, preset: Preset) -> dict[str, Doubles]:
         key: np.mean([v[key] for v in second], axis=0) - np.mean([v[key] for v in first], axis=0)
         for key in keys
     }
-
-
-def _sentence_metrics(runs: Sequence[Run], tests: SharedTestSet) -> list[list[Measured]] | None:
-    """Return BLEU and chrF of each run, if the sentences that are drawn are those it translated."""
-    known = [run.sentences for run in runs if run.sentences is not None]
-    if len(known) < len(runs) or tests.name != "sentences":
-        return None
-    if any(np.unique(rows["ids"]).tolist() != list(range(len(s.translation)))
-           for rows, s in zip(tests.rows, known, strict=True)):  # fmt: skip
-        return None
-    return [[SentenceMetrics(s.bleu, s.chrf)] for s in known]

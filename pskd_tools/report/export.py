@@ -24,49 +24,40 @@ def as_json(
             table.task: {column.key: _described(column) for column in table.columns}
             for table in tables
         },
-        "tables": {
-            table.task: [
-                {
-                    "name": row.name,
-                    "runs": len(row.runs),
-                    "mean": {c.key: row.mean(c.key) for c in table.columns},
-                    "deviation": {c.key: row.deviation(c.key) for c in table.columns},
-                }
-                for row in table.rows
-            ]
-            for table in tables
-        },
+        "tables": {table.task: [_means(table, row) for row in table.rows] for table in tables},
         "verdict": {
             table.task: [_verdict(table, pair) for pair in pairs[table.task]] for table in tables
         },
         "runs": [
-            {
-                **_identity(table, row, run),
-                "command": run.numbers.get("command"),
-                "values": values,
-            }
-            for table, row, run, values in _each(tables)
+            identity | {"command": run.numbers.get("command"), "values": values}
+            for run, identity, values in _each(tables)
         ],
     }
 
 
+def _means(table: Table, row: Row) -> dict[str, object]:
+    keys = [column.key for column in table.columns]
+    return {
+        "name": row.name,
+        "runs": len(row.runs),
+        "mean": {key: row.mean(key) for key in keys},
+        "deviation": {key: row.deviation(key) for key in keys},
+    }
+
+
 def _verdict(table: Table, pair: Comparison) -> dict[str, object]:
-    compared = [
-        (column, pair.differences[column.key])
-        for column in table.columns
-        if column.key in pair.differences
-    ]
+    better = {column.key: column.metric.better for column in table.columns}
     return {
         "name": pair.method.name,
         "baseline": pair.baseline.name,
         "basis": pair.basis,
         "differences": {
-            column.key: {
+            key: {
                 "difference": difference.value,
                 "interval": difference.interval,
-                "effect": difference.effect(column.metric.better) or None,
+                "effect": difference.effect(better[key]) or None,
             }
-            for column, difference in compared
+            for key, difference in pair.differences.items()
         },
     }
 
@@ -87,23 +78,17 @@ def as_csv(tables: Sequence[Table]) -> str:
     """Return report.csv: one row a run, raw values under the names of report.json."""
     keys = dict.fromkeys(column.key for table in tables for column in table.columns)
     lines = []
-    for table, row, run, values in _each(tables):
+    for _, identity, values in _each(tables):
         finite = {key: value for key, value in values.items() if not math.isnan(value)}
-        lines.append(_identity(table, row, run) | finite)
+        lines.append(identity | finite)
     return csv_text(["name", "task", "seed", "folder", *keys], lines)
 
 
-def _identity(table: Table, row: Row, run: Run) -> dict[str, object]:
-    return {
-        "name": row.name,
-        "task": table.task,
-        "seed": run.numbers.get("seed"),
-        "folder": str(run.folder),
-    }
-
-
-def _each(tables: Sequence[Table]) -> Iterator[tuple[Table, Row, Run, dict[str, float]]]:
+def _each(tables: Sequence[Table]) -> Iterator[tuple[Run, dict[str, object], dict[str, float]]]:
+    """Give each run, what names it, and its values."""
     for table in tables:
         for row in table.rows:
             for run, values in zip(row.runs, row.values, strict=True):
-                yield table, row, run, values
+                seed, folder = run.numbers.get("seed"), str(run.folder)
+                named = {"name": row.name, "task": table.task, "seed": seed, "folder": folder}
+                yield run, named, values

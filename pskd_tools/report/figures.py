@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -70,25 +70,19 @@ def _label(row: Row) -> str:
 def teacher_figures(table: Table) -> list[Figure]:
     """Return what the teachers of a task's runs did, over epochs or, for some, iterations."""
     figures = []
+    caption = (
+        "What PS-KD did in the course of the training: alpha, and the factor on the gradient of "
+        "the label's logit against plain cross-entropy, 1 without a teacher."
+    )
     for unit in ("epoch", "iteration"):
-        curves = {
-            row.name: [record for record in row.runs[0].epochs if unit in record]
-            for row in table.rows
-        }
-        taught = [name for name, records in curves.items() if _has_teacher(records)]
-        if not taught:
-            continue
-        drawn = {name: curves[name] if name in taught else [] for name in curves}
-        caption = (
-            "What PS-KD did in the course of the training: alpha, and the factor on the gradient "
-            "of the label's logit against plain cross-entropy, 1 without a teacher."
-        )
-        figures.append(_figure(caption, teacher_plot, drawn))
+        drawn = {}
+        for row in table.rows:
+            records = [record for record in row.runs[0].epochs if unit in record]
+            taught = any(record.get("alpha", 0.0) > 0.0 for record in records)
+            drawn[row.name] = records if taught else []
+        if any(drawn.values()):
+            figures.append(_figure(caption, teacher_plot, drawn))
     return figures
-
-
-def _has_teacher(records: Sequence[Mapping[str, float]]) -> bool:
-    return any(record.get("alpha", 0.0) > 0.0 for record in records)
 
 
 def hard_example_figures(table: Table) -> list[Figure]:
@@ -97,29 +91,27 @@ def hard_example_figures(table: Table) -> list[Figure]:
     baselines = [run for run in firsts if not run.has_teacher]
     figures = []
     for run in firsts:
-        baseline = next((other for other in baselines if _same_examples(run, other)), None)
-        if baseline is None:
+        ids, rescaling = _by_id(run, "rescaling")
+        for baseline in baselines:
+            others, difficulty = _by_id(baseline, "difficulty")
+            if np.array_equal(ids, others):
+                break
+        else:
             continue
-        pair = _aligned(baseline, run)
-        if not np.isfinite(pair).all(axis=0).any():
-            continue
-        caption = (
-            f"How {run.name} rescaled the gradient of each training example, by how hard it was "
-            f"for {baseline.name}. At 1 (dotted) it is that of plain training, at 0 nothing is "
-            "left of it, below 0 the label's probability is pushed down."
-        )
-        figures.append(_figure(caption, hard_example_plot, *pair))
+        if np.isfinite([difficulty, rescaling]).all(axis=0).any():
+            caption = (
+                f"How {run.name} rescaled the gradient of each training example, by how hard it "
+                f"was for {baseline.name}. At 1 (dotted) it is that of plain training, at 0 "
+                "nothing is left of it, below 0 the label's probability is pushed down."
+            )
+            figures.append(_figure(caption, hard_example_plot, difficulty, rescaling))
     return figures
 
 
-def _same_examples(run: Run, other: Run) -> bool:
-    return np.array_equal(np.sort(run.examples["ids"]), np.sort(other.examples["ids"]))
-
-
-def _aligned(baseline: Run, run: Run) -> tuple[np.ndarray, np.ndarray]:
-    """Return the baseline's difficulty and the run's factor of the same examples."""
-    first, second = np.argsort(baseline.examples["ids"]), np.argsort(run.examples["ids"])
-    return baseline.examples["difficulty"][first], run.examples["rescaling"][second]
+def _by_id(run: Run, quantity: str) -> tuple[np.ndarray, np.ndarray]:
+    """Return the ids of a run's examples in order, and a quantity of these."""
+    order = np.argsort(run.examples["ids"])
+    return run.examples["ids"][order], run.examples[quantity][order]
 
 
 def _figure(caption: str, draw: Callable[..., object], *what: object, **options: object) -> Figure:

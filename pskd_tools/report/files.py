@@ -222,14 +222,33 @@ def read_sentences(path: Path) -> Sentences:
     """Read sentences.json."""
     found = read_json(path)
     with named(path, "expected source, reference, translation, bleu, chrf:", _ERRORS):
-        return _sentences(found)
+        source, reference, translation = (
+            [str(text) for text in found.get(key, [])]
+            for key in ("source", "reference", "translation")
+        )
+        rows = len(translation)
+        if len(reference) != rows or len(source) not in (0, rows):
+            raise ValueError(f"{len(source)}, {len(reference)} and {rows} sentences")
+        bleu, chrf = (
+            np.array(found[key], dtype=np.int64).reshape(rows, width)
+            for key, width in (("bleu", BLEU_COUNTS), ("chrf", CHRF_COUNTS))
+        )
+        return Sentences(source, reference, translation, bleu, chrf)
 
 
 def read_boxes(path: Path) -> dict[str, Boxes]:
     """Read test_images.json: images by id."""
     found = read_json(path)
     with named(path, "expected images with objects and detections:", _ERRORS):
-        return {key: _boxes(entry) for key, entry in found.items()}
+        return {
+            key: Boxes(
+                float(entry["width"]),
+                float(entry["height"]),
+                _image(entry["image"]),
+                *([_box(**box) for box in entry[kind]] for kind in ("objects", "detections")),
+            )
+            for key, entry in found.items()
+        }
 
 
 #: What values of other types than expected raise.
@@ -252,29 +271,6 @@ def _example(entry: dict[str, Any]) -> Example:
         difficulty=None if difficulty is None else float(difficulty),
         image=None if image is None else _image(image),
     )
-
-
-def _sentences(found: dict[str, Any]) -> Sentences:
-    source, reference, translation = (
-        [str(text) for text in found.get(key, [])] for key in ("source", "reference", "translation")
-    )
-    rows = len(translation)
-    if len(reference) != rows or len(source) not in (0, rows):
-        raise ValueError(f"{len(source)}, {len(reference)} and {rows} sentences")
-    bleu, chrf = (
-        np.array(found[key], dtype=np.int64).reshape(rows, width)
-        for key, width in (("bleu", BLEU_COUNTS), ("chrf", CHRF_COUNTS))
-    )
-    return Sentences(source, reference, translation, bleu, chrf)
-
-
-def _boxes(entry: dict[str, Any]) -> Boxes:
-    def boxes(key: str) -> list[Box]:
-        return [_box(**values) for values in entry[key]]
-
-    image = _image(entry["image"])
-    size = float(entry["width"]), float(entry["height"])
-    return Boxes(*size, image, boxes("objects"), boxes("detections"))
 
 
 def _box(box: list[float], label: str, score: float | None = None, correct: bool = False) -> Box:

@@ -5,7 +5,6 @@ Shapes: M training examples, G groups of them.
 
 from __future__ import annotations
 
-import itertools
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,10 +12,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pskd_tools.drawing import INK, RUN_COLORS, curve, legend, new_figure, save, style
+from pskd_tools.drawing import INK, RUN_COLORS, curves, legend, new_figure, save, style
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.lines import Line2D
 
 __all__ = ["grouped_quartiles", "hard_example_plot", "teacher_plot"]
@@ -51,7 +49,16 @@ def teacher_plot(
     """
     figure = new_figure(4.8, 4.6 + 0.11 * len(runs))
     upper, lower = figure.subplots(2, 1, sharex=True)
-    drawn = _draw_curves(upper, runs, "alpha") | _draw_curves(lower, runs, "gradient_rescaling")
+    drawn: dict[str, Line2D] = {}
+    for axes, quantity in ((upper, "alpha"), (lower, "gradient_rescaling")):
+        told = {name: [r for r in own if quantity in r] for name, own in runs.items()}
+        drawn |= curves(
+            axes,
+            {
+                name: [(r["epoch"] if "epoch" in r else r["iteration"], r[quantity]) for r in own]
+                for name, own in told.items()
+            },
+        )
     if not drawn:
         raise ValueError("runs: expected one with alpha or gradient_rescaling, got none")
     upper.set_ylim(bottom=0.0)
@@ -62,22 +69,6 @@ def teacher_plot(
     style(lower, "epoch" if epochs else "iteration", "gradient rescaling")
     legend(figure, 2, [drawn[name] for name in runs if name in drawn])
     return save(figure, path)
-
-
-def _draw_curves(
-    axes: Axes, runs: Mapping[str, Sequence[Mapping[str, float]]], quantity: str
-) -> dict[str, Line2D]:
-    """Draw one quantity of each run that has it; return the lines by name."""
-    lines = {}
-    for (name, records), color in zip(runs.items(), itertools.cycle(RUN_COLORS), strict=False):
-        points = [
-            (r["epoch"] if "epoch" in r else r["iteration"], r[quantity])
-            for r in records
-            if quantity in r
-        ]
-        if points:
-            lines[name] = curve(axes, points, name, color)
-    return lines
 
 
 def grouped_quartiles(
@@ -129,7 +120,16 @@ def hard_example_plot(
 
     Source: Kim et al. 2021, section 3.2 (hard example mining).
     """
-    difficulty, rescaling = _checked_examples(difficulty, rescaling)
+    difficulty, rescaling = np.asarray(difficulty, float), np.asarray(rescaling, float)
+    both = np.isfinite(difficulty) & np.isfinite(rescaling)
+    difficulty, rescaling = difficulty[both], rescaling[both]
+    if not len(difficulty):
+        raise ValueError("rescaling: expected an example with a difficulty and a factor, got none")
+    low, high = difficulty.min(), difficulty.max()
+    if low < 0.0 or high > 1.0:
+        raise ValueError(
+            f"difficulty: expected values in [0, 1], got values in [{low:g}, {high:g}]"
+        )
     figure = new_figure(4.8, 4.4)
     axes = figure.add_subplot()
     shown = np.linspace(0, len(difficulty) - 1, min(len(difficulty), _MOST_POINTS)).astype(int)
@@ -162,25 +162,3 @@ def hard_example_plot(
     for handle in filter(None, legend(figure, 3).legend_handles[:1]):
         handle.set(alpha=0.8, sizes=[20])
     return save(figure, path)
-
-
-def _checked_examples(
-    difficulty: np.ndarray, rescaling: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return those examples that have both, in the order given."""
-    difficulty, rescaling = np.asarray(difficulty, float), np.asarray(rescaling, float)
-    if difficulty.ndim != 1 or difficulty.shape != rescaling.shape:
-        raise ValueError(
-            "difficulty, rescaling: expected two vectors of one length, got shapes "
-            f"{difficulty.shape} and {rescaling.shape}"
-        )
-    both = np.isfinite(difficulty) & np.isfinite(rescaling)
-    difficulty, rescaling = difficulty[both], rescaling[both]
-    if not len(difficulty):
-        raise ValueError("rescaling: expected an example with a difficulty and a factor, got none")
-    if difficulty.min() < 0.0 or difficulty.max() > 1.0:
-        raise ValueError(
-            "difficulty: expected values in [0, 1], got values in "
-            f"[{difficulty.min():g}, {difficulty.max():g}]"
-        )
-    return difficulty, rescaling

@@ -48,32 +48,34 @@ def shared_test_set(runs: Sequence[Run]) -> SharedTestSet | None:
     Raises:
         ValueError: runs that were tested on other examples than the first, naming the folder.
     """
-    rows = [run.rows for run in runs]
+    rows, task = [run.rows for run in runs], runs[0].task
     if not all(rows):
         return None
-    named = all("ids" in arrays for arrays in rows)
-    task = runs[0].task
-    if task == "detection":
-        return _boxes(rows) if named else _separate_boxes(rows)
-    if not named:
+    if not all("ids" in arrays for arrays in rows):
         return _by_position(runs)
-    rows = [_in_order_of_ids(arrays) for arrays in rows]
-    names = np.unique(rows[0]["ids"])
-    for run, arrays in zip(runs[1:], rows[1:], strict=True):
-        if not np.array_equal(np.unique(arrays["ids"]), names):
-            raise _other_examples(run, runs[0], "other ids")
-    unit = [np.searchsorted(names, arrays["ids"]) for arrays in rows]
-    matched = all(np.array_equal(unit[0], other) for other in unit[1:])
-    if task == "classification":
-        _check_labels(runs, rows)
-        return SharedTestSet(rows, unit, [len(names)] * len(rows), "test examples")
-    note = "" if matched else (
-        "The runs cut their sentences into different tokens, so metrics over tokens have no "
-        "interval."
-    )  # fmt: skip
-    return SharedTestSet(
-        rows, unit, [len(names)] * len(rows), "sentences", matched=matched, note=note
-    )
+    if task == "detection":
+        ids = [arrays["ids"].astype(str) for arrays in rows]
+        names = np.unique(np.concatenate(ids))
+        name, matched, note = "images with detections", False, ""
+    else:
+        rows = [_in_order_of_ids(arrays) for arrays in rows]
+        ids = [arrays["ids"] for arrays in rows]
+        names = np.unique(ids[0])
+        for run, own in zip(runs[1:], ids[1:], strict=True):
+            if not np.array_equal(np.unique(own), names):
+                raise _other_examples(run, runs[0], "other ids")
+        name, note = "sentences" if task == "translation" else "test examples", ""
+        matched = all(np.array_equal(ids[0], own) for own in ids[1:])
+        if task == "classification":
+            _check_labels(runs, rows)
+        elif not matched:
+            note = (
+                "The runs cut their sentences into different tokens, so metrics over tokens have "
+                "no interval."
+            )
+    unit = [np.searchsorted(names, own) for own in ids]
+    units = [len(names)] * len(rows)
+    return SharedTestSet(rows, unit, units, name, matched=matched, note=note)
 
 
 def _in_order_of_ids(arrays: _Rows) -> _Rows:
@@ -82,39 +84,28 @@ def _in_order_of_ids(arrays: _Rows) -> _Rows:
 
 
 def _by_position(runs: Sequence[Run]) -> SharedTestSet | None:
-    rows = [run.rows for run in runs]
+    rows, task = [run.rows for run in runs], runs[0].task
     counts = [len(arrays["confidence"]) for arrays in rows]
-    is_text = runs[0].task == "translation"
+    unit = [np.arange(count) for count in counts]
+    if task == "detection":
+        note = (
+            "The files do not say which image a detection is of, so each run's detections are "
+            "drawn on their own."
+        )
+        return SharedTestSet(
+            rows, unit, counts, "detections", joint=False, matched=False, note=note
+        )
     for run, count in zip(runs, counts, strict=True):
-        if count == counts[0]:
-            continue
-        if is_text:  # the same sentences, perhaps, in other tokens
-            return None
-        raise _other_examples(run, runs[0], f"{count:,} rows instead of {counts[0]:,}")
+        if count != counts[0]:
+            if task == "translation":  # the same sentences, perhaps, in other tokens
+                return None
+            raise _other_examples(run, runs[0], f"{count:,} rows instead of {counts[0]:,}")
     _check_labels(runs, rows)
     note = "The files do not name their rows: row i is taken to be the same in all runs."
-    if is_text:
-        note += " Tokens are drawn one by one, not by sentence, so intervals are too narrow."
-    name = "tokens" if is_text else "test examples"
-    return SharedTestSet(rows, [np.arange(n) for n in counts], counts, name, note=note)
-
-
-def _boxes(rows: list[_Rows]) -> SharedTestSet:
-    names = np.unique(np.concatenate([arrays["ids"].astype(str) for arrays in rows]))
-    unit = [np.searchsorted(names, arrays["ids"].astype(str)) for arrays in rows]
-    return SharedTestSet(
-        rows, unit, [len(names)] * len(rows), "images with detections", matched=False
-    )
-
-
-def _separate_boxes(rows: list[_Rows]) -> SharedTestSet:
-    counts = [len(arrays["confidence"]) for arrays in rows]
-    note = (
-        "The files do not say which image a detection is of, so each run's detections are drawn on "
-        "their own."
-    )
-    unit = [np.arange(count) for count in counts]
-    return SharedTestSet(rows, unit, counts, "detections", joint=False, matched=False, note=note)
+    if task == "classification":
+        return SharedTestSet(rows, unit, counts, "test examples", note=note)
+    note += " Tokens are drawn one by one, not by sentence, so intervals are too narrow."
+    return SharedTestSet(rows, unit, counts, "tokens", note=note)
 
 
 def _check_labels(runs: Sequence[Run], rows: list[_Rows]) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 from pskd.calibration.inputs import Doubles, Integers
 from pskd_tools.presets import Metric, Preset
 from pskd_tools.report.compare import Comparison, Difference
-from pskd_tools.report.intervals import grouped_interval, interval_over_seeds
+from pskd_tools.report.intervals import grouped_interval
 from pskd_tools.report.tables import columns_of
 
 __all__ = ["Group", "Groups", "by_class", "by_confidence", "class_name", "most_changed"]
@@ -95,65 +95,46 @@ def most_changed(groups: Groups) -> list[Group]:
 def _groups(pair: Comparison, preset: Preset, group: Integers, names: list[str]) -> Groups:
     assert pair.tests is not None  # its rows are what is grouped
     rows, task = pair.tests.rows, pair.baseline.runs[0].task
-    metrics = {column.key: column.metric for column in columns_of(task, preset)}
     measured = {"top1_error": [~arrays["correct"].astype(bool) for arrays in rows]}
     if all("nll" in arrays for arrays in rows):
         measured["nll"] = [arrays["nll"] for arrays in rows]
-    counts = np.bincount(group)
     found = [
         _measured(pair, np.array(values, dtype=np.float64), group) for values in measured.values()
     ]
-    return Groups(
-        [metrics[key] for key in measured],
-        [
-            Group(name, int(counts[g]), *map(list, zip(*(of[g] for of in found), strict=True)))
-            for g, name in enumerate(names)
-        ],
-        "tokens" if task == "translation" else "examples",
-    )
+    counts = np.bincount(group).tolist()
+    groups = [
+        Group(name, count, *map(list, zip(*of, strict=True)))
+        for name, count, *of in zip(names, counts, *found, strict=True)
+    ]
+    metrics = [_metric(key, task, preset) for key in measured]
+    return Groups(metrics, groups, "tokens" if task == "translation" else "examples")
+
+
+def _metric(key: str, task: str, preset: Preset) -> Metric:
+    return next(column.metric for column in columns_of(task, preset) if column.key == key)
 
 
 def _measured(pair: Comparison, values: Doubles, group: Integers) -> list[tuple[float, Difference]]:
     """Return the baseline's mean and the difference from it in each group; values are (runs, N)."""
     assert pair.tests is not None
     split, counts = len(pair.baseline.runs), np.bincount(group)
+    intervals: list[tuple[float, float] | None] = [None] * len(counts)
     with np.errstate(invalid="ignore"):  # an infinite NLL in both
         means = np.array([np.bincount(group, run) / counts for run in values])
-        change = values[split:].mean(axis=0) - values[:split].mean(axis=0)
-    if pair.over_seeds:
-        intervals = [
-            interval_over_seeds(run[:split], run[split:], paired=pair.paired) for run in means.T
+        if not pair.over_seeds:
+            change = values[split:].mean(axis=0) - values[:split].mean(axis=0)
+            intervals = grouped_interval(change, group, pair.tests.unit[0], len(counts))
+        return [
+            pair.difference(run, interval) for run, interval in zip(means.T, intervals, strict=True)
         ]
-    else:
-        intervals = grouped_interval(change, group, pair.tests.unit[0], len(counts))
-    first = means[:split].mean(axis=0)
-    differences = means[split:].mean(axis=0) - first
-    return [
-        (float(value), Difference(float(difference), interval))
-        for value, difference, interval in zip(first, differences, intervals, strict=True)
-    ]
 
 
 def _ap_by_class(pair: Comparison, preset: Preset) -> Groups | None:
-    runs = [*pair.baseline.runs, *pair.method.runs]
-    split, prefix = len(pair.baseline.runs), "AP-"
-    boxes = [run.numbers.get("bbox", {}) for run in runs]
-    keys = [
-        key
-        for key in boxes[0]
-        if key.startswith(prefix) and all(isinstance(of.get(key), int | float) for of in boxes)
-    ]
-    if not keys:
-        return None
+    boxes, prefix = [run.numbers.get("bbox", {}) for run in pair.runs], "AP-"
     groups = []
-    for key in keys:
-        values = [float(of[key]) for of in boxes]
-        first, second = values[:split], values[split:]
-        interval = None
-        if pair.over_seeds:
-            interval = interval_over_seeds(first, second, paired=pair.paired)
-        start = float(np.mean(first))
-        difference = Difference(float(np.mean(second)) - start, interval)
-        groups.append(Group(key.removeprefix(prefix), None, [start], [difference]))
-    metric = next(c.metric for c in columns_of("detection", preset) if c.key == "AP")
-    return Groups([metric], groups, "boxes")
+    for key in boxes[0]:
+        values = [of[key] for of in boxes if isinstance(of.get(key), int | float)]
+        if key.startswith(prefix) and len(values) == len(boxes):
+            start, change = pair.difference(values)
+            groups.append(Group(key.removeprefix(prefix), None, [start], [change]))
+    return Groups([_metric("AP", "detection", preset)], groups, "boxes") if groups else None

@@ -109,56 +109,59 @@ reported(
     lambda: Path("report").write_text("notes"),
     ends=1,
 )
-spoiled("results.json cut off", "results.json", "expected JSON, got ...", '{"task": "cl')
-spoiled("results.json of a list", "results.json", "expected a JSON object, got list", "[1]")
-spoiled(
-    "results.json of an unknown task",
-    "results.json",
-    "task: expected one of classification, detection, translation, got 'speech'",
-    '{"task": "speech"}',
-)
-spoiled(
-    "results.json with a number for a table",
-    "results.json",
-    "last: expected an object, got 0.5",
-    '{"last": 0.5}',
-)
-spoiled(
-    "results.json with a number for the command",
-    "results.json",
-    "command: expected text or a list of words, got 5",
-    '{"last": {"top1_error": 0.5}, "command": 5}',
-)
-spoiled(
-    "metrics.json with a damaged line",
-    "metrics.json",
-    "expected the numbers of a training, got line 2: Unterminated string ...",
-    '{"epoch": 1, "pskd/alpha": 0.1}\n{"epoch": 2, "pskd\n',
-)
-spoiled(
-    "metrics.json with text for a number",
-    "metrics.json",
-    "expected the numbers of a training, got must be real number, not str",
-    '{"epoch": 1, "pskd/alpha": "high"}\n',
-)
-spoiled(
-    "a CSV in place of metrics.json",
-    "metrics.json",
-    "expected the numbers of a training, got line 1: Expecting value...",
-    "epoch,pskd/alpha\n1,0.1\n",
-)
-spoiled(
-    "confidence.npz cut off",
-    "confidence.npz",
-    "expected arrays as numpy.savez writes them: ...",
-    b"PK\x03\x04" + b"\0" * 99,
-)
-spoiled(
-    "a pickle for confidence.npz",
-    "confidence.npz",
-    "expected arrays as numpy.savez writes them: ...",
-    b"\x80\x04]q\x00.",
-)
+for _tried, _file, _says, _content in (
+    ("results.json cut off", "results.json", "expected JSON, got ...", '{"task": "cl'),
+    (
+        "results.json of an unknown task",
+        "results.json",
+        "task: expected one of classification, detection, translation, got 'speech'",
+        '{"task": "speech"}',
+    ),
+    (
+        "results.json with a number for a table",
+        "results.json",
+        "last: expected an object, got 0.5",
+        '{"last": 0.5}',
+    ),
+    (
+        "results.json with a number for the command",
+        "results.json",
+        "command: expected text or a list of words, got 5",
+        '{"last": {"top1_error": 0.5}, "command": 5}',
+    ),
+    (
+        "metrics.json with a damaged line",
+        "metrics.json",
+        "expected the numbers of a training, got line 2: Unterminated string ...",
+        '{"epoch": 1, "pskd/alpha": 0.1}\n{"epoch": 2, "pskd\n',
+    ),
+    (
+        "metrics.json with text for a number",
+        "metrics.json",
+        "expected the numbers of a training, got must be real number, not str",
+        '{"epoch": 1, "pskd/alpha": "high"}\n',
+    ),
+    (
+        "a pickle for confidence.npz",
+        "confidence.npz",
+        "expected arrays as numpy.savez writes them: ...",
+        b"\x80\x04]q\x00.",
+    ),
+    (
+        "a script for an example's picture",
+        "reweighted.json",
+        "expected examples with id, label and rescaling: ...expected a data URI of an image in "
+        "base64, got 'javascript:alert(1)'...",
+        '{"most": [{"id": 1, "label": 2, "rescaling": 0.5, "image": "javascript:alert(1)"}]}',
+    ),
+    (
+        "an example without its factor",
+        "reweighted.json",
+        "expected examples with id, label and rescaling: KeyError('rescaling')",
+        '{"most": [{"id": 1, "label": 2}]}',
+    ),
+):
+    spoiled(_tried, _file, _says, _content)
 reported(
     "one array shorter than the others",
     "run other",
@@ -177,20 +180,6 @@ reported(
     f"{ERROR}run/examples.npz: ids: expected each once, got one again",
     lambda: arrays("examples.npz", ids=np.array(["a"] * 60)),
 )
-spoiled(
-    "a script for an example's picture",
-    "reweighted.json",
-    "expected examples with id, label and rescaling: ...expected a data URI of an image in base64, "
-    "got 'javascript:alert(1)'...",
-    '{"most": [{"id": 1, "label": 2, "rescaling": 0.5, "image": "javascript:alert(1)"}]}',
-)
-spoiled(
-    "an example without its factor",
-    "reweighted.json",
-    "expected examples with id, label and rescaling: KeyError('rescaling')",
-    '{"most": [{"id": 1, "label": 2}]}',
-)
-
 
 # ---- pskd doctor ---------------------------------------------------------------------------------
 
@@ -346,57 +335,52 @@ def measured(name: str, line: str, says: str, *needs: str) -> None:
     BENCHMARKS.add(f"`benchmarks/{name}.py {line}`", run, message, ends=2, needs=needs)
 
 
-measured(
-    "loss",
-    "--shapes 256",
-    "argument --shapes: expected ROWSxCLASSES, as 256x1000, got 256",
-)
-measured("loss", "--rounds 2", "argument --rounds: expected an integer of at least 3, got 2")
-measured(
-    "loss",
-    "--json none/figures.json",
-    "argument --json: expected a file in a folder that is there, got none/figures.json",
-)
-measured(
-    "prediction_memory",
-    "--rows 10",
-    "argument --rows: expected an integer of at least 33, got 10",
-)
-measured(
-    "prediction_memory",
-    "--folder none",
-    "--folder: expected a folder that is there, got none",
-)
-measured(
-    "classification_step",
-    "--rows 100",
-    "expected --rows 256 or more, which is a batch, and --rounds 2 or more",
-    "torchvision",
-)
-measured(
-    "classification_step",
-    "--model yolo",
-    "--model: expected one of ..., got 'yolo'",
-    "torchvision",
-)
-measured(
-    "detection_step",
-    "--iterations 1",
-    "argument --iterations: expected an integer of at least 2, got 1",
-    "detectron2",
-)
-measured(
-    "detection_step",
-    "--config-file none.yaml",
-    "--config-file: expected a YAML or LazyConfig file, got 'none.yaml'",
-    "detectron2",
-)
-measured(
-    "translation_step",
-    "--updates two",
-    "argument --updates: expected an integer of at least 2, got two",
-    "fairseq",
-)
+for _given in (
+    ("loss", "--shapes 256", "argument --shapes: expected ROWSxCLASSES, as 256x1000, got 256"),
+    ("loss", "--rounds 2", "argument --rounds: expected an integer of at least 3, got 2"),
+    (
+        "loss",
+        "--json none/figures.json",
+        "argument --json: expected a file in a folder that is there, got none/figures.json",
+    ),
+    (
+        "prediction_memory",
+        "--rows 10",
+        "argument --rows: expected an integer of at least 33, got 10",
+    ),
+    ("prediction_memory", "--folder none", "--folder: expected a folder that is there, got none"),
+    (
+        "classification_step",
+        "--rows 100",
+        "expected --rows 256 or more, which is a batch, and --rounds 2 or more",
+        "torchvision",
+    ),
+    (
+        "classification_step",
+        "--model yolo",
+        "--model: expected one of ..., got 'yolo'",
+        "torchvision",
+    ),
+    (
+        "detection_step",
+        "--iterations 1",
+        "argument --iterations: expected an integer of at least 2, got 1",
+        "detectron2",
+    ),
+    (
+        "detection_step",
+        "--config-file none.yaml",
+        "--config-file: expected a YAML or LazyConfig file, got 'none.yaml'",
+        "detectron2",
+    ),
+    (
+        "translation_step",
+        "--updates two",
+        "argument --updates: expected an integer of at least 2, got two",
+        "fairseq",
+    ),
+):
+    measured(*_given)
 
 
 @every_case(*PARTS)

@@ -43,57 +43,125 @@ def freed(tensor: torch.Tensor, size: int) -> torch.Tensor:
     return copy
 
 
-@pytest.mark.parametrize("size", [0, 8])
-@pytest.mark.parametrize("name", ["logits", "target", "teacher_probs", "alpha"])
-def test_a_tensor_whose_memory_was_freed_is_named(name, size):
-    given = batch()
-    given[name] = freed(given[name], size)
-    with pytest.raises(ValueError, match=r"expected a tensor in memory \(\d+ bytes\), got a freed"):
-        pskd_cross_entropy(**given)
+FREED = pytest.mark.parametrize("size", [0, 8])
+refused = pytest.raises(ValueError, match=r"expected a tensor in memory \(\d+ bytes\), got a freed")
 
 
-def test_labels_that_would_be_converted_are_looked_at_first():
-    given = batch()
-    with pytest.raises(ValueError, match="target: expected a tensor in memory"):
-        pskd_cross_entropy(**given | {"target": freed(given["target"].int(), 0)})
-
-
-def test_kept_classes_whose_memory_was_freed_are_named():
+@FREED
+@pytest.mark.parametrize("name", ["logits", "target", "int32", "teacher_probs", "kept", "alpha"])
+def test_the_loss_names_what_was_freed(name, size):
     given = batch()
     top = TopK.from_logits(given["teacher_probs"], 2)
-    with pytest.raises(ValueError, match="indices: expected a tensor in memory"):
-        pskd_cross_entropy(**given | {"teacher_probs": TopK(freed(top.indices, 0), top.probs)})
+    changed = {
+        "int32": {"target": freed(given["target"].int(), size)},  # looked at before it is converted
+        "kept": {"teacher_probs": TopK(freed(top.indices, size), top.probs)},
+    }
+    with refused:
+        pskd_cross_entropy(**given | (changed.get(name) or {name: freed(given[name], size)}))
+
+
+@FREED
+@pytest.mark.parametrize(
+    "name", ["hidden", "weight", "bias", "target", "int32", "teacher", "kept", "linear", "alpha"]
+)
+def test_the_loss_from_hidden_states_names_what_was_freed(name, size):
+    given = batch()
+    past, hidden, weight = given["teacher_probs"], given["logits"], torch.eye(5)
+    top = TopK.from_logits(past, 2)
+    call = {"hidden": hidden, "weight": weight, "bias": torch.zeros(5), "teacher": past}
+    call |= {"target": given["target"], "alpha": given["alpha"]}
+    changed = {
+        "int32": {"target": freed(given["target"].int(), size)},
+        "kept": {"teacher": TopK(freed(top.indices, size), top.probs)},
+        "linear": {"teacher": LinearTeacher(freed(hidden, size), weight)},
+    }
+    with refused:
+        pskd_linear_cross_entropy(**call | (changed.get(name) or {name: freed(call[name], size)}))
+
+
+@FREED
+@pytest.mark.parametrize("epoch", [1, 2])
+@pytest.mark.parametrize("name", ["logits", "target", "rows"])
+@pytest.mark.parametrize("form", ["memory", "snapshot"])
+def test_a_criterion_names_what_was_freed(form, name, epoch, size):
+    given = batch()
+    call = {"logits": given["logits"], "target": given["target"], "rows": torch.arange(6)}
+    inputs = [] if form == "memory" else [given["logits"]]
+    criterion = (
+        MemoryCriterion(6, 5, num_epochs=2)
+        if form == "memory"
+        else SnapshotCriterion(torch.nn.Linear(5, 5), num_epochs=2)
+    )
+    for number in range(1, epoch + 1):
+        criterion.begin_epoch(number)
+    call[name] = freed(call[name], size)
+    with refused:
+        criterion(call["logits"], call["target"], *inputs, rows=call["rows"])
+
+
+def test_class_weights_targets_and_metrics_name_what_was_freed():
+    given = batch()
+    probs, target = given["teacher_probs"], given["target"]
+    with refused:
+        pskd_cross_entropy(**given, weight=freed(torch.ones(5), 0))
+    for labels, past in ((freed(target, 0), probs), (target, freed(probs, 0))):
+        with refused:
+            mix_targets(labels, past, 0.5)
+        with refused:
+            calibration.negative_log_likelihood(past, labels)
+    with refused:
+        calibration.reliability_bins(freed(probs[:, 0], 0), target > 0)
+    with refused:
+        gradient_rescaling(probs[:, 0], freed(probs[:, 1].contiguous(), 0), 0.5)
 
 
 @pytest.mark.parametrize("name", ["logits", "teacher_probs"])
 def test_a_sparse_tensor_is_named(name):
     given = batch()
+    sparse = {name: given[name].to_sparse()}
     with pytest.raises(ValueError, match="expected a dense tensor, got the layout torch.spa"):
-        pskd_cross_entropy(**given | {name: given[name].to_sparse()})
+        pskd_cross_entropy(**given | sparse)
+    criterion = MemoryCriterion(6, 5, num_epochs=2)
+    criterion.begin_epoch(1)
+    call = {"logits": given["logits"], "teacher_probs": given["teacher_probs"]} | sparse
+    named = "logits" if name == "logits" else "target"
+    with pytest.raises(ValueError, match=f"{named}: expected a dense tensor, got the layout"):
+        criterion(*call.values(), torch.arange(6))
 
 
-@pytest.mark.parametrize("name", ["logits", "teacher_probs", "alpha"])
+@pytest.mark.parametrize("name", ["logits", "teacher_probs", "alpha", "conjugated"])
 def test_a_lazily_negated_tensor_keeps_its_sign(name):
     given = batch()
-    negated = torch._neg_view(-given[name])
-    assert negated.is_neg()
     expected = pskd_cross_entropy(**given)
+    if name == "conjugated":
+        name, negated = "logits", torch.complex(given["logits"], -given["logits"]).conj().imag
+    else:
+        negated = torch._neg_view(-given[name])
+    assert negated.is_neg()
     assert torch.equal(pskd_cross_entropy(**given | {name: negated}), expected)
 
 
-def test_the_imaginary_part_of_conjugated_logits_keeps_its_sign():
-    given = batch()
-    logits = torch.complex(given["logits"], -given["logits"]).conj().imag
-    assert logits.is_neg()
-    expected = pskd_cross_entropy(**given)
-    assert torch.equal(pskd_cross_entropy(**given | {"logits": logits}), expected)
+def test_metrics_of_lazily_negated_tensors_keep_their_sign():
+    probs, target = batch()["teacher_probs"], batch()["target"]
+    confidence, negated = probs.amax(dim=1), torch._neg_view(-probs.amax(dim=1))
+    expected = calibration.reliability_bins(confidence, target > 0)
+    got = calibration.reliability_bins(negated, target > 0)
+    assert got.confidence_sum.tolist() == expected.confidence_sum.tolist()
 
 
-def test_lazily_negated_logits_are_not_written_over():
+def test_logits_that_cannot_be_written_over_stay():
+    """torch refuses to change a view of a leaf in place; here the parameter would be lost."""
     given = batch()
-    logits = torch._neg_view(-given["logits"].requires_grad_())
-    with pytest.raises(ValueError, match="inplace: expected plain logits, got ones that"):
-        pskd_cross_entropy(**given | {"logits": logits}, inplace=True)
+    leaf = torch.nn.Parameter(given["logits"].clone())
+    negated = torch._neg_view(-given["logits"].requires_grad_())
+    for logits, got in (
+        (leaf.view(6, 5), "logits .*, got a view of a leaf"),
+        (leaf[:, :5], "logits .*, got a view of a leaf"),
+        (negated, "plain logits, got ones that"),
+    ):
+        with pytest.raises(ValueError, match=f"inplace: expected {got}"):
+            pskd_cross_entropy(**given | {"logits": logits}, inplace=True)
+    assert torch.equal(leaf, given["logits"])
 
 
 @needs_native
@@ -134,100 +202,6 @@ def test_a_tensor_without_an_address_beside_logits_with_one_is_named(name):
         fake = mode.from_tensor(given[name])
     with pytest.raises(ValueError, match="expected a tensor in memory"):
         pskd_cross_entropy(**given | {name: fake})
-
-
-FREED = pytest.mark.parametrize("size", [0, 8])
-
-
-@FREED
-@pytest.mark.parametrize(
-    "name", ["hidden", "weight", "bias", "target", "int32", "teacher", "kept", "linear", "alpha"]
-)
-def test_the_loss_from_hidden_states_names_what_was_freed(name, size):
-    given = batch()
-    past, hidden, weight = given["teacher_probs"], given["logits"], torch.eye(5)
-    top = TopK.from_logits(past, 2)
-    call = {"hidden": hidden, "weight": weight, "bias": torch.zeros(5), "teacher": past}
-    call |= {"target": given["target"], "alpha": given["alpha"]}
-    changed = {
-        "int32": {"target": freed(given["target"].int(), size)},
-        "kept": {"teacher": TopK(freed(top.indices, size), top.probs)},
-        "linear": {"teacher": LinearTeacher(freed(hidden, size), weight)},
-    }
-    change = changed.get(name) or {name: freed(call[name], size)}
-    with pytest.raises(ValueError, match=r"expected a tensor in memory \(\d+ bytes\), got a freed"):
-        pskd_linear_cross_entropy(**call | change)
-
-
-@FREED
-@pytest.mark.parametrize("epoch", [1, 2])
-@pytest.mark.parametrize("name", ["logits", "target", "seen"])
-@pytest.mark.parametrize("form", ["memory", "snapshot"])
-def test_a_criterion_names_what_was_freed(form, name, epoch, size):
-    given, rows = batch(), torch.arange(6)
-    model = torch.nn.Linear(5, 5)
-    criterion = (
-        MemoryCriterion(6, 5, num_epochs=2)
-        if form == "memory"
-        else SnapshotCriterion(model, num_epochs=2)
-    )
-    call = {"logits": given["logits"], "target": given["target"], "seen": rows}
-    if form == "snapshot":
-        call["seen"] = given["logits"]
-    for number in range(1, epoch + 1):
-        criterion.begin_epoch(number)
-    call[name] = freed(call[name], size)
-    if form == "snapshot" and name == "seen":  # of which the rows may be told, and the model asked
-        call["seen"], rows = given["logits"], freed(rows, size)
-    options = {"rows": rows} if form == "snapshot" else {}
-    with pytest.raises(ValueError, match=r"expected a tensor in memory \(\d+ bytes\), got a freed"):
-        criterion(*call.values(), **options)
-
-
-def test_class_weights_targets_and_metrics_name_what_was_freed():
-    given = batch()
-    probs, target = given["teacher_probs"], given["target"]
-    refused = pytest.raises(ValueError, match="expected a tensor in memory")
-    with refused:
-        pskd_cross_entropy(**given, weight=freed(torch.ones(5), 0))
-    for labels, past in ((freed(target, 0), probs), (target, freed(probs, 0))):
-        with refused:
-            mix_targets(labels, past, 0.5)
-        with refused:
-            calibration.negative_log_likelihood(past, labels)
-    with refused:
-        calibration.reliability_bins(freed(probs[:, 0], 0), target > 0)
-    with refused:
-        gradient_rescaling(probs[:, 0], freed(probs[:, 1].contiguous(), 0), 0.5)
-
-
-@pytest.mark.parametrize("name", ["logits", "target"])
-def test_a_sparse_tensor_is_named_in_the_first_epoch_too(name):
-    given = batch()
-    criterion = MemoryCriterion(6, 5, num_epochs=2)
-    criterion.begin_epoch(1)
-    call = {"logits": given["logits"], "target": given["teacher_probs"]}
-    call[name] = call[name].to_sparse()
-    with pytest.raises(ValueError, match=f"{name}: expected a dense tensor, got the layout"):
-        criterion(*call.values(), torch.arange(6))
-
-
-def test_metrics_of_lazily_negated_tensors_keep_their_sign():
-    probs, target = batch()["teacher_probs"], batch()["target"]
-    confidence, negated = probs.amax(dim=1), torch._neg_view(-probs.amax(dim=1))
-    expected = calibration.reliability_bins(confidence, target > 0)
-    got = calibration.reliability_bins(negated, target > 0)
-    assert got.confidence_sum.tolist() == expected.confidence_sum.tolist()
-
-
-@pytest.mark.parametrize("take", [lambda leaf: leaf.view(6, 5), lambda leaf: leaf[:, :5]])
-def test_a_view_of_a_leaf_is_not_written_over(take):
-    """torch refuses to change one in place; here the parameter's values would be lost."""
-    given = batch()
-    leaf = torch.nn.Parameter(given["logits"].clone())
-    with pytest.raises(ValueError, match="inplace: expected logits .*, got a view of a leaf"):
-        pskd_cross_entropy(**given | {"logits": take(leaf)}, inplace=True)
-    assert torch.equal(leaf, given["logits"])
 
 
 @pytest.mark.parametrize("form", ["probs", "logits", "kept", "soft", "linear"])

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from pskd_tools import files
-from pskd_tools.checkpoint import load_archive, read_checkpoint, write_checkpoint
+from pskd_tools.checkpoint import load_archive, read_checkpoint, write_archive
 
 
 @pytest.fixture
@@ -177,15 +177,15 @@ def test_what_is_shown_of_a_value_is_short(value):
 # ---- writing -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("count", [1, 100_000, 3_000_000])
+@pytest.mark.parametrize("count", [100_000, 3_000_000])
 def test_a_full_disk_leaves_the_old_checkpoint(count, tmp_path, small_files):
     path = tmp_path / "checkpoint.pth"
-    write_checkpoint(path, {"epoch": 1})
-    if count > 1:
-        with pytest.raises(OSError, match=re.escape(str(path))) as error:
-            write_checkpoint(path, {"epoch": 2, "model": torch.ones(count)})
-        assert error.value.errno == errno.EFBIG
-    assert read_checkpoint(path, {"epoch"})["epoch"] == 1
+    write_archive(path, {"epoch": 1, "weight": torch.ones(2)})
+    with pytest.raises(OSError, match=re.escape(str(path))) as error:
+        write_archive(path, {"epoch": 2, "weight": torch.ones(count)})
+    assert error.value.errno == errno.EFBIG
+    content = read_checkpoint(path, {"epoch"})
+    assert content["epoch"] == 1 and torch.equal(content["weight"], torch.ones(2))
     assert [file.name for file in tmp_path.iterdir()] == ["checkpoint.pth"]
 
 

@@ -98,14 +98,9 @@ def test_images_are_turned_upright_once(orientation, suffix, tmp_path):
     assert read_size(path) == image.size == (6, 4)[:: 1 if orientation < 5 else -1]
 
 
-@pytest.mark.parametrize("value", [0, 9])
-def test_an_orientation_that_is_none_turns_nothing(value, tmp_path):
-    Image.fromarray(GRAY).save(tmp_path / "a.jpg", exif=oriented(value))
-    assert read_rgb(tmp_path / "a.jpg").size == read_size(tmp_path / "a.jpg") == (6, 4)
-
-
-def test_damaged_exif_data_turn_nothing(tmp_path):
-    Image.fromarray(GRAY).save(tmp_path / "a.jpg", exif=b"Exif\0\0nothing of the kind")
+@pytest.mark.parametrize("exif", [oriented(0), oriented(9), b"Exif\0\0nothing of the kind"])
+def test_an_orientation_that_is_none_turns_nothing(exif, tmp_path):
+    Image.fromarray(GRAY).save(tmp_path / "a.jpg", exif=exif)
     assert read_rgb(tmp_path / "a.jpg").size == read_size(tmp_path / "a.jpg") == (6, 4)
 
 

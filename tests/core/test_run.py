@@ -14,10 +14,11 @@ import torch
 
 from pskd.distributed import World
 from pskd_tools import checkpoint
+from pskd_tools.job import KEYS, find_saved
 from pskd_tools.log import MetricsLog
 from pskd_tools.options import in_range
 from pskd_tools.program import exit_status, run_program
-from pskd_tools.seeding import seed_epoch
+from pskd_tools.training import seed_epoch
 
 
 @pytest.mark.parametrize(
@@ -76,14 +77,6 @@ def test_a_program_runs_in_one_process_without_torchrun():
 # -- Checkpoints -----------------------------------------------------------------------------------
 
 
-def test_a_checkpoint_comes_back(tmp_path):
-    path = tmp_path / "checkpoint.pth"
-    checkpoint.write_checkpoint(path, {"model": {"weight": torch.ones(2)}, "epoch": 3})
-    content = checkpoint.read_checkpoint(path, {"model", "epoch"})
-    assert content["epoch"] == 3 and torch.equal(content["model"]["weight"], torch.ones(2))
-    assert [file.name for file in tmp_path.iterdir()] == ["checkpoint.pth"]
-
-
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -103,13 +96,14 @@ def test_what_is_no_checkpoint_is_named(content, message, tmp_path):
 
 
 def test_another_runs_checkpoint_is_written_over_where_that_is_asked_for(tmp_path):
-    path = tmp_path / "checkpoint.pth"
-    checkpoint.check_is_new(path, resume=False, overwrite=False)
-    path.touch()
-    checkpoint.check_is_new(path, resume=True, overwrite=False)
-    checkpoint.check_is_new(path, resume=False, overwrite=True)
+    torch.save(dict.fromkeys(KEYS, 1), tmp_path / "checkpoint.pth")
+    asked = dict.fromkeys(("resume", "overwrite", "test_only"), False)
+    asked |= {"output_dir": str(tmp_path)}
+    assert find_saved(argparse.Namespace(**asked | {"resume": True}), ()) == dict.fromkeys(KEYS, 1)
+    for flag in ("overwrite", "test_only"):
+        assert find_saved(argparse.Namespace(**asked | {flag: True}), ()) is None
     with pytest.raises(ValueError, match="--output-dir: expected a folder without a training"):
-        checkpoint.check_is_new(path, resume=False, overwrite=False)
+        find_saved(argparse.Namespace(**asked), ())
 
 
 def test_what_does_not_fit_a_checkpoint_is_named(tmp_path):
@@ -175,14 +169,6 @@ def test_a_log_without_tensorboard_is_metrics_json_alone(tmp_path, monkeypatch, 
     assert json.loads(file.read_text()) == {"epoch": 1, "iteration": 4, "loss": None, "lr": 0.125}
 
 
-def test_a_resumed_log_keeps_whole_lines_up_to_its_epoch(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    lines = ['{"epoch": 1, "iteration": 4}', "[1]", '{"epoch": 2, "iteration": 9}', '{"epo']
-    (tmp_path / "metrics.json").write_text("\n".join(lines))
-    MetricsLog(tmp_path, epoch=1).close()
-    assert (tmp_path / "metrics.json").read_text() == lines[0] + "\n"
-
-
 def test_a_resumed_log_drops_what_it_will_write_again(tmp_path):
     pytest.importorskip("tensorboard")
     log = MetricsLog(tmp_path)
@@ -191,7 +177,7 @@ def test_a_resumed_log_drops_what_it_will_write_again(tmp_path):
     log.close()
     path = tmp_path / "metrics.json"
     with path.open("a") as file:
-        file.write('{"epoch": 2, "itera')  # as a kill leaves it
+        file.write('[1]\n{"epoch": 2, "itera')  # none of ours, and as a kill leaves it
     MetricsLog(tmp_path, epoch=1).close()
     (line,) = path.read_text().splitlines()
     assert json.loads(line) == {"epoch": 1, "iteration": 5, "loss": None, "lr": None}

@@ -440,13 +440,15 @@ def registered_spec(spec: str, folder) -> str:
 @pytest.mark.parametrize(
     "name, content, flags",
     [
+        ("no.pth", None, ()),
         ("bad.pth", b"x", ("--eval-only",)),
         ("bad.pkl", b"", ()),
         ("cut.pth", b"PK", ("--eval-only",)),
     ],
 )
 def test_weights_that_cannot_be_read_are_named(name, content, flags, spec, tmp_path):
-    (tmp_path / name).write_bytes(content)
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
     message = f"{name}: expected weights or a checkpoint, got "
     with pytest.raises(ValueError, match=message):
         tiny.run("fpn", tmp_path / "run", "MODEL.WEIGHTS", tmp_path / name, train=spec, test=spec,

@@ -28,7 +28,7 @@ from torch.utils.data import DistributedSampler
 from torchvision_toys import CLASSES, ROOT, same, write_images
 
 from pskd_tools.report.files import read_boxes
-from pskd_tools.seeding import seed_epoch
+from pskd_tools.training import seed_epoch
 
 SCRIPT = ROOT / "detection" / "train_torchvision.py"
 CHECKPOINT = "checkpoint.pth"
