@@ -50,13 +50,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def run(args: argparse.Namespace) -> part.Report:
-    """Train and evaluate all three from the same seed, and write all files.
-
-    Raises:
-        StepFailed: naming the step and its log.
-        OSError: if the output folder cannot be made or written.
-        ValueError: if the output folder holds what the demo would delete.
-    """
+    """Train and evaluate all three from the same seed, and write all files."""
     out = part.output_folder(args.out, list(RUNS))
     script = [sys.executable, ROOT / "classification" / "train.py"]
     commands = {

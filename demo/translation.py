@@ -128,14 +128,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def run(args: argparse.Namespace) -> part.Report:
-    """Prepare, train, evaluate, and write all files.
-
-    Raises:
-        StepFailed: naming the step and its log.
-        OSError: if the output folder cannot be made or written.
-        ValueError: if the output folder holds what the demo would delete, or the embedded corpus
-            is too small.
-    """
+    """Prepare, train, evaluate, and write all files."""
     out = part.output_folder(args.out, list(RECIPES))
     data = prepare(args, out)
     commands = {name: training(args, name, data, part.folder_of(out, name)) for name in RECIPES}

@@ -321,16 +321,6 @@ def _small_digits():
     return demo("digits", "--size 20 --out digits")
 
 
-@DEMO.case(
-    "`demo.locale_pairs --num-train -1`",
-    "python -m demo.locale_pairs: error: the number of pairs must not be negative, got -1",
-    ends=2,
-    needs=("babel",),
-)
-def _negative_pairs():
-    return demo("locale_pairs", "--num-train=-1 --out pairs")
-
-
 # ---- benchmarks ----------------------------------------------------------------------------------
 
 
