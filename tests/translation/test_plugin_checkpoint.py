@@ -217,37 +217,3 @@ def test_the_first_epoch_and_an_epochs_end_need_no_teacher(check, last, position
 
     change(last, move)
     check()
-
-
-def begin(task, model, epoch: int, batches: int) -> None:
-    """Begin an epoch as fairseq's trainer does where its iterator stands after some batches."""
-    task.load_dataset("train")
-    iterator = SimpleNamespace(iterations_in_epoch=batches)
-    task.dataset_to_epoch_iter[task.dataset("train")] = iterator
-    task.begin_epoch(epoch, model)
-
-
-def test_whatever_was_read_the_middle_of_an_epoch_needs_its_teacher(task, tmp_path):
-    """The model of the middle would be another teacher, in silence."""
-    model = torch.nn.Linear(2, 2)
-    criterion = build_criterion(task, tmp_path)
-    with pytest.raises(ValueError, match=r"after 4 batches of epoch 3: expected the teacher .* no"):
-        begin(task, model, epoch=3, batches=4)
-    assert not criterion.epoch_state.teacher.available
-
-    no_teacher = checkpoint.make_entry(epoch=3, schedule={}, vocabulary={}, teacher={"model": None})
-    task.set_checkpoint_dict({checkpoint.ENTRY: no_teacher})
-    with pytest.raises(ValueError, match="after 4 batches of epoch 3"):
-        begin(task, model, epoch=3, batches=4)
-
-    task.set_checkpoint_dict(
-        {checkpoint.ENTRY: {**no_teacher, "teacher": {"model": model.state_dict()}}}
-    )
-    begin(task, model, epoch=3, batches=4)
-    assert criterion.epoch_state.teacher.available
-
-
-@pytest.mark.parametrize("epoch, batches, alpha", [(1, 4, 0.7), (3, 0, 0.7), (3, 4, 0.0)])
-def test_elsewhere_an_epoch_begins_with_what_there_is(task, tmp_path, epoch, batches, alpha):
-    build_criterion(task, tmp_path, pskd_alpha_final=alpha)
-    begin(task, torch.nn.Linear(2, 2), epoch, batches)

@@ -336,7 +336,7 @@ def test_adaptive_softmax_ends_in_fairseqs_own_error_before_the_first_update(var
 @pytest.mark.parametrize("name", ["linear", "constant", "cosine"])
 def test_alpha_stays_final_past_the_end(name):
     schedule = Schedule.build(name, 0.7, 10, 0)
-    alphas = [schedule.alphas.at(epoch, schedule.within(epoch)) for epoch in (10, 11)]
+    alphas = [schedule.at(epoch) for epoch in (10, 11)]
     assert alphas == pytest.approx([0.7, 0.7])
     assert schedule.unit == "epoch"
 
@@ -344,5 +344,5 @@ def test_alpha_stays_final_past_the_end(name):
 def test_epochs_come_before_updates_as_the_unit_of_progress():
     assert Schedule.build("linear", 0.7, 10, 500).unit == "epoch"
     by_update = Schedule.build("linear", 0.7, 0, 500)
-    assert (by_update.unit, by_update.alphas.num_epochs) == ("update", 500)
-    assert by_update.alphas.at(3, by_update.within(250)) == pytest.approx(0.35)
+    assert (by_update.unit, by_update.num_epochs) == ("update", 500)
+    assert by_update.at(3, 250) == pytest.approx(0.35)

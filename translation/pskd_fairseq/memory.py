@@ -122,10 +122,7 @@ class TokenMemory:
         # A shard that this run has not come to since it was resumed is as it was.
         return self._restored | {str(index): state(s) for index, s in self._shards.items()}
 
-    def turn(self, ended: int, student: object = None) -> None:
-        """Do nothing: the data set, which `begin_epoch` needs, is not the driver's to know."""
-
-    def load_state_dict(self, state: dict[str, dict], student: object = None) -> None:
+    def load_state_dict(self, state: dict[str, dict]) -> None:
         """Go on, from the next `begin_epoch`, where `state_dict` was called."""
         self._restored = dict(state)
 
@@ -186,13 +183,7 @@ def positioned(state: dict, epoch: int) -> dict:
 
 
 class KeptRows(NamedTuple):
-    """Where a memory keeps a batch's tokens.
-
-    Attributes:
-        memory: whose rows they are.
-        rows: (N,) int64.
-        valid: (N,) bool, those that count.
-    """
+    """Where a memory keeps a batch's tokens: (N,) int64 rows, and (N,) bool which of them count."""
 
     memory: TokenMemory
     rows: Tensor

@@ -36,8 +36,7 @@ def check_resume(
     Args:
         cfg: tells what fairseq reads, and whether the schedule may be another.
         task: tells the dictionaries.
-        schedule: the fields of the alpha schedule.
-        options: as of `make_entry`.
+        schedule, options: as of `make_entry`.
 
     Raises:
         ValueError: naming the file, if it is damaged or holds objects that fairseq does not write,
