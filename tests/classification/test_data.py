@@ -181,12 +181,6 @@ def test_samples_that_cannot_be_told_apart_or_classified_are_refused(source, mes
         check_source("train", source, CLASSES)
 
 
-@pytest.mark.parametrize("name", ["classification_toys:absent", "test_data:Colours.train"])
-def test_a_function_that_is_not_there_is_refused(name):
-    with pytest.raises(ValueError, match=f"--dataset: expected MODULE:FUNCTION, got '{name}'"):
-        load_splits(name, None, val_fraction=0.0)
-
-
 def test_a_data_set_of_ones_own_needs_its_parts():
     with pytest.raises(ValueError, match=r"expected train, test and perhaps val, got \[\]"):
         load_splits("collections:Counter", None, val_fraction=0.0)

@@ -21,7 +21,6 @@ import sacrebleu  # noqa: E402
 from pskd_fairseq import evaluate  # noqa: E402
 from pskd_fairseq.evaluation.metrics import corpus_metrics, language_of  # noqa: E402
 from pskd_fairseq.evaluation.translations import detokenised, score  # noqa: E402
-from pskd_fairseq.programs import UserError  # noqa: E402
 
 from pskd_tools.report.sentences import SentenceMetrics  # noqa: E402
 
@@ -229,12 +228,3 @@ def test_compare_refuses_what_cannot_be_compared(tmp_path, capsys, texts):
     for folders, message in cases.items():
         assert evaluate.main(["compare", *folders]) == 2
         assert message in capsys.readouterr().err
-
-
-def test_user_error_of_a_language_is_one_line(monkeypatch):
-    def missing(**_):
-        raise RuntimeError("\nmissing\n\n    pip install it\n")
-
-    monkeypatch.setattr(sacrebleu, "BLEU", missing)
-    with pytest.raises(UserError, match=r"^BLEU of target language ja: missing pip install it$"):
-        corpus_metrics("ja", lowercase=False)

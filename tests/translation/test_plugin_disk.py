@@ -52,7 +52,6 @@ def full_disks(fairseq, sizes):
     plans = {
         "fourth_epoch": (5.5 * sizes.end, ["--max-epoch", "5"]),
         "first_epoch": (2.5 * sizes.end, TO_THE_END),
-        "copy_to_best": (with_teacher + 0.5 * sizes.growth, [*TO_THE_END, *inside]),
         "copy_to_last": (with_teacher + 1.5 * sizes.growth, [*TO_THE_END, *inside]),
         # Two epochs leave six files, the third adds its own and half of one more of the best.
         "one_of_the_best": (7.5 * sizes.end, [*TO_THE_END, "--keep-best-checkpoints", "2"]),
@@ -100,19 +99,18 @@ def test_with_more_room_training_goes_on(fairseq, full_disks, sizes):
     assert "checkpoint5.pt" in expect_whole(folder)
 
 
-def test_a_disk_too_small_for_the_first_checkpoints_leaves_none_cut_off(full_disks):
-    """There is room for checkpoint1, checkpoint_best and half of checkpoint_last."""
-    run = full_disks["first_epoch"].result()
-    assert run.code != 0
-    expect_whole(run.save_dir)
-
-
-@pytest.mark.parametrize("copy", ["copy_to_best", "copy_to_last"])
-def test_a_disk_too_small_for_the_teacher_leaves_no_checkpoint_cut_off(full_disks, copy):
-    """A checkpoint inside an epoch is larger than the last, and so are the copies of it."""
-    run = full_disks[copy].result()
-    assert run.code != 0
-    assert {"checkpoint_best.pt", "checkpoint_last.pt"} <= set(expect_whole(run.save_dir))
+@pytest.mark.parametrize(
+    ("name", "left"),
+    [
+        # There is room for checkpoint1, checkpoint_best and half of checkpoint_last.
+        ("first_epoch", set()),
+        # A checkpoint inside an epoch is larger than the last, and so are the copies of it.
+        ("copy_to_last", {"checkpoint_best.pt", "checkpoint_last.pt"}),
+    ],
+)
+def test_a_disk_too_small_for_a_copy_leaves_no_checkpoint_cut_off(full_disks, name, left):
+    run = full_disks[name].result()
+    assert run.code != 0 and left <= set(expect_whole(run.save_dir))
 
 
 def test_a_disk_too_small_for_one_more_of_the_best_leaves_none_cut_off(full_disks):

@@ -110,6 +110,8 @@ def test_a_fused_training_logs_what_one_from_logits_logs(runs, name, epoch):
     """To within what another order of sums does in 18 updates; the dropout is the same."""
     fused, plain = (meters(runs[name, flag], epoch) for flag in (FUSED, ""))
     assert fused == pytest.approx(plain, rel=1e-4)
+    values = [runs[name, flag].column("nll_loss", "valid") for flag in (FUSED, "")]
+    assert values[0] == pytest.approx(values[1], abs=2e-3)
     names = {"loss", "nll_loss", "alpha"}
     if epoch > 1:
         names |= {"teacher_nll_loss", "teacher_agreement", "teacher_coverage", "gradient_rescaling"}
@@ -118,18 +120,6 @@ def test_a_fused_training_logs_what_one_from_logits_logs(runs, name, epoch):
     assert [key.removeprefix("train_") for key in runs[name, FUSED].log("train")[epoch - 1]] == [
         key.removeprefix("train_") for key in runs[name, ""].log("train")[epoch - 1]
     ]
-
-
-@pytest.mark.parametrize("name", TEACHERS)
-def test_it_ends_with_the_same_model_and_validation(runs, name):
-    fused, plain = runs[name, FUSED], runs[name, ""]
-    for key, weight in plain.model().items():
-        # What is added to all keys changes no attention: its gradient is nothing but rounding.
-        if not key.endswith("k_proj.bias"):
-            torch.testing.assert_close(fused.model()[key], weight, rtol=1e-3, atol=1e-4)
-    for figure in ("loss", "nll_loss"):
-        values = [run.column(figure, "valid") for run in (fused, plain)]
-        assert values[0] == pytest.approx(values[1], abs=2e-3)
 
 
 @pytest.mark.parametrize("name", TEACHERS)
@@ -298,29 +288,35 @@ def test_options_that_need_logits_or_a_sharded_model(task, tmp_path, options, me
         build_criterion(task, tmp_path, pskd_teacher="memory", pskd_fused_linear=True, **options)
 
 
-def test_a_model_with_a_distribution_of_its_own_is_refused(task, models, tmp_path):
-    student = deepcopy(models[1])
-    student.get_normalized_probs = lambda output, log_probs, sample=None: (
+def sharpened(model) -> None:
+    model.get_normalized_probs = lambda output, log_probs, sample=None: (
         2.0 * output[0]
     ).log_softmax(-1)
+
+
+def with_adaptive_softmax(model) -> None:
+    model.decoder.adaptive_softmax = torch.nn.Identity()
+
+
+def with_its_own_output(model) -> None:
+    model.decoder.output_layer = lambda features: features.tanh()
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (sharpened, "is the softmax of its output layer, got Transf"),
+        (with_adaptive_softmax, "expected no --adaptive-softmax-cutoff, got"),
+        (with_its_own_output, "output layer of fairseq's Transformer, got that of Tr"),
+    ],
+)
+def test_a_distribution_that_is_not_of_features_and_embedding_is_refused(
+    task, models, tmp_path, change, message
+):
+    student = deepcopy(models[1])
+    change(student)
     _, fused = both(task, tmp_path)
     task.begin_epoch(1, student)
     for _ in range(2):
-        with pytest.raises(ValueError, match="is the softmax of its output layer, got Transf"):
+        with pytest.raises(ValueError, match=message):
             fused(student, batch(task))
-
-
-def test_adaptive_softmax_is_refused(task, models, tmp_path):
-    student = deepcopy(models[1])
-    student.decoder.adaptive_softmax = torch.nn.Identity()
-    _, fused = both(task, tmp_path)
-    with pytest.raises(ValueError, match="expected no --adaptive-softmax-cutoff, got"):
-        fused(student, batch(task))
-
-
-def test_a_decoder_with_an_output_layer_of_its_own_is_refused(task, models, tmp_path):
-    student = deepcopy(models[1])
-    student.decoder.output_layer = lambda features: features.tanh()
-    _, fused = both(task, tmp_path)
-    with pytest.raises(ValueError, match="output layer of fairseq's Transformer, got that of Tr"):
-        fused(student, batch(task))

@@ -35,15 +35,14 @@ def resumed(fairseq, run, checkpoint: str, name: str):
 
 @pytest.fixture(scope="module")
 def whole(fairseq):
-    """A run that keeps the memory of every epoch, as checkpoints of all of them need it."""
-    return fairseq.train("memory", *MEMORY, *SAVES).expect_success()
+    """A run whose data come from workers, which those that are compared with it do not have."""
+    return fairseq.train("memory", *MEMORY, *SAVES, "--num-workers", "2").expect_success()
 
 
 @pytest.fixture(scope="module")
 def runs(fairseq, whole):
     sharded = [f"{fairseq.data}:{fairseq.data}", *MEMORY, *SAVES]
     return {
-        "workers": fairseq.start("memory_workers", *MEMORY, "--num-workers", "2"),
         "late": fairseq.start(
             "memory_late", *MEMORY, "--pskd-start-epoch", "3", "--pskd-skip-wrong-teacher"
         ),
@@ -122,10 +121,6 @@ def test_a_reset_run_leaves_no_file_of_the_old_one(fairseq, whole):
     assert files(run) == ["1.pskd", "2.pskd.part"]
 
 
-def test_workers_change_nothing(whole, runs):
-    assert same(runs["workers"].result().expect_success().model(), whole.model())
-
-
 def test_ignored_prefixes_have_no_past(runs):
     run = runs["prefix"].result().expect_success()
     # fairseq divides by all tokens, of which there are 15.5 in a sentence.
@@ -165,11 +160,11 @@ def test_a_resumed_run_ends_as_the_straight_run(fairseq, whole, checkpoint):
     assert run.column("teacher_coverage")[-1] == 1.0
 
 
-def test_a_run_that_is_killed_ten_times_goes_on_to_the_same_end(fairseq, whole):
+def test_a_run_that_is_killed_five_times_goes_on_to_the_same_end(fairseq, whole):
     draw = random.Random(5)
     flags = ["memory_killed", *MEMORY, "--save-interval-updates", "1"]
     codes = []
-    for _ in range(10):
+    for _ in range(5):
         run = fairseq.train(*flags, *intact(fairseq), limit_s=draw.uniform(0.3, 1.1))
         codes.append(run.code)
     assert -signal.SIGALRM in codes and set(codes) <= {0, -signal.SIGALRM}
@@ -184,27 +179,6 @@ def intact(fairseq) -> list[str]:
     )
     whole = [path for path in newest if zipfile.is_zipfile(path)]
     return ["--restore-file", str(whole[0])] if whole != newest else []
-
-
-@pytest.mark.parametrize(
-    "damage, parts",
-    [
-        (lambda file: file.unlink(), ["expected the predictions of epoch 3, got none"]),
-        (lambda file: file.write_bytes(file.read_bytes()[:-9]), ["bytes, got", "cut off"]),
-        (
-            lambda file: file.write_bytes(file.read_bytes()[:-9] + b"damaged!!"),
-            ["damaged: expected CRC-32"],
-        ),
-    ],
-)
-def test_a_memory_file_that_cannot_be_used_is_refused(fairseq, whole, damage, parts, tmp_path):
-    name = f"memory_{tmp_path.name}"
-    folder = continued_from(whole.save_dir / "checkpoint_4_20.pt", fairseq.folder / name)
-    shutil.copytree(whole.save_dir / "pskd_memory", folder / "pskd_memory")
-    file = folder / "pskd_memory" / "shard_0" / "epoch_00003.pskd"
-    damage(file)
-    remedies = ["--restore-file", "--pskd-memory", "--reset-dataloader"]
-    fairseq.train(name, *MEMORY, *SAVES).expect_refusal(str(file), *parts, *remedies)
 
 
 def test_a_checkpoint_whose_file_is_gone_is_told_how_files_stay(fairseq, whole):
@@ -260,14 +234,12 @@ def test_a_training_without_pskd_goes_on_with_an_empty_memory(fairseq, straight)
 # ---- processes ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("ranks", "machines"), [(2, 1), (4, 2)])
-def test_ranks_learn_what_one_process_learns(fairseq, ranks, machines):
+def test_the_ranks_of_two_machines_learn_what_one_process_learns(fairseq):
     """With five batches the last update of an epoch has dummy batches."""
     flags = [*MEMORY, "--dropout", "0", "--batch-size", "5"]
-    name = f"memory_{ranks}"
-    one = fairseq.start(f"{name}_alone", *flags, "--update-freq", str(ranks))
-    several = fairseq.train_ranks(f"{name}_ranks", *flags, ranks=ranks, machines=machines)
-    assert [run.code for run in several] == [0] * ranks, several[0].output[-3000:]
+    one = fairseq.start("memory_alone", *flags, "--update-freq", "4")
+    several = fairseq.train_ranks("memory_ranks", *flags, ranks=4, machines=2)
+    assert [run.code for run in several] == [0] * 4, several[0].output[-3000:]
     one, first = one.result().expect_success(), several[0]
     for figure in ("loss", "nll_loss", "alpha", "teacher_nll_loss", "teacher_coverage"):
         assert first.column(figure) == pytest.approx(one.column(figure), abs=2e-3), figure

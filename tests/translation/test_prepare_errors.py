@@ -9,16 +9,16 @@ import sys
 import time
 
 import pytest
-from prepare_toys import LANGUAGES, bitext, cli
+from prepare_toys import LANGUAGES, bitext, prepare
 from pskd_fairseq.preparation.binaries import run_quietly
 from pskd_fairseq.preparation.pieces import encode_lines
 from pskd_fairseq.programs import ToolError
 
 
-def test_unknown_option_is_refused_by_the_parser(tmp_path):
-    done = cli(["a", "b", *LANGUAGES, "--out", "out", "--bpe", "9"], cwd=tmp_path)
-    assert done.returncode == 2
-    assert "prepare.py: error: unrecognized arguments: --bpe" in done.stderr
+def test_an_abbreviated_option_is_refused_by_the_parser(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        prepare.main(["a", "b", *LANGUAGES, "--out", "out", "--bpe", "9"])
+    assert "prepare.py: error: unrecognized arguments: --bpe" in capsys.readouterr().err
 
 
 def test_a_failing_tool_is_quoted(tmp_path):
@@ -35,7 +35,7 @@ def kill_self(line):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-@pytest.mark.parametrize("kill", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("kill", [signal.SIGTERM, signal.SIGINT])
 def test_a_killed_run_leaves_no_folder(kill, tmp_path):
     (tmp_path / "sets").mkdir()
     texts = bitext(tmp_path, "train", 300)
@@ -57,10 +57,5 @@ def test_a_killed_run_leaves_no_folder(kill, tmp_path):
         rest = process.communicate(timeout=30)[1]
     finally:
         process.kill()
-    left = [path.name for path in (tmp_path / "sets").iterdir()]
-    assert "out" not in left
-    if kill == signal.SIGKILL:
-        assert process.returncode == -kill
-    else:
-        assert process.returncode == 128 + kill
-        assert left == [] and "Traceback" not in rest
+    assert process.returncode == 128 + kill and "Traceback" not in rest
+    assert list((tmp_path / "sets").iterdir()) == []

@@ -249,20 +249,16 @@ class PSKDCriterion(LabelSmoothedCrossEntropyCriterion):
         # fairseq spreads epsilon over the other V - 1 types, torch over all V.
         return self.eps * types / (types - 1)
 
-    def _log(
-        self, past: Past, target: Tensor, stats, student_prefers: Tensor, teacher_prefers: Tensor
-    ) -> None:
+    def _log(self, past: Past, target: Tensor, stats, said: Tensor, teacher_said: Tensor) -> None:
         """Keep what a step adds to the log; of preferred types those of the `COMPARED` rows."""
         self._step_statistics = step_statistics(
-            target=target,
-            is_token=target != self.padding_idx,
-            taught=past.taught,
-            nll=stats.nll,
-            teacher_at_label=stats.teacher_probs_at_label,
-            student_prefers=student_prefers,
-            teacher_prefers=teacher_prefers,
-            top_k_mass=past.top_k_mass(),
-            alpha=self.epoch_state.alpha,
+            past,
+            stats,
+            target,
+            target != self.padding_idx,
+            said,
+            teacher_said,
+            self.epoch_state.alpha,
         )
 
     @classmethod
