@@ -98,19 +98,6 @@ flagged(
     "--pskd-alpha-final: expected a number in [0, 1], got 1.2",
 )
 flagged(
-    "`--pskd-alpha-final half`",
-    "--pskd-alpha-final half",
-    "argument --pskd-alpha-final: invalid ... value: 'half'",
-    ends=2,
-)
-flagged(
-    "`--pskd-alpha-schedule cubic`",
-    "--pskd-alpha-schedule cubic",
-    "argument --pskd-alpha-schedule: invalid choice: 'cubic' (choose from ...linear...constant..."
-    "cosine...)",
-    ends=2,
-)
-flagged(
     "`--label-smoothing 2`",
     "--label-smoothing 2",
     "--label-smoothing: expected a number in [0, 1 - 1/24], got 2.0",
