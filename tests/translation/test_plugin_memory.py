@@ -26,11 +26,11 @@ MEMORY = ["--pskd-teacher", "memory", "--pskd-top-k", "48", "--max-epoch", str(E
 SAVES = ["--save-interval-updates", "4"]
 
 
-def resumed(fairseq, run, checkpoint: str, name: str):
-    """Continue a copy of a run's folder, its memory included, from one of its checkpoints."""
+def copied(fairseq, run, checkpoint: str, name: str):
+    """Copy a run's folder, its memory included, with one of its checkpoints as the last."""
     folder = continued_from(run.save_dir / checkpoint, fairseq.folder / name)
     shutil.copytree(run.save_dir / "pskd_memory", folder / "pskd_memory")
-    return fairseq.start(name, *MEMORY, *SAVES)
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -105,8 +105,7 @@ def test_files_stay_for_as_many_checkpoints_as_fairseq_keeps(keeping, name):
 @pytest.mark.parametrize("name", OLDER)
 def test_a_kept_checkpoint_can_be_resumed(fairseq, keeping, name):
     run = keeping[name].result()
-    folder = continued_from(run.save_dir / OLDER[name], fairseq.folder / f"memory_older_{name}")
-    shutil.copytree(run.save_dir / "pskd_memory", folder / "pskd_memory")
+    copied(fairseq, run, OLDER[name], f"memory_older_{name}")
     resumed = fairseq.train(f"memory_older_{name}", *MEMORY, *KEPT[name][0]).expect_success()
     assert resumed.column("teacher_coverage")[0] == 1.0
     assert same(resumed.model(), run.model())
@@ -114,8 +113,7 @@ def test_a_kept_checkpoint_can_be_resumed(fairseq, keeping, name):
 
 def test_a_reset_run_leaves_no_file_of_the_old_one(fairseq, whole):
     name = "memory_reset"
-    folder = continued_from(whole.save_dir / "checkpoint_last.pt", fairseq.folder / name)
-    shutil.copytree(whole.save_dir / "pskd_memory", folder / "pskd_memory")
+    copied(fairseq, whole, "checkpoint_last.pt", name)
     flags = [*MEMORY, "--max-epoch", "2", "--reset-dataloader", "--reset-optimizer"]
     run = fairseq.train(name, *flags, "--reset-lr-scheduler", "--reset-meters").expect_success()
     assert files(run) == ["1.pskd", "2.pskd.part"]
@@ -154,8 +152,9 @@ def test_the_mass_that_few_types_hold_is_logged(runs, straight):
 
 @pytest.mark.parametrize("checkpoint", ["checkpoint_4_20.pt", "checkpoint3.pt"])
 def test_a_resumed_run_ends_as_the_straight_run(fairseq, whole, checkpoint):
-    run = resumed(fairseq, whole, checkpoint, f"memory_from_{checkpoint}").result()
-    assert same(run.expect_success().model(), whole.model())
+    copied(fairseq, whole, checkpoint, f"memory_from_{checkpoint}")
+    run = fairseq.train(f"memory_from_{checkpoint}", *MEMORY, *SAVES).expect_success()
+    assert same(run.model(), whole.model())
     assert run.column("teacher_nll_loss")[-1] == whole.column("teacher_nll_loss")[-1]
     assert run.column("teacher_coverage")[-1] == 1.0
 
@@ -182,8 +181,8 @@ def intact(fairseq) -> list[str]:
 
 
 def test_a_checkpoint_whose_file_is_gone_is_told_how_files_stay(fairseq, whole):
-    run = resumed(fairseq, whole, "checkpoint2.pt", "memory_gone").result()
-    run.expect_refusal(
+    copied(fairseq, whole, "checkpoint2.pt", "memory_gone")
+    fairseq.train("memory_gone", *MEMORY, *SAVES).expect_refusal(
         "the predictions of epoch 2, got none", "--keep-last-epochs", "checkpoint_last"
     )
 
@@ -200,20 +199,18 @@ def test_a_new_save_dir_is_told_where_the_files_are(fairseq, whole):
 
 
 def test_another_top_k_is_told_what_to_give(fairseq, whole):
-    folder = continued_from(whole.save_dir / "checkpoint3.pt", fairseq.folder / "memory_top_k")
-    shutil.copytree(whole.save_dir / "pskd_memory", folder / "pskd_memory")
+    copied(fairseq, whole, "checkpoint3.pt", "memory_top_k")
     run = fairseq.train("memory_top_k", *MEMORY, "--pskd-top-k", "5")
     run.expect_refusal("expected top_k 5, got 48", "--pskd-top-k", "--reset-dataloader")
 
 
 def test_a_checkpoint_of_an_older_version_is_read(fairseq, whole):
     name = "memory_older_version"
-    last = continued_from(whole.save_dir / "checkpoint3.pt", fairseq.folder / name)
+    last = copied(fairseq, whole, "checkpoint3.pt", name)
     state = torch.load(last / "checkpoint_last.pt", weights_only=False)
     shard = entry(state)["memory"]["0"]
     del shard["folder"], shard["memory"]["ended"]
     torch.save(state, last / "checkpoint_last.pt")
-    shutil.copytree(whole.save_dir / "pskd_memory", last / "pskd_memory")
     run = fairseq.train(name, *MEMORY, *SAVES).expect_success()
     assert same(run.model(), whole.model())
 
