@@ -58,12 +58,6 @@ CONFIGS.add(
     ends=1,
 )
 configured(
-    "a config with a bracket left open",
-    "epochs: [1, 2\nlr: 0.1\n",
-    "train: config.yaml: expected YAML, got while parsing a flow sequence ... expected ',' or ']', "
-    "but got ':' ... line 2, column 3: ...",
-)
-configured(
     "a config in Latin-1",
     b"model: r\xe9seau\n",
     "train: config.yaml: expected YAML, got 'utf-8' codec can't decode byte 0xe9 in position 8...",
