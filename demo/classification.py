@@ -57,8 +57,8 @@ def run(args: argparse.Namespace) -> part.Report:
         name: [*script, *flags, "--output-dir", part.folder_of(out, name), *args.train_flags]
         for name, flags in RUNS.items()
     }
-    printer = part.Printer(part.read_metrics, progress)
-    part.train("classification 1/1", "training side by side", out, commands, printer)
+    heading = "classification 1/1", "training side by side"
+    part.train(*heading, out, commands, part.read_metrics, progress)
     runs = part.read_results(out, list(RUNS))
     results = {}
     for found in runs:

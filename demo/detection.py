@@ -137,7 +137,7 @@ def run(args: argparse.Namespace) -> part.Report:
     specs = prepare(args, out)
     commands = {name: training(args, name, specs, part.folder_of(out, name)) for name in RUNS}
     text = f"training both side by side in {NAMES[args.framework]}"
-    part.train("detection 2/3", text, out, commands, part.Printer(iteration_records, progress))
+    part.train("detection 2/3", text, out, commands, iteration_records, progress)
     part.say("detection 3/3", f"plots and {out / 'results.json'}")
     runs = part.read_results(out, RUNS)
     part.write_results(out, runs, {found.name: found.numbers for found in runs})

@@ -86,34 +86,33 @@ def output_folder(out: Path, runs: Sequence[str]) -> Path:
     return out
 
 
-def train(head: str, text: str, out: Path, commands: Commands, printer: Printer) -> None:
-    """Train all runs side by side, each in a fresh folder of ``out`` with its log."""
+def train(head: str, text: str, out: Path, commands: Commands, *shown: Callable) -> None:
+    """Train all runs side by side, each in a fresh folder; print records as `printer`."""
     logs = {run: fresh_folder(folder_of(out, run)) / "train.log" for run in commands}
-    run_steps(head, text, commands, logs, printer)
+    run_steps(head, text, commands, logs, printer(*shown))
 
 
-class Printer:
-    """Prints a line for some of the records that a training has logged, each once.
+def printer(
+    read: Callable[[Path], list[dict]], line: Callable[[dict, dict], str | None]
+) -> Callable[[str, Path], None]:
+    """Return what prints a line for some of the records that a training has logged, each once.
 
     Args:
         read: gives the records of a log file, which may still be written.
         line: gives the text for a record, from it and the one before it (``{}``: none); None for
             one that is not shown.
     """
+    seen: dict[str, int] = {}
 
-    def __init__(
-        self, read: Callable[[Path], list[dict]], line: Callable[[dict, dict], str | None]
-    ) -> None:
-        self._read, self._line = read, line
-        self._seen: dict[str, int] = {}
-
-    def __call__(self, name: str, log: Path) -> None:
-        records = [{}, *self._read(log)]
-        seen = self._seen.get(name, 0)
-        for last, record in zip(records[seen:], records[seen + 1 :], strict=False):
-            if text := self._line(record, last):
+    def watch(name: str, log: Path) -> None:
+        records = [{}, *read(log)]
+        done = seen.get(name, 0)
+        for last, record in zip(records[done:], records[done + 1 :], strict=False):
+            if text := line(record, last):
                 print(f"    {name:<13} {text}", flush=True)
-        self._seen[name] = len(records) - 1
+        seen[name] = len(records) - 1
+
+    return watch
 
 
 def read_metrics(log: Path) -> list[dict]:
