@@ -19,6 +19,7 @@ from fairseq.tasks import FairseqTask
 from torch import nn
 
 from pskd.distributed import is_first
+from pskd.driver import EpochDriver
 from pskd.schedule import AlphaSchedule, check_alpha
 from pskd.teachers import make_teacher
 from pskd_fairseq import checkpoint
@@ -97,10 +98,9 @@ class EpochState:
         self.schedule, self.memory = schedule, memory
         name = str(options.get("--pskd-teacher", "snapshot"))
         self.teacher = make_teacher("snapshot" if memory is not None else name)
-        #: Weight of the teacher in this step.
-        self.alpha = 0.0
         self.is_dummy = False  # a batch that stands in where a process has none left
-        self._epoch = 0
+        # The teacher turns here: a memory needs the data set, a snapshot the model of the call.
+        self._driver = EpochDriver(schedule, None, None, {})
         self._train_subset, self._options = train_subset, dict(options)
         self._checkpoint_bytes = 0
         self._restored: dict | None = None
@@ -115,6 +115,11 @@ class EpochState:
         task.get_checkpoint_dict = lambda: self._get_checkpoint_dict(task, plan, original())
 
     @property
+    def alpha(self) -> float:
+        """Weight of the teacher in this step."""
+        return self._driver.alpha
+
+    @property
     def active(self) -> bool:
         """Whether this step has a teacher to learn from."""
         teacher = self.teacher if self.memory is None else self.memory
@@ -126,9 +131,9 @@ class EpochState:
         has_teacher = self.schedule.alpha_final > 0.0
         return self.memory is not None and has_teacher and not self.is_dummy
 
-    def _set_alpha(self, unit: str, progress: int) -> None:
+    def _enter(self, unit: str, epoch: int, progress: int) -> None:
         if self.schedule.unit == unit:
-            self.alpha = self.schedule.at(self._epoch, progress)
+            self._driver.enter(epoch, progress)
 
     def _begin_epoch(
         self, task: FairseqTask, plan: PSKDCriterionConfig, epoch: int, model: BaseFairseqModel
@@ -136,8 +141,8 @@ class EpochState:
         restored, self._restored = self._restored, None
         # fairseq saves the model, and Adam its two averages, in float32.
         self._checkpoint_bytes = 3 * 4 * sum(p.numel() for p in model.parameters())
-        self._epoch = epoch
-        self._set_alpha("epoch", epoch)
+        self._driver.epoch = epoch
+        self._enter("epoch", epoch, epoch)
         if not self.schedule.alpha_final:
             return
         if self.memory is not None:
@@ -170,7 +175,7 @@ class EpochState:
         self, sample, model, criterion, optimizer, update_num, ignore_grad=False, **_
     ) -> None:
         self.is_dummy = ignore_grad
-        self._set_alpha("update", update_num + 1)
+        self._enter("update", self._driver.epoch, update_num + 1)
 
     def _get_checkpoint_dict(
         self, task: FairseqTask, plan: PSKDCriterionConfig, state: dict
@@ -184,7 +189,7 @@ class EpochState:
             plan, first=self._checkpoint_bytes, growth=checkpoint.size_of(teacher)
         )
         entry = checkpoint.make_entry(
-            epoch=self._epoch,
+            epoch=self._driver.epoch,
             schedule=self.schedule.options(),
             options=self._options,
             vocabulary=checkpoint.vocabulary_sizes(task),
