@@ -17,6 +17,7 @@ from fairseq_toys import (  # noqa: E402
     EPOCHS,
     LENGTHS,
     PLUGIN,
+    SIZES,
     entry,
     same,
 )
@@ -325,3 +326,21 @@ def test_epochs_come_before_updates_as_the_unit_of_progress():
     by_update = Schedule.build("linear", 0.7, 0, 500)
     assert (by_update.unit, by_update.num_epochs) == ("update", 500)
     assert by_update.at(3, 250) == pytest.approx(0.35)
+
+
+# --- a task that trains the parts of its model in turns -----------------------------------------
+
+MULTILINGUAL = (
+    "--task multilingual_translation --arch multilingual_transformer --lang-pairs de-en,en-de "
+    "--ddp-backend legacy_ddp"
+).split()
+
+
+def test_each_part_learns_from_its_own_teacher(fairseq):
+    still = ["--lr", "0", "--dropout", "0"]  # what does not move is its own teacher
+    run = fairseq.train(
+        "multilingual", *MULTILINGUAL, *SIZES, *still, "--max-epoch", "3"
+    ).expect_success()
+    assert run.column("alpha") == pytest.approx([0.0, 0.467, 0.7], abs=1e-3)
+    assert run.column("teacher_nll_loss") == run.column("nll_loss")[1:]
+    assert run.column("teacher_agreement") == [1.0, 1.0]

@@ -13,7 +13,7 @@ import pytest
 pytest.importorskip("fairseq", reason="needs fairseq: pip install '.[translation]'")
 
 from fairseq import options  # noqa: E402
-from fairseq_toys import MODEL, PLUGIN, ROOT  # noqa: E402
+from fairseq_toys import PLUGIN, ROOT, SIZES  # noqa: E402
 
 from pskd_tools.report.epochs import fairseq_epochs  # noqa: E402
 
@@ -23,7 +23,6 @@ BASELINES = sorted(
     if not path.stem.endswith("_pskd") and path.name != "iwslt_text.sh"
 )  # fmt: skip
 TRAINED = [recipe for recipe in BASELINES if recipe != "demo.sh"]
-SMALL = MODEL[MODEL.index("--encoder-layers") :]
 
 
 def flags_of(recipe: str, folder: Path, *more: str) -> list[str]:
@@ -97,7 +96,7 @@ def trained(fairseq, joined) -> dict[str, Future]:
         name = recipe.replace(".sh", "_pskd")
         folder = fairseq.folder / f"flags_of_{name}"
         folder.mkdir()
-        flags = flags_of(f"{name}.sh", folder, *SMALL, *few)
+        flags = flags_of(f"{name}.sh", folder, *SIZES, *few)
         assert flags[:3] == ["DATA", "--save-dir", "SAVE_DIR"]
         flags[:3] = [str(joined), "--save-dir", str(fairseq.folder / name)]
         return fairseq.forked("train", *flags, name=name)
