@@ -268,14 +268,3 @@ def test_the_demo_prepares_own_text_in_its_own_languages(tmp_path, monkeypatch):
     job = build_parser().parse_args([str(word) for word in words])
     assert (job.texts, job.source_lang, job.target_lang) == (texts, "en", "fr")
     assert (job.valid, job.test, job.bpe_size, job.out) == (None, None, 40, data)
-
-
-def test_demo_of_own_text_names_the_step_and_log_that_failed(tmp_path, capsys):
-    source, target = tmp_path / "a.en", tmp_path / "a.de"
-    source.write_text("one\ntwo\n")
-    target.write_text("eins\n")
-    words = ["--src", source, "--tgt", target, "--out", tmp_path / "out"]
-    assert translation.main([str(word) for word in words]) == 1
-    shown = capsys.readouterr().err
-    assert "prepare.log" in shown and "unequal line counts" in shown
-    assert not (tmp_path / "out" / "data").exists()
