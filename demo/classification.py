@@ -50,21 +50,15 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def run(args: argparse.Namespace) -> part.Report:
-    """Train and evaluate all three from the same seed, and write all files.
-
-    Raises:
-        StepFailed: naming the step and its log.
-        OSError: if the output folder cannot be made or written.
-        ValueError: if the output folder holds what the demo would delete.
-    """
+    """Train and evaluate all three from the same seed, and write all files."""
     out = part.output_folder(args.out, list(RUNS))
     script = [sys.executable, ROOT / "classification" / "train.py"]
     commands = {
         name: [*script, *flags, "--output-dir", part.folder_of(out, name), *args.train_flags]
         for name, flags in RUNS.items()
     }
-    printer = part.Printer(part.read_metrics, progress)
-    part.train("classification 1/1", "training side by side", out, commands, printer)
+    heading = "classification 1/1", "training side by side"
+    part.train(*heading, out, commands, part.read_metrics, progress)
     runs = part.read_results(out, list(RUNS))
     results = {}
     for found in runs:

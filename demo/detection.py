@@ -7,8 +7,8 @@ SPEC is coco:ANNOTATIONS.json:IMAGE_DIR or voc:ROOT[:SPLIT]. Detectron2 trains w
 installed, torchvision elsewhere. Of the digits' training boxes 40 % have a wrong class, and the
 training is long enough to memorise them; test boxes are right.
 
-The images, both models with their logs, results.json, detections.png, reliability.png and
-risk_coverage.png go to runs/demo/detection.
+The images, both models with their logs, results.json, reliability.png and risk_coverage.png go to
+runs/demo/detection; `pskd report` of the runs shows their detections.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from pathlib import Path
 from pskd_detection import add_dataset_arguments, load_dataset
 
 from demo import part
-from demo.detection_picture import detections_picture
 from demo.digits import write_digits
 from demo.noise import with_wrong_classes
 from demo.steps import ROOT
@@ -133,22 +132,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def run(args: argparse.Namespace) -> part.Report:
-    """Prepare, train, evaluate, and write all files.
-
-    Raises:
-        StepFailed: naming the step and its log.
-        OSError: if the output folder cannot be made or written.
-        ValueError: for a data set that cannot be used, or an output folder that holds what the demo
-            would delete.
-    """
+    """Prepare, train, evaluate, and write all files."""
     out = part.output_folder(args.out, RUNS)
     specs = prepare(args, out)
     commands = {name: training(args, name, specs, part.folder_of(out, name)) for name in RUNS}
     text = f"training both side by side in {NAMES[args.framework]}"
-    part.train("detection 2/3", text, out, commands, part.Printer(iteration_records, progress))
-    part.say("detection 3/3", f"pictures and {out / 'results.json'}")
+    part.train("detection 2/3", text, out, commands, iteration_records, progress)
+    part.say("detection 3/3", f"plots and {out / 'results.json'}")
     runs = part.read_results(out, RUNS)
-    detections_picture(runs, out / "detections.png")
     part.write_results(out, runs, {found.name: found.numbers for found in runs})
     flat = {
         found.name: found.numbers["bbox"] | found.numbers["confidence"] | found.numbers

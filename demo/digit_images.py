@@ -13,6 +13,8 @@ from sklearn.datasets import load_digits
 from pskd_tools.digits import last_of_each_class
 
 PARTS = ("train", "test")
+SIZE = 128  # of the canvas, in pixels
+SEED = 1
 TEST_SHARE = 0.2  # of each digit's scans
 HEIGHTS = (24, 48)  # of a digit, in pixels
 MAX_DIGITS = 5
@@ -80,15 +82,15 @@ def _extent(ink: np.ndarray) -> tuple[int, int, int, int]:
 # ---- canvas ------------------------------------------------------------------------------------
 
 
-def draw_canvas(rng: np.random.Generator, size: int) -> np.ndarray:
-    """A canvas of gradients, blotches and pen strokes, (size, size, 3) float in [0, 255]."""
-    y, x = np.mgrid[0:size, 0:size] / size
+def draw_canvas(rng: np.random.Generator) -> np.ndarray:
+    """A canvas of gradients, blotches and pen strokes, (SIZE, SIZE, 3) float in [0, 255]."""
+    y, x = np.mgrid[0:SIZE, 0:SIZE] / SIZE
     angle = rng.uniform(0, 2 * np.pi)
     slope = ((x - 0.5) * np.cos(angle) + (y - 0.5) * np.sin(angle))[..., None]
     canvas = rng.uniform(70, 185) + rng.uniform(-25, 25, 3) + slope * rng.uniform(-80, 80, 3)
     coarse = rng.normal(128, rng.uniform(5, 30), (rng.integers(3, 9),) * 2)
     blotches = Image.fromarray(np.clip(coarse, 0, 255).astype(np.uint8))
-    blotches = blotches.resize((size, size), Image.Resampling.BICUBIC)
+    blotches = blotches.resize((SIZE, SIZE), Image.Resampling.BICUBIC)
     canvas = np.clip(canvas + np.asarray(blotches, np.float32)[..., None] - 128, 0, 255)
     return _draw_strokes(rng, canvas, int(rng.integers(2, 8)))
 
@@ -96,12 +98,12 @@ def draw_canvas(rng: np.random.Generator, size: int) -> np.ndarray:
 def _draw_strokes(rng: np.random.Generator, canvas: np.ndarray, count: int) -> np.ndarray:
     """Add lines and arcs as thin and as dark or bright as those of digits."""
     image = Image.fromarray(canvas.astype(np.uint8))
-    pen, size = ImageDraw.Draw(image), len(canvas)
+    pen = ImageDraw.Draw(image)
     for _ in range(count):
         color = tuple(int(c) for c in rng.uniform(20, 235) + rng.uniform(-20, 20, 3))
         width = int(rng.integers(1, 4))
-        x, y = (int(c) for c in rng.integers(0, size, 2))
-        reach_x, reach_y = (int(c) for c in rng.integers(8, size // 3, 2))
+        x, y = (int(c) for c in rng.integers(0, SIZE, 2))
+        reach_x, reach_y = (int(c) for c in rng.integers(8, SIZE // 3, 2))
         if rng.random() < 0.5:
             ends = (x, y, x + reach_x * int(rng.choice([-1, 1])), y + reach_y)
             pen.line(ends, fill=color, width=width)
@@ -145,31 +147,24 @@ def _overlap(a: Box, b: Box) -> float:
 
 
 def _place(
-    rng: np.random.Generator, ink: np.ndarray, taken: Sequence[Box], size: int
+    rng: np.random.Generator, ink: np.ndarray, taken: Sequence[Box]
 ) -> tuple[int, int, Box] | None:
     """Where the ink goes, and its box, which hardly overlaps those taken; None without room."""
     top, left, bottom, right = _extent(ink)
     for _ in range(PLACING_TRIES):
-        x = int(rng.integers(0, size - ink.shape[1] + 1))
-        y = int(rng.integers(0, size - ink.shape[0] + 1))
+        x = int(rng.integers(0, SIZE - ink.shape[1] + 1))
+        y = int(rng.integers(0, SIZE - ink.shape[0] + 1))
         box = (x + int(left), y + int(top), int(right - left), int(bottom - top))
         if all(_overlap(box, other) <= MAX_OVERLAP for other in taken):
             return x, y, box
     return None
 
 
-def draw_image(part: str, index: int, *, size: int, seed: int) -> tuple[Image.Image, list[Digit]]:
-    """One image of a part, with the digits on it; at least one.
-
-    Args:
-        part: train or test.
-        index: which image, from 0.
-        size: side of the canvas in pixels.
-        seed: of the whole set.
-    """
-    rng = np.random.default_rng([seed, PARTS.index(part), index])
+def draw_image(part: str, index: int) -> tuple[Image.Image, list[Digit]]:
+    """One image of a part, by its number from 0, with the digits on it; at least one."""
+    rng = np.random.default_rng([SEED, PARTS.index(part), index])
     scans, labels = scans_of(part)
-    canvas = draw_canvas(rng, size)
+    canvas = draw_canvas(rng)
     digits: list[Digit] = []
     taken: list[Box] = []
     num_digits = int(rng.integers(1, MAX_DIGITS + 1))
@@ -179,7 +174,7 @@ def draw_image(part: str, index: int, *, size: int, seed: int) -> tuple[Image.Im
         # Log-uniform: as many digits between 24 and 34 pixels as between 34 and 48.
         height = round(float(np.exp(rng.uniform(*np.log(HEIGHTS)))))
         ink = enlarge(rng, scans[chosen] if is_digit else scramble(rng, scans[chosen]), height)
-        place = _place(rng, ink, taken, size)
+        place = _place(rng, ink, taken)
         if place is None:
             continue
         x, y, box = place

@@ -7,9 +7,9 @@ little, and pasted in a random colour, darker or brighter than what lies beneath
 are colour gradients, blotches, pen strokes, noise, and patches of scrambled digits: the same ink in
 the same style, but no digit. Some images are blurred. A box is tight around the inked pixels.
 
-Held out are scans: the last fifth of every digit's scans is for test images only, whatever the
-seed, in digits and in scrambled patches alike. An image depends on the seed, its part and its
-number alone, so a larger set begins with the smaller one.
+Held out are scans: the last fifth of every digit's scans is for test images only, in digits and in
+scrambled patches alike. An image depends on its part and its number alone, so a larger set begins
+with the smaller one.
 """
 
 from __future__ import annotations
@@ -21,23 +21,16 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from demo.digit_images import PARTS, draw_image
+from demo.digit_images import PARTS, SEED, SIZE, draw_image
 from pskd_tools.files import write_json
 
 logger = logging.getLogger(__name__)
 
 DESCRIPTION = "pskd demo: handwritten digits on cluttered canvases"
-SIZE = 128  # pixels
-SMALLEST_SIZE = 96  # below, five digits of full height find no room
 
 
 def write_digits(
-    folder: str | Path,
-    *,
-    num_train: int = 800,
-    num_test: int = 200,
-    size: int = SIZE,
-    seed: int = 1,
+    folder: str | Path, *, num_train: int = 800, num_test: int = 200
 ) -> dict[str, Path]:
     """Write images and COCO annotations; an annotation file is there only when it is complete.
 
@@ -45,29 +38,25 @@ def write_digits(
         folder: gets train/ and test/ with PNG images, train.json and test.json.
         num_train: images for training.
         num_test: images for testing, made of other scans.
-        size: side of an image in pixels.
-        seed: a set is the same for the same seed and the same numpy, Pillow and scikit-learn.
 
     Returns:
         The annotation file of each part. Categories are 1 for "0" to 10 for "9".
 
     Raises:
-        ValueError: no images asked for, a canvas or seed too small, or a folder that holds
-            annotations of another origin.
+        ValueError: no images asked for, or a folder that holds annotations of another origin.
     """
     folder = Path(folder)
     counts = {"num_train": num_train, "num_test": num_test}
-    least = dict.fromkeys(counts, 1) | {"size": SMALLEST_SIZE, "seed": 0}
-    for name, value in (counts | {"size": size, "seed": seed}).items():
-        if value < least[name]:
-            raise ValueError(f"{name}: expected at least {least[name]}, got {value}")
+    for name, value in counts.items():
+        if value < 1:
+            raise ValueError(f"{name}: expected at least 1, got {value}")
     files = {part: folder / f"{part}.json" for part in PARTS}
     for path in files.values():
         _check_own(path)
     for path in files.values():
         path.unlink(missing_ok=True)  # it would not describe the images that replace its own
     for part, path in files.items():
-        write_json(path, _write_part(folder, part, counts[f"num_{part}"], size, seed))
+        write_json(path, _write_part(folder, part, counts[f"num_{part}"]))
         logger.info("%s: %d images", path, counts[f"num_{part}"])
     return files
 
@@ -86,21 +75,21 @@ def _check_own(path: Path) -> None:
         )
 
 
-def _write_part(folder: Path, part: str, count: int, size: int, seed: int) -> dict:
+def _write_part(folder: Path, part: str, count: int) -> dict:
     """Write the images of a part and return its annotations in COCO's format."""
     (folder / part).mkdir(parents=True, exist_ok=True)
     images, annotations = [], []
     for index in range(count):
-        image, digits = draw_image(part, index, size=size, seed=seed)
+        image, digits = draw_image(part, index)
         name = f"{index:05d}.png"
         image.save(folder / part / name)
-        images.append({"id": index + 1, "file_name": name, "width": size, "height": size})
+        images.append({"id": index + 1, "file_name": name, "width": SIZE, "height": SIZE})
         for label, box in digits:
             entry = {"id": len(annotations) + 1, "image_id": index + 1, "category_id": label + 1}
             shape = {"bbox": [float(value) for value in box], "area": float(box[2] * box[3])}
             annotations.append(entry | shape | {"iscrowd": 0})
     return {
-        "info": {"description": DESCRIPTION, "part": part, "seed": seed},
+        "info": {"description": DESCRIPTION, "part": part, "seed": SEED},
         "licenses": [],
         "images": images,
         "annotations": annotations,
@@ -113,14 +102,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m demo.digits", description=__doc__.split("\n")[0]
     )
-    for name, kind, default in (
-        ("out", Path, Path("data/digits")),
-        ("num-train", int, 800),
-        ("num-test", int, 200),
-        ("size", int, SIZE),
-        ("seed", int, 1),
-    ):
-        parser.add_argument(f"--{name}", type=kind, default=default, help="default: %(default)s")
+    options = {"out": Path("data/digits"), "num-train": 800, "num-test": 200}
+    for name, default in options.items():
+        told = {"type": type(default), "default": default, "help": "default: %(default)s"}
+        parser.add_argument(f"--{name}", **told)
     args = vars(parser.parse_args(argv))
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:

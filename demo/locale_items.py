@@ -82,14 +82,7 @@ class Item(NamedTuple):
 
 @functools.cache
 def split_of(combination: Combination) -> str:
-    """The part of the corpus in which a combination may occur: train, valid or test.
-
-    Args:
-        combination: its kind and values, such as `("date", 7, 29)`.
-
-    Returns:
-        The same answer for every seed, process and Python version.
-    """
+    """Return the part of the corpus in which a combination, such as ("date", 7, 29), may occur."""
     # One has word forms of its own, which held-out text must not be the first to show.
     if combination[0] in ("relative", "quantity", "money") and str(combination[-1]) in ("1", "-1"):
         return "train"
@@ -99,14 +92,8 @@ def split_of(combination: Combination) -> str:
 
 
 def shared_names(table: str, unwanted: frozenset[str]) -> list[str]:
-    """The codes that have a name in every locale, sorted.
-
-    Args:
-        table: `territories` or `languages`.
-        unwanted: codes to leave out; so are the number codes of world regions.
-    """
-    tables = [getattr(locale, table) for locale in LOCALES.values()]
-    codes = set(tables[0]).intersection(*tables[1:]) - unwanted
+    """Return the sorted codes of a table that both locales name; numbers are world regions."""
+    codes = set(getattr(LOCALES["en"], table)) & set(getattr(LOCALES["de"], table)) - unwanted
     return sorted(code for code in codes if not code.isdigit())
 
 
@@ -116,12 +103,7 @@ LANGUAGES = shared_names("languages", NOT_LANGUAGES)
 
 @functools.cache
 def parts_of(kind: str, split: str) -> list[tuple[int, int]]:
-    """Return the combinations of a kind in one part of the corpus, in order.
-
-    Args:
-        kind: ``date`` for (month, day), ``time`` for (hour, minute).
-        split: train, valid or test.
-    """
+    """Return a part's combinations: (month, day) of ``date``, (hour, minute) of ``time``."""
     if kind == "time":
         all_of = [divmod(minute, 60) for minute in range(24 * 60)]
     else:
@@ -138,13 +120,9 @@ def draw_year(rng: random.Random, *days: tuple[int, int]) -> int:
 def draw_moment(rng: random.Random, split: str, kinds: Sequence[str]) -> Item:
     """A date, a time of day or both, in a CLDR width; the long ones name the time zone, UTC."""
     parts = {kind: rng.choice(parts_of(kind, split)) for kind in kinds}
-    day = SOME_DAY
-    if "date" in parts:
-        day = (draw_year(rng, parts["date"]), *parts["date"])
-    moment = datetime.datetime(*day)
-    if "time" in parts:
-        moment = datetime.datetime(*day, *parts["time"], rng.randrange(60))
-    width = rng.choice(WIDTHS)
+    day = (draw_year(rng, parts["date"]), *parts["date"]) if "date" in parts else SOME_DAY
+    time = (*parts["time"], rng.randrange(60)) if "time" in parts else ()
+    moment, width = datetime.datetime(*day, *time), rng.choice(WIDTHS)
 
     def write(locale: Locale) -> list[str]:
         if "time" not in parts:
@@ -177,19 +155,10 @@ def draw_relative(rng: random.Random, split: str) -> Item:
     number = rng.randint(1, most) * rng.choice((1, -1))
     # CLDR's short German for coming months is incomplete, and Babel fails on it.
     length = "long" if unit == "month" else rng.choice(LENGTHS)
-    return Item(
-        (("relative", unit, number),),
-        lambda locale: [
-            format_timedelta(
-                number * seconds,
-                unit,
-                threshold=1,
-                add_direction=True,
-                format=length,
-                locale=locale,
-            )
-        ],
+    write = partial(
+        format_timedelta, number * seconds, unit, threshold=1, add_direction=True, format=length
     )
+    return Item((("relative", unit, number),), lambda locale: [write(locale=locale)])
 
 
 def draw_number(rng: random.Random, decimals: int) -> float:
@@ -246,13 +215,7 @@ DRAWS: list[tuple[Callable[[random.Random, str], Item], int]] = [
 
 
 def draw_item(rng: random.Random, split: str, room: int) -> Item:
-    """An item all of whose combinations belong to one part of the corpus.
-
-    Args:
-        rng: the source of randomness.
-        split: train, valid or test.
-        room: list entries that are left; names need two.
-    """
+    """Draw an item whose combinations all belong to one part; ``room``: list entries left."""
     draws = [(draw, often) for draw, often in DRAWS if room > 1 or draw is not draw_names]
     draw = rng.choices(*zip(*draws, strict=True))[0]
     while True:

@@ -1,7 +1,5 @@
 """A parallel corpus without a download: the Unicode CLDR locale data, as Babel writes it out.
 
-    python -m demo.locale_pairs --out data/locale
-
 Every sentence is a list of one to four entries (dates, times, date-times, intervals, relative
 times, quantities, sums of money, country and language names), the same content and CLDR width in
 English and in German. The connecting words come from CLDR too ("A, B, and C" is "A, B und C").
@@ -18,11 +16,8 @@ is never held out: its word forms are seen with nothing else.
 
 from __future__ import annotations
 
-import argparse
-import logging
 import random
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,8 +25,6 @@ from babel.lists import format_list
 
 from demo.locale_items import LOCALES, SPLITS, Combination, Item, draw_item
 from demo.noise import write_lines
-
-logger = logging.getLogger(__name__)
 
 MAX_ENTRIES = 4
 MAX_TRIES = 20_000  # in a row without a new sentence: the corpus asked for is too large
@@ -68,23 +61,13 @@ def draw_pair(rng: random.Random, split: str) -> Pair:
 
 
 def draw_pairs(split: str, number: int, seed: int = 1) -> Iterator[Pair]:
-    """Distinct sentences of one part of the corpus.
+    """Yield distinct sentences of one part of the corpus; no two agree in English or in German.
 
-    Args:
-        split: train, valid or test.
-        number: how many.
-        seed: any integer; the held-out combinations do not depend on it.
-
-    Yields:
-        Pairs of which no two agree in English or in German.
+    The held-out combinations do not depend on the seed.
 
     Raises:
-        ValueError: the split is unknown, the number negative, or more than there is to say.
+        ValueError: if there are fewer than ``number``.
     """
-    if split not in SPLITS:
-        raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
-    if number < 0:
-        raise ValueError(f"the number of pairs must not be negative, got {number}")
     rng = random.Random(f"{split} {seed}")
     seen: dict[str, set[str]] = {language: set() for language in LOCALES}
     for count in range(number):
@@ -99,56 +82,17 @@ def draw_pairs(split: str, number: int, seed: int = 1) -> Iterator[Pair]:
         yield pair
 
 
-def write_pairs(
-    out_dir: str | Path,
-    *,
-    num_train: int = 30_000,
-    num_valid: int = 1000,
-    num_test: int = 1000,
-    seed: int = 1,
-) -> dict[str, int]:
+def write_pairs(out: Path, *, num_train: int, num_valid: int, num_test: int, seed: int = 1) -> None:
     """Write `{train,valid,test}.{en,de}`: UTF-8, one sentence a line, line n translates line n.
 
-    Args:
-        out_dir: folder to write into; made if it is missing, files of these names are replaced.
-        num_train, num_valid, num_test: sentence pairs.
-        seed: of the drawing; the same seed and Babel version give the same bytes.
-
-    Returns:
-        Pairs written, by part.
+    The same seed and Babel version give the same bytes. Files of these names are replaced.
 
     Raises:
-        ValueError: a number is negative or larger than the number of distinct sentences.
-        OSError: the folder cannot be written.
+        ValueError: as `draw_pairs`.
+        OSError: if the folder cannot be written.
     """
-    out = Path(out_dir)
     out.mkdir(parents=True, exist_ok=True)
-    sizes = dict(zip(SPLITS, (num_train, num_valid, num_test), strict=True))
-    for split, size in sizes.items():
+    for split, size in zip(SPLITS, (num_train, num_valid, num_test), strict=True):
         pairs = list(draw_pairs(split, size, seed))
         for language in LOCALES:
             write_lines(out / f"{split}.{language}", [getattr(pair, language) for pair in pairs])
-        logger.info("wrote %d pairs to %s", size, out / f"{split}.{{en,de}}")
-    return sizes
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m demo.locale_pairs", description=__doc__.split("\n")[0]
-    )
-    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder to fill")
-    sizes = {"num-train": 30_000, "num-valid": 1000, "num-test": 1000}
-    for name, number in (sizes | {"seed": 1}).items():
-        parser.add_argument(f"--{name}", type=int, default=number, help="default: %(default)s")
-    args = vars(parser.parse_args(argv))
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
-        write_pairs(args.pop("out"), **args)
-    except (ValueError, OSError) as error:
-        parser.error(str(error))
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -18,9 +18,10 @@ from demo.steps import StepFailed, check_folder, fresh_folder, run_all
 from pskd_tools.files import write_json
 from pskd_tools.plots import reliability_diagram, risk_coverage_plot
 from pskd_tools.presets import PRESETS
-from pskd_tools.report.compare import Comparison, compare
+from pskd_tools.report.compare import compare
 from pskd_tools.report.runs import Run, read_run
-from pskd_tools.report.tables import Table, make_tables
+from pskd_tools.report.tables import make_tables
+from pskd_tools.report.verdict import LEADS, sentences
 from pskd_tools.table import text_table
 
 Commands = Mapping[str, Sequence[str | Path]]  # command lines by run
@@ -85,34 +86,33 @@ def output_folder(out: Path, runs: Sequence[str]) -> Path:
     return out
 
 
-def train(head: str, text: str, out: Path, commands: Commands, printer: Printer) -> None:
-    """Train all runs side by side, each in a fresh folder of ``out`` with its log."""
+def train(head: str, text: str, out: Path, commands: Commands, *shown: Callable) -> None:
+    """Train all runs side by side, each in a fresh folder; print records as `printer`."""
     logs = {run: fresh_folder(folder_of(out, run)) / "train.log" for run in commands}
-    run_steps(head, text, commands, logs, printer)
+    run_steps(head, text, commands, logs, printer(*shown))
 
 
-class Printer:
-    """Prints a line for some of the records that a training has logged, each once.
+def printer(
+    read: Callable[[Path], list[dict]], line: Callable[[dict, dict], str | None]
+) -> Callable[[str, Path], None]:
+    """Return what prints a line for some of the records that a training has logged, each once.
 
     Args:
         read: gives the records of a log file, which may still be written.
         line: gives the text for a record, from it and the one before it (``{}``: none); None for
             one that is not shown.
     """
+    seen: dict[str, int] = {}
 
-    def __init__(
-        self, read: Callable[[Path], list[dict]], line: Callable[[dict, dict], str | None]
-    ) -> None:
-        self._read, self._line = read, line
-        self._seen: dict[str, int] = {}
-
-    def __call__(self, name: str, log: Path) -> None:
-        records = [{}, *self._read(log)]
-        seen = self._seen.get(name, 0)
-        for last, record in zip(records[seen:], records[seen + 1 :], strict=False):
-            if text := self._line(record, last):
+    def watch(name: str, log: Path) -> None:
+        records = [{}, *read(log)]
+        done = seen.get(name, 0)
+        for last, record in zip(records[done:], records[done + 1 :], strict=False):
+            if text := line(record, last):
                 print(f"    {name:<13} {text}", flush=True)
-        self._seen[name] = len(records) - 1
+        seen[name] = len(records) - 1
+
+    return watch
 
 
 def read_metrics(log: Path) -> list[dict]:
@@ -164,25 +164,22 @@ class Report(NamedTuple):
         return "\n".join([self.title, text_table(head, lines), self.note, "", self.verdict()])
 
     def verdict(self) -> str:
-        """Return a sentence on each run but the baseline: what is better, worse or noise."""
+        """Return what `pskd report` says of each run against the baseline."""
         (table,) = make_tables(self.runs, PRESETS["guo"])
-        return "\n".join(_sentence(table, pair) for pair in compare(table, PRESETS["guo"]))
-
-
-def _sentence(table: Table, pair: Comparison) -> str:
-    groups: dict[str, list[str]] = {"better": [], "worse": [], "within noise": []}
-    for column in table.columns:
-        difference = pair.differences.get(column.key)
-        if difference is not None and difference.interval is not None:
-            effect = difference.effect(column.metric.better) or "within noise"
-            groups[effect].append(column.title)
-    parts = [f"{effect} in {', '.join(titles)}" for effect, titles in groups.items() if titles]
-    said = "; ".join(parts) or "too few test examples to tell"
-    return f"{pair.method.name} against {pair.baseline.name}: {said}."
+        lines = []
+        for pair in compare(table, PRESETS["guo"]):
+            lines.append(f"{pair.method.name} against {pair.baseline.name}:")
+            said = sentences(pair, table.columns)
+            lines += [f"  {LEADS[effect]} {text}" for effect, text in said.items()]
+        return "\n".join(lines)
 
 
 def show(run: Callable[[argparse.Namespace], Report], args: argparse.Namespace) -> int:
-    """Run a part by itself, print what it ends with, and return the exit status."""
+    """Run a part by itself, print what it ends with, and return the exit status.
+
+    A part raises StepFailed, naming the step and its log; OSError if its folder cannot be written;
+    ValueError for data that cannot be used, or a folder with files that the demo would delete.
+    """
     try:
         print(f"\n{run(args).text()}")
     except (StepFailed, OSError, ValueError) as error:

@@ -34,14 +34,7 @@ def _environment() -> dict[str, str]:
 
 
 def check_folder(path: Path) -> None:
-    """Refuse a folder whose files are not the demo's own to delete.
-
-    Args:
-        path: where a step of the demo will write; absent and empty are fine.
-
-    Raises:
-        ValueError: if it holds other files, or is not a folder.
-    """
+    """Raise ValueError for a folder whose files are not the demo's own to delete, or no folder."""
     if not path.is_symlink() and not path.exists():
         return
     if path.is_symlink() or not path.is_dir():
@@ -54,11 +47,7 @@ def check_folder(path: Path) -> None:
 
 
 def fresh_folder(path: Path) -> Path:
-    """Delete what an earlier run of the demo left in a folder, and return the folder, empty.
-
-    Raises:
-        ValueError: as `check_folder`; nothing was deleted.
-    """
+    """Empty a folder of an earlier run of the demo, or make it; raises as `check_folder`."""
     check_folder(path)
     if path.exists():
         shutil.rmtree(path)
@@ -71,12 +60,9 @@ def run_all(
     logs: Mapping[str, Path],
     watch: Callable[[str, Path], None] = lambda name, log: None,
 ) -> None:
-    """Run commands side by side; if one fails, stop the others.
+    """Run commands side by side, each with its output in its log; if one fails, stop the others.
 
-    Args:
-        commands: the command line of each, by name.
-        logs: the file for the output of each.
-        watch: called with name and log of each while they run, and once more at the end.
+    ``watch`` is called with name and log of each while they run, and once more at the end.
 
     Raises:
         StepFailed: for the first that failed, with its last line and its log file.

@@ -14,10 +14,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
 from pathlib import Path
-
-import numpy as np
 
 from demo import part
 from demo.locale_pairs import write_pairs
@@ -35,7 +32,6 @@ COLUMNS = {
     "nll": ("NLL", ".4f"),
     "ece": ("ECE", ".4f"),
     "aurc": ("AURC", ".4f"),
-    "seconds_per_epoch": ("s/epoch", ".1f"),
 }
 NOTE = (
     "BLEU: sacreBLEU {bleu_signature}.\nNLL (nats), ECE (15 bins) and AURC: of every reference "
@@ -102,17 +98,6 @@ def evaluate(data: Path, out: Path) -> None:
     part.run_steps("translation 3/4", "translating and scoring the test set", commands, logs)
 
 
-def seconds_per_epoch(records: Sequence[dict]) -> float:
-    """Return the mean training time of an epoch, without validation.
-
-    The first epoch has no teacher and is left out if there are others. fairseq rounds its wall
-    times to seconds, so the time comes from its updates per second.
-    """
-    updates = np.diff([0.0, *(record["num_updates"] for record in records)])
-    seconds = updates / [record["ups"] for record in records]
-    return float(np.mean(seconds[1:] if len(seconds) > 1 else seconds))
-
-
 def parse(argv: list[str] | None) -> argparse.Namespace:
     flags = "flags for both fairseq-train calls, such as --max-epoch 3"
     parser = part.parser_of("translation", __doc__, flags)
@@ -128,26 +113,16 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def run(args: argparse.Namespace) -> part.Report:
-    """Prepare, train, evaluate, and write all files.
-
-    Raises:
-        StepFailed: naming the step and its log.
-        OSError: if the output folder cannot be made or written.
-        ValueError: if the output folder holds what the demo would delete, or the embedded corpus
-            is too small.
-    """
+    """Prepare, train, evaluate, and write all files."""
     out = part.output_folder(args.out, list(RECIPES))
     data = prepare(args, out)
     commands = {name: training(args, name, data, part.folder_of(out, name)) for name in RECIPES}
     text = "training both side by side, one thread each"
-    part.train("translation 2/4", text, out, commands, part.Printer(epoch_records, progress))
+    part.train("translation 2/4", text, out, commands, epoch_records, progress)
     evaluate(data, out)
     part.say("translation 4/4", f"plots and {out / 'results.json'}")
     runs = part.read_results(out, list(RECIPES))
-    results = {}
-    for found in runs:
-        seconds = seconds_per_epoch(epoch_records(found.folder / "train.log"))
-        results[found.name] = found.numbers | {"seconds_per_epoch": seconds}
+    results = {found.name: found.numbers for found in runs}
     part.write_results(out, runs, results)
     note = NOTE.format_map(results["baseline"])
     return part.Report("translation, fairseq", COLUMNS, results, note, runs)

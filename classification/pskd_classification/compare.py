@@ -54,11 +54,7 @@ logger = logging.getLogger(PROGRAM)
 
 
 class Method:
-    """A method and its training so far.
-
-    Args:
-        job: its model has the weights of the start.
-    """
+    """A method and its training so far; the job's model has the weights of the start."""
 
     def __init__(self, job: ClassifierJob) -> None:
         self.job = job
@@ -120,12 +116,9 @@ def build_methods(args: argparse.Namespace, world: World) -> dict[str, Method]:
 
 
 def longest(methods: dict[str, Method], folder: Path, most: int, left: float) -> int:
-    """Return how many epochs of all methods fit, after two epochs of each.
+    """Return how many epochs of all methods fit, at most ``most``, after two epochs of each.
 
-    Args:
-        folder: of the rows.
-        most: epochs.
-        left: seconds, of which the two epochs take their part.
+    These take their part of the seconds that are left.
 
     Raises:
         ValueError: if too few fit for the schedule.
@@ -204,11 +197,8 @@ def options(words: Sequence[str]) -> argparse.Namespace:
         help="that all may take, counted from the reading of the data; default: %(default)g",
     )  # fmt: skip
     parser.set_defaults(output_dir="runs/compare", **RECIPE)
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--device")
-    device = first.parse_known_args(words)[0].device
-    on_gpu = torch.cuda.is_available() if device is None else device.startswith("cuda")
-    if on_gpu:
+    device = parse(parser, words).device
+    if torch.cuda.is_available() if device is None else device.startswith("cuda"):
         parser.set_defaults(**ON_GPU)
     return parse(parser, words)
 

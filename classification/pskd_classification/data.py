@@ -61,14 +61,10 @@ class Images(Dataset):
         return read_image(self._source, self._indices[row], self.ids[row])
 
     def decode(self, size: int, *, resize: bool) -> Tensor:
-        """Return all images without augmentation, (M, 3, S, S) uint8 on the CPU.
-
-        Args:
-            size: S.
-            resize: images of another size, instead of refusing them.
+        """Return all images without augmentation, (M, 3, size, size) uint8 on the CPU.
 
         Raises:
-            OddSizeError: for an image of another size.
+            OddSizeError: for an image of another size, unless it may be resized.
         """
         shape = (len(self), 3, size, size)
         pixels, fit = torch.empty(shape, dtype=torch.uint8, device="cpu"), Fit(size)

@@ -89,11 +89,7 @@ class ClassifierJob(Job):
 
 
 def read_data(args: argparse.Namespace, world: World, on_device: bool | None) -> Data:
-    """Read the data set, and its images onto the device if they are wanted there or small.
-
-    Raises:
-        ValueError: as `prepare`.
-    """
+    """Read the data set, and its images onto the device if they are wanted there or small."""
     splits = load_splits(
         args.dataset,
         args.data_dir,

@@ -8,33 +8,18 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 
-from pskd_classification.networks import (
-    preact_resnet10_tiny,
-    preact_resnet18,
-    preact_resnet18_published,
-    preact_resnet101_published,
-)
+from pskd_classification.networks import NETWORKS
 
 __all__ = ["build_model"]
 
 TIMM = "timm:"
-#: The networks for small images, which torchvision does not have.
-CIFAR_NETWORKS = {
-    build.__name__: build
-    for build in (
-        preact_resnet18,
-        preact_resnet10_tiny,
-        preact_resnet18_published,
-        preact_resnet101_published,
-    )
-}
 
 
 def build_model(name: str, num_classes: int, *, dropout: float = 0.0) -> nn.Module:
     """Build a classifier with random weights; nothing is downloaded.
 
     Args:
-        name: one of `CIFAR_NETWORKS`, a classification model of torchvision (``resnet50``,
+        name: one of `networks.NETWORKS`, a classification model of torchvision (``resnet50``,
             ``convnext_tiny``, ...), or one of timm as ``timm:NAME``.
         num_classes: C.
         dropout: probability before the classifier; 0 leaves the model's own default.
@@ -43,13 +28,13 @@ def build_model(name: str, num_classes: int, *, dropout: float = 0.0) -> nn.Modu
         ValueError: for a name that none has, timm that is not installed, or dropout that the model
             has no place for.
     """
-    if name in CIFAR_NETWORKS:
-        return CIFAR_NETWORKS[name](num_classes, dropout=dropout)
+    if name in NETWORKS:
+        return NETWORKS[name](num_classes, dropout=dropout)
     if name.startswith(TIMM):
         return _timm(name.removeprefix(TIMM), num_classes, dropout)
     if name not in torchvision.models.list_models(module=torchvision.models):
         raise ValueError(
-            f"--model: expected one of {', '.join(CIFAR_NETWORKS)}, a classifier of torchvision "
+            f"--model: expected one of {', '.join(NETWORKS)}, a classifier of torchvision "
             f"or {TIMM}NAME, got {name!r}"
         )
     options = {"dropout": dropout} if dropout else {}

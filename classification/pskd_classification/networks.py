@@ -14,27 +14,11 @@ Source of the published networks: github.com/lgcnsai/PS-KD-Pytorch, models/preac
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from functools import partial
 
 from torch import Tensor, nn
 
-__all__ = [
-    "BottleneckBlock",
-    "PreActResNet",
-    "PublishedResNet",
-    "preact_resnet10_tiny",
-    "preact_resnet18",
-    "preact_resnet18_published",
-    "preact_resnet101_published",
-]
-
-
-class Block(Protocol):
-    """A class of residual blocks, built of channels in, channels and stride."""
-
-    expansion: int  # channels out of a block over its channels
-
-    def __call__(self, in_channels: int, channels: int, stride: int) -> nn.Module: ...
+__all__ = ["NETWORKS", "BottleneckBlock", "SmallResNet"]
 
 
 class PreActBlock(nn.Module):
@@ -61,81 +45,6 @@ class PreActBlock(nn.Module):
         else:
             identity = activated if self.activates_identity else x
         return self.conv2(self.relu(self.bn2(self.conv1(activated)))) + identity
-
-
-def build_stages(
-    block: Block, blocks: Sequence[int], width: int
-) -> tuple[list[nn.Sequential], int]:
-    """Return the stages of a residual network, and the channels after the last.
-
-    Args:
-        block: of which they are.
-        blocks: of each stage; each stage but the first halves the resolution.
-        width: channels of the first stage and into it; each further stage has twice as many.
-    """
-    stages, channels = [], width
-    for stage, count in enumerate(blocks):
-        layers = []
-        for number in range(count):
-            layers.append(block(channels, width * 2**stage, 2 if stage and not number else 1))
-            channels = width * 2**stage * block.expansion
-        stages.append(nn.Sequential(*layers))
-    return stages, channels
-
-
-class PreActResNet(nn.Module):
-    """Four stages of pre-activation blocks after a 3x3 stem.
-
-    Args:
-        blocks: of each stage.
-        num_classes: C.
-        width: channels of the first stage; each further stage has twice as many.
-        stem_stride: 1 keeps the resolution, 2 halves it.
-        dropout: probability before the classifier.
-
-    Source: He et al. 2016, "Identity Mappings in Deep Residual Networks".
-    """
-
-    def __init__(
-        self,
-        blocks: Sequence[int],
-        num_classes: int,
-        *,
-        width: int = 64,
-        stem_stride: int = 1,
-        dropout: float = 0.0,
-    ) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(3, width, 3, stem_stride, padding=1, bias=False)
-        stages, channels = build_stages(PreActBlock, blocks, width)
-        self.layer1, self.layer2, self.layer3, self.layer4 = stages
-        self.bn = nn.BatchNorm2d(channels)
-        self.relu = nn.ReLU(inplace=True)
-        self.avgpool = nn.AdaptiveAvgPool2d(1)
-        self.dropout = nn.Dropout(dropout)
-        self.fc = nn.Linear(channels, num_classes)
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-
-    def forward(self, images: Tensor) -> Tensor:
-        x = self.conv1(images)
-        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
-        x = self.avgpool(self.relu(self.bn(x))).flatten(1)
-        return self.fc(self.dropout(x))
-
-
-def preact_resnet18(num_classes: int, **options) -> PreActResNet:
-    """Pre-activation ResNet-18, 11.2 million weights."""
-    return PreActResNet((2, 2, 2, 2), num_classes, **options)
-
-
-def preact_resnet10_tiny(num_classes: int, **options) -> PreActResNet:
-    """Half the blocks and resolution, 24 channels, 0.7 million weights: for a CPU core."""
-    return PreActResNet((1, 1, 1, 1), num_classes, width=24, stem_stride=2, **options)
-
-
-# ---- the published networks ----------------------------------------------------------------------
 
 
 class ActivatedShortcutBlock(PreActBlock):
@@ -170,40 +79,77 @@ class BottleneckBlock(nn.Module):
         return self.relu(out + self.shortcut(x))
 
 
-class PublishedResNet(nn.Module):
-    """Four stages of blocks after a 3x3 stem with batch norm and ReLU.
+class SmallResNet(nn.Module):
+    """Four stages of residual blocks after a 3x3 stem; each but the first halves the resolution.
 
     Args:
-        block: of this module.
+        block: of which the stages are.
         blocks: of each stage.
         num_classes: C.
-        dropout: probability before the classifier; the paper has none.
+        width: channels of the first stage; each further stage has twice as many.
+        stem_stride: 1 keeps the resolution, 2 halves it.
+        published: batch norm and ReLU after the stem, and not before the pooling; torch's
+            initialisation.
+        dropout: probability before the classifier.
+
+    Source: He et al. 2016, "Identity Mappings in Deep Residual Networks".
     """
 
     def __init__(
-        self, block: Block, blocks: Sequence[int], num_classes: int, *, dropout: float = 0.0
+        self,
+        block: type[PreActBlock] | type[BottleneckBlock],
+        blocks: Sequence[int],
+        num_classes: int,
+        *,
+        width: int = 64,
+        stem_stride: int = 1,
+        published: bool = False,
+        dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(64)
-        self.relu = nn.ReLU(inplace=True)
-        stages, channels = build_stages(block, blocks, 64)
+        self.conv1 = nn.Conv2d(3, width, 3, stem_stride, padding=1, bias=False)
+        if published:
+            self.bn1 = nn.BatchNorm2d(width)
+        stages, channels = [], width
+        for stage, count in enumerate(blocks):
+            layers = []
+            for number in range(count):
+                layers.append(block(channels, width * 2**stage, 2 if stage and not number else 1))
+                channels = width * 2**stage * block.expansion
+            stages.append(nn.Sequential(*layers))
         self.layer1, self.layer2, self.layer3, self.layer4 = stages
-        self.avgpool = nn.AdaptiveAvgPool2d(1)  # of 32 pixels 4x4 are left
+        if not published:
+            self.bn = nn.BatchNorm2d(channels)
+        self.relu = nn.ReLU(inplace=True)
+        self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.dropout = nn.Dropout(dropout)
         self.fc = nn.Linear(channels, num_classes)
+        self._published = published
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d) and not published:
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, images: Tensor) -> Tensor:
-        x = self.relu(self.bn1(self.conv1(images)))
+        x = self.conv1(images)
+        x = self.relu(self.bn1(x)) if self._published else x
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        x = x if self._published else self.relu(self.bn(x))
         return self.fc(self.dropout(self.avgpool(x).flatten(1)))
 
 
-def preact_resnet18_published(num_classes: int, dropout: float = 0.0) -> PublishedResNet:
-    """What the paper's table calls PreAct ResNet-18, 11.2 million weights."""
-    return PublishedResNet(ActivatedShortcutBlock, (2, 2, 2, 2), num_classes, dropout=dropout)
-
-
-def preact_resnet101_published(num_classes: int, dropout: float = 0.0) -> PublishedResNet:
-    """What the paper's table calls PreAct ResNet-101, 42.7 million weights."""
-    return PublishedResNet(BottleneckBlock, (3, 4, 23, 3), num_classes, dropout=dropout)
+#: By name, called with C and ``dropout``.
+NETWORKS = {
+    # 11.2 million weights.
+    "preact_resnet18": partial(SmallResNet, PreActBlock, (2, 2, 2, 2)),
+    # Half the blocks and resolution, 0.7 million weights: for a CPU core.
+    "preact_resnet10_tiny": partial(
+        SmallResNet, PreActBlock, (1, 1, 1, 1), width=24, stem_stride=2
+    ),
+    # What the paper's table calls PreAct ResNet-18 and ResNet-101, 11.2 and 42.7 million weights.
+    "preact_resnet18_published": partial(
+        SmallResNet, ActivatedShortcutBlock, (2, 2, 2, 2), published=True
+    ),
+    "preact_resnet101_published": partial(
+        SmallResNet, BottleneckBlock, (3, 4, 23, 3), published=True
+    ),
+}

@@ -70,11 +70,7 @@ class DeviceImages:
         return len(self.targets)
 
     def draw(self, count: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
-        """Return how some images are cropped and whether they are flipped, on the CPU.
-
-        Returns:
-            (N, 2) int64 first line and column of the crop, (N,) bool.
-        """
+        """Return crops, (N, 2) int64 first line and column, and flips, (N,) bool, on the CPU."""
         crops = torch.randint(
             2 * self._padding + 1, (count, 2), generator=generator, dtype=torch.int64, device="cpu"
         )

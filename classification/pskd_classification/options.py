@@ -32,10 +32,6 @@ RECORDED = (
 def parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namespace:
     """Return the options: the defaults, over them the config's, over them the command line's.
 
-    Args:
-        parser: `build_parser`'s, perhaps with options of one's own.
-        argv: the command line.
-
     Raises:
         ValueError: for a config that cannot be read.
         SystemExit: for an option that is not known or cannot be converted.

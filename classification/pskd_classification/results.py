@@ -37,13 +37,7 @@ def write_confidence(
     scaled: Rows | None = None,
     temperature: float | None = None,
 ) -> None:
-    """Write confidence.npz: what the model says of each test image.
-
-    Args:
-        rows: of the test set.
-        splits: whose test set it is.
-        scaled, temperature: the same after temperature scaling.
-    """
+    """Write confidence.npz: what the model says of each test image, also ``scaled``."""
     names = {"ids": np.array(splits.test.ids), "class_names": np.array(splits.class_names)}
     arrays = rows._asdict() | names
     if scaled is not None:
@@ -82,12 +76,9 @@ def write_csv(folder: Path) -> None:
 
 
 def write_examples(folder: Path, splits: Splits, statistics: tuple[Tensor, Tensor]) -> None:
-    """Write what happened to each training sample: examples.npz and reweighted.json.
+    """Write what happened to each training sample, by `ExampleStats.compute`, to examples.npz.
 
-    The latter holds those whose gradient PS-KD took most and least of, with their pictures.
-
-    Args:
-        statistics: of `ExampleStats.compute`.
+    reweighted.json holds those whose gradient PS-KD took most and least of, with their pictures.
     """
     train, class_names = splits.train, splits.class_names
     difficulty, rescaling = (values.numpy() for values in statistics)

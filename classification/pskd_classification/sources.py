@@ -68,10 +68,7 @@ class Digits(Dataset):
 
 
 def load_sources(name: str, root: str | Path | None, download: bool) -> dict[str, Source]:
-    """Return the sources ``train``, ``test`` and perhaps ``val`` of a data set.
-
-    Args:
-        name, root, download: of `pskd_classification.load_splits`.
+    """Return the sources ``train``, ``test`` and perhaps ``val`` of a data set, as `load_splits`.
 
     Raises:
         ValueError: for an unknown name, or a folder without the data.
@@ -137,9 +134,7 @@ def check_source(part: str, source: Source, class_names: Sequence[str]) -> list[
     """Return a name for each sample of a source.
 
     Raises:
-        ValueError: for labels outside of the classes, a number of labels or ids other than that of
-            samples, an id that two samples have, no sample at all, or other classes than those of
-            the training set.
+        ValueError: for samples that cannot be told apart or classified, naming the part.
     """
     for attribute in ("classes", "targets"):
         if not hasattr(source, attribute):
@@ -186,12 +181,8 @@ def _ids(source: Source) -> list[str]:
 def read_image(source: Source, row: int, name: str) -> Image.Image:
     """Return an image of a source as `pskd_tools.images.to_rgb` converts it.
 
-    Args:
-        source, row: where it is.
-        name: of the sample, for messages.
-
     Raises:
-        ValueError: naming an image that cannot be read, or what is no image of PIL.
+        ValueError: with its name, for an image that cannot be read, or what is no image of PIL.
     """
     # What a source's own code raises is not caught: its traceback tells more.
     with named(name, (OSError, SyntaxError, Image.DecompressionBombError)):

@@ -301,23 +301,13 @@ shown(
 
 
 @DEMO.case(
-    "`demo.digits --size 20`",
-    "demo.digits: size: expected at least 96, got 20",
+    "`demo.digits --num-test 0`",
+    "demo.digits: num_test: expected at least 1, got 0",
     ends=1,
     needs=("sklearn",),
 )
-def _small_digits():
-    return demo("digits", "--size 20 --out digits")
-
-
-@DEMO.case(
-    "`demo.locale_pairs --num-train -1`",
-    "python -m demo.locale_pairs: error: the number of pairs must not be negative, got -1",
-    ends=2,
-    needs=("babel",),
-)
-def _negative_pairs():
-    return demo("locale_pairs", "--num-train=-1 --out pairs")
+def _no_digits():
+    return demo("digits", "--num-test 0 --out digits")
 
 
 # ---- benchmarks ----------------------------------------------------------------------------------

@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import csv
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from classification_toys import (
-    FLAGS,
     SCRIPT,
     checkpoint,
     parse,
@@ -21,12 +17,14 @@ from classification_toys import (
     same,
     train,
 )
+from processes import in_two_processes
 from pskd_classification.options import check
 from pskd_classification.training import Trainer
 
 import pskd
 from pskd_tools.training import amp_dtype
 
+PRELOADED = ["pskd_classification.train"]
 PSKD = ["--pskd-alpha-final", "0.8"]
 ALL = (
     "--label-smoothing 0.1 --cutmix-alpha 1 --mixup-alpha 0.2 --mix-prob 0.4 --dropout 0.2 "
@@ -97,8 +95,10 @@ def test_what_happened_to_each_example_is_kept(run):
     assert told["most"][0]["image"].startswith("data:image/png;base64,")
 
 
-def test_without_the_flags_it_is_cross_entropy(tmp_path):
+def test_without_the_flags_it_is_cross_entropy(run, tmp_path):
     assert train(tmp_path / "ce") == 0
+    losses = [[line["train/loss"] for line in lines(folder)] for folder in (run, tmp_path / "ce")]
+    assert losses[0][0] == losses[1][0] and losses[0][1] != losses[1][1]
     content = checkpoint(tmp_path / "ce")
     assert content["criterion"]["memory"] is None
     assert not any(key.startswith("pskd") for line in lines(tmp_path / "ce") for key in line)
@@ -107,12 +107,6 @@ def test_without_the_flags_it_is_cross_entropy(tmp_path):
     # Neither teacher changes anything at alpha 0.
     assert train(tmp_path / "zero", "--pskd-teacher", "snapshot") == 0
     assert same(content["model"], checkpoint(tmp_path / "zero")["model"])
-
-
-def test_the_first_epoch_is_cross_entropy_and_the_second_is_not(run, tmp_path):
-    assert train(tmp_path / "ce") == 0
-    losses = [[line["train/loss"] for line in lines(folder)] for folder in (run, tmp_path / "ce")]
-    assert losses[0][0] == losses[1][0] and losses[0][1] != losses[1][1]
 
 
 def test_the_teacher_is_the_one_that_was_asked_for(run, tmp_path, capsys):
@@ -233,34 +227,25 @@ def test_the_best_checkpoint_is_the_best_of_validation_not_of_test(run):
     assert best["epoch"] == 1 + errors.index(min(errors)) == checkpoint(run)["best"]["epoch"]
 
 
-def test_the_best_epoch_by_the_test_set_is_told_and_chooses_nothing(run, tmp_path):
-    assert "best_by_test" not in results(run) and "test/nll" not in lines(run)[0]
-    flags = [*PSKD, "--eval-test-every-epoch"]
-    stopped(tmp_path, *flags, after=2)
-    assert train(tmp_path, *flags, "--resume") == 0
-    told, epochs = results(tmp_path), lines(tmp_path)
-    errors = [line["test/top1_error"] for line in epochs]
-    best = told["best_by_test"]
-    assert len(errors) == 4 and best["epoch"] == 1 + errors.index(min(errors))
-    assert best["nll"] == epochs[best["epoch"] - 1]["test/nll"] and best["count"] == 21
-    assert errors[-1] == told["last"]["top1_error"]
-    rows = np.load(tmp_path / "best_by_test" / "confidence.npz")
-    assert rows["nll"].mean() == pytest.approx(best["nll"])
-    # It changes neither the training nor what is chosen.
-    assert (told["last"], told["best"]) == (results(run)["last"], results(run)["best"])
-
-
 def test_epochs_are_evaluated_and_saved_as_often_as_asked(run, tmp_path):
+    assert "best_by_test" not in results(run) and "test/nll" not in lines(run)[0]
     flags = [*PSKD, "--eval-every", "3", "--checkpoint-every", "2", "--eval-test-every-epoch"]
     stopped(tmp_path, *flags, after=3)
     assert checkpoint(tmp_path)["epoch"] == 2
     assert train(tmp_path, *flags, "--resume") == 0
-    epochs = lines(tmp_path)
-    assert [line["epoch"] for line in epochs if "val/nll" in line] == [3, 4]
-    assert [line["epoch"] for line in epochs if "test/nll" in line] == [3, 4]
-    assert same(checkpoint(tmp_path)["model"], checkpoint(run)["model"])
+    evaluated = [line for line in lines(tmp_path) if "val/nll" in line]
+    assert [line["epoch"] for line in evaluated] == [3, 4]
     with (tmp_path / "metrics.csv").open() as file:
         assert [bool(row["val/nll"]) for row in csv.DictReader(file)] == [False, False, True, True]
+    # Looking at the test set changes neither the training nor what is chosen.
+    assert same(checkpoint(tmp_path)["model"], checkpoint(run)["model"])
+    told, errors = results(tmp_path), [line["test/top1_error"] for line in evaluated]
+    assert errors[-1] == told["last"]["top1_error"] and told["last"] == results(run)["last"]
+    best = told["best_by_test"]
+    place = errors.index(min(errors))
+    assert (best["epoch"], best["nll"]) == (3 + place, evaluated[place]["test/nll"])
+    rows = np.load(tmp_path / "best_by_test" / "confidence.npz")
+    assert rows["nll"].mean() == pytest.approx(best["nll"]) and best["count"] == 21
 
 
 def test_weights_that_saw_another_normalisation_are_told(run, tmp_path, caplog):
@@ -284,33 +269,25 @@ def test_without_validation_there_is_no_best_and_no_temperature(tmp_path):
     assert not (tmp_path / "best.pth").exists()
 
 
-def test_a_compiled_model_trains_and_its_checkpoint_is_that_of_the_plain_one(tmp_path):
-    flags = ["--epochs", "2", *PSKD, "--pskd-teacher", "snapshot", "--compile"]
-    with pytest.MonkeyPatch.context() as patch:
+def test_a_compiled_model_trains_as_the_plain_one_and_a_smaller_last_batch_without(tmp_path):
+    sizes, compile_ = [], torch.compile
+
+    def compiled(model, mode):
+        assert mode == "reduce-overhead"
         # The eager backend traces as any other and needs no compiler.
-        compile_ = torch.compile
-        patch.setattr(torch, "compile", lambda model, mode: compile_(model, backend="eager"))
-        assert train(tmp_path / "compiled", *flags) == 0
-    assert train(tmp_path / "plain", *flags[:-1]) == 0
+        model = compile_(model, backend="eager")
+        model.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
+        return model
+
+    flags = ["--epochs", "2", "--batch-size", "10", *PSKD, "--pskd-teacher", "snapshot"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "compile", compiled)
+        assert train(tmp_path / "compiled", *flags, "--compile-mode", "reduce-overhead") == 0
+    assert sizes == [10] * 6  # of 33 in an epoch
+    assert train(tmp_path / "plain", *flags) == 0
     one, other = (checkpoint(tmp_path / name)["model"] for name in ("compiled", "plain"))
     assert one.keys() == other.keys()
     assert all(torch.allclose(one[key], other[key], atol=1e-4) for key in one)
-
-
-def test_a_smaller_last_batch_runs_without_compilation(tmp_path):
-    sizes = []
-
-    def compile_(model, mode):
-        assert mode == "reduce-overhead"
-        compiled = torch.nn.Sequential(model)
-        compiled.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
-        return compiled
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch, "compile", compile_)
-        flags = ["--epochs", "1", "--compile-mode", "reduce-overhead", "--batch-size", "10"]
-        assert train(tmp_path, *flags) == 0
-    assert sizes == [10, 10, 10]  # of 33
 
 
 def test_mixed_precision_by_name(tmp_path):
@@ -327,8 +304,6 @@ def test_mixed_precision_by_name(tmp_path):
         content = checkpoint(tmp_path / name)
         assert content["options"]["amp"] == name
         assert bool(content["scaler"]) == (name == "fp16")
-    assert train(tmp_path / "bare", *flags) == 0
-    assert same(checkpoint(tmp_path / "bare")["model"], checkpoint(tmp_path / "bf16")["model"])
 
 
 def test_a_config_file_stands_on_its_base_and_below_the_command_line(tmp_path):
@@ -365,23 +340,8 @@ def test_the_published_recipe_is_the_published_one():
 # ---- processes ---------------------------------------------------------------------------------
 
 
-def torchrun(folder: Path, processes: int, *flags: str) -> None:
-    command = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    command += [str(SCRIPT), *FLAGS, "--output-dir", str(folder), *flags]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", *command],
-        cwd=Path(__file__).parent,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=180,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-
-
-def test_two_processes_share_the_memory_and_go_on_as_one(tmp_path):
-    torchrun(tmp_path, 2, *PSKD, "--epochs", "3", "--batch-size", "5")
+def test_two_processes_share_the_memory_and_go_on_as_one(forkserver, tmp_path):
+    in_two_processes(train, tmp_path, *PSKD, "--epochs", "3", "--batch-size", "5")
     content = checkpoint(tmp_path)
     memory = content["criterion"]["memory"]
     # Every sample is known, whichever process had it.
@@ -428,7 +388,7 @@ def test_a_checkpoint_becomes_a_backbone_of_detectron2(tmp_path):
     pytest.importorskip("pycocotools", reason="needs pycocotools: pip install pycocotools")
     from pskd_torchvision.convert_backbone import convert_file
 
-    assert train(tmp_path, *"--model resnet18 --epochs 2 --dropout 0.1".split(), *PSKD) == 0
+    assert train(tmp_path, *"--model resnet18 --epochs 1 --dropout 0.1".split(), *PSKD) == 0
     config = convert_file(tmp_path / "best.pth", tmp_path / "backbone.pth")
     assert config["MODEL.RESNETS.DEPTH"] == 18
     weights = torch.load(tmp_path / "backbone.pth", weights_only=True)["model"]

@@ -41,13 +41,13 @@ for folder in (ROOT, ROOT / "translation"):
     if str(folder) not in sys.path:
         sys.path.insert(0, str(folder))
 
-MODEL = (
-    "--arch transformer --share-decoder-input-output-embed "
+SIZES = (
     "--encoder-layers 1 --encoder-embed-dim 32 --encoder-ffn-embed-dim 64 "
     "--encoder-attention-heads 2 "
     "--decoder-layers 1 --decoder-embed-dim 32 --decoder-ffn-embed-dim 64 "
     "--decoder-attention-heads 2"
 ).split()
+MODEL = ["--arch", "transformer", "--share-decoder-input-output-embed", *SIZES]
 #: With dropout: what is equal bit by bit has drawn the same random numbers.
 TRAINING = (
     "--optimizer adam --lr 5e-3 --dropout 0.3 --label-smoothing 0.1 --seed 3 --batch-size 4 "

@@ -1,8 +1,6 @@
 """The demo and evaluate.py from end to end, on a corpus that trains in seconds."""
 
-import errno
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -60,7 +58,6 @@ def test_demo_prints_the_table_of_both_and_writes_results_and_plots(demo):
             if line.split()[:1] == [name] and "epoch" not in line
         )
         assert float(row[2]) == pytest.approx(result["nll"], abs=1e-4)
-        assert result["seconds_per_epoch"] > 0
     for plot in ("reliability.png", "risk_coverage.png"):
         assert (out / plot).read_bytes().startswith(b"\x89PNG")
     assert [line for line in printed.splitlines() if "PS-KD         epoch 2  training NLL" in line]
@@ -187,22 +184,6 @@ def test_many_tokens_are_fitted_to_evenly(demo, tmp_path, monkeypatch):
     assert 25 <= len(lprobs) == len(target) <= 50
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"checkpoint": "missing.pt"}, "missing.pt: expected a checkpoint"),
-        ({"data": "."}, "expected a folder that translation/prepare.py or fairseq-preprocess made"),
-    ],
-)
-def test_evaluate_names_what_is_missing(demo, tmp_path, capsys, change, message):
-    out, _ = demo
-    words = {"checkpoint": out / "pskd" / "checkpoint_last.pt", "data": out / "data"} | change
-    words = [words["checkpoint"], "--data", words["data"], "--out", tmp_path / "out"]
-    assert evaluate.main([str(word) for word in words]) == 2
-    assert message in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
-
-
 def evaluation(demo, out: Path, **changes: Path) -> list[str]:
     """Return evaluate.py's words for the demo's PS-KD model."""
     folder, _ = demo
@@ -257,15 +238,6 @@ def test_a_dictionary_tells_how_words_were_cut(words, cut):
     assert subwords_of(dictionary) == cut
 
 
-def test_evaluate_names_a_damaged_checkpoint(demo, tmp_path, capsys):
-    damaged = tmp_path / "damaged.pt"
-    data = (demo[0] / "pskd" / "checkpoint_last.pt").read_bytes()
-    damaged.write_bytes(data[: len(data) // 2])
-    assert evaluate.main(evaluation(demo, tmp_path / "out", checkpoint=damaged)) == 2
-    assert f"error: {damaged}: expected a whole fairseq checkpoint" in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
-
-
 def test_evaluate_names_a_checkpoint_of_other_data(demo, tmp_path, capsys):
     data = shutil.copytree(demo[0] / "data", tmp_path / "data")
     for words in data.glob("dict.*.txt"):
@@ -273,46 +245,6 @@ def test_evaluate_names_a_checkpoint_of_other_data(demo, tmp_path, capsys):
     assert evaluate.main(evaluation(demo, tmp_path / "out", data=data)) == 2
     shown = capsys.readouterr().err
     assert f"checkpoint_last.pt: expected a whole fairseq checkpoint that fits {data}" in shown
-
-
-def test_evaluate_knows_the_splits_of_a_prepared_set(demo, tmp_path, capsys):
-    with pytest.raises(SystemExit) as ended:
-        evaluate.main([*evaluation(demo, tmp_path / "out"), "--split", "test2"])
-    assert ended.value.code == 2
-    shown = capsys.readouterr().err
-    assert "--split: invalid choice: 'test2'" in shown and "valid" in shown
-
-
-@pytest.mark.parametrize("file", ["translations.txt", "confidence.npz", "evaluation.json"])
-def test_a_disk_that_fills_up_leaves_the_last_evaluation_whole(
-    demo, tmp_path, monkeypatch, capsys, file
-):
-    def fills_up(path, *_, **__):
-        with open(path, "wb") as output:
-            output.write(b"half")
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
-
-    for name in ("translations.txt", "confidence.npz", "evaluation.json"):
-        (tmp_path / name).write_text("old")
-    line = "Generate test with beam=5: BLEU4 = 1.00, 1.0/1.0/1.0/1.0"
-    monkeypatch.setattr(evaluate, "generate", lambda *_: (["ein Wort"] * 40, line))
-    if file == "confidence.npz":
-        monkeypatch.setattr(np, "savez_compressed", fills_up)
-    else:
-        write = Path.write_text
-        monkeypatch.setattr(
-            Path,
-            "write_text",
-            lambda path, *words, **more: (
-                fills_up(path)
-                if path.name.startswith(file.partition(".")[0])
-                else write(path, *words, **more)
-            ),
-        )
-    assert evaluate.main(evaluation(demo, tmp_path)) == 1
-    assert "evaluate.py: error: [Errno 28] No space left on device" in capsys.readouterr().err
-    assert (tmp_path / file).read_text() == "old"
-    assert not list(tmp_path.glob("*.part*"))
 
 
 def test_an_out_that_is_a_file_is_an_error_that_names_it(demo, tmp_path, capsys):
@@ -336,14 +268,3 @@ def test_the_demo_prepares_own_text_in_its_own_languages(tmp_path, monkeypatch):
     job = build_parser().parse_args([str(word) for word in words])
     assert (job.texts, job.source_lang, job.target_lang) == (texts, "en", "fr")
     assert (job.valid, job.test, job.bpe_size, job.out) == (None, None, 40, data)
-
-
-def test_demo_of_own_text_names_the_step_and_log_that_failed(tmp_path, capsys):
-    source, target = tmp_path / "a.en", tmp_path / "a.de"
-    source.write_text("one\ntwo\n")
-    target.write_text("eins\n")
-    words = ["--src", source, "--tgt", target, "--out", tmp_path / "out"]
-    assert translation.main([str(word) for word in words]) == 1
-    shown = capsys.readouterr().err
-    assert "prepare.log" in shown and "unequal line counts" in shown
-    assert not (tmp_path / "out" / "data").exists()

@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from demo import translation  # noqa: E402
-from demo.part import Printer, Report, read_metrics  # noqa: E402
+from demo.part import Report, printer, read_metrics  # noqa: E402
 from demo.steps import StepFailed, check_folder, fresh_folder, run_all  # noqa: E402
 
 both = importlib.import_module("demo.__main__")
@@ -60,10 +60,10 @@ def test_steps_that_end_at_different_times_are_all_watched_to_their_end(tmp_path
 
 def test_a_record_is_printed_once_when_its_line_is_whole(tmp_path, capsys):
     log = tmp_path / "train.log"
-    printer = Printer(read_metrics, lambda record, last: f"{last.get('epoch')} {record['epoch']}")
+    watch = printer(read_metrics, lambda record, last: f"{last.get('epoch')} {record['epoch']}")
     for text in ('{"epoch": 1}\n{"epo', '{"epoch": 1}\n{"epoch": 2}\n'):
         (tmp_path / "metrics.json").write_text(text)
-        printer("run", log)
+        watch("run", log)
     assert capsys.readouterr().out == "    run           None 1\n    run           1 2\n"
     line = '2026-01-01 | INFO | train | {"epoch": 1}\n'
     for text, found in ((line[:-3], []), (line, [{"epoch": 1}])):

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import errno
-import os
 import shutil
 import subprocess
-from concurrent.futures import wait
 from types import SimpleNamespace
 
 import pytest
@@ -44,33 +42,6 @@ def mount(folder, size: float, *options: str) -> None:
         pytest.skip(f"a small file system needs the right to mount one: {error.stderr.strip()}")
 
 
-@pytest.fixture(scope="module")
-def full_disks(fairseq, sizes):
-    """Trainings on file systems that are too small, by what has no room."""
-    inside = ["--no-epoch-checkpoints", "--save-interval-updates", "8"]
-    with_teacher = 2 * sizes.end + sizes.inside  # the last and the best, and one with its teacher
-    plans = {
-        "fourth_epoch": (5.5 * sizes.end, ["--max-epoch", "5"]),
-        "first_epoch": (2.5 * sizes.end, TO_THE_END),
-        "copy_to_best": (with_teacher + 0.5 * sizes.growth, [*TO_THE_END, *inside]),
-        "copy_to_last": (with_teacher + 1.5 * sizes.growth, [*TO_THE_END, *inside]),
-        # Two epochs leave six files, the third adds its own and half of one more of the best.
-        "one_of_the_best": (7.5 * sizes.end, [*TO_THE_END, "--keep-best-checkpoints", "2"]),
-    }
-    folders = [fairseq.folder / f"disk_{name}" for name in plans]
-    try:
-        for folder, (size, _) in zip(folders, plans.values(), strict=True):
-            folder.mkdir()
-            mount(folder, size)
-        runs = {name: fairseq.start(f"disk_{name}", *flags) for name, (_, flags) in plans.items()}
-        yield runs
-        wait(runs.values())
-    finally:
-        for folder in folders:
-            if os.path.ismount(folder):
-                subprocess.run(["umount", str(folder)], check=True)
-
-
 def expect_whole(folder) -> list[str]:
     """Assert that every file with a final name can be read, and return the names."""
     names = sorted(path.name for path in folder.glob("*.pt"))
@@ -82,51 +53,24 @@ def expect_whole(folder) -> list[str]:
     return names
 
 
-def test_a_disk_that_fills_up_stops_training_and_spares_the_checkpoints(full_disks):
-    run = full_disks["fourth_epoch"].result()
-    assert run.code != 0
-    assert "no room for the next checkpoint" in run.output and str(run.save_dir) in run.output
-    assert expect_whole(run.save_dir) == [
-        "checkpoint1.pt", "checkpoint2.pt", "checkpoint3.pt", "checkpoint_best.pt",
-        "checkpoint_last.pt",
-    ]  # fmt: skip
-
-
-def test_with_more_room_training_goes_on(fairseq, full_disks, sizes):
-    folder = full_disks["fourth_epoch"].result().save_dir
-    mount(folder, 20 * sizes.end, "remount")
-    resumed = fairseq.train(folder.name, "--max-epoch", "5").expect_success()
-    assert resumed.column("alpha") == pytest.approx([0.56, 0.7], abs=1e-4)
-    assert "checkpoint5.pt" in expect_whole(folder)
-
-
-def test_a_disk_too_small_for_the_first_checkpoints_leaves_none_cut_off(full_disks):
-    """There is room for checkpoint1, checkpoint_best and half of checkpoint_last."""
-    run = full_disks["first_epoch"].result()
-    assert run.code != 0
-    expect_whole(run.save_dir)
-
-
-@pytest.mark.parametrize("copy", ["copy_to_best", "copy_to_last"])
-def test_a_disk_too_small_for_the_teacher_leaves_no_checkpoint_cut_off(full_disks, copy):
-    """A checkpoint inside an epoch is larger than the last, and so are the copies of it."""
-    run = full_disks[copy].result()
-    assert run.code != 0
-    assert {"checkpoint_best.pt", "checkpoint_last.pt"} <= set(expect_whole(run.save_dir))
-
-
-def test_a_disk_too_small_for_one_more_of_the_best_leaves_none_cut_off(full_disks):
-    """--keep-best-checkpoints copies the whole file once more, under a name of its own."""
-    run = full_disks["one_of_the_best"].result()
-    assert run.code != 0
-    best, others = [], []
-    for name in expect_whole(run.save_dir):
-        (best if name.startswith("checkpoint.best_loss_") else others).append(name)
-    assert len(best) == 2
-    assert others == [
-        "checkpoint1.pt", "checkpoint2.pt", "checkpoint_best.pt", "checkpoint_last.pt"
-    ]  # fmt: skip
-    assert "no room for the next checkpoint" in run.output and str(run.save_dir) in run.output
+def test_a_disk_that_fills_up_stops_training_until_it_has_more_room(fairseq, sizes):
+    """It is too small for the fourth epoch."""
+    folder, flags = fairseq.folder / "full", ["full", "--max-epoch", "5"]
+    folder.mkdir()
+    mount(folder, 5.5 * sizes.end)
+    try:
+        run = fairseq.train(*flags)
+        assert run.code != 0
+        assert "no room for the next checkpoint" in run.output and str(run.save_dir) in run.output
+        assert expect_whole(folder) == [
+            "checkpoint1.pt", "checkpoint2.pt", "checkpoint3.pt", "checkpoint_best.pt",
+            "checkpoint_last.pt",
+        ]  # fmt: skip
+        mount(folder, 20 * sizes.end, "remount")
+        assert fairseq.train(*flags).column("alpha") == pytest.approx([0.56, 0.7], abs=1e-4)
+        assert "checkpoint5.pt" in expect_whole(folder)
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
 
 
 def test_a_write_that_fails_leaves_no_file_under_a_final_name(fairseq, sizes):
@@ -139,24 +83,31 @@ def test_a_write_that_fails_leaves_no_file_under_a_final_name(fairseq, sizes):
     ]  # fmt: skip
 
 
+OVERHEAD = 1 << 17  # of a checkpoint beside weights
+
+
 @pytest.mark.parametrize(
-    ("options", "needed"),
+    ("there", "options", "known", "needed"),
     [
-        ({}, 1_000),  # the next one aside; the copies take the place of their like
-        ({"keep_best_checkpoints": 1}, 2_000),
-        ({"checkpoint_suffix": "_a"}, 0),  # nothing is known of a first one's size
+        (True, {}, {}, 1_000),  # the next one aside; the copies take the place of their like
+        (True, {"keep_best_checkpoints": 1}, {}, 2_000),
+        # One inside an epoch, with its teacher, is larger than the last, and so are its copies.
+        (True, {}, {"growth": 500}, 1_500 + OVERHEAD + 2 * (500 + OVERHEAD)),
+        (False, {}, {"first": 700}, 3 * (700 + OVERHEAD)),  # itself and two copies
+        (False, {}, {}, 0),  # nothing is known of a first one's size
     ],
 )
-def test_free_space_is_compared_with_the_last_checkpoint(tmp_path, monkeypatch, options, needed):
-    for name in ("checkpoint_last.pt", "checkpoint_best.pt"):
+def test_free_space_is_compared_with_the_last_checkpoint(
+    tmp_path, monkeypatch, there, options, known, needed
+):
+    for name in ("checkpoint_last.pt", "checkpoint_best.pt") if there else ():
         (tmp_path / name).write_bytes(b"x" * 1000)
     free = SimpleNamespace(free=needed)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: free)
-    checkpoint.check_free_space(config(tmp_path, **options))
+    checkpoint.check_free_space(config(tmp_path, **options), **known)
     if needed:
         free.free -= 1
         message = f"expected {needed:,} free bytes, got {needed - 1:,}"
         with pytest.raises(OSError, match=message) as raised:
-            checkpoint.check_free_space(config(tmp_path, **options))
-        assert raised.value.errno == errno.ENOSPC
-        assert raised.value.filename == str(tmp_path)
+            checkpoint.check_free_space(config(tmp_path, **options), **known)
+        assert (raised.value.errno, raised.value.filename) == (errno.ENOSPC, str(tmp_path))

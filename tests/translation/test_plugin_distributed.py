@@ -32,22 +32,15 @@ def runs(fairseq):
     return {"one": one.result().expect_success(), "two": two, **resumed}
 
 
-def test_two_ranks_log_what_one_process_logs(runs):
+def test_two_ranks_log_and_train_what_one_process_does(runs):
     """A teacher or an alpha of its own on the second rank would show in the sums over both."""
-    one, two = runs["one"], runs["two"][0].expect_success()
+    assert [run.code for run in runs["two"]] == [0, 0]
+    one, two = runs["one"], runs["two"][0]
     for name in FIGURES:
         assert two.column(name) == pytest.approx(one.column(name), abs=1.5e-3), name
     assert two.column("alpha")[-1] == pytest.approx(ALPHA_FINAL, abs=1e-4)
-
-
-def test_two_ranks_train_the_model_that_one_process_trains(runs):
-    one, two = runs["one"].model(), runs["two"][0].model()
-    for name, weight in one.items():
-        torch.testing.assert_close(two[name], weight, rtol=1e-3, atol=1e-5)
-
-
-def test_every_rank_ends_well(runs):
-    assert [run.code for run in runs["two"]] == [0, 0]
+    for name, weight in one.model().items():
+        torch.testing.assert_close(two.model()[name], weight, rtol=1e-3, atol=1e-5)
 
 
 def test_inside_an_epoch_the_teacher_is_the_model_that_ended_the_last(runs):

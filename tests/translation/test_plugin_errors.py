@@ -21,104 +21,70 @@ from fairseq_toys import (  # noqa: E402
 )
 
 TO_THE_END = ["--max-epoch", str(EPOCHS)]
-#: By name: the flags, and what the error must say (the flag or file, what it expected, what came).
-WRONG = {
-    "no_file": (
-        [*TO_THE_END, "--restore-file", "nowhere.pt", "--checkpoint-suffix", "_a"],
-        ["--restore-file", "--checkpoint-suffix", "nowhere_a.pt", "got none"],
-    ),
-    "cut_off": (TO_THE_END, ["checkpoint_last.pt", "complete", "damaged", "--restore-file"]),
-    "payload": (TO_THE_END, ["checkpoint_last.pt", "types of a fairseq checkpoint", "system"]),
-    "other_length": (
-        ["--max-epoch", "9"],
-        ["checkpoint_last.pt", "'4 epochs'", "'9 epochs'", "--pskd-allow-schedule-change"],
-    ),
-    "suffix": (
-        [*TO_THE_END, "--reset-optimizer", "--checkpoint-suffix", "_a"],
-        ["checkpoint_last_a.pt", "middle of epoch 3", "teacher", "got none", "--reset-dataloader"],
-    ),
-    "suffix_and_file": (
-        [
-            "--max-epoch", "9", "--checkpoint-suffix", "_a",
-            "--restore-file", "wrong_suffix_and_file/older.pt",
-        ],
-        ["older_a.pt", "'4 epochs'", "'9 epochs'", "--pskd-allow-schedule-change"],
-    ),
-}  # fmt: skip
-#: The checkpoint's name where it is not checkpoint_last.pt.
-NAMES = {"suffix": "checkpoint_last_a.pt", "suffix_and_file": "older_a.pt"}
+OTHER_LENGTH = ["'4 epochs'", "'9 epochs'", "--pskd-allow-schedule-change"]
 
 
-@pytest.fixture(scope="module")
-def wrong_checkpoints(fairseq, straight, stock):
-    """Save folders that no training may continue from, by name."""
+@pytest.fixture
+def refused(fairseq):
+    """Trains on from a copy of a checkpoint, changed, and expects an error that says words."""
+
+    def train(name, source, flags, *words, file="checkpoint_last.pt", change=lambda path: None):
+        folder = continued_from(source, fairseq.folder / name)
+        change((folder / "checkpoint_last.pt").rename(folder / file))
+        before = digests(folder)
+        fairseq.train(name, *flags).expect_refusal(file, *words)
+        assert digests(folder) == before
+        return folder
+
+    return train
+
+
+def test_a_damaged_checkpoint_is_refused_and_an_older_one_takes_its_place(
+    fairseq, straight, refused
+):
     source = straight.save_dir / "checkpoint_3_16.pt"
-    foreign = {"suffix": stock.save_dir / "checkpoint_3_16.pt"}
-    folders = {
-        name: continued_from(foreign.get(name, source), fairseq.folder / f"wrong_{name}")
-        for name in WRONG
-    }
-    last = {name: folder / "checkpoint_last.pt" for name, folder in folders.items()}
-    for name, file in NAMES.items():
-        last[name].rename(folders[name] / file)
-    os.truncate(last["cut_off"], source.stat().st_size // 2)
-    shutil.copyfile(source, folders["cut_off"] / "checkpoint_3_16.pt")
-    state = torch.load(source, weights_only=False)
-    state["extra_state"]["metrics"] = Payload(fairseq.folder / "resume_was_run")
-    torch.save(state, last["payload"])
-    return folders
-
-
-@pytest.fixture(scope="module")
-def refusals(fairseq, wrong_checkpoints):
-    """Every wrong command, two at a time, with the folder's contents before it."""
-    started = {}
-    other = str(wrong_checkpoints["other_length"] / "checkpoint_last.pt")
-    once = fairseq.start("wrong_continue_once", "--max-epoch", "9", "--continue-once", other)
-    started["continue_once"] = {}, once
-    for name, (flags, _) in WRONG.items():
-        started[name] = digests(wrong_checkpoints[name]), fairseq.start(f"wrong_{name}", *flags)
-    return started
-
-
-@pytest.fixture(scope="module")
-def ways_out(fairseq, straight, wrong_checkpoints, refusals):
-    """What the errors advise."""
-    continued_from(straight.save_dir / "checkpoint2.pt", fairseq.folder / "shorter")
-    refusals["cut_off"][1].result()
-    older = str(wrong_checkpoints["cut_off"] / "checkpoint_3_16.pt")
-    return {
-        "older": fairseq.start("wrong_cut_off", *TO_THE_END, "--restore-file", older),
-        "change": fairseq.start("shorter", "--max-epoch", "3", "--pskd-allow-schedule-change"),
-    }
-
-
-@pytest.mark.parametrize("name", WRONG)
-def test_a_wrong_command_ends_before_the_first_update(refusals, name):
-    before, future = refusals[name]
-    run = future.result()
-    run.expect_refusal(*WRONG[name][1])
-    assert digests(run.save_dir) == before
-
-
-def test_a_checkpoint_to_continue_once_is_checked_as_the_last_one(refusals):
-    _, future = refusals["continue_once"]
-    future.result().expect_refusal("checkpoint_last.pt", "'4 epochs'", "'9 epochs'")
-
-
-def test_a_foreign_object_is_not_run_on_resume(fairseq, refusals):
-    refusals["payload"][1].result()
-    assert not (fairseq.folder / "resume_was_run").exists()
-
-
-def test_an_older_checkpoint_takes_the_place_of_a_damaged_one(ways_out, straight):
-    run = ways_out["older"].result().expect_success()
+    words = ["complete", "damaged", "--restore-file"]
+    folder = refused(
+        "cut_off", source, TO_THE_END, *words,
+        change=lambda path: os.truncate(path, source.stat().st_size // 2),
+    )  # fmt: skip
+    older = str(shutil.copy(source, folder))
+    run = fairseq.train(folder.name, *TO_THE_END, "--restore-file", older).expect_success()
     assert same(run.model(), straight.model())
 
 
-def test_an_allowed_schedule_change_takes_the_new_schedule(ways_out):
-    run = ways_out["change"].result().expect_success()
-    assert run.column("alpha") == pytest.approx([ALPHA_FINAL], abs=1e-4)
+def test_a_foreign_object_is_refused_and_not_run(fairseq, straight, refused):
+    marker, source = fairseq.folder / "resume_was_run", straight.save_dir / "checkpoint_3_16.pt"
+
+    def add_payload(path):
+        state = torch.load(path, weights_only=False)
+        state["extra_state"]["metrics"] = Payload(marker)
+        torch.save(state, path)
+
+    words = ["types of a fairseq checkpoint", "system"]
+    refused("payload", source, TO_THE_END, *words, change=add_payload)
+    assert not marker.exists()
+
+
+def test_the_checkpoint_that_is_checked_is_the_one_that_fairseq_reads(straight, stock, refused):
+    name = "checkpoint_3_16.pt"
+    flags = [*TO_THE_END, "--reset-optimizer", "--checkpoint-suffix", "_a"]
+    words = ["middle of epoch 3", "teacher", "got none", "--reset-dataloader"]
+    refused("suffix", stock.save_dir / name, flags, *words, file="checkpoint_last_a.pt")
+    flags = ["--max-epoch", "9", "--checkpoint-suffix", "_a", "--restore-file", "named/older.pt"]
+    refused("named", straight.save_dir / name, flags, *OTHER_LENGTH, file="older_a.pt")
+
+
+def test_a_checkpoint_to_continue_once_is_checked_as_the_last_one(fairseq, straight):
+    other = ["--continue-once", str(straight.save_dir / "checkpoint_3_16.pt")]
+    run = fairseq.train("continue_once", "--max-epoch", "9", *other)
+    run.expect_refusal("checkpoint_3_16.pt", *OTHER_LENGTH)
+
+
+def test_an_allowed_schedule_change_takes_the_new_schedule(fairseq, straight):
+    continued_from(straight.save_dir / "checkpoint2.pt", fairseq.folder / "shorter")
+    run = fairseq.train("shorter", "--max-epoch", "3", "--pskd-allow-schedule-change")
+    assert run.expect_success().column("alpha") == pytest.approx([ALPHA_FINAL], abs=1e-4)
     assert "the schedule changes" in run.output
 
 

@@ -169,24 +169,19 @@ def test_evaluate_refuses_code(made, form, fairseq, tmp_path, capsys):
 
 @pytest.fixture(scope="module")
 def refusals(fairseq, made):
-    """Every command of fairseq that reads a checkpoint, on one with code."""
+    """Commands of fairseq that read a checkpoint, on one with code."""
     path, marker = made["namespace"]
     plugin = ["--user-dir", str(PLUGIN), "--cpu", "--batch-size", "1"]
-    text = ["--input", str(fairseq.folder / "test.de")]
     common = [str(fairseq.data), "--path", str(path), *plugin]
     resumed = continued_from(path, fairseq.folder / "resumed_with_code")
     runs = {
         "generate": partial(fairseq.forked, "generate", *common, name="generate_code"),
-        "interactive": partial(fairseq.forked, "interactive", *common, *text, name="type_code"),
-        "validate": partial(
-            fairseq.forked, "validate", *common, "--task", "translation", name="validate_code"
-        ),
         "train": partial(fairseq.train, resumed.name, "--max-epoch", "4"),
     }
     return marker, {name: fairseq.submit(run) for name, run in runs.items()}
 
 
-@pytest.mark.parametrize("command", ["generate", "interactive", "validate", "train"])
+@pytest.mark.parametrize("command", ["generate", "train"])
 def test_fairseq_refuses_code(refusals, command):
     marker, runs = refusals
     run = runs[command].result()

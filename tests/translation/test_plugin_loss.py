@@ -86,7 +86,7 @@ def test_without_reduction_there_is_a_loss_a_token(task, models, tmp_path):
     assert (each.squeeze(1)[sample["target"].flatten() == criterion.padding_idx] == 0).all()
 
 
-@pytest.mark.parametrize("smoothing", [0.97, 0.99, 0.999, 1.0])
+@pytest.mark.parametrize("smoothing", [0.97, 0.999])
 def test_label_smoothing_is_refused_at_the_start_or_works_with_a_teacher(
     task, models, tmp_path, smoothing
 ):

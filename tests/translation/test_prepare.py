@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import json
-import os
 from argparse import Namespace
 from pathlib import Path
 
@@ -154,31 +152,3 @@ def test_help_names_the_flags_for_raw_text(capsys):
     assert stop.value.code == 0
     text = capsys.readouterr().out
     assert "--tokenizer moses --bpe subword_nmt --bpe-codes DIR/bpe.codes" in text
-
-
-@pytest.mark.skipif(
-    "PSKD_DATA" not in os.environ, reason="PSKD_DATA does not name a folder that contains multi30k/"
-)
-def test_multi30k(tmp_path):
-    from fairseq.data import Dictionary
-
-    data = Path(os.environ["PSKD_DATA"]).resolve() / "multi30k"
-
-    def pair(name):
-        return [data / f"{name}.{language}.gz" for language in ("de", "en")]
-
-    out = tmp_path / "out"
-    held_out = ["--valid", *pair("val"), "--test", *pair("test_2016_flickr")]
-    sizes = ["--max-train", 2000, "--bpe-size", 2000, "--out", out]
-    done = cli([*pair("train"), *LANGUAGES, *held_out, *sizes], cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    record = json.loads((out / "prepare.json").read_text())
-    assert [part["pairs"] for part in record["parts"].values()] == [2000, 1014, 1000]
-    dictionary = Dictionary.load(str(out / "dict.en.txt"))
-    for language in ("de", "en"):
-        assert record["parts"]["test"]["unknown"][language] < 50
-        with gzip.open(data / f"test_2016_flickr.{language}.gz", "rt", encoding="utf-8") as text:
-            want = [line.rstrip("\n") for line in text]
-        assert raw(out, "test", language) == want
-        back = read_back(out, dictionary, "test", language)
-        assert sum(a == b.strip() for a, b in zip(back, want, strict=True)) >= 950

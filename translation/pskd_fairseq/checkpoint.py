@@ -33,8 +33,8 @@ def make_entry(
 
     Args:
         epoch: the epoch that is running or has just ended, from 1.
-        schedule: the fields of the alpha schedule.
-        vocabulary: number of types of each dictionary, by language.
+        schedule: `Schedule.options`.
+        vocabulary: `vocabulary_sizes`.
         teacher: a `pskd.SnapshotTeacher` state; without a model at an epoch's end.
         memory: a `TokenMemory` state, which names files; None with a snapshot.
         options: by flag, what beside the schedule a resumed run must have too.
@@ -49,12 +49,6 @@ def make_entry(
         "memory": memory,
         "options": dict(options or {}),
     }
-
-
-def with_entry(state: dict, task: FairseqTask, entry: dict) -> dict:
-    """Return a task's checkpoint dict with PS-KD's entry beside what it already holds."""
-    name = type(task).__name__
-    return {**state, name: {**state.get(name, {}), ENTRY: entry}}
 
 
 def vocabulary_sizes(task: FairseqTask) -> dict[str, int]:

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from pskd import LinearTeacher, pskd_cross_entropy, pskd_linear_cross_entropy
 from pskd.targets import row_alphas
-from pskd_fairseq import fused
 from pskd_fairseq.config import PSKDCriterionConfig
 from pskd_fairseq.epoch import EpochState, Schedule
 from pskd_fairseq.fused import FeaturesOnly
@@ -113,17 +112,17 @@ class PSKDCriterion(LabelSmoothedCrossEntropyCriterion):
         Raises:
             ValueError: as `forward`.
         """
-        state = self.epoch_state
+        state, fused = self.epoch_state, isinstance(model, FeaturesOnly)
         self._step_statistics = no_statistics() if self.training else {}
-        if isinstance(model, FeaturesOnly):
-            return self._fused_loss(model, net_output, sample)
-        if not self.training or not (state.active or state.records):
+        if not fused and not (self.training and (state.active or state.records)):
             return super().compute_loss(model, net_output, sample, reduce=reduce)
 
         scores, target = self._scores_and_target(model, net_output, sample)
         kept = self._kept_rows(model, net_output, sample)
+        past = self._past(model, sample, target, kept) if state.active else None
         recorded = kept if state.records else None
-        past = self._past(model, sample, target, kept)
+        if fused:
+            return self._fused_loss(model, scores, target, past, recorded)
         if past is None:
             if recorded is not None:
                 recorded.write(scores)
@@ -146,15 +145,16 @@ class PSKDCriterion(LabelSmoothedCrossEntropyCriterion):
         self._log(past, target, stats, scores[COMPARED].argmax(1), past.preferred(COMPARED))
         return (loss, stats.nll.sum()) if reduce else (loss[:, None], stats.nll[:, None])
 
-    def _fused_loss(self, model: FeaturesOnly, net_output, sample) -> tuple[Tensor, Tensor]:
-        """As `compute_loss` in training, of features (B, T, H) in place of logits."""
-        if not self._has_logits(model.model, model.logits_of_first(net_output), sample):
-            raise fused.refuse_distribution(model)
+    def _fused_loss(
+        self,
+        model: FeaturesOnly,
+        hidden: Tensor,
+        target: Tensor,
+        past: Past | None,
+        recorded: KeptRows | None,
+    ) -> tuple[Tensor, Tensor]:
+        """As `compute_loss` in training, of features (N, H) in place of logits."""
         projection = model.projection
-        hidden, target = self._rows(net_output[0], model.get_targets(sample, net_output))
-        kept = self._kept_rows(model, net_output, sample)
-        recorded = kept if self.epoch_state.records else None
-        past = self._past(model, sample, target, kept)
         loss, stats = pskd_linear_cross_entropy(
             hidden,
             projection.weight,
@@ -178,18 +178,15 @@ class PSKDCriterion(LabelSmoothedCrossEntropyCriterion):
 
     def _kept_rows(self, model, net_output, sample) -> KeptRows | None:
         """Return where the memory keeps a batch's tokens, if it is read or written."""
-        state = self.epoch_state
-        if state.memory is None or not (state.active or state.records):
+        memory = self.epoch_state.memory
+        if memory is None or not (self.epoch_state.active or self.epoch_state.records):
             return None
         target = model.get_targets(sample, net_output)
-        rows, valid = self._rows(*state.memory.rows(sample, target, self.padding_idx))
-        return KeptRows(state.memory, rows, valid)
+        return KeptRows(memory, *self._rows(*memory.rows(sample, target, self.padding_idx)))
 
-    def _past(self, model, sample, target: Tensor, kept: KeptRows | None) -> Past | None:
-        """Return what the teacher says of a batch, and which tokens learn from it, if any do."""
+    def _past(self, model, sample, target: Tensor, kept: KeptRows | None) -> Past:
+        """Return what the teacher says of a batch, and which tokens learn from it."""
         alpha = self.epoch_state.alpha
-        if not self.epoch_state.active:
-            return None
         if kept is None:
             scores = self._snapshot_scores(model, sample)
             past = Past(scores, None, target != self.padding_idx, alpha)
@@ -224,9 +221,14 @@ class PSKDCriterion(LabelSmoothedCrossEntropyCriterion):
 
         These are the decoder's logits, which spares a normalisation forward and backward, or where
         a model makes its distribution in another way (adaptive softmax, pointer-generator), its
-        log-probabilities.
+        log-probabilities. Of `FeaturesOnly` they are the features, (N, H).
+
+        Raises:
+            ValueError: if features do not make the model's distribution.
         """
         if not self._has_logits(model, net_output, sample):
+            if isinstance(model, FeaturesOnly):
+                raise model.refused_distribution()
             return self.get_lprobs_and_target(model, net_output, sample)
         return self._rows(net_output[0], model.get_targets(sample, net_output))
 
@@ -234,6 +236,8 @@ class PSKDCriterion(LabelSmoothedCrossEntropyCriterion):
     def _has_logits(self, model, net_output, sample) -> bool:
         """Whether the distribution is the softmax of the first output, as on the first batch."""
         if self._output_is_logits is None:
+            if isinstance(model, FeaturesOnly):
+                model, net_output = model.model, model.logits_of_first(net_output)
             output = net_output[0]
             lprobs = model.get_normalized_probs(net_output, log_probs=True, sample=sample)
             self._output_is_logits = output.shape == lprobs.shape and torch.allclose(
@@ -245,20 +249,16 @@ class PSKDCriterion(LabelSmoothedCrossEntropyCriterion):
         # fairseq spreads epsilon over the other V - 1 types, torch over all V.
         return self.eps * types / (types - 1)
 
-    def _log(
-        self, past: Past, target: Tensor, stats, student_prefers: Tensor, teacher_prefers: Tensor
-    ) -> None:
+    def _log(self, past: Past, target: Tensor, stats, said: Tensor, teacher_said: Tensor) -> None:
         """Keep what a step adds to the log; of preferred types those of the `COMPARED` rows."""
         self._step_statistics = step_statistics(
-            target=target,
-            is_token=target != self.padding_idx,
-            taught=past.taught,
-            nll=stats.nll,
-            teacher_at_label=stats.teacher_probs_at_label,
-            student_prefers=student_prefers,
-            teacher_prefers=teacher_prefers,
-            top_k_mass=past.top_k_mass(),
-            alpha=self.epoch_state.alpha,
+            past,
+            stats,
+            target,
+            target != self.padding_idx,
+            said,
+            teacher_said,
+            self.epoch_state.alpha,
         )
 
     @classmethod
@@ -320,20 +320,19 @@ def _fixed_options(cfg: PSKDCriterionConfig) -> dict[str, object]:
 
 def _warn_of_an_early_end(cfg: PSKDCriterionConfig, schedule: Schedule) -> None:
     """Say so where training may end before alpha has grown to what was asked for."""
-    alphas = schedule.alphas
     may_end = {
         f"--patience {cfg.patience}": cfg.patience > 0,
         f"--stop-min-lr {cfg.stop_min_lr}": cfg.stop_min_lr > 0,
         f"--max-update {cfg.max_update}": schedule.unit == "epoch" and cfg.max_update > 0,
     }
     flags = [flag for flag, given in may_end.items() if given]
-    if flags and alphas.alpha_final > 0 and alphas.alpha_schedule != "constant":
+    if flags and schedule.alpha_final > 0 and schedule.alpha_schedule != "constant":
         logger.warning(
             "PS-KD: %s may end the training early, with alpha below --pskd-alpha-final %s: it "
             "grows until %s %d (%s); give --max-%s about where training will end, or "
             "--pskd-alpha-schedule constant",
-            " or ".join(flags), alphas.alpha_final, schedule.unit, alphas.num_epochs,
-            alphas.alpha_schedule, schedule.unit,
+            " or ".join(flags), schedule.alpha_final, schedule.unit, schedule.num_epochs,
+            schedule.alpha_schedule, schedule.unit,
         )  # fmt: skip
 
 

@@ -14,7 +14,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 
-from fairseq.data.iterators import EpochBatchIterator
 from fairseq.models import BaseFairseqModel
 from fairseq.tasks import FairseqTask
 from torch import nn
@@ -32,16 +31,14 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Schedule:
+class Schedule(AlphaSchedule):
     """Alpha as a function of the epoch, or of the update where only their number is known.
 
     Attributes:
-        alphas: counts progress in this unit.
-        unit: ``epoch`` or ``update``.
+        unit: of ``num_epochs``, ``epoch`` or ``update``.
     """
 
-    alphas: AlphaSchedule
-    unit: str
+    unit: str = "epoch"
 
     @classmethod
     def build(
@@ -57,27 +54,27 @@ class Schedule:
             end = f" to --max-epoch {max_epoch}" if max_epoch > 0 else " or more"
             raise ValueError(f"--pskd-start-epoch: expected 1{end}, got {start_epoch}")
         if max_epoch > 0:
-            return cls(AlphaSchedule(alpha_final, max_epoch, name, start_epoch), "epoch")
+            return cls(alpha_final, max_epoch, name, start_epoch, "epoch")
         if max_update > 0:
-            return cls(AlphaSchedule(alpha_final, max_update, name, start_epoch), "update")
+            return cls(alpha_final, max_update, name, start_epoch, "update")
         raise ValueError(
             "PS-KD grows alpha towards the end of training: expected --max-epoch or --max-update, "
             f"got --max-epoch {max_epoch} --max-update {max_update} (no end)"
         )
 
-    def within(self, progress: int) -> float:
-        """Return the progress, at most that of the end, past which alpha stays final."""
+    def at(self, epoch: int, progress: float | None = None) -> float:
+        """As `AlphaSchedule.at`; past the end alpha stays final."""
         # A finished run that is started again makes one more step before fairseq stops it.
-        return min(progress, self.alphas.num_epochs)
+        return super().at(epoch, min(epoch if progress is None else progress, self.num_epochs))
 
     def options(self) -> dict[str, object]:
         """Return what a checkpoint keeps of it, and a resumed run is compared with."""
         return {
-            "name": self.alphas.alpha_schedule,
-            "alpha_final": self.alphas.alpha_final,
+            "name": self.alpha_schedule,
+            "alpha_final": self.alpha_final,
             "unit": self.unit,
-            "total": self.alphas.num_epochs,
-            "start_epoch": self.alphas.start_epoch,
+            "total": self.num_epochs,
+            "start_epoch": self.start_epoch,
         }
 
 
@@ -95,25 +92,25 @@ class EpochState:
         self,
         schedule: Schedule,
         train_subset: str,
-        memory: TokenMemory | None = None,
-        options: Mapping[str, object] | None = None,
+        memory: TokenMemory | None,
+        options: Mapping[str, object],
     ) -> None:
         self.schedule, self.memory = schedule, memory
-        self.is_dummy = False  # a batch that stands in where a process has none left
-        self._train_subset, self._options = train_subset, dict(options or {})
-        name = str(self._options.get("--pskd-teacher", "snapshot"))
+        name = str(options.get("--pskd-teacher", "snapshot"))
         self.teacher = make_teacher("snapshot" if memory is not None else name)
-        self._driver = EpochDriver(schedule.alphas, memory or self.teacher, None, self._options)
+        self.is_dummy = False  # a batch that stands in where a process has none left
+        # The teacher turns here: a memory needs the data set, a snapshot the model of the call.
+        self._driver = EpochDriver(schedule, None, None, {})
+        self._train_subset, self._options = train_subset, dict(options)
         self._checkpoint_bytes = 0
         self._restored: dict | None = None
         self._parts: dict[int, str] = {}
 
     def attach(self, task: FairseqTask, plan: PSKDCriterionConfig) -> None:
         """Let the task's calls from fairseq's trainer reach this object."""
-        extend = _Extension(task)
-        extend.after("begin_epoch", partial(self._begin_epoch, task, plan))
-        extend.after("set_checkpoint_dict", self._set_checkpoint_dict)
-        extend.before("train_step", self._before_train_step)
+        _extend(task, "begin_epoch", after=partial(self._begin_epoch, task, plan))
+        _extend(task, "set_checkpoint_dict", after=self._set_checkpoint_dict)
+        _extend(task, "train_step", before=self._before_train_step)
         original = getattr(task, "get_checkpoint_dict", dict)
         task.get_checkpoint_dict = lambda: self._get_checkpoint_dict(task, plan, original())
 
@@ -123,24 +120,20 @@ class EpochState:
         return self._driver.alpha
 
     @property
-    def has_teacher(self) -> bool:
-        """Whether any epoch of the training has a teacher."""
-        return self._driver.teacher is not None
-
-    @property
     def active(self) -> bool:
         """Whether this step has a teacher to learn from."""
-        teacher = self._driver.teacher
-        return teacher is not None and teacher.available and self.alpha > 0.0
+        teacher = self.teacher if self.memory is None else self.memory
+        return teacher.available and self.alpha > 0.0
 
     @property
     def records(self) -> bool:
         """Whether this step's predictions are kept for the next epoch."""
-        return self.memory is not None and self.has_teacher and not self.is_dummy
+        has_teacher = self.schedule.alpha_final > 0.0
+        return self.memory is not None and has_teacher and not self.is_dummy
 
     def _enter(self, unit: str, epoch: int, progress: int) -> None:
         if self.schedule.unit == unit:
-            self._driver.enter(epoch, self.schedule.within(progress))
+            self._driver.enter(epoch, progress)
 
     def _begin_epoch(
         self, task: FairseqTask, plan: PSKDCriterionConfig, epoch: int, model: BaseFairseqModel
@@ -150,13 +143,11 @@ class EpochState:
         self._checkpoint_bytes = 3 * 4 * sum(p.numel() for p in model.parameters())
         self._driver.epoch = epoch
         self._enter("epoch", epoch, epoch)
-        if not self.has_teacher:
+        if not self.schedule.alpha_final:
             return
         if self.memory is not None:
             if state := (restored or {}).get("memory"):
                 self.memory.load_state_dict(state)
-            elif epoch > 1:
-                self._refuse_the_middle(task, epoch)
             kept = kept_memories(plan, task) if is_first() else []
             self.memory.begin_epoch(epoch, task.dataset(self._train_subset), kept)
             return
@@ -168,7 +159,6 @@ class EpochState:
                 logger.info("PS-KD: restored the teacher of epoch %d", epoch)
                 return
         if epoch > 1:
-            self._refuse_the_middle(task, epoch)
             self.teacher.refresh(model)
         else:
             self.teacher.check(model)
@@ -181,24 +171,6 @@ class EpochState:
         """
         return self.teacher.model.get_submodule(self._parts.get(id(model), ""))
 
-    def _refuse_the_middle(self, task: FairseqTask, epoch: int) -> None:
-        """Stop where the model would become the teacher of the rest of an epoch.
-
-        `checkpoint.check_resume` looks at the file that will be read; this at what was read, so
-        that no way of fairseq to name a checkpoint leads past both.
-
-        Raises:
-            ValueError: if batches of this epoch were trained on before the resume.
-        """
-        iterator = self._iterator(task)
-        batches = 0 if iterator is None else iterator.iterations_in_epoch
-        if batches > 0:
-            raise ValueError(
-                f"resumed after {batches} batches of epoch {epoch}: expected the teacher of this "
-                "epoch in the checkpoint, got none; resume from a checkpoint of an epoch's end, "
-                "or start over with --reset-dataloader"
-            )
-
     def _before_train_step(
         self, sample, model, criterion, optimizer, update_num, ignore_grad=False, **_
     ) -> None:
@@ -208,9 +180,11 @@ class EpochState:
     def _get_checkpoint_dict(
         self, task: FairseqTask, plan: PSKDCriterionConfig, state: dict
     ) -> dict:
-        # At an epoch's end the model in the checkpoint is the next teacher.
-        at_end = self._at_end_of_epoch(task)
-        teacher = self.teacher.state_dict(ended=at_end)
+        # At an epoch's end the model in the checkpoint is the next teacher. Sharded data has no
+        # cached iterator; the teacher is then always saved.
+        iterator = task.dataset_to_epoch_iter.get(task.datasets.get(self._train_subset))
+        ended = iterator is not None and iterator.end_of_epoch()
+        teacher = self.teacher.state_dict(ended=ended)
         checkpoint.check_free_space(
             plan, first=self._checkpoint_bytes, growth=checkpoint.size_of(teacher)
         )
@@ -220,43 +194,26 @@ class EpochState:
             options=self._options,
             vocabulary=checkpoint.vocabulary_sizes(task),
             teacher=teacher,
-            memory=None if self.memory is None else self.memory.state_dict(ended=at_end),
+            memory=None if self.memory is None else self.memory.state_dict(ended=ended),
         )
-        return checkpoint.with_entry(state, task, entry)
+        name = type(task).__name__
+        return {**state, name: {**state.get(name, {}), checkpoint.ENTRY: entry}}
 
     def _set_checkpoint_dict(self, state: dict) -> None:
         self._restored = state.get(checkpoint.ENTRY)
 
-    def _at_end_of_epoch(self, task: FairseqTask) -> bool:
-        # Sharded data has no cached iterator; the teacher is then always saved.
-        iterator = self._iterator(task)
-        return iterator is not None and iterator.end_of_epoch()
 
-    def _iterator(self, task: FairseqTask) -> EpochBatchIterator | None:
-        return task.dataset_to_epoch_iter.get(task.datasets.get(self._train_subset))
+def _nothing(*_args, **_kwargs) -> None: ...
 
 
-class _Extension:
-    """Calls a function before or after a method of one object, and keeps the method's result."""
+def _extend(owner: object, name: str, before=_nothing, after=_nothing) -> None:
+    """Call a function before or after a method of one object, and keep the method's result."""
+    original = getattr(owner, name, _nothing)
 
-    def __init__(self, owner: object) -> None:
-        self._owner = owner
+    def extended(*args, **kwargs):
+        before(*args, **kwargs)
+        result = original(*args, **kwargs)
+        after(*args, **kwargs)
+        return result
 
-    def before(self, name: str, function) -> None:
-        original = getattr(self._owner, name)
-
-        def extended(*args, **kwargs):
-            function(*args, **kwargs)
-            return original(*args, **kwargs)
-
-        setattr(self._owner, name, extended)
-
-    def after(self, name: str, function) -> None:
-        original = getattr(self._owner, name, lambda *args, **kwargs: None)
-
-        def extended(*args, **kwargs):
-            result = original(*args, **kwargs)
-            function(*args, **kwargs)
-            return result
-
-        setattr(self._owner, name, extended)
+    setattr(owner, name, extended)

@@ -46,13 +46,12 @@ class FeaturesOnly:
         weight, bias = self.projection.weight, self.projection.bias
         return F.linear(features[:1, :1], weight, bias), *others
 
-
-def refuse_distribution(model: FeaturesOnly) -> ValueError:
-    """Return the error for a model that makes its probabilities in another way."""
-    return ValueError(
-        f"{_FLAG}: expected a model whose distribution is the softmax of its output layer, got "
-        f"{_name(model.model)} with its own"
-    )
+    def refused_distribution(self) -> ValueError:
+        """Return the error for a model that makes its probabilities in another way."""
+        return ValueError(
+            f"{_FLAG}: expected a model whose distribution is the softmax of its output layer, got "
+            f"{_name(self.model)} with its own"
+        )
 
 
 def _check_model(model) -> None:

@@ -52,15 +52,8 @@ class TokenMemory:
     def begin_epoch(self, epoch: int, dataset, kept: Sequence[dict[str, dict]] = ()) -> None:
         """Turn to an epoch, or once more to the one that is running after a resume.
 
-        Args:
-            epoch: from 1.
-            dataset: that of this epoch's shard.
-            kept: states of `state_dict` whose files stay, on the first process.
-
-        Raises:
-            ValueError: if the data set does not tell its target lengths, or the files that the
-                restored state names cannot be used.
-            OSError: ENOSPC where the disk has no room for an epoch.
+        Files of the states ``kept``, on the first process, stay. Raises ValueError for a data set
+        without target lengths and files that cannot be used, OSError where there is no room.
         """
         index = (epoch - 1) % self._num_shards
         if index not in self._shards:
@@ -83,7 +76,8 @@ class TokenMemory:
             sentence whose length is not that of the data set (a task may cut or extend it). The
             others have the last row, which nobody reads.
         """
-        shard = self._running()
+        shard = self._current
+        assert shard is not None  # begin_epoch comes before the first batch
         starts = shard.starts = shard.starts.to(target.device)
         is_token = target != padding_idx
         ids = sample["id"].clamp(0, len(starts) - 2)
@@ -95,24 +89,18 @@ class TokenMemory:
 
     def read(self, rows: Tensor, valid: Tensor) -> tuple[TopK, Tensor]:
         """Return the past predictions of (N,) rows and the (N,) mask of those that have one."""
-        past, seen = self._running().memory.read(rows)
+        assert self._current is not None
+        past, seen = self._current.memory.read(rows)
         assert isinstance(past, TopK)  # of a memory with top_k
         return past, seen & valid
 
     def write(self, rows: Tensor, probs: TopK) -> None:
         """Keep the predictions of (N,) rows, of `top_k` types each, for the next epoch."""
-        self._running().memory.write(rows, probs)
-
-    def _running(self) -> _Shard:
-        assert self._current is not None, "begin_epoch comes before the first batch"
-        return self._current
+        assert self._current is not None
+        self._current.memory.write(rows, probs)
 
     def state_dict(self, *, ended: bool = False) -> dict[str, dict]:
-        """Return what a checkpoint keeps; the predictions stay in their files.
-
-        Args:
-            ended: whether the running epoch is over, so that the file that it read can go.
-        """
+        """Return what a checkpoint keeps; of an ``ended`` epoch the file that it read can go."""
 
         def state(shard: _Shard) -> dict:
             over = ended or shard is not self._current
@@ -122,10 +110,7 @@ class TokenMemory:
         # A shard that this run has not come to since it was resumed is as it was.
         return self._restored | {str(index): state(s) for index, s in self._shards.items()}
 
-    def turn(self, ended: int, student: object = None) -> None:
-        """Do nothing: the data set, which `begin_epoch` needs, is not the driver's to know."""
-
-    def load_state_dict(self, state: dict[str, dict], student: object = None) -> None:
+    def load_state_dict(self, state: dict[str, dict]) -> None:
         """Go on, from the next `begin_epoch`, where `state_dict` was called."""
         self._restored = dict(state)
 
@@ -186,13 +171,7 @@ def positioned(state: dict, epoch: int) -> dict:
 
 
 class KeptRows(NamedTuple):
-    """Where a memory keeps a batch's tokens.
-
-    Attributes:
-        memory: whose rows they are.
-        rows: (N,) int64.
-        valid: (N,) bool, those that count.
-    """
+    """Where a memory keeps a batch's tokens: (N,) int64 rows, and (N,) bool which of them count."""
 
     memory: TokenMemory
     rows: Tensor

@@ -18,7 +18,6 @@ import hashlib
 import logging
 import signal
 import sys
-import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -178,10 +177,7 @@ you feed to it yourself: fairseq-interactive does not.""",
 
 @contextlib.contextmanager
 def unwinding_on_sigterm() -> Iterator[None]:
-    """Let a polite kill clean up like an exception; only the main thread may ask for this."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
+    """Let a polite kill clean up like an exception."""
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         yield

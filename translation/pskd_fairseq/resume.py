@@ -36,14 +36,12 @@ def check_resume(
     Args:
         cfg: tells what fairseq reads, and whether the schedule may be another.
         task: tells the dictionaries.
-        schedule: the fields of the alpha schedule.
-        options: as of `make_entry`.
+        schedule, options: as of `make_entry`.
 
     Raises:
-        ValueError: naming the file, if it is damaged or holds objects that fairseq does not write,
-            if an argument in it may run code, if it was made with dictionaries of another size,
-            with other options, with another alpha schedule (unless that is allowed), or stops in
-            the middle of an epoch without its teacher.
+        ValueError: naming the file, if it is damaged or may run code, was made with other
+            dictionaries, options or (unless that is allowed) another schedule, or stops in the
+            middle of an epoch without its teacher.
         FileNotFoundError: as `resumed_from`.
     """
     path = resumed_from(cfg)

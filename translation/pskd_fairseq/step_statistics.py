@@ -11,8 +11,11 @@ from fairseq import utils
 from fairseq.logging import metrics
 from torch import Tensor
 
+from pskd.linear import LinearStats
+from pskd.loss import PSKDStats
 from pskd.stats import rescaling, teacher_effect
 from pskd.targets import row_alphas
+from pskd_fairseq.past import Past
 
 #: Finding the largest of V scores costs as much as a softmax: every eighth token tells enough.
 COMPARED = slice(None, None, 8)
@@ -38,15 +41,12 @@ def no_statistics() -> dict[str, float]:
 
 
 def step_statistics(
-    *,
+    past: Past,
+    stats: PSKDStats | LinearStats,
     target: Tensor,
     is_token: Tensor,
-    taught: Tensor,
-    nll: Tensor,
-    teacher_at_label: Tensor,
     student_prefers: Tensor,
     teacher_prefers: Tensor,
-    top_k_mass: Tensor,
     alpha: float,
 ) -> dict[str, Tensor]:
     """Return the sums of a step with a teacher.
@@ -54,36 +54,32 @@ def step_statistics(
     Hard tokens are those on which the teacher preferred another type than the label.
 
     Args:
+        past: what the teacher said.
+        stats: of the loss.
         target: (N,) labels.
         is_token: (N,) False in padding.
-        taught: (N,) bool, the tokens that learn from the teacher.
-        nll: (N,) of the student, in nats.
-        teacher_at_label: (N,) the teacher's probability of the label.
-        student_prefers: (M,) the student's most likely type of the `COMPARED` rows.
-        teacher_prefers: (M,) the teacher's.
-        top_k_mass: the sum over taught tokens of the probability that a memory's types hold.
+        student_prefers, teacher_prefers: (M,) the most likely types of the `COMPARED` rows.
         alpha: weight of the teacher, above 0.
     """
-    tokens = is_token.sum()
-    agree = (student_prefers == teacher_prefers) & taught[COMPARED]
-    hard = (teacher_prefers != target[COMPARED]) & taught[COMPARED]
-    effect = teacher_effect(nll, teacher_at_label, row_alphas(alpha, taught))
-    hard_alphas = row_alphas(alpha, hard)
-    hard_effect = teacher_effect(nll[COMPARED], teacher_at_label[COMPARED], hard_alphas)
-    sums = {
-        "pskd_tokens": tokens,
-        "pskd_alpha": alpha * tokens,
-        "pskd_taught": effect.rows,
-        "pskd_teacher_nll": effect.teacher_nll,
-        "pskd_top_k_mass": top_k_mass,
-        "pskd_compared": taught[COMPARED].sum(),
-        "pskd_agree": agree.sum(),
-        "pskd_error": effect.error,
-        "pskd_removed": effect.removed,
-        "pskd_hard_error": hard_effect.error,
-        "pskd_hard_removed": hard_effect.removed,
-    }
-    return {name: sums[name].float() for name in _NAMES}
+    taught, nll, at_label = past.taught, stats.nll, stats.teacher_probs_at_label
+    tokens, compared = is_token.sum(), taught[COMPARED]
+    hard = (teacher_prefers != target[COMPARED]) & compared
+    effect = teacher_effect(nll, at_label, row_alphas(alpha, taught))
+    hard_effect = teacher_effect(nll[COMPARED], at_label[COMPARED], row_alphas(alpha, hard))
+    sums = (
+        tokens,
+        alpha * tokens,
+        effect.rows,
+        effect.teacher_nll,
+        past.top_k_mass(),
+        compared.sum(),
+        ((student_prefers == teacher_prefers) & compared).sum(),
+        effect.error,
+        effect.removed,
+        hard_effect.error,
+        hard_effect.removed,
+    )
+    return {name: value.float() for name, value in zip(_NAMES, sums, strict=True)}
 
 
 def log_statistics(logging_outputs: list[dict]) -> None:

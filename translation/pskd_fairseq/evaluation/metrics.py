@@ -33,11 +33,18 @@ def corpus_metrics(target_lang: str, lowercase: bool) -> tuple[sacrebleu.BLEU, s
     """Return sacreBLEU's BLEU and chrF, with the tokens that it counts in the target language."""
     language = language_of(target_lang)
     tokenize = "char" if language in _BY_CHARACTER else None
+    name = f"BLEU of target language {target_lang}"
+    return metrics(name, lowercase, tokenize=tokenize, trg_lang=language)
+
+
+def metrics(
+    name: str, lowercase: bool, **options: str | None
+) -> tuple[sacrebleu.BLEU, sacrebleu.CHRF]:
+    """Return BLEU with sacreBLEU's options, and chrF; a missing package is told with a name."""
     try:
-        bleu = sacrebleu.BLEU(lowercase=lowercase, tokenize=tokenize, trg_lang=language)
+        bleu = sacrebleu.BLEU(lowercase=lowercase, **options)
     except (ImportError, RuntimeError) as error:
-        words = " ".join(str(error).split())
-        raise UserError(f"BLEU of target language {target_lang}: {words}") from error
+        raise UserError(f"{name}: {' '.join(str(error).split())}") from error
     return bleu, sacrebleu.CHRF(lowercase=lowercase)
 
 

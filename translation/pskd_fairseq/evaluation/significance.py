@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import sacrebleu
 from sacrebleu.significance import PairedTest
 
+from pskd_fairseq.evaluation.metrics import metrics
 from pskd_fairseq.programs import UserError
 from pskd_tools.report.compare import way_of
 from pskd_tools.report.runs import Run, read_runs
@@ -26,8 +27,8 @@ def compare(words: Sequence[str]) -> str:
         raise UserError(f"compare: expected two evaluations or more, got {len(runs)}")
     systems = [_system(run, runs[0]) for run in runs]
     references = [run.sentences.reference for run in runs[:1] if run.sentences is not None]
-    metrics = {type(metric).__name__: metric for metric in _metrics(runs[0])}
-    signatures, scores = PairedTest(systems, metrics, references, test_type="bs")()
+    named = {type(metric).__name__: metric for metric in _metrics(runs[0])}
+    signatures, scores = PairedTest(systems, named, references, test_type="bs")()
     width = max(len(name) for name, _ in systems)
     lines = [f"{'':{width}}" + "".join(f"  {name:>31}" for name in signatures)]
     for row, (name, _) in enumerate(systems):
@@ -57,7 +58,7 @@ def _system(run: Run, first: Run) -> tuple[str, list[str]]:
     return run.name, run.sentences.translation
 
 
-def _metrics(run: Run) -> list[sacrebleu.BLEU | sacrebleu.CHRF]:
+def _metrics(run: Run) -> tuple[sacrebleu.BLEU, sacrebleu.CHRF]:
     """Return BLEU and chrF as a run was scored with."""
     fields = dict(part.partition(":")[::2] for part in str(way_of(run.numbers, "bleu")).split("|"))
     lowercase, tokens = fields.get("case") == "lc", fields.get("tok", "")
@@ -65,8 +66,4 @@ def _metrics(run: Run) -> list[sacrebleu.BLEU | sacrebleu.CHRF]:
     known = [name for name in sacrebleu.BLEU.TOKENIZERS if tokens.startswith(name)]
     if not known:
         raise UserError(f"{run.folder}: expected a tokeniser of sacreBLEU's, got tok:{tokens}")
-    try:
-        bleu = sacrebleu.BLEU(lowercase=lowercase, tokenize=known[0])
-    except (ImportError, RuntimeError) as error:
-        raise UserError(f"{run.folder}: {' '.join(str(error).split())}") from error
-    return [bleu, sacrebleu.CHRF(lowercase=lowercase)]
+    return metrics(str(run.folder), lowercase, tokenize=known[0])

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
-import signal
-import subprocess
-import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 from pskd_fairseq.preparation.job import Job
@@ -16,35 +15,27 @@ from pskd_fairseq.programs import ToolError
 SPECIALS = 4
 
 
-def run_quietly(command: Sequence[str], cwd: Path) -> None:
-    """Run a command to its end; if we are stopped meanwhile, it and its children are too."""
-    with subprocess.Popen(
-        command,
-        cwd=cwd,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-        start_new_session=True,
-    ) as process:
-        try:
-            output, _ = process.communicate()
-        except BaseException:
-            os.killpg(process.pid, signal.SIGKILL)
-            raise
-    if process.returncode:
-        last = "\n".join(output.strip().splitlines()[-5:])
-        raise ToolError(f"{command[2]} failed with exit status {process.returncode}:\n{last}")
-
-
 def binarise(job: Job, text: Path, data: Path) -> None:
     """Turn the pieces under `text` into fairseq binaries and one joined dictionary in `data`."""
-    command = [sys.executable, "-m", "fairseq_cli.preprocess", "--joined-dictionary"]
-    command += ["--source-lang", job.source_lang, "--target-lang", job.target_lang]
+    from fairseq import options
+    from fairseq_cli import preprocess  # type: ignore[import-untyped]
+
+    flags = ["--joined-dictionary", "--workers", str(job.workers)]
+    flags += ["--source-lang", job.source_lang, "--target-lang", job.target_lang]
     # Relative paths: fairseq splits --validpref at commas, and the log shows no temporary folder.
-    command += ["--trainpref", "train", "--validpref", "valid", "--testpref", "test"]
-    command += ["--destdir", os.path.relpath(data, text), "--workers", str(job.workers)]
-    run_quietly(command, cwd=text)
+    flags += ["--trainpref", "train", "--validpref", "valid", "--testpref", "test"]
+    flags += ["--destdir", os.path.relpath(data, text)]
+    log = logging.getLogger(preprocess.__name__)
+    log.propagate = False  # it has a file of its own
+    try:
+        with contextlib.chdir(text):
+            preprocess.main(options.get_preprocessing_parser().parse_args(flags))
+    except OSError:
+        raise
+    except Exception as error:
+        raise ToolError(f"fairseq-preprocess failed: {type(error).__name__}: {error}") from error
+    finally:
+        log.handlers.clear()
 
 
 def read_dictionary(path: Path) -> set[str]:

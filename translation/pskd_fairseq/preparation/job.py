@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
-import importlib.util
 import re
-import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -14,11 +12,6 @@ from pathlib import Path
 from pskd_fairseq.programs import UserError
 
 HELD_OUT = ("valid", "test")
-#: The package of each module that is imported only when it is used.
-PACKAGES = {
-    "sacremoses": "sacremoses",
-    "subword_nmt": "subword-nmt",
-}
 
 
 @dataclass(frozen=True)
@@ -76,17 +69,12 @@ def check_job(job: Job) -> None:
     for part in HELD_OUT:
         if job.given(part) and getattr(job, f"{part}_size") is not None:
             raise UserError(f"--{part}-size has no meaning beside --{part}")
-    for module, package in PACKAGES.items():
-        if importlib.util.find_spec(module) is None:
-            raise UserError(
-                f"the package {package} is not installed: {sys.executable} -m pip install {package}"
-            )
 
 
 def installed_versions() -> dict[str, str]:
     """Return the versions of the packages that made the data, by distribution name."""
     versions = {}
-    for package in (*PACKAGES.values(), "fairseq-fixed", "fairseq"):
+    for package in ("sacremoses", "subword-nmt", "fairseq-fixed", "fairseq"):
         with suppress(importlib.metadata.PackageNotFoundError):
             versions[package] = importlib.metadata.version(package)
     return versions
