@@ -23,12 +23,12 @@ from pskd.checks import (
     is_soft,
     is_traced,
 )
-from pskd.kernels import Rows, gradient_is_of_mean, native, sum_dtype
+from pskd.kernels import Records, Rows, gradient_is_of_mean, native, sum_dtype
 from pskd.kernels.gradient import scaled, values_and_gradient, values_only
 from pskd.kernels.rows import check_values, readable
 from pskd.targets import TopK, check_teacher, mixture
 
-__all__ = ["PSKDStats", "adds_effect", "computed", "loss_and_stats", "pskd_cross_entropy"]
+__all__ = ["PSKDStats", "computed", "in_one_pass", "loss_and_stats", "pskd_cross_entropy"]
 
 _TINY = torch.finfo(torch.float32).tiny
 
@@ -211,11 +211,13 @@ def loss_and_stats(
     return_stats: bool = False,
     inplace: bool = False,
     effect: Tensor | None = None,
+    records: Records | None = None,
 ) -> tuple[Tensor, PSKDStats | None]:
     """As `pskd_cross_entropy`, and None in place of statistics that are not wanted.
 
     Args:
-        effect: (5,) float64, is added `pskd.stats.teacher_sums` where `adds_effect`.
+        effect: (5,) float64, is added `pskd.stats.teacher_sums`; where `in_one_pass`.
+        records: take the predictions of the rows; where `in_one_pass`.
     """
     _check(logits, target, teacher_probs, teacher_logits, reduction)
     given = teacher_probs if teacher_logits is None else teacher_logits
@@ -237,6 +239,7 @@ def loss_and_stats(
         alpha.detach() if isinstance(alpha, Tensor) else alpha,
         check_ignore_index(ignore_index),
         float(label_smoothing),
+        records=records,
         effect=effect,
     )
     if weight is not None:
@@ -255,11 +258,18 @@ def loss_and_stats(
     return loss, stats
 
 
-def adds_effect(logits: Tensor, target: Tensor, teacher_probs: Tensor | TopK | None) -> bool:
-    """Return whether `loss_and_stats` adds to an ``effect``: the compiled loss does, of labels."""
-    if teacher_probs is None or is_soft(target) or is_traced(logits):
+def in_one_pass(
+    logits: Tensor, target: Tensor, teacher: Tensor | TopK | None, weight: Tensor | None = None
+) -> bool:
+    """Return whether the compiled loss computes these, which sums and keeps what else is asked.
+
+    Args:
+        logits, target, weight: as of `pskd_cross_entropy`.
+        teacher: probabilities or logits.
+    """
+    if weight is not None or is_soft(target) or is_traced(logits):
         return False
-    probs = teacher_probs.probs if isinstance(teacher_probs, TopK) else teacher_probs
+    probs = teacher.probs if isinstance(teacher, TopK) else teacher
     return native.serves(Rows(logits, target, probs, None, None, 0.0, 0, 0.0))
 
 

@@ -21,7 +21,7 @@ from pskd.checks import (
 )
 from pskd.driver import EpochDriver
 from pskd.kernels import sum_dtype
-from pskd.loss import adds_effect, loss_and_stats, pskd_cross_entropy
+from pskd.loss import in_one_pass, loss_and_stats, pskd_cross_entropy
 from pskd.schedule import AlphaSchedule
 from pskd.stats import ExampleStats, TeacherMeans
 from pskd.targets import TopK
@@ -117,7 +117,7 @@ class Criterion(ABC):
                 nll = pskd_cross_entropy(logits.detach(), target, None, 0.0, reduction="none")
                 self.examples.add(rows, nll, None, torch.zeros_like(nll))
             return loss
-        is_added = recorded and adds_effect(logits, target, past)
+        is_added = recorded and in_one_pass(logits, target, past)
         examples = self.examples if recorded else None
         loss, stats = loss_and_stats(
             logits,

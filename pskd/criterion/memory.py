@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any, TypedDict
 import torch
 from torch import Tensor
 
-from pskd.checks import check_batch, is_soft, is_traced
+from pskd.checks import check_batch
 from pskd.criterion.base import IGNORED, Criterion, cross_entropy
-from pskd.kernels import Records, Rows, native
-from pskd.loss import computed
+from pskd.kernels import Records, Rows
+from pskd.loss import computed, in_one_pass
 from pskd.memory import PredictionMemory, traced
 from pskd.rows import check_distinct, check_given, check_range
 from pskd.stats import ExampleStats
@@ -128,9 +128,9 @@ class MemoryCriterion(Criterion):
 
     def _records(self, logits: Tensor, target: Tensor, rows: Tensor) -> Records | None:
         """Return the memory's tables where the compiled loss reads and writes them itself."""
-        if self.memory is None or self.weight is not None or is_soft(target):
+        if self.memory is None or not self.epoch:
             return None
-        if is_traced(logits) or not native.serves_logits(logits) or not self.epoch:
+        if not in_one_pass(logits, target, None, self.weight):
             return None
         alphas = None
         if self.examples is not None:

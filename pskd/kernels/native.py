@@ -17,13 +17,13 @@ from torch import Tensor
 from pskd.kernels.rows import Records, Rows, RowValues, check_values
 from pskd.rows import check_distinct, check_range
 
-__all__ = ["is_built", "native_rows", "serves", "serves_logits"]
+__all__ = ["is_built", "native_rows", "serves"]
 
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 # Fewer logits than this for each thread are done before a second thread has woken up.
 _LOGITS_A_THREAD = 1 << 14
 _REDUCTIONS = {"none": 0, "sum": 1, "mean": 2}
-_VERSION = 3  # kVersion of native_rows.cpp
+_VERSION = 4  # kVersion of native_rows.cpp
 _NO_MEMORY, _BAD_CALL = 4, 5
 
 logger = logging.getLogger(__name__)
@@ -64,6 +64,7 @@ class _Call(ctypes.Structure):
         ("past", ctypes.c_void_p),
         ("present", ctypes.c_void_p),
         ("records", ctypes.c_int64),
+        ("spare", ctypes.c_int64),
         ("record_bytes", ctypes.c_int64),
         ("record_width", ctypes.c_int64),
         ("record_type", ctypes.c_int32),
@@ -113,12 +114,12 @@ def is_built() -> bool:
 def serves(rows: Rows) -> bool:
     """Return whether the compiled form is there and takes these rows: on the CPU, no float64."""
     teacher = rows.teacher_logits if rows.probs is None else rows.probs
-    return (teacher is None or teacher.dtype in _TYPES) and serves_logits(rows.logits)
-
-
-def serves_logits(logits: Tensor) -> bool:
-    """As `serves`, whatever the past prediction is."""
-    return logits.is_cpu and logits.dtype in _TYPES and is_built()
+    return (
+        rows.logits.is_cpu
+        and rows.logits.dtype in _TYPES
+        and (teacher is None or teacher.dtype in _TYPES)
+        and is_built()
+    )
 
 
 def native_rows(
@@ -188,8 +189,9 @@ def native_rows(
 
 
 def _check_records(records: Records, classes: int) -> None:
-    check_range(records.numbers, len(records.present))
-    check_distinct(records.numbers)
+    numbers = records.numbers[records.numbers != records.spare]
+    check_range(numbers, len(records.present))
+    check_distinct(numbers)
     raise ValueError(f"memory: expected records of classes in [0, {classes - 1}], got others")
 
 
@@ -197,6 +199,7 @@ def _point_at(call: _Call, records: Records) -> None:
     table = records.present
     call.present, call.numbers = table.data_ptr(), records.numbers.data_ptr()
     call.records, call.record_bytes = table.shape
+    call.spare = records.spare
     call.record_width, call.record_type = records.width, _TYPES[records.dtype]
     call.index_bytes = records.index_bytes
     if records.past is not None:

@@ -304,17 +304,17 @@ struct PSKDRows {
   int32_t logits_type, teacher_type, teacher_is_logits, threads;
   int32_t reduction;            // of the loss, over the rows that are not ignored
   int32_t gradient_is_of_mean;  // else of the sum
-  // A memory's records. Of a past record the row learns with `alpha`, without one it does not.
-  const int64_t* numbers;  // of each row's record, distinct; null: no memory
-  const uint8_t* past;     // in place of a teacher; null: there is none
+  // A memory's records.
+  const int64_t* numbers;  // of each row's record, distinct but for `spare`; null: no memory
+  const uint8_t* past;     // in place of a teacher: a row without a record does not learn; may be null
   uint8_t* present;        // takes what the rows predict now
-  int64_t records, record_bytes, record_width;
+  int64_t records, spare, record_bytes, record_width;  // spare: the number of rows without a record
   int32_t record_type, index_bytes;  // of an index; 0: dense
   float* alphas;                     // of each row, as it was used; may be null
   double* effect;                    // kEffects sums of `Effect`, which are added to; may be null
 };
 
-enum { kVersion = 3 };
+enum { kVersion = 4 };
 enum { kDone = 0, kBadLabel, kBadAlpha, kBadIndex, kNoMemory, kBadCall, kBadNumber };  // returned
 
 }  // extern "C"
@@ -365,9 +365,11 @@ class Records {
 
   static bool written(const uint8_t* record, int64_t bytes) { return record[bytes - 1] != 0; }
 
+  bool has(int64_t row) const { return call_.numbers && call_.numbers[row] != call_.spare; }
+
   // Reads the past prediction of a row; returns whether there is one.
   bool read(int64_t row, Scratch& scratch) const {
-    if (!call_.past) return false;
+    if (!call_.past || !has(row)) return false;
     const uint8_t* record = call_.past + call_.numbers[row] * call_.record_bytes;
     if (!written(record, call_.record_bytes)) return false;
     scratch.record.assign(record, record + call_.record_bytes);
@@ -442,14 +444,14 @@ class Row {
   float loss() {
     const int64_t label = call_.target[row_];
     if (label == call_.ignore_index) {
-      if (call_.numbers) remember();
+      if (records_.has(row_)) remember();
       ignore();
       return 0.0f;
     }
     if (label < 0 || label >= classes_) throw OutOfRange{kBadLabel};
     const bool has_past = records_.read(row_, scratch_);
     double alpha = call_.alpha_rows ? call_.alpha_rows[row_] : call_.alpha;
-    if (call_.numbers && !has_past) alpha = 0.0;
+    if (call_.past && !has_past) alpha = 0.0;
     if (call_.alphas) call_.alphas[row_] = float(alpha);
     z_ = as_float(call_.logits, call_.logits_type, row_ * call_.logits_stride, classes_, scratch_.z);
     g_ = exponentials_row();
@@ -458,7 +460,7 @@ class Row {
     const double smoothing = call_.label_smoothing, hard = 1.0 - alpha;
     const bool wanted = alpha != 0.0 || call_.teacher_at_label;
     const bool soft = (call_.teacher || has_past) && wanted;
-    const bool is_sparse = call_.indices || call_.index_bytes;
+    const bool is_sparse = call_.past ? call_.index_bytes != 0 : call_.indices != nullptr;
     Teacher teacher;
     if (!soft) {
       student_sums(z_, max_, classes_, g_, sums_);
@@ -467,7 +469,7 @@ class Row {
     } else {
       teacher = dense(label);
     }
-    if (call_.numbers) records_.write(row_, g_, sums_.exps, scratch_);
+    if (records_.has(row_)) records_.write(row_, g_, sums_.exps, scratch_);
     const double at_label = g_[label], lse = std::log(sums_.exps);
     const double nll = lse - label_shifted;
     const double even = sums_.infinite > 0 ? kInfinity : lse - sums_.shifted / classes_;
@@ -636,11 +638,13 @@ class Row {
 
 // Whether each row has a record of its own, and what is listed in those that are read are classes.
 int check_records(const PSKDRows& call) {
-  std::vector<int64_t> numbers(call.numbers, call.numbers + call.rows);
+  std::vector<int64_t> numbers;
   const Records records(call);
   for (int64_t row = 0; row < call.rows; ++row) {
     const int64_t number = call.numbers[row];
+    if (!records.has(row)) continue;
     if (number < 0 || number >= call.records) return kBadNumber;
+    numbers.push_back(number);
     if (!call.past || !call.index_bytes) continue;
     const uint8_t* record = call.past + number * call.record_bytes;
     if (!Records::written(record, call.record_bytes)) continue;

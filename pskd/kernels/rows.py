@@ -24,19 +24,18 @@ __all__ = ["Records", "RowValues", "Rows", "check_values", "readable", "sum_dtyp
 
 
 class Records(NamedTuple):
-    """A memory's tables in place of a past prediction: read, and written, in the same pass.
-
-    The compiled form alone serves it. A row without a past record has alpha 0.
+    """A memory's tables, which are read and written in the same pass; by the compiled form alone.
 
     Attributes:
-        numbers: (N,) int64, contiguous, the record of each row; those that count are distinct, and
-            a negative one is none.
-        past: (M, B) uint8 records of `pskd.memory.records`; None in the first epoch.
+        numbers: (N,) int64, contiguous, the record of each row; distinct, but for ``spare``.
+        past: (M, B) uint8 records of `pskd.memory.records` in place of a past prediction: a row
+            without one has alpha 0. None: the past prediction is given, or there is none.
         present: (M, B) uint8, takes what the rows predict now.
         width: probabilities of a record.
         dtype: of these, float16 or float32.
         index_bytes: of each index, 2 or 4; 0 where all classes are kept.
         alphas: (N,) float32, takes each row's alpha; None: not wanted.
+        spare: the number of rows that have no record.
     """
 
     numbers: Tensor
@@ -46,6 +45,7 @@ class Records(NamedTuple):
     dtype: torch.dtype
     index_bytes: int
     alphas: Tensor | None = None
+    spare: int = -2
 
 
 class Rows(NamedTuple):

@@ -14,6 +14,7 @@ from loss_cases import few
 import pskd
 from pskd.criterion import MemoryCriterion
 from pskd.kernels import native
+from pskd.loss import loss_and_stats
 
 pytestmark = pytest.mark.skipif(not native.is_built(), reason="needs the compiled loss")
 
@@ -193,3 +194,30 @@ def test_a_damaged_record_is_refused():
     criterion.load_state_dict(state)
     with pytest.raises(ValueError, match=r"memory: expected records of classes in \[0, 22\]"):
         criterion(logits, torch.tensor([0, 1]), rows)
+
+
+@pytest.mark.parametrize("top_k", [None, 4])
+def test_what_a_given_teacher_softens_is_kept_too_but_for_rows_without_a_record(top_k):
+    """As a memory does that reads by itself, with a number for rows that have no record."""
+    numbers = torch.Generator().manual_seed(1)
+    logits = torch.randn(6, CLASSES, generator=numbers)
+    target, past = torch.tensor([3, 1, IGNORED, 4, IGNORED, 6]), logits.flip(0).softmax(1)
+    memory = pskd.PredictionMemory(ROWS, CLASSES, top_k=top_k, dtype=torch.float32)
+    memory.next_epoch()
+    rows = torch.tensor([5, ROWS - 1, 2, ROWS - 1, ROWS - 1, 0])
+    records = memory.records(rows)._replace(past=None, spare=ROWS - 1)
+    loss, stats = loss_and_stats(
+        logits, target, past, 0.4, reduction="none", return_stats=True, records=records
+    )
+    expected = pskd.pskd_cross_entropy(
+        logits, target, past, 0.4, reduction="none", return_stats=True
+    )
+    assert torch.equal(loss, expected[0]) and torch.equal(stats.nll, expected[1].nll)
+    memory.next_epoch()
+    read, seen = memory.read(torch.arange(ROWS))
+    assert seen.nonzero()[:, 0].tolist() == [0, 2, 5]
+    wanted = logits.softmax(1)
+    if top_k is not None:
+        read = read.dense(CLASSES)
+        wanted = pskd.TopK.from_logits(logits, top_k).dense(CLASSES)
+    torch.testing.assert_close(read[[5, 2, 0]], wanted[[0, 2, 5]])

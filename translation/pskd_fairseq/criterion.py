@@ -16,7 +16,8 @@ from fairseq.criterions import register_criterion
 from fairseq.criterions.label_smoothed_cross_entropy import LabelSmoothedCrossEntropyCriterion
 from torch import Tensor
 
-from pskd import LinearTeacher, pskd_cross_entropy, pskd_linear_cross_entropy
+from pskd import LinearTeacher, pskd_linear_cross_entropy
+from pskd.loss import loss_and_stats
 from pskd.targets import row_alphas
 from pskd_fairseq.config import PSKDCriterionConfig
 from pskd_fairseq.epoch import EpochState, Schedule
@@ -128,7 +129,8 @@ class PSKDCriterion(LabelSmoothedCrossEntropyCriterion):
                 recorded.write(scores)
             return super().compute_loss(model, net_output, sample, reduce=reduce)
         assert not isinstance(past.scores, LinearTeacher)  # those are of the fused loss
-        loss, stats = pskd_cross_entropy(
+        records = None if recorded is None else recorded.records(scores)
+        loss, stats = loss_and_stats(
             scores,
             target,
             past.top_k,
@@ -138,9 +140,11 @@ class PSKDCriterion(LabelSmoothedCrossEntropyCriterion):
             label_smoothing=self._smoothing(scores.size(-1)),
             reduction="sum" if reduce else "none",
             return_stats=True,
+            records=records,
         )
+        assert stats is not None
         scores = scores.detach()
-        if recorded is not None:
+        if recorded is not None and records is None:
             recorded.write(scores, stats.nll + scores.gather(1, target[:, None]).squeeze(1))
         self._log(past, target, stats, scores[COMPARED].argmax(1), past.preferred(COMPARED))
         return (loss, stats.nll.sum()) if reduce else (loss[:, None], stats.nll[:, None])

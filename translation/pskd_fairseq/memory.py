@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 
 from pskd import PredictionMemory, TopK
+from pskd.kernels import Records
+from pskd.loss import in_one_pass, loss_and_stats
 
 logger = logging.getLogger(__name__)
 
@@ -99,6 +101,13 @@ class TokenMemory:
         assert self._current is not None
         self._current.memory.write(rows, probs)
 
+    def records(self, rows: Tensor) -> Records | None:
+        """As `PredictionMemory.records`, of which the loss writes those of (N,) rows."""
+        assert self._current is not None
+        memory = self._current.memory
+        records = memory.records(rows)
+        return records and records._replace(past=None, spare=memory.num_rows - 1)
+
     def state_dict(self, *, ended: bool = False) -> dict[str, dict]:
         """Return what a checkpoint keeps; of an ``ended`` epoch the file that it read can go."""
 
@@ -177,10 +186,21 @@ class KeptRows(NamedTuple):
     rows: Tensor
     valid: Tensor
 
+    def records(self, scores: Tensor) -> Records | None:
+        """Return where the loss of (N, V) scores keeps their predictions; None where it cannot."""
+        if not in_one_pass(scores, self.rows, None):
+            return None
+        return self.memory.records(self.rows)
+
     def write(self, scores: Tensor, logsumexp: Tensor | None = None) -> None:
         """Keep the predictions, the softmax of (N, V) scores, for the next epoch."""
-        k = self.memory.top_k
-        self.memory.write(self.rows, TopK.from_logits(scores.detach(), k, logsumexp=logsumexp))
+        scores, records = scores.detach(), self.records(scores)
+        if records is None:
+            top_k = TopK.from_logits(scores, self.memory.top_k, logsumexp=logsumexp)
+            self.memory.write(self.rows, top_k)
+        else:
+            labels = torch.where(self.valid, 0, -100)  # whatever they are
+            loss_and_stats(scores, labels, None, 0.0, reduction="none", records=records)
 
 
 @dataclass
