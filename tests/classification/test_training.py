@@ -373,7 +373,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_last_checkpoint(tm
     stopped(tmp_path, *PSKD, after=1)
     before = (tmp_path / "checkpoint.pth").read_bytes()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pskd.MemoryCriterion, "loss", lambda *_args, **_kwargs: torch.tensor(
+        patch.setattr(pskd.MemoryCriterion, "__call__", lambda *_args, **_kwargs: torch.tensor(
             float("nan"), requires_grad=True
         ))  # fmt: skip
         assert train(tmp_path, *PSKD, "--resume") == 1
