@@ -2,6 +2,7 @@
 # make demo    train baselines and PS-KD, translation and detection; print a table, write pictures
 # make test    run the tests
 # make test-fast  run the core and bad input without the slow files: before each commit
+# make bench   run the benchmarks of a CPU, in ten minutes (benchmarks/README.md has what they claim)
 # make lint    run ruff and mypy
 # make coverage  run the tests (some 15 minutes) and list the lines that none of them ran
 #
@@ -27,7 +28,7 @@ TESTS := pytest -n 2 --dist loadfile --no-loadscope-reorder  # in pyproject's or
 
 SLOW := criterion_compiled doctor surroundings triton wheel
 
-.PHONY: demo test test-fast coverage lint setup
+.PHONY: bench demo test test-fast coverage lint setup
 .DELETE_ON_ERROR:
 
 demo: setup
@@ -38,6 +39,17 @@ test: setup
 
 test-fast: setup
 	$(BIN)/python -m $(TESTS) tests/core tests/bad_input $(SLOW:%=--ignore=tests/core/test_%.py)
+
+# A limit that is missed does not stop the others.
+BENCH := $(BIN)/python benchmarks
+bench: setup
+	-$(BENCH)/loss.py --threads 1 2 --rounds 5 --shapes 128x100 256x1000 4096x6000 --without-compile
+	-$(BENCH)/linear_loss.py --rounds 5
+	-$(BENCH)/classification_step.py --model preact_resnet10_tiny --batch-size 32 --rounds 9 --steps 1
+	-$(BENCH)/classification_throughput.py --cpu-time --rounds 10 --steps 4
+	-$(BENCH)/detection_step.py
+	-$(BENCH)/translation_step.py
+	-$(BENCH)/prediction_memory.py --rows 1000000
 
 coverage: setup
 	$(BIN)/coverage erase
