@@ -3,9 +3,9 @@
     python integrations/finetune.py --data data/text --model MODEL --label-noise 0.3 \\
         --alpha-final 0.8 --output-dir runs/polarity_pskd_1 --seed 1
 
-The data are Pang and Lee's sentences (rt-polarity.pos and .neg, or the same with .xz): 1,000 of them
-to fit a temperature on, 2,000 to test on, the rest to train on, by one fixed draw for all seeds. The
-last epoch counts. Without ``--alpha-final`` the Trainer is the library's own.
+The data are Pang and Lee's sentences (rt-polarity.pos and .neg, or the same with .xz): 1,000 to fit
+a temperature on, 2,000 to test on, the rest to train on, by one draw for all seeds. The last epoch
+counts. Without ``--alpha-final`` the Trainer is the library's own.
 """
 
 from __future__ import annotations
@@ -54,7 +54,8 @@ class Sentences(Dataset):
 
 def read_sentences(folder: Path) -> tuple[list[str], np.ndarray]:
     """Return the sentences in a fixed random order, and their labels: 1 is positive."""
-    texts, labels = [], []
+    texts: list[str] = []
+    labels: list[int] = []
     for label, name in enumerate(("rt-polarity.neg", "rt-polarity.pos")):
         plain, packed = folder / name, folder / f"{name}.xz"
         open_file = open if plain.exists() else lzma.open
