@@ -29,6 +29,7 @@ PACKAGES: Mapping[str, str] = {
     "tqdm": "classification",
     "tensorboard": "classification, detection",
     "lightning": "integrations",
+    "timm": "integrations",
     "transformers": "integrations",
     "accelerate": "integrations (transformers)",
     "matplotlib": "plots",
@@ -56,6 +57,7 @@ _SKLEARN = {"sklearn": "scikit-learn"}
 _CLASSIFICATION = _SKLEARN | {"yaml": "pyyaml", "tqdm": "tqdm", "tensorboard": "tensorboard"}
 INSTALL_CLASSIFICATION = f"pip install torchvision {' '.join(_CLASSIFICATION.values())}"
 INSTALL_LIGHTNING = "pip install 'lightning>=2.2'"
+INSTALL_TIMM = "pip install 'timm>=1.0.31'"
 INSTALL_TRANSFORMERS = "pip install 'transformers>=4.48' 'accelerate>=1.2'"
 INSTALL_PSKD = "pip install --no-deps --force-reinstall .  # in a checkout of pskd"
 
@@ -119,6 +121,7 @@ WAYS: Mapping[str, tuple[Way, ...]] = {
     ),
     "integrations": (
         Way("lightning", "pskd_lightning", INSTALL_LIGHTNING),
+        Way("timm", "pskd_timm", INSTALL_TIMM),
         Way("transformers", "pskd_transformers", INSTALL_TRANSFORMERS),
     ),
     "plots": (Way("matplotlib", "pskd_tools.plots", "pip install matplotlib"),),
@@ -188,6 +191,13 @@ import pskd_lightning
 from lightning.pytorch import Trainer
 Trainer(logger=False, enable_progress_bar=False, enable_model_summary=False, accelerator="cpu",
         enable_checkpointing=False, callbacks=[pskd_lightning.PSKDCallback(num_classes=3)])
+""",
+    "timm": "import timm.task",
+    "pskd_timm": """
+import torch, pskd_timm
+task = pskd_timm.PSKDTask(torch.nn.Linear(2, 3), num_epochs=2, task_options={"verbose": False})
+task.begin_epoch(1)
+task(torch.zeros(4, 2), torch.tensor([0, 1, 2, 0]))["loss"].backward()
 """,
     "transformers": "import transformers.trainer",
     "pskd_transformers": """
@@ -286,6 +296,8 @@ _STEPS: Mapping[str, Step] = {
     "pskd_classification": _on("torchvision", "one step of pskd_classification fails"),
     "lightning": Step(mend=_rebuild("lightning", INSTALL_LIGHTNING), framework="lightning"),
     "pskd_lightning": _on("lightning", "lightning {lightning} does not take pskd_lightning"),
+    "timm": Step(mend=_rebuild("timm", INSTALL_TIMM), framework="timm"),
+    "pskd_timm": _on("timm", "timm {timm} does not take pskd_timm"),
     "transformers": Step(
         mend=_rebuild("transformers", INSTALL_TRANSFORMERS), framework="transformers"
     ),
@@ -308,7 +320,7 @@ _TRIED = {
     "detection": "torchvision pycocotools detectron2 detectron2._C pskd_torchvision "
     "pskd_detectron2",
     "classification": "torchvision sklearn yaml tqdm tensorboard pskd_classification",
-    "integrations": "lightning pskd_lightning transformers pskd_transformers",
+    "integrations": "lightning pskd_lightning timm pskd_timm transformers pskd_transformers",
     "plots": "matplotlib pskd_tools.plots",
 }
 
