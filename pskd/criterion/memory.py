@@ -135,7 +135,7 @@ class MemoryCriterion(Criterion):
         alphas = None
         if self.examples is not None:
             alphas = torch.empty(rows.size(0), dtype=torch.float32, device="cpu")
-        return self.memory.records(rows, alphas)
+        return self.memory.records(rows, logits.size(1), alphas)
 
     def _loss_in_one_pass(
         self, logits: Tensor, target: Tensor, rows: Tensor, records: Records

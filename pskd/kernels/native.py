@@ -196,6 +196,7 @@ def _check_records(records: Records, classes: int) -> None:
 
 
 def _point_at(call: _Call, records: Records) -> None:
+    assert records.numbers.shape == (call.rows,), "a record for each row"
     table = records.present
     call.present, call.numbers = table.data_ptr(), records.numbers.data_ptr()
     call.records, call.record_bytes = table.shape

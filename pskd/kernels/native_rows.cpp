@@ -682,7 +682,12 @@ int check(const PSKDRows& call, int64_t& count) {
 bool is_sound(const PSKDRows& call) {
   if (call.size != sizeof(PSKDRows) || call.version != kVersion) return false;
   if (call.rows == 0) return call.loss || call.reduction == kNone;
-  return call.loss && call.target && (call.logits || call.classes == 0);
+  if (!call.loss || !call.target || (!call.logits && call.classes > 0)) return false;
+  if (!call.numbers) return true;
+  const int64_t size = call.index_bytes + (call.record_type == kFloat32 ? 4 : 2);
+  const bool fits = call.index_bytes ? call.record_width <= call.classes
+                                     : call.record_width == call.classes;
+  return call.present && fits && call.record_bytes == call.record_width * size + 1;
 }
 
 int run(const PSKDRows& call) {

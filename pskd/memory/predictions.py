@@ -219,15 +219,19 @@ class PredictionMemory:
         table[:, -1].index_copy_(0, rows, records[:, -1])
         self._present.touched(len(rows))
 
-    def records(self, rows: Tensor, alphas: Tensor | None = None) -> Records | None:
+    def records(
+        self, rows: Tensor, num_classes: int, alphas: Tensor | None = None
+    ) -> Records | None:
         """Return the tables of this epoch, for the compiled loss to `read` and `write` as it goes.
 
         Args:
             rows: (N,) int64; whether each is in [0, M) and there once is not looked at.
+            num_classes: of the loss.
             alphas: as of `Records`.
 
         Returns:
-            None where the two have to be called: on another device than the CPU, or with momentum.
+            None where the two have to be called: on another device than the CPU, with momentum, or
+            to refuse another number of classes.
 
         Raises:
             ValueError: as `read`.
@@ -238,7 +242,8 @@ class PredictionMemory:
         if self._present is None:
             self.next_epoch()
         assert self._present is not None
-        if self.momentum or not (rows.is_cpu and self._present.records.is_cpu):
+        is_here = rows.is_cpu and self._present.records.is_cpu
+        if self.momentum or not is_here or num_classes != self.num_classes:
             return None
         for table in (self._past, self._present):
             if table is not None:

@@ -204,6 +204,20 @@ def test_what_is_refused_leaves_the_records_as_they_were(target, rows, message, 
     assert torch.equal(after["present"], before["present"])
 
 
+@pytest.mark.parametrize("epoch", [1, 2])
+@pytest.mark.parametrize("top_k", [None, 4])
+@pytest.mark.parametrize("classes", [CLASSES - 1, CLASSES + 1])
+def test_another_number_of_classes_is_refused(classes, top_k, epoch):
+    criterion = MemoryCriterion(ROWS, CLASSES, num_epochs=2, top_k=top_k)
+    rows, target = torch.tensor([0, 1]), torch.tensor([0, 1])
+    for running in range(1, epoch + 1):
+        criterion.begin_epoch(running)
+        if running < epoch:
+            criterion(torch.zeros(2, CLASSES, requires_grad=True), target, rows)
+    with pytest.raises(ValueError, match=f"expected .*2, {CLASSES}|expected .*2, {classes}"):
+        criterion(torch.zeros(2, classes, requires_grad=True), target, rows)
+
+
 def test_a_damaged_record_is_refused():
     criterion = MemoryCriterion(ROWS, CLASSES, num_epochs=2, top_k=4)
     logits, rows = torch.zeros(2, CLASSES, requires_grad=True), torch.tensor([0, 1])
@@ -226,7 +240,7 @@ def test_what_a_given_teacher_softens_is_kept_too_but_for_rows_without_a_record(
     memory = pskd.PredictionMemory(ROWS, CLASSES, top_k=top_k, dtype=torch.float32)
     memory.next_epoch()
     rows = torch.tensor([5, ROWS - 1, 2, ROWS - 1, ROWS - 1, 0])
-    records = memory.records(rows)._replace(past=None, spare=ROWS - 1)
+    records = memory.records(rows, CLASSES)._replace(past=None, spare=ROWS - 1)
     loss, stats = loss_and_stats(
         logits, target, past, 0.4, reduction="none", return_stats=True, records=records
     )

@@ -101,11 +101,11 @@ class TokenMemory:
         assert self._current is not None
         self._current.memory.write(rows, probs)
 
-    def records(self, rows: Tensor) -> Records | None:
+    def records(self, rows: Tensor, num_types: int) -> Records | None:
         """As `PredictionMemory.records`, of which the loss writes those of (N,) rows."""
         assert self._current is not None
         memory = self._current.memory
-        records = memory.records(rows)
+        records = memory.records(rows, num_types)
         return records and records._replace(past=None, spare=memory.num_rows - 1)
 
     def state_dict(self, *, ended: bool = False) -> dict[str, dict]:
@@ -190,7 +190,7 @@ class KeptRows(NamedTuple):
         """Return where the loss of (N, V) scores keeps their predictions; None where it cannot."""
         if not in_one_pass(scores, self.rows, None):
             return None
-        return self.memory.records(self.rows)
+        return self.memory.records(self.rows, scores.size(1))
 
     def write(self, scores: Tensor, logsumexp: Tensor | None = None) -> None:
         """Keep the predictions, the softmax of (N, V) scores, for the next epoch."""
