@@ -6,8 +6,9 @@ Shapes: S sequences of the data set, M tokens of it, B sequences of a batch, T p
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -44,6 +45,35 @@ class TokenRows:
         self.num_rows = int(self._starts[-1]) + 1
         #: Names the lengths, from which the numbers follow; for the memory's ``fingerprint``.
         self.fingerprint = hashlib.sha256(sizes.numpy().tobytes()).hexdigest()[:16]
+
+    @classmethod
+    def of_labels(
+        cls, labels: Iterable[object], num_classes: int | None = None, ignore_index: int = -100
+    ) -> TokenRows:
+        """Return the rows of the labels that count, in one pass over a data set's.
+
+        Args:
+            labels: of each sequence, lists or arrays of integers.
+            num_classes: C; None if the values are not to be looked at.
+            ignore_index: label of the tokens that do not count.
+
+        Raises:
+            ValueError: naming the first sequence with a label outside [0, C).
+        """
+        lengths = []
+        for place, values in enumerate(labels):
+            counted = np.asarray(values)
+            counted = counted[counted != ignore_index]
+            lengths.append(counted.size)
+            if num_classes is None or not counted.size:
+                continue
+            low, high = counted.min(), counted.max()
+            if low < 0 or high >= num_classes:
+                raise ValueError(
+                    f"labels: expected classes of 0 to {num_classes - 1} or {ignore_index}, got "
+                    f"{low if low < 0 else high} in sequence {place}"
+                )
+        return cls(lengths)
 
     def rows(self, ids: Tensor, is_token: Tensor) -> tuple[Tensor, Tensor]:
         """Return the rows of a batch's tokens, on whichever side its padding is.
