@@ -403,7 +403,7 @@ def beyond(label: int) -> pskd.WithRows:
         ({"pskd_options": {"lengths": [3]}}, "lengths: expected 13 sequences, got 1"),
         (
             {"model": BertForSequenceClassification(model_of("tagger").config)},
-            r"logits: expected shape \(2, 7, C\) as the labels, got \(2, 5\)",
+            r"logits: expected shape \(2, 8, C\) as the labels, got \(2, 5\)",
         ),
     ],
 )
