@@ -14,6 +14,7 @@ from pskd.schedule import constant_alpha, cosine_alpha, linear_alpha
 from pskd.stats import ExampleStats, gradient_rescaling
 from pskd.targets import TopK, mix_targets
 from pskd.teachers import SnapshotTeacher
+from pskd.token_rows import TokenRows
 from pskd.version import __version__ as __version__
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "PredictionMemory",
     "SnapshotCriterion",
     "SnapshotTeacher",
+    "TokenRows",
     "TopK",
     "WithRows",
     "constant_alpha",

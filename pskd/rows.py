@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -12,7 +12,15 @@ from torch.utils.data import Dataset, IterableDataset
 
 from pskd.checks import check_tensors, is_traced
 
-__all__ = ["ROWS", "WithRows", "check_count", "check_distinct", "check_given", "check_range"]
+__all__ = [
+    "ROWS",
+    "RowsAside",
+    "WithRows",
+    "check_count",
+    "check_distinct",
+    "check_given",
+    "check_range",
+]
 
 #: The key of the row numbers where a sample is a mapping.
 ROWS = "pskd_rows"
@@ -76,6 +84,26 @@ class WithRows(Dataset[tuple[Any, ...] | dict[str, Any]]):
         raise ValueError(
             f"dataset: expected a sample to be a tuple or a mapping, got {type(sample).__name__}"
         )
+
+
+class RowsAside:
+    """A collator that shows another the samples without row numbers, and adds these to its batch.
+
+    For collators that pad, or refuse, what they do not know.
+
+    Args:
+        collate: makes a mapping of a list of mappings.
+    """
+
+    def __init__(self, collate: Callable[[list[Any]], Any]) -> None:
+        self.collate = collate
+
+    def __call__(self, samples: list[Any]) -> Any:
+        if not (isinstance(samples[0], Mapping) and ROWS in samples[0]):
+            return self.collate(samples)
+        batch = self.collate([{k: v for k, v in s.items() if k != ROWS} for s in samples])
+        batch[ROWS] = torch.tensor([sample[ROWS] for sample in samples])
+        return batch
 
 
 def check_count(name: str, value: int) -> int:

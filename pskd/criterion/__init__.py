@@ -20,6 +20,7 @@ def make_criterion(
     num_classes: int,
     *,
     teacher: str = "memory",
+    num_rows: int | None = None,
     **options: Any,
 ) -> MemoryCriterion | SnapshotCriterion:
     """Return the criterion of either teacher, for a framework that knows model and data.
@@ -29,6 +30,7 @@ def make_criterion(
         dataset: of the training; a memory needs a `pskd.WithRows`.
         num_classes: C; a snapshot does not ask.
         teacher: one of `pskd.teachers.TEACHERS`.
+        num_rows: M, for a memory of something else than samples, such as tokens.
         options: of the criterion.
 
     Raises:
@@ -42,4 +44,4 @@ def make_criterion(
     if not isinstance(dataset, WithRows):
         name = type(dataset).__name__
         raise ValueError(f"training data: expected pskd.WithRows(dataset), got {name}")
-    return MemoryCriterion(len(dataset), num_classes, **options)
+    return MemoryCriterion(num_rows or len(dataset), num_classes, **options)

@@ -91,6 +91,17 @@ class Criterion(ABC):
         """
         self._driver.begin_epoch(epoch)
 
+    def set_progress(self, progress: float) -> None:
+        """Set alpha within an epoch that was begun, for a schedule by updates in place of epochs.
+
+        Args:
+            progress: how much of the training is done with this update, in epochs: in (0, T].
+
+        Raises:
+            ValueError: if it lies outside the training.
+        """
+        self._driver.enter(self.epoch, progress)
+
     def take_means(self) -> dict[str, float]:
         """Return ``pskd/alpha`` and the means since the last call, for a log; a collective.
 

@@ -130,6 +130,18 @@ def test_alpha_is_the_schedules_from_the_second_epoch_on(schedule):
         assert criterion.alpha == criterion.take_means()["pskd/alpha"] == expected
 
 
+def test_alpha_may_follow_the_updates_within_an_epoch():
+    criterion = pskd.MemoryCriterion(8, 3, num_epochs=3, alpha_final=0.9)
+    criterion.begin_epoch(1)
+    criterion.set_progress(0.5)
+    assert criterion.alpha == 0.0  # there is no teacher yet
+    criterion.begin_epoch(2)
+    criterion.set_progress(1.5)
+    assert criterion.alpha == pytest.approx(0.45) and criterion.epoch == 2
+    with pytest.raises(ValueError, match=r"epoch: expected a number in \[0, 3\], got 3.1"):
+        criterion.set_progress(3.1)
+
+
 @FORMS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_without_autograd_it_is_plain_cross_entropy_and_keeps_nothing(form, dtype):

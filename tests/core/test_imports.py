@@ -22,7 +22,7 @@ import pytest
 import pskd
 
 FRAMEWORKS = {"detectron2", "fairseq", "hydra", "matplotlib", "omegaconf", "torchvision"}
-FRAMEWORKS |= {"lightning", "timm", "torchmetrics", "transformers"}
+FRAMEWORKS |= {"lightning", "timm", "torchmetrics", "transformers", "trl"}
 ADAPTERS = {
     "pskd_classification",
     "pskd_detection",
@@ -33,6 +33,7 @@ ADAPTERS = {
     "pskd_torchmetrics",
     "pskd_torchvision",
     "pskd_transformers",
+    "pskd_trl",
 }
 #: The tools, and the adapters beside fairseq's, with what they share; and each one's frameworks.
 OTHERS = {
@@ -43,13 +44,16 @@ OTHERS = {
     # Its configuration is Detectron2's: omegaconf in a LazyConfig, whose overrides hydra reads.
     "pskd_detectron2": {"detectron2", "hydra", "omegaconf"},
 }
-#: The adapters that are one module, and the framework of each.
+#: The adapters of one framework, and that of each.
 MODULES = {
     "pskd_lightning": "lightning",
     "pskd_timm": "timm",
     "pskd_torchmetrics": "torchmetrics",
     "pskd_transformers": "transformers",
+    "pskd_trl": "trl",
 }
+#: What an adapter may ask for too: trl's trainers are those of transformers.
+BESIDE = {"pskd_transformers": {"numpy"}, "pskd_trl": {"pskd_transformers"}}
 FRAMEWORKS_OF = (
     {"pskd_fairseq": {"fairseq", "sacremoses"}} | OTHERS | {n: {f} for n, f in MODULES.items()}
 )
@@ -215,6 +219,7 @@ def test_the_other_packages_reach_neither_sideways_nor_up(name, of_package):
 @pytest.mark.parametrize("name", MODULES)
 def test_the_modules_ask_for_the_core_and_their_framework_only(name, of_package):
     asked, loaded, _ = of_package(name)
-    assert asked[name] - sys.stdlib_module_names - {"torch"} - TOOLS == {"pskd", MODULES[name]}
-    assert not loaded & (ADAPTERS - {name} | FOLDERS | {"detectron2", "fairseq"})
+    allowed = {name, "torch"} | BESIDE.get(name, set())
+    assert asked[name] - sys.stdlib_module_names - allowed - TOOLS == {"pskd", MODULES[name]}
+    assert not loaded & (ADAPTERS - allowed | FOLDERS | {"detectron2", "fairseq"})
     assert not asked["pskd"] & (FRAMEWORKS | ADAPTERS | TOOLS)

@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
 
 import pskd
-from pskd.rows import check_distinct, check_given, check_range
+from pskd.rows import RowsAside, check_distinct, check_given, check_range
 
 M = 11
 INPUTS, TARGET = 10.0 * torch.arange(M)[:, None], torch.arange(M) % 3
@@ -154,3 +154,21 @@ def test_a_row_beyond_the_data_is_refused(rows):
     with pytest.raises(ValueError, match=r"rows: expected numbers in \[0, 10\], got \[") as error:
         check_range(torch.tensor(rows), M)
     assert str(rows) in str(error.value)
+
+
+def padded(samples):
+    """Pad as tokenizers do, which fail at what is no text."""
+    assert all(set(sample) == {"inputs", "labels"} for sample in samples)
+    return {name: torch.stack([sample[name] for sample in samples]) for name in samples[0]}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_collator_that_does_not_know_rows_keeps_them(workers):
+    options = {"batch_size": 4, "shuffle": True, "num_workers": workers}
+    loader = DataLoader(pskd.WithRows(Mappings()), collate_fn=RowsAside(padded), **options)
+    batches = list(loader)
+    for batch in batches:
+        assert torch.equal(INPUTS[batch["pskd_rows"]], batch["inputs"])
+    assert torch.cat([b["pskd_rows"] for b in batches]).sort()[0].tolist() == list(range(M))
+    without = next(iter(DataLoader(Mappings(), collate_fn=RowsAside(padded), **options)))
+    assert set(without) == {"inputs", "labels"}

