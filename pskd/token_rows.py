@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from pskd.checks import check_tensors
@@ -32,7 +33,7 @@ class TokenRows:
         ValueError: if a length is no count, or there is no sequence.
     """
 
-    def __init__(self, lengths: Sequence[int] | Tensor) -> None:
+    def __init__(self, lengths: Sequence[int] | NDArray[np.integer] | Tensor) -> None:
         sizes = torch.as_tensor(lengths, device="cpu")
         if sizes.dim() != 1 or not len(sizes) or sizes.dtype.is_floating_point or sizes.min() < 0:
             got = f"{sizes.dtype} of shape {tuple(sizes.shape)}"

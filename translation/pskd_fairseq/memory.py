@@ -7,7 +7,6 @@ N = B * T, M tokens of the data set, k kept types.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 from collections.abc import Sequence
@@ -19,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pskd import PredictionMemory, TopK
+from pskd import PredictionMemory, TokenRows, TopK
 from pskd.kernels import Records
 from pskd.loss import in_one_pass, loss_and_stats
 
@@ -78,16 +77,8 @@ class TokenMemory:
             sentence whose length is not that of the data set (a task may cut or extend it). The
             others have the last row, which nobody reads.
         """
-        shard = self._current
-        assert shard is not None  # begin_epoch comes before the first batch
-        starts = shard.starts = shard.starts.to(target.device)
-        is_token = target != padding_idx
-        ids = sample["id"].clamp(0, len(starts) - 2)
-        first, end = starts[ids], starts[ids + 1]
-        fits = (is_token.sum(dim=1) == end - first) & (ids == sample["id"])
-        valid = is_token & fits[:, None]
-        place = is_token.cumsum(dim=1) - 1  # whichever side the padding is on
-        return torch.where(valid, first[:, None] + place, starts[-1]), valid
+        assert self._current is not None  # begin_epoch comes before the first batch
+        return self._current.rows.rows(sample["id"], target != padding_idx)
 
     def read(self, rows: Tensor, valid: Tensor) -> tuple[TopK, Tensor]:
         """Return the past predictions of (N,) rows and the (N,) mask of those that have one."""
@@ -124,16 +115,15 @@ class TokenMemory:
         self._restored = dict(state)
 
     def _open(self, index: int, epoch: int, dataset) -> _Shard:
-        sizes = _target_sizes(dataset)
-        starts = torch.from_numpy(np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)]))
+        rows = TokenRows(_target_sizes(dataset))
         memory = PredictionMemory(
-            int(starts[-1]) + 1,  # the last row takes what has no row
+            rows.num_rows,
             self._num_types,
             top_k=self.top_k,
             path=Path(self._folder) / f"shard_{index}",
-            fingerprint=hashlib.sha256(sizes.tobytes()).hexdigest()[:16],
+            fingerprint=rows.fingerprint,
         )
-        shard = _Shard(memory, starts)
+        shard = _Shard(memory, rows)
         restored = self._restored.pop(str(index), None)
         if restored is not None:
             try:
@@ -206,8 +196,7 @@ class KeptRows(NamedTuple):
 @dataclass
 class _Shard:
     memory: PredictionMemory
-    #: (sentences + 1,) int64 the first row of each sentence, and the number of rows.
-    starts: Tensor
+    rows: TokenRows
     #: The training's epoch that is being written, from 1; 0 before the first.
     epoch: int = 0
 
