@@ -17,7 +17,7 @@ from pskd_transformers.data import DataTokens, classes_of, shifts_labels, withou
 __all__ = ["BatchLoss"]
 
 logger = logging.getLogger(__name__)
-_MISCOUNT = 1.37  # of labels in a trial; no quotient of two small numbers of processes
+_MISCOUNT = 1.37  # of labels in a trial; no ratio of small numbers of processes
 
 
 def _logits(outputs):
@@ -39,11 +39,11 @@ class BatchLoss:
         data: of the training.
         options: of `pskd.criterion.make_criterion`, and ``num_classes``, ``lengths``.
         shifts: whether the Trainer knows the model's loss to shift the labels.
-        smoothing: the Trainer's.
+        args: the Trainer's.
     """
 
-    def __init__(self, model, data, options: dict[str, Any], shifts: bool, smoothing: float):
-        self._model, self._smoothing = model, smoothing
+    def __init__(self, model, data, options: dict[str, Any], shifts: bool, args) -> None:
+        self._model, self._args = model, args
         self._shifts = shifts or shifts_labels(model)
         options = {"num_classes": classes_of(model)} | options
         classes, lengths = options.pop("num_classes"), options.pop("lengths", None)
@@ -72,10 +72,11 @@ class BatchLoss:
             ids: (B,) row numbers of the samples, or None.
             count: of the labels of all accumulated batches, or None where nobody counts them.
         """
-        rows, has_row = (ids if inputs["labels"].dim() == 1 else None), None
+        labels = inputs["labels"]
+        rows, has_row = (ids if labels.dim() == 1 else None), None
         if self._tokens is not None:
             rows, has_row = self._tokens.of_batch(ids, inputs)
-        self._labels = CountedLabels(inputs["labels"], rows, has_row, shifted=self._shifts)
+        self._labels = CountedLabels(labels, rows, has_row, shifted=self._shifts)
         given = without_labels(self._model, inputs)
         if self._normalisation is None and len(self._labels):
             self._normalisation = self._measured(stock, model, inputs, given, count)
@@ -88,9 +89,9 @@ class BatchLoss:
     def _measured(self, stock: Callable, model, inputs, given, count) -> _Normalisation:
         """Try the first batch, and leave no trace.
 
-        The Trainer believes that a model whose forward takes keywords divides by the count. T5 and
-        BERT ignore it, and nobody divides their plain mean by the number of accumulated batches.
-        That is imitated: a learning rate shall mean the same with and without a teacher.
+        The Trainer takes it that a model which takes keywords divides by the count. T5 and BERT do
+        not, and nobody divides their plain mean by the number of accumulated batches. That is
+        imitated: a learning rate shall mean the same with and without a teacher.
         """
         labels, memory = self._labels, getattr(self.criterion, "memory", None)
         if labels.has_row is not None and not labels.has_row.any():
@@ -99,11 +100,9 @@ class BatchLoss:
         devices = {p.device for p in self._model.parameters() if p.is_cuda}
         with torch.no_grad(), torch.random.fork_rng(devices):
             logits = self._chosen(model(**given))
-            if memory is not None and (kept := memory.num_classes) != logits.size(1):
-                raise ValueError(
-                    f"num_classes: expected {logits.size(1)} as the logits, got {kept}"
-                )
-            mean = cross_entropy(logits, labels.target, self._smoothing)
+            if memory is not None and (n := memory.num_classes) != logits.size(1):
+                raise ValueError(f"num_classes: expected {logits.size(1)} as the logits, got {n}")
+            mean = cross_entropy(logits, labels.target, self._args.label_smoothing_factor)
             wrong = None if count is None else mean.new_tensor(_MISCOUNT * len(labels))
             own = stock(dict(inputs), num_items_in_batch=wrong)
         model.train()
@@ -112,8 +111,9 @@ class BatchLoss:
         tolerance = 1e-3 if own.dtype == torch.float32 == logits.dtype else 2e-2
         for is_over_all in (False,) if count is None else (True, False):
             ratio = float(own / mean) * (_MISCOUNT if is_over_all else 1)
-            if round(ratio) > 0 and abs(ratio / round(ratio) - 1) < tolerance:
-                return _Normalisation(is_over_all, round(ratio))
+            factor = max(1, round(ratio))
+            if self._args.world_size % factor == 0 and abs(ratio / factor - 1) < tolerance:
+                return _Normalisation(is_over_all, factor)
         raise ValueError(
             f"model: expected the cross-entropy of its labels, {mean:.4g} in the first batch, got "
             f"{own:.4g} as its own loss: PS-KD would train another one"

@@ -58,8 +58,8 @@ class PSKDTrainerMixin(TrainerCallback):
         if args.n_gpu > 1:
             raise ValueError(f"expected one GPU a process (torchrun starts them), got {args.n_gpu}")
         options = {"num_epochs": state.num_train_epochs} | self._options
-        shifts, smoothing = getattr(self, "_loss_shifts_labels", False), args.label_smoothing_factor
-        self._batch_loss = BatchLoss(model, self.train_dataset, options, shifts, smoothing)
+        shifts = getattr(self, "_loss_shifts_labels", False)
+        self._batch_loss = BatchLoss(model, self.train_dataset, options, shifts, args)
         is_whole = args.max_steps <= 0 and args.num_train_epochs % 1 == 0
         self._max_steps = None if is_whole else state.max_steps  # alpha grows by updates then
         if self._resumed:

@@ -10,29 +10,32 @@ import torch
 pytest.importorskip("trl", reason="needs trl: pip install '.[trl]'")
 pytest.importorskip("peft", reason="needs peft: pip install '.[trl]'")
 
+import datasets
 from datasets import Dataset
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
+from pskd_transformers import PSKDTrainerMixin
 from pskd_trl import PSKDSFTTrainer
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainingArguments,
+)
 from trl import SFTConfig, SFTTrainer
 
 import pskd
 
 torch.set_num_threads(1)
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::UserWarning"),
-    pytest.mark.usefixtures("without_progress_bars"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # of pinned memory without a GPU
 
 V, M, EPOCHS = 30, 11, 3  # 6 batches an epoch
 
 
 @pytest.fixture(scope="module", autouse=True)
 def without_progress_bars():
-    import datasets
-
     datasets.disable_progress_bars()
 
 
@@ -154,6 +157,27 @@ def test_later_epochs_have_a_past_of_the_completions(lora, tmp_path):
     stock = trained(trainer(Stock, tmp_path, lora=lora))
     assert made.losses[:6] == pytest.approx(stock.losses[:6], rel=1e-5)
     assert made.losses[12:] != pytest.approx(stock.losses[12:], rel=1e-3)
+
+
+class Plain(Recorded, PSKDTrainerMixin, Trainer):
+    pass
+
+
+def test_in_the_plain_trainer_lora_may_have_a_snapshot(tmp_path):
+    config = LoraConfig(r=2, target_modules=["c_attn"], lora_dropout=0.1)
+    args = {"num_train_epochs": 2, "use_cpu": True, "report_to": [], "save_strategy": "no"}
+    rows = [{"input_ids": [3, 4 + i, 5], "labels": [3, 4 + i, 5]} for i in range(8)]
+    made = Plain(
+        get_peft_model(gpt2(), config),
+        TrainingArguments(str(tmp_path), **args, disable_tqdm=True, logging_strategy="epoch"),
+        train_dataset=rows,
+        pskd_options={"teacher": "snapshot"},
+    )
+    made.train()
+    told = [entry for entry in made.state.log_history if "loss" in entry]
+    assert told[1]["pskd/alpha"] == pytest.approx(0.8) and told[1]["pskd/teacher_nll"] > 0
+    trained = {name for name, p in made.model.named_parameters() if p.requires_grad}
+    assert trained and all("lora" in name for name in trained)
 
 
 @pytest.mark.parametrize("lora", [False, True])
