@@ -6,7 +6,7 @@ interpreter; `diagnose` is a pure function from that `Environment` to a `Report`
 may import torch: a torch that does not load is one of the findings.
 
 A part is *present* where its framework and pskd's adapter for it are both found; for detection
-Detectron2 or torchvision is enough, for the integrations Lightning, timm or transformers.
+Detectron2 or torchvision is enough, for the integrations Lightning, timm, transformers or trl.
 Classification needs torchvision and scikit-learn: what has only one of them was installed for
 another part.
 """

@@ -32,6 +32,7 @@ PACKAGES: Mapping[str, str] = {
     "timm": "integrations",
     "transformers": "integrations",
     "accelerate": "integrations (transformers)",
+    "trl": "integrations",
     "matplotlib": "plots",
 }
 
@@ -59,6 +60,7 @@ INSTALL_CLASSIFICATION = f"pip install torchvision {' '.join(_CLASSIFICATION.val
 INSTALL_LIGHTNING = "pip install 'lightning>=2.2'"
 INSTALL_TIMM = "pip install 'timm>=1.0.31'"
 INSTALL_TRANSFORMERS = "pip install 'transformers>=4.48' 'accelerate>=1.2'"
+INSTALL_TRL = "pip install 'trl>=1.0' peft"
 INSTALL_PSKD = "pip install --no-deps --force-reinstall .  # in a checkout of pskd"
 
 # Modules that frameworks import -> what brings them. A list, since advice to install whatever name
@@ -123,6 +125,7 @@ WAYS: Mapping[str, tuple[Way, ...]] = {
         Way("lightning", "pskd_lightning", INSTALL_LIGHTNING),
         Way("timm", "pskd_timm", INSTALL_TIMM),
         Way("transformers", "pskd_transformers", INSTALL_TRANSFORMERS),
+        Way("trl", "pskd_trl", INSTALL_TRL),
     ),
     "plots": (Way("matplotlib", "pskd_tools.plots", "pip install matplotlib"),),
 }
@@ -306,6 +309,8 @@ _STEPS: Mapping[str, Step] = {
         "transformers {transformers} (accelerate {accelerate}) does not take pskd_transformers",
         INSTALL_TRANSFORMERS,
     ),
+    "trl": Step(mend=_rebuild("trl", INSTALL_TRL), framework="trl"),
+    "pskd_trl": _on("trl", "trl {trl} does not take pskd_trl"),
     "matplotlib": Step(
         "matplotlib {matplotlib} cannot draw",
         "pip install --force-reinstall matplotlib",
@@ -320,7 +325,8 @@ _TRIED = {
     "detection": "torchvision pycocotools detectron2 detectron2._C pskd_torchvision "
     "pskd_detectron2",
     "classification": "torchvision sklearn yaml tqdm tensorboard pskd_classification",
-    "integrations": "lightning pskd_lightning timm pskd_timm transformers pskd_transformers",
+    "integrations": "lightning pskd_lightning timm pskd_timm transformers pskd_transformers "
+    "trl pskd_trl",
     "plots": "matplotlib pskd_tools.plots",
 }
 

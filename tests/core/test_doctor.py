@@ -250,8 +250,8 @@ ABSENT = [
     ("classification", ["torchvision", "detectron2"], False),
     ("classification", ["sklearn"], False),
     ("classification", ["pskd_classification"], False),
-    ("integrations", ["lightning", "timm", "transformers"], True),
-    ("integrations", ["pskd_lightning", "timm", "transformers"], True),
+    ("integrations", ["lightning", "timm", "transformers", "trl"], True),
+    ("integrations", ["pskd_lightning", "timm", "transformers", "trl"], True),
     ("plots", ["matplotlib"], False),
     ("plots", ["pskd_tools.plots"], False),
 ]
@@ -499,7 +499,7 @@ def test_real_run_tries_the_core_and_imports_no_framework():
 def test_real_run_tries_the_parts_that_are_installed():
     needed = {
         "classification": ["torchvision", "sklearn", "yaml", "tqdm", "tensorboard"],
-        "integrations": ["lightning", "timm", "transformers", "accelerate"],
+        "integrations": ["lightning", "timm", "transformers", "accelerate", "trl"],
     }
     found = [part for part, names in needed.items() if all(map(importlib.util.find_spec, names))]
     if not found:
