@@ -58,6 +58,8 @@ def read_sentences(folder: Path) -> tuple[list[str], np.ndarray]:
     labels: list[int] = []
     for label, name in enumerate(("rt-polarity.neg", "rt-polarity.pos")):
         plain, packed = folder / name, folder / f"{name}.xz"
+        if not (plain.exists() or packed.exists()):
+            raise SystemExit(f"--data: expected {name} or {name}.xz in {folder}, got neither")
         open_file = open if plain.exists() else lzma.open
         with open_file(plain if plain.exists() else packed, "rt", encoding="latin-1") as file:
             lines = file.read().split("\n")

@@ -1,7 +1,7 @@
 """PS-KD for timm: a training task for its train script, or for a loop of one's own.
 
     - task = ClassificationTask(model, criterion=train_loss_fn, device=device)
-    + task = PSKDTask(model, num_epochs=args.epochs, teacher="snapshot")
+    + task = PSKDTask(model, num_epochs=num_epochs, task_options={"device": device})
 
       for epoch in range(start_epoch, num_epochs):
     +     task.begin_epoch(epoch + 1)
@@ -12,12 +12,13 @@ before it is given to ``create_loader``, and the task is given it as ``dataset``
 
 from typing import Any
 
+import numpy as np
 from timm.task import ClassificationTask
 
 from pskd.criterion import MemoryCriterion, make_criterion
 from pskd.criterion.base import cross_entropy
 from pskd.distributed import is_distributed
-from pskd.rows import WithRows
+from pskd.rows import WithRows, check_count
 
 __all__ = ["PSKDTask", "RowsInTargets"]
 
@@ -38,7 +39,7 @@ class RowsInTargets(WithRows):
 
     def __init__(self, dataset, num_classes: int) -> None:
         super().__init__(dataset)
-        self.num_classes = num_classes
+        self.num_classes = check_count("num_classes", num_classes)
 
     def __setattr__(self, name: str, value: object) -> None:
         owner = vars(self).get("dataset")
@@ -49,7 +50,7 @@ class RowsInTargets(WithRows):
 
     def _numbered(self, row: int, sample: Any) -> tuple[Any, int]:
         image, label = sample
-        if not 0 <= label < self.num_classes:
+        if np.ndim(label) or label != int(label) or not 0 <= label < self.num_classes:
             expected = f"[0, {self.num_classes - 1}]"
             raise ValueError(f"target: expected labels in {expected}, got {label} in sample {row}")
         return image, row * self.num_classes + int(label)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping
 from typing import Any
 
@@ -47,6 +48,10 @@ class EpochDriver:
         Raises:
             ValueError: if it is none of them, or not the one after the last; as the teacher's turn.
         """
+        try:
+            epoch = operator.index(epoch)  # of numpy or torch too; a state has plain values
+        except TypeError:
+            raise ValueError(f"epoch: expected an integer, got {epoch!r}") from None
         self.schedule.check_next(epoch, self.epoch)
         if self.teacher is not None:
             self.teacher.turn(self.epoch, self._student)

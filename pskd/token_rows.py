@@ -34,6 +34,8 @@ class TokenRows:
     """
 
     def __init__(self, lengths: Sequence[int] | NDArray[np.integer] | Tensor) -> None:
+        if isinstance(lengths, np.ndarray) and lengths.dtype.kind == "u":
+            lengths = lengths.astype(np.int64)  # torch finds no extremes of unsigned integers
         sizes = torch.as_tensor(lengths, device="cpu")
         if sizes.dim() != 1 or not len(sizes) or sizes.dtype.is_floating_point or sizes.min() < 0:
             got = f"{sizes.dtype} of shape {tuple(sizes.shape)}"

@@ -114,7 +114,7 @@ class MemoryCriterion(Criterion):
         """
         if not torch.is_grad_enabled():
             return cross_entropy(logits, target, weight=self.weight)
-        check_batch(logits, target)
+        self._check_batch(logits, target)
         rows = check_given(rows, logits.size(0))
         records = self._records(logits, target, rows)
         if records is not None:
@@ -125,6 +125,12 @@ class MemoryCriterion(Criterion):
             probs = logits.detach().float().softmax(dim=1)
             traced.write(self.memory, self._handle, rows.to(logits.device), probs)
         return loss
+
+    def _check_batch(self, logits: Tensor, target: Tensor) -> None:
+        check_batch(logits, target)
+        if self.memory is not None and logits.size(1) != self.memory.num_classes:
+            expected = f"{self.memory.num_classes} classes, as num_classes of the criterion"
+            raise ValueError(f"logits: expected {expected}, got {logits.size(1)}")
 
     def _records(self, logits: Tensor, target: Tensor, rows: Tensor) -> Records | None:
         """Return the memory's tables where the compiled loss reads and writes them itself."""
@@ -181,7 +187,7 @@ class MemoryCriterion(Criterion):
         """
         if not self.epoch:
             raise RuntimeError("expected begin_epoch(1) before the first batch")
-        check_batch(logits, target)
+        self._check_batch(logits, target)
         rows = check_given(rows, len(logits))
         check_range(rows, self.num_rows)
         rows = rows.to(logits.device)

@@ -23,7 +23,7 @@ _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 # Fewer logits than this for each thread are done before a second thread has woken up.
 _LOGITS_A_THREAD = 1 << 14
 _REDUCTIONS = {"none": 0, "sum": 1, "mean": 2}
-_VERSION = 4  # kVersion of native_rows.cpp
+_VERSION = 5  # kVersion of native_rows.cpp
 _NO_MEMORY, _BAD_CALL = 4, 5
 
 logger = logging.getLogger(__name__)
@@ -69,6 +69,8 @@ class _Call(ctypes.Structure):
         ("record_width", ctypes.c_int64),
         ("record_type", ctypes.c_int32),
         ("index_bytes", ctypes.c_int32),
+        ("has_spare", ctypes.c_int32),
+        ("unused", ctypes.c_int32),
         ("alphas", ctypes.c_void_p),
         ("effect", ctypes.c_void_p),
     ]
@@ -189,7 +191,9 @@ def native_rows(
 
 
 def _check_records(records: Records, classes: int) -> None:
-    numbers = records.numbers[records.numbers != records.spare]
+    numbers = records.numbers
+    if records.spare is not None:
+        numbers = numbers[numbers != records.spare]
     check_range(numbers, len(records.present))
     check_distinct(numbers)
     raise ValueError(f"memory: expected records of classes in [0, {classes - 1}], got others")
@@ -200,7 +204,8 @@ def _point_at(call: _Call, records: Records) -> None:
     table = records.present
     call.present, call.numbers = table.data_ptr(), records.numbers.data_ptr()
     call.records, call.record_bytes = table.shape
-    call.spare = records.spare
+    if records.spare is not None:
+        call.has_spare, call.spare = True, records.spare
     call.record_width, call.record_type = records.width, _TYPES[records.dtype]
     call.index_bytes = records.index_bytes
     if records.past is not None:

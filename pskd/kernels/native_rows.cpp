@@ -305,16 +305,17 @@ struct PSKDRows {
   int32_t reduction;            // of the loss, over the rows that are not ignored
   int32_t gradient_is_of_mean;  // else of the sum
   // A memory's records.
-  const int64_t* numbers;  // of each row's record, distinct but for `spare`; null: no memory
+  const int64_t* numbers;  // of each row's record, distinct; null: no memory
   const uint8_t* past;     // in place of a teacher: a row without a record does not learn; may be null
   uint8_t* present;        // takes what the rows predict now
-  int64_t records, spare, record_bytes, record_width;  // spare: the number of rows without a record
+  int64_t records, spare, record_bytes, record_width;  // spare: number of rows without a record
   int32_t record_type, index_bytes;  // of an index; 0: dense
+  int32_t has_spare, unused;         // else each row has a record
   float* alphas;                     // of each row, as it was used; may be null
   double* effect;                    // kEffects sums of `Effect`, which are added to; may be null
 };
 
-enum { kVersion = 4 };
+enum { kVersion = 5 };
 enum { kDone = 0, kBadLabel, kBadAlpha, kBadIndex, kNoMemory, kBadCall, kBadNumber };  // returned
 
 }  // extern "C"
@@ -365,7 +366,9 @@ class Records {
 
   static bool written(const uint8_t* record, int64_t bytes) { return record[bytes - 1] != 0; }
 
-  bool has(int64_t row) const { return call_.numbers && call_.numbers[row] != call_.spare; }
+  bool has(int64_t row) const {
+    return call_.numbers && !(call_.has_spare && call_.numbers[row] == call_.spare);
+  }
 
   // Reads the past prediction of a row; returns whether there is one.
   bool read(int64_t row, Scratch& scratch) const {
@@ -690,8 +693,14 @@ bool is_sound(const PSKDRows& call) {
   return call.present && fits && call.record_bytes == call.record_width * size + 1;
 }
 
-int run(const PSKDRows& call) {
-  if (!is_sound(call)) return kBadCall;
+int run(const PSKDRows& given) {
+  if (!is_sound(given)) return kBadCall;
+  PSKDRows call = given;
+  std::vector<int64_t> numbers;
+  if (call.numbers) {  // a copy: what is checked is what is used, whoever writes to the original
+    numbers.assign(call.numbers, call.numbers + call.rows);
+    call.numbers = numbers.data();
+  }
   int64_t count = 0;
   const int problem = check(call, count);
   if (problem != kDone) return problem;

@@ -35,7 +35,7 @@ class Records(NamedTuple):
         dtype: of these, float16 or float32.
         index_bytes: of each index, 2 or 4; 0 where all classes are kept.
         alphas: (N,) float32, takes each row's alpha; None: not wanted.
-        spare: the number of rows that have no record.
+        spare: the number of rows that have no record, if there may be such.
     """
 
     numbers: Tensor
@@ -45,7 +45,7 @@ class Records(NamedTuple):
     dtype: torch.dtype
     index_bytes: int
     alphas: Tensor | None = None
-    spare: int = -2
+    spare: int | None = None
 
 
 class Rows(NamedTuple):

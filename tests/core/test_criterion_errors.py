@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 
+import numpy as np
 import pytest
 import torch
 from criterion_runs import (
@@ -42,6 +43,15 @@ from pskd.criterion import make_criterion
 def test_options_out_of_range_are_refused(form, options, message):
     with pytest.raises(ValueError, match=message):
         form(net(), **options)
+
+
+@FORMS
+def test_an_epoch_is_an_integer_of_any_library(form):
+    criterion = form(net())
+    criterion.begin_epoch(np.int64(1))
+    assert type(criterion.state_dict()["epoch"]) is int
+    with pytest.raises(ValueError, match="epoch: expected an integer, got 2.0"):
+        criterion.begin_epoch(2.0)
 
 
 @pytest.mark.parametrize("alpha_final", [0.0, 0.8])

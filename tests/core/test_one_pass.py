@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
+import threading
 from dataclasses import dataclass
 from unittest import mock
 
@@ -187,6 +189,7 @@ def test_the_largest_classes_are_kept(order, classes, k):
         ([0, CLASSES], [0, 1], "target: expected labels in [0, 22], got [0, 23]"),
         ([0, 1], [0, ROWS], "rows: expected numbers in [0, 10], got [0, 11]"),
         ([0, 1], [-1, 0], "rows: expected numbers in [0, 10], got [-1, 0]"),
+        ([0, 1], [-2, -2], "rows: expected numbers in [0, 10], got [-2, -2]"),
         ([0, 1], [4, 4], "rows: expected each sample once in a batch, got 4 more than once"),
     ],
 )
@@ -208,14 +211,17 @@ def test_what_is_refused_leaves_the_records_as_they_were(target, rows, message, 
 @pytest.mark.parametrize("top_k", [None, 4])
 @pytest.mark.parametrize("classes", [CLASSES - 1, CLASSES + 1])
 def test_another_number_of_classes_is_refused(classes, top_k, epoch):
-    criterion = MemoryCriterion(ROWS, CLASSES, num_epochs=2, top_k=top_k)
+    examples = pskd.ExampleStats(ROWS)
+    criterion = MemoryCriterion(ROWS, CLASSES, num_epochs=2, top_k=top_k, examples=examples)
     rows, target = torch.tensor([0, 1]), torch.tensor([0, 1])
     for running in range(1, epoch + 1):
         criterion.begin_epoch(running)
         if running < epoch:
             criterion(torch.zeros(2, CLASSES, requires_grad=True), target, rows)
-    with pytest.raises(ValueError, match=f"expected .*2, {CLASSES}|expected .*2, {classes}"):
+    examples = criterion.examples.compute()
+    with pytest.raises(ValueError, match=f"logits: expected {CLASSES} classes.*, got {classes}"):
         criterion(torch.zeros(2, classes, requires_grad=True), target, rows)
+    torch.testing.assert_close(criterion.examples.compute(), examples, equal_nan=True)
 
 
 def test_a_damaged_record_is_refused():
@@ -256,3 +262,29 @@ def test_what_a_given_teacher_softens_is_kept_too_but_for_rows_without_a_record(
         read = read.dense(CLASSES)
         wanted = pskd.TopK.from_logits(logits, top_k).dense(CLASSES)
     torch.testing.assert_close(read[[5, 2, 0]], wanted[[0, 2, 5]])
+
+
+def test_rows_that_another_thread_writes_to_are_those_that_were_checked():
+    criterion = MemoryCriterion(200, 20, num_epochs=2, top_k=5)
+    logits, target = torch.zeros(200, 20), torch.zeros(200, dtype=torch.int64)
+    rows, good = torch.arange(200), torch.arange(200)
+    criterion.begin_epoch(1)
+    criterion(logits, target, rows)
+    criterion.begin_epoch(2)
+    ended = threading.Event()
+
+    def write() -> None:
+        while not ended.is_set():
+            rows.fill_(10**9)
+            rows.copy_(good)
+
+    thread = threading.Thread(target=write)
+    thread.start()
+    try:
+        for _ in range(500):  # a process that reads elsewhere does not come back
+            with contextlib.suppress(ValueError, AssertionError):
+                criterion(logits, target, rows)
+    finally:
+        ended.set()
+        thread.join()
+    criterion(logits, target, good)

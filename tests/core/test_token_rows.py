@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -141,3 +142,7 @@ def test_no_label_that_counts_is_a_loss_of_0_in_the_graph():
 def test_logits_of_another_shape_than_the_labels_are_refused():
     with pytest.raises(ValueError, match=r"logits: expected shape \(2, 4, C\) as the labels, got"):
         CountedLabels(LABELS).logits(LOGITS[:, :3])
+
+
+def test_lengths_may_be_unsigned():
+    assert pskd.TokenRows(np.array([2, 0, 3], dtype=np.uint16)).num_rows == 6
