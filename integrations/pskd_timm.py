@@ -10,9 +10,9 @@ With ``teacher="memory"`` the training set is ``RowsInTargets(dataset_train, num
 before it is given to ``create_loader``, and the task is given it as ``dataset``.
 """
 
+import operator
 from typing import Any
 
-import numpy as np
 from timm.task import ClassificationTask
 
 from pskd.criterion import MemoryCriterion, make_criterion
@@ -50,10 +50,14 @@ class RowsInTargets(WithRows):
 
     def _numbered(self, row: int, sample: Any) -> tuple[Any, int]:
         image, label = sample
-        if np.ndim(label) or label != int(label) or not 0 <= label < self.num_classes:
-            expected = f"[0, {self.num_classes - 1}]"
-            raise ValueError(f"target: expected labels in {expected}, got {label} in sample {row}")
-        return image, row * self.num_classes + int(label)
+        try:
+            number = operator.index(label)
+        except TypeError:  # a class is of no other kind
+            number = -1
+        if not 0 <= number < self.num_classes:
+            expected = f"integer labels in [0, {self.num_classes - 1}]"
+            raise ValueError(f"target: expected {expected}, got {label} in sample {row}")
+        return image, row * self.num_classes + number
 
 
 class PSKDTask(ClassificationTask):

@@ -693,14 +693,8 @@ bool is_sound(const PSKDRows& call) {
   return call.present && fits && call.record_bytes == call.record_width * size + 1;
 }
 
-int run(const PSKDRows& given) {
-  if (!is_sound(given)) return kBadCall;
-  PSKDRows call = given;
-  std::vector<int64_t> numbers;
-  if (call.numbers) {  // a copy: what is checked is what is used, whoever writes to the original
-    numbers.assign(call.numbers, call.numbers + call.rows);
-    call.numbers = numbers.data();
-  }
+int run(const PSKDRows& call) {
+  if (!is_sound(call)) return kBadCall;
   int64_t count = 0;
   const int problem = check(call, count);
   if (problem != kDone) return problem;

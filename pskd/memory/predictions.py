@@ -249,7 +249,9 @@ class PredictionMemory:
             if table is not None:
                 table.touched(rows.size(0))
         past = None if self._past is None else self._past.records
-        tables = rows.contiguous(), past, self._present.records
+        # A copy: the rows that are checked are those that are used, whoever writes to the original.
+        numbers = rows.clone(memory_format=torch.contiguous_format)
+        tables = numbers, past, self._present.records
         return Records(*tables, *self._layout.form, alphas)
 
     def carry_over(self, rows: Tensor) -> None:

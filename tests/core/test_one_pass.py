@@ -282,7 +282,7 @@ def test_rows_that_another_thread_writes_to_are_those_that_were_checked():
     thread.start()
     try:
         for _ in range(500):  # a process that reads elsewhere does not come back
-            with contextlib.suppress(ValueError, AssertionError):
+            with contextlib.suppress(ValueError):
                 criterion(logits, target, rows)
     finally:
         ended.set()
