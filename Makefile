@@ -2,7 +2,7 @@
 # make demo    train baselines and PS-KD, translation and detection; print a table, write pictures
 # make test    run the tests
 # make test-fast  run the core and bad input without the slow files: before each commit
-# make bench   run the benchmarks of a CPU, in ten minutes (benchmarks/README.md has what they claim)
+# make bench   run the benchmarks of a CPU, in three minutes (benchmarks/README.md has what they claim)
 # make lint    run ruff and mypy
 # make coverage  run the tests (some 15 minutes) and list the lines that none of them ran
 #
