@@ -216,8 +216,8 @@ def loss_and_stats(
     """As `pskd_cross_entropy`, and None in place of statistics that are not wanted.
 
     Args:
-        effect: (5,) float64, is added `pskd.stats.teacher_sums`; where `in_one_pass`.
-        records: take the predictions of the rows; where `in_one_pass`.
+        effect: (5,) float64, to which `pskd.stats.teacher_sums` are added; needs `in_one_pass`.
+        records: where the predictions of the rows are kept; needs `in_one_pass`.
     """
     _check(logits, target, teacher_probs, teacher_logits, reduction)
     given = teacher_probs if teacher_logits is None else teacher_logits

@@ -120,8 +120,10 @@ def rescaling(error: Tensor | float, removed: Tensor | float) -> Tensor | float:
 
 @torch.no_grad()
 def teacher_sums(logits: Tensor, past: Tensor | TopK, alpha: Tensor, stats: PSKDStats) -> Tensor:
-    """Return the (5,) float32 sums of a batch: those of `TeacherEffect` in order, and the rows
-    that have a teacher and agree with it on the best class.
+    """Return the (5,) float32 sums of a batch that `teacher_means` divides.
+
+    They are those of `TeacherEffect`, in order, and the number of rows that agree with their
+    teacher on the best class.
 
     Args:
         logits: (N, C) the student's.

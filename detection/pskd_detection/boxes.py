@@ -58,8 +58,9 @@ def is_finite(value: object) -> bool:
 
 
 def fitted(box: object, size: tuple[int, int], where: str, mended: Mended) -> list[float] | None:
-    """Return a box x, y, width, height inside an image of ``size`` (width, height); None if it is
-    to be left out.
+    """Return a box x, y, width, height inside an image, or None if it is to be left out.
+
+    ``size`` is the image's (width, height).
     """
     if not isinstance(box, (list, tuple)) or len(box) != 4 or not all(map(is_finite, box)):
         raise ValueError(f"{where}: expected bbox as four finite numbers, got {box!r}")

@@ -25,7 +25,7 @@ def match_detections(iou: np.ndarray, crowd: np.ndarray, threshold: float) -> np
     """Return the (n,) IoU of each detection with its object, 0 without one, NaN for one on a crowd.
 
     In the order given, each detection takes the free object of highest IoU, if that is at least
-    ``threshold``, in (0, 1]. One that finds none but lies on a crowd is neither right nor wrong.
+    ``threshold``, in (0, 1]. On a crowd, an unmatched detection counts as neither right nor wrong.
     ``iou`` is (n, G); for a ``crowd``, (G,) bool, it is the part of the detection inside it.
 
     Source: the order and the treatment of ties are those of `pycocotools.cocoeval.COCOeval`.

@@ -415,7 +415,7 @@ class Records {
       const int32_t* places = k_largest(e, call_.classes, width, scratch.selection);
       for (int64_t j = 0; j < width; ++j) {
         values[j] = e[places[j]];
-        std::memcpy(made + j * call_.index_bytes, &places[j], call_.index_bytes);  // little-endian
+        put_index(places[j], made + j * call_.index_bytes);
       }
       e = values;
     }
@@ -435,6 +435,12 @@ class Records {
 
  private:
   const PSKDRows& call_;
+
+  void put_index(int32_t index, uint8_t* to) const {
+    const uint16_t narrow = uint16_t(index);
+    if (call_.index_bytes == 2) std::memcpy(to, &narrow, 2);
+    else std::memcpy(to, &index, 4);
+  }
 };
 
 class Row {

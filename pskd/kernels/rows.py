@@ -62,8 +62,8 @@ class Rows(NamedTuple):
         ignore_index: label of rows whose loss, gradient and NLL are 0, whatever they hold.
         label_smoothing: eps of the hard part, spread over all C classes.
         records: of a memory, on the CPU.
-        effect: (5,) float64 on the CPU, is added `pskd.stats.teacher_sums`; None: not wanted. Like
-            ``records`` for the compiled form only.
+        effect: (5,) float64 on the CPU, to which `pskd.stats.teacher_sums` are added; None: not
+            wanted. Like ``records`` for the compiled form only.
     """
 
     logits: Tensor

@@ -40,7 +40,7 @@ def corpus_metrics(target_lang: str, lowercase: bool) -> tuple[sacrebleu.BLEU, s
 def metrics(
     name: str, lowercase: bool, **options: str | None
 ) -> tuple[sacrebleu.BLEU, sacrebleu.CHRF]:
-    """Return BLEU with sacreBLEU's options, and chrF; a missing package is told with a name."""
+    """Return BLEU with these options and chrF; ``name`` begins the error for what is missing."""
     try:
         bleu = sacrebleu.BLEU(lowercase=lowercase, **options)
     except (ImportError, RuntimeError) as error:
